@@ -1,0 +1,154 @@
+"""What is kept of a trained evaluator: facts in JSON, what trained in safetensors.
+
+`evaluator.json` says which base model, task and settings; `delta.safetensors` holds only the
+values that trained (about 0.4 MB for BitFit on bert-base). The hash of the base model's encoder
+guards the delta: it is never put on another one. Full fine-tuning keeps the whole model instead.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bitfit.runs import Run, Stack
+from bitfit.tasks import TASKS
+from bitfit.trainable import FINE_TUNE_TYPES, trainable
+from utils import UserError, whole_file, write_text
+
+FORMAT = 1
+FACTS = "evaluator.json"
+DELTA = "delta.safetensors"
+POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
+OPTIONAL_TEXT = (str, type(None))
+KINDS = {  # the evaluator's attributes that are saved, and their types
+    "task_name": str,
+    "model_name": str,
+    "data_dir": OPTIONAL_TEXT,
+    "fine_tune_type": str,
+    "learning_rate": float,
+    "seed": int,
+    "precision": str,
+    "random_encoder": bool,
+    "max_sequence_len": int,
+    "pad_to_max": bool,
+    "batch_size": int,
+    "train_size": (int, type(None)),
+    "encoder_sha256": str,
+    "epochs": list,
+    "evaluations": dict,
+    "train_loss": list,
+}
+BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
+
+
+def save_evaluator(evaluator, folder):
+    """Write what trained, then the facts: a folder that has facts is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"format": FORMAT} | {name: getattr(evaluator, name) for name in KINDS}
+    for name in ("model_name", "data_dir"):
+        if facts[name] is not None and Path(facts[name]).is_dir():
+            facts[name] = str(Path(facts[name]).resolve())
+    if evaluator.fine_tune_type == "full_ft":
+        evaluator.export_model(folder / "model")
+    else:
+        with whole_file(folder / DELTA) as temporary:
+            save_file(delta(evaluator.stack), temporary)
+    write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def delta(stack, run=0):
+    """{name: trained values} and, for a random mask, {name + ":positions": flat positions}."""
+    values = {n: t.cpu().contiguous() for n, t in stack.named_values(run).items()}
+    return values | {n + POSITIONS: p.cpu() for n, p in stack.positions.items()}
+
+
+def load_evaluator(make, folder, gpu_device, model_name=None, data_dir=None):
+    """What `GLUEvaluator.load` does; `make` is that class.
+
+    Raises:
+        UserError: damaged files, or a base model that is not the one of the delta.
+    """
+    facts = load_facts(folder)
+    whole_model = facts["fine_tune_type"] == "full_ft"
+    if whole_model:
+        model_name, facts["random_encoder"] = folder / "model", False
+    facts["model_name"] = str(model_name or facts["model_name"])
+    facts["data_dir"] = data_dir or facts["data_dir"]
+    evaluator = make(device=gpu_device, **{name: facts[name] for name in BUILT_FROM})
+    for name in facts.keys() & (KINDS.keys() - set(BUILT_FROM) - {"encoder_sha256"}):
+        setattr(evaluator, name, facts[name])
+    evaluator._load_model()
+    if whole_model:
+        evaluator.chosen = trainable(evaluator.model, True)
+        return evaluator
+    if evaluator.encoder_sha256 != facts["encoder_sha256"]:
+        raise UserError(
+            f"{folder} was trained on another base model than {evaluator.model_name}: "
+            "give the one it was trained on as model_name"
+        )
+    evaluator.chosen, values = load_delta(folder, evaluator.model)
+    run = Run(evaluator.learning_rate, evaluator.seed)
+    evaluator.stack = Stack(evaluator.model, evaluator.chosen, [run])
+    evaluator.stack.release(values[None].to(evaluator.torch_device))
+    return evaluator
+
+
+def load_facts(folder):
+    """The facts of a saved evaluator.
+
+    Raises:
+        UserError: no such file, not JSON, another format, or a fact of the wrong type.
+    """
+    path = Path(folder) / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise UserError(f"{path} is not an evaluator of format {FORMAT}: save it again")
+    wrong = [name for name, kind in KINDS.items() if not isinstance(facts.get(name), kind)]
+    known = {"task_name": TASKS, "fine_tune_type": FINE_TUNE_TYPES, "precision": ("fp32", "bf16")}
+    wrong += [name for name, values in known.items() if not wrong and facts[name] not in values]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]!r} is missing or wrong: save the evaluator again")
+    return facts
+
+
+def load_delta(folder, model):
+    """(chosen, values): what trained, as for `Stack`, and one run's flat values (n,).
+
+    Raises:
+        UserError: a torn file, or tensors that do not fit the model.
+    """
+    path = Path(folder) / DELTA
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    chosen, values = {}, []
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            positions, value = tensors.pop(name + POSITIONS, None), tensors.pop(name)
+            if not fits(parameter, positions, value):
+                raise UserError(f"{path}: {name} does not fit this model: the file is damaged")
+            chosen[name] = None if positions is None else positions.numpy()
+            values.append(value.flatten())
+    if tensors or not values:
+        unknown = ", ".join(sorted(tensors)) or "no tensor"
+        raise UserError(f"{path} holds {unknown}, which is not of this model")
+    return chosen, torch.cat(values)
+
+
+def fits(parameter, positions, value):
+    """Whether saved values, and positions if any, can belong to a parameter."""
+    shape = parameter.shape if positions is None else positions.shape
+    if value.shape != shape or value.dtype != torch.float32 or positions is None:
+        return value.shape == shape and value.dtype == torch.float32
+    if positions.dtype != torch.int64 or positions.dim() != 1 or not len(positions):
+        return False
+    increasing = bool((positions.diff() > 0).all())
+    return increasing and bool(positions[0] >= 0) and bool(positions[-1] < parameter.numel())

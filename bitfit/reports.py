@@ -1,0 +1,189 @@
+"""What people look at: metrics files, tables, learning curves, the bias-change heatmap."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bitfit.trainable import TERMS, layer_and_name
+from utils import whole_file, write_text
+
+SPLIT_COLORS = {"train": "0.55", "validation": "C0", "validation_matched": "C0"}
+
+
+def metrics_rows(epochs, evaluations):
+    """[(epoch, split, metric, value)]"""
+    return [
+        (epoch, split, metric, value)
+        for split, metrics in evaluations.items()
+        for metric, values in metrics.items()
+        for epoch, value in zip(epochs, values, strict=True)
+    ]
+
+
+def best_index(task, evaluations):
+    """Where the main metric of the first validation split was highest, the earliest of equals."""
+    return int(np.argmax(evaluations[task.validation_splits[0]][task.metrics[0]]))
+
+
+def summary(task, epochs, evaluations):
+    """The last and the best evaluation: {"last"|"best": {"epoch", split: {metric: value}}}"""
+
+    def at(index):
+        scores = {s: {m: v[index] for m, v in ms.items()} for s, ms in evaluations.items()}
+        return {"epoch": epochs[index]} | scores
+
+    if not epochs:
+        return {}
+    return {"last": at(-1), "best": at(best_index(task, evaluations))}
+
+
+def write_metrics(output_path, task, epochs, evaluations, facts):
+    """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
+    import pandas as pd
+
+    folder = Path(output_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = facts | {"epochs": epochs, "evaluations": evaluations}
+    content |= {"main_metric": task.metrics[0]} | summary(task, epochs, evaluations)
+    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    table = pd.DataFrame(
+        metrics_rows(epochs, evaluations), columns=["epoch", "split", "metric", "value"]
+    )
+    write_text(folder / "metrics.csv", table.to_csv(index=False))
+
+
+def score_table(task, epochs, evaluations):
+    """The scores as text, x 100 as the paper prints them: a row per split and metric."""
+    import pandas as pd
+
+    if not epochs:
+        return "nothing was evaluated"
+    best = best_index(task, evaluations)
+    rows = [
+        (split, metric, f"{100 * values[-1]:.1f}", f"{100 * values[best]:.1f}")
+        for split, metrics in evaluations.items()
+        for metric, values in metrics.items()
+    ]
+    columns = ["split", "metric", f"last (epoch {epochs[-1]})", f"best (epoch {epochs[best]})"]
+    return pd.DataFrame(rows, columns=columns).to_string(index=False)
+
+
+def one_line_scores(evaluations):
+    """The latest scores, for the log."""
+    return "  ".join(
+        f"{split} {metric} {100 * values[-1]:.1f}"
+        for split, metrics in evaluations.items()
+        for metric, values in metrics.items()
+    )
+
+
+def new_figure(width, height):
+    """A figure that no screen is needed for and no global state knows of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure, path):
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def learning_curves(task, epochs, evaluations, caption):
+    """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
+    return {metric: learning_curve(task, epochs, evaluations, caption, metric)
+            for metric in task.metrics}  # fmt: skip
+
+
+def learning_curve(task, epochs, evaluations, caption, metric):
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    best = best_index(task, evaluations)
+    for split, metrics in evaluations.items():
+        values = 100 * np.array(metrics[metric])
+        label = f"{split.replace('_', ' ')} (last {values[-1]:.1f}, best epoch {values[best]:.1f})"
+        color = SPLIT_COLORS.get(split, "C1")
+        axes.plot(epochs, values, marker="o", markersize=3.5, color=color, label=label)
+    axes.axvline(epochs[best], color="0.8", linewidth=1, zorder=0)
+    main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
+    axes.set_xlabel(f"epoch (grey line: best {main}, epoch {epochs[best]})")
+    axes.set_ylabel(f"{metric} x 100")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(caption, fontsize=10)
+    return figure
+
+
+def bias_changes(start, end):
+    """The paper's amount of change, 1/dim(b) * |b_0 - b_F|_1, per term and layer.
+
+    Args:
+        start, end: {parameter name: values} before and after training.
+
+    Returns:
+        (names, changes): the layers' bias names by falling total change, and (names, layers).
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(
+        [
+            (*layer_and_name(name), (end[name] - start[name]).abs().mean().item())
+            for name in start
+            if layer_and_name(name)[0] is not None
+        ],
+        columns=["layer", "name", "change"],
+    ).pivot(index="name", columns="layer", values="change")
+    table = table.loc[table.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    return list(table.index), table.to_numpy()
+
+
+def bias_heatmap(start, end, caption):
+    """The paper's figure 1: how far each bias term moved, per layer, with the average."""
+    from seaborn import heatmap
+
+    names, changes = bias_changes(start, end)
+    changes = np.column_stack([changes, changes.mean(axis=1)])
+    layers = changes.shape[1] - 1
+    symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}
+    figure = new_figure(max(6, 2.5 + 0.62 * changes.shape[1]), 1.8 + 0.5 * len(names))
+    axes = figure.subplots()
+    heatmap(
+        changes,
+        ax=axes,
+        cmap="Blues",
+        vmin=0,
+        xticklabels=[*map(str, range(1, layers + 1)), "Avg."],
+        yticklabels=[symbols.get(name, name) for name in names],
+        cbar_kws={"label": "mean absolute change"},
+    )
+    axes.axvline(layers, color="white", linewidth=4)
+    axes.tick_params(axis="y", rotation=0, labelsize=13)
+    axes.tick_params(axis="x", rotation=0)
+    axes.set_xlabel(r"layer $\ell$")
+    axes.set_ylabel("")
+    axes.set_title(caption, fontsize=10)
+    return figure
+
+
+def write_predictions(path, task, predicted):
+    """A file for the GLUE server: `index<TAB>prediction`, in the order of the test rows.
+
+    Raises:
+        RuntimeError: what the disk holds is not a line per prediction.
+    """
+    if task.is_regression:
+        words = [f"{value:.4f}" for value in predicted]
+    else:
+        words = [task.written_labels[number] for number in predicted]
+    lines = ["index\tprediction", *(f"{i}\t{word}" for i, word in enumerate(words))]
+    write_text(path, "\n".join(lines) + "\n")
+    count = Path(path).read_text(encoding="utf-8").count("\n")
+    if count != len(predicted) + 1:
+        raise RuntimeError(f"{path} has {count} lines for {len(predicted)} predictions")

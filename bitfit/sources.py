@@ -1,0 +1,197 @@
+"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files.
+
+Every reader answers with `Texts`; every fault is a `UserError` that names file and line.
+"""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils import UserError
+
+LOGGER = logging.getLogger("bitfit")
+HUB_DATASET = "nyu-mll/glue"
+AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
+OTHER_NAMES = {  # MRPC is also shipped under its first names
+    "MRPC/train.tsv": "MRPC/msr_paraphrase_train.txt",
+    "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
+}
+
+
+class Texts(NamedTuple):
+    """One split: its sentence columns, and its labels as numbers (None for a test split)."""
+
+    columns: tuple[list[str], ...]
+    labels: np.ndarray | None
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def take(self, rows):
+        """The given rows, in that order."""
+        columns = tuple([column[i] for i in rows] for column in self.columns)
+        return Texts(columns, None if self.labels is None else self.labels[rows])
+
+
+def is_labelled(split):
+    return split == "train" or split.startswith("validation")
+
+
+def read_split(task, split, data_dir=None):
+    """The texts of one split of a task; None where the optional split "ax" is not there.
+
+    Args:
+        data_dir: a folder in GLUE's own layout (`RTE/train.tsv`) or in that of `nyu-mll/glue`
+            (`rte/train-00000-of-00001.parquet`); None asks the Hub.
+
+    Raises:
+        UserError: a missing file or split, broken rows, unknown labels, no network.
+    """
+    if data_dir is None:
+        texts = from_frame(task, split, read_hub(task, split), f"{HUB_DATASET}, {split}")
+    else:
+        texts = read_local(task, split, Path(data_dir))
+    if texts is not None and not len(texts):
+        raise UserError(f"the {split} split of {task.name} is empty: give a file with rows")
+    return texts
+
+
+def read_local(task, split, data_dir):
+    if not data_dir.is_dir():
+        raise UserError(f"there is no data folder {data_dir}: check --data-dir")
+    config, stem = ("ax", "test") if split == "ax" else (task.name, split)
+    parquet = sorted((data_dir / config).glob(f"{stem}-*.parquet"))
+    if parquet:
+        return from_frame(task, split, read_parquet(parquet), parquet[0])
+    names = AX_FILES if split == "ax" else tsv_names(task, split)
+    found = [data_dir / name for name in names if (data_dir / name).is_file()]
+    if found:
+        return read_tsv(task, found[0], is_labelled(split))
+    if split == "ax":
+        return None
+    raise UserError(
+        f"no {split} split of {task.name} in {data_dir}: "
+        f"expected {names[0]} or {config}/{stem}-*.parquet"
+    )
+
+
+def tsv_names(task, split):
+    name = f"{task.folder}/{task.splits.get(split, split)}.tsv"
+    return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
+
+
+def read_tsv(task, path, labelled):
+    """A file of GLUE's own: tab-separated UTF-8, never quoted, so that a `"` is text."""
+    lines = read_lines(path)
+    names = task.tsv_names if labelled and task.tsv_names else None
+    first = 1 if names else 2  # the number of the first line that holds a row
+    names = names or (lines.pop(0).split("\t") if lines else ())
+    wanted = task.tsv_texts + ((task.tsv_label,) if labelled else ())
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise UserError(f"{path}:1: no column {missing[0]!r} among {', '.join(names) or 'none'}")
+    rows = split_rows(lines, len(names), path, first, task.skips_short_rows)
+    columns = [[row[names.index(name)] for _, row in rows] for name in wanted]
+    if not labelled:
+        return Texts(tuple(columns), None)
+    places = [f"{path}:{number}" for number, _ in rows]
+    return Texts(tuple(columns[:-1]), parse_labels(task, columns[-1], places))
+
+
+def read_lines(path):
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
+    # Not splitlines(): it would also break rows at characters such as U+2028.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def split_rows(lines, width, path, first, skips_short_rows):
+    """[(line number, fields)], each with `width` fields."""
+    rows = [(number, line.split("\t")) for number, line in enumerate(lines, first)]
+    wrong = [number for number, row in rows if len(row) != width]
+    if wrong and not skips_short_rows:
+        count = len(rows[wrong[0] - first][1])
+        raise UserError(f"{path}:{wrong[0]}: {count} columns where {width} are expected")
+    if wrong:
+        LOGGER.warning("%s: %d broken rows are left out", path, len(wrong))
+    return [(number, row) for number, row in rows if len(row) == width]
+
+
+def parse_labels(task, words, places):
+    """Labels as TSV files write them -> numbers."""
+    if task.is_regression:
+        return np.array([parse_score(w, p) for w, p in zip(words, places, strict=True)], np.float32)
+    numbers = {word: number for number, word in enumerate(task.written_labels)}
+    for word, place in zip(words, places, strict=True):
+        if word not in numbers:
+            raise UserError(f"{place}: unknown label {word!r}; expected {', '.join(numbers)}")
+    return np.array([numbers[word] for word in words], np.int64)
+
+
+def parse_score(word, place):
+    try:
+        value = float(word)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 <= value <= 5.0:
+        raise UserError(f"{place}: unknown label {word!r}; expected a score from 0 to 5")
+    return value
+
+
+def read_parquet(paths):
+    import pandas as pd
+
+    try:
+        return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+    except Exception as error:  # pyarrow raises several kinds of its own
+        raise UserError(f"{paths[0]}: not a readable Parquet file: {one_line(error)}") from None
+
+
+def read_hub(task, split):
+    import datasets
+
+    config, name = ("ax", "test") if split == "ax" else (task.name, split)
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(HUB_DATASET, config, split=name).to_pandas()
+    except Exception as error:  # network, cache and parser faults have no common class
+        raise UserError(
+            f"cannot load {HUB_DATASET} ({config}) from the Hub or its cache: {one_line(error)}; "
+            "give local copies: --data-dir <folder> and --model-name <folder>"
+        ) from None
+
+
+def from_frame(task, split, frame, source):
+    """A table with the columns of `nyu-mll/glue`, labels as numbers -> Texts."""
+    labelled = is_labelled(split)
+    wanted = task.texts + (("label",) if labelled else ())
+    missing = [name for name in wanted if name not in frame]
+    if missing:
+        raise UserError(f"{source}: no column {missing[0]!r} among {', '.join(frame.columns)}")
+    for name in task.texts:
+        bad = [i for i, text in enumerate(frame[name]) if not isinstance(text, str)]
+        if bad:
+            raise UserError(f"{source}: row {bad[0]} has no text in column {name!r}")
+    columns = tuple(frame[name].tolist() for name in task.texts)
+    return Texts(columns, frame_labels(task, frame["label"], source) if labelled else None)
+
+
+def frame_labels(task, column, source):
+    upper = 5.0 if task.is_regression else len(task.labels) - 1
+    for row, value in enumerate(column):
+        whole = isinstance(value, float | np.floating) if task.is_regression else True
+        if isinstance(value, str) or not whole or not 0 <= value <= upper:
+            raise UserError(f"{source}: row {row} has the unknown label {value!r}")
+    return column.to_numpy(np.float32 if task.is_regression else np.int64)
+
+
+def one_line(error):
+    """The first line of an error's text, without its final stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,188 @@
+"""One record per GLUE task, and everything that follows from it: loss, predictions, scores.
+
+Columns, label order and metrics are those of the `nyu-mll/glue` data set and of the released
+BitFit code; the TSV columns and server files are those of gluebenchmark.com.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known about one GLUE task; nothing else in the project tests a task's name."""
+
+    name: str
+    folder: str  # GLUE's own folder, and the stem of the server's file
+    texts: tuple[str, ...]  # columns of nyu-mll/glue: one sentence, or two
+    labels: tuple[str, ...]  # in nyu-mll/glue's order; none means a score to regress on
+    metrics: tuple[str, ...]  # the main one first
+    tsv_texts: tuple[str, ...]  # the same columns in GLUE's TSV files
+    tsv_label: str = "label"
+    tsv_names: tuple[str, ...] = ()  # the columns of a train or dev file that has no header line
+    labels_by_name: bool = False  # TSV and server files hold names, not numbers
+    skips_short_rows: bool = False  # the published file has broken rows, which all readers skip
+    splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
+
+    @property
+    def is_regression(self):
+        return not self.labels
+
+    @property
+    def num_labels(self):
+        return len(self.labels) or 1
+
+    @property
+    def written_labels(self):
+        """The labels as TSV and server files write them, in order."""
+        return self.labels if self.labels_by_name else tuple(map(str, range(len(self.labels))))
+
+    @property
+    def validation_splits(self):
+        """The scored splits; the first holds the main score."""
+        return tuple(name for name in self.splits if name.startswith("validation"))
+
+    @property
+    def server_files(self):
+        """{test split: the file that the GLUE server expects}"""
+        suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
+        files = {s: f"{self.folder}{suffixes[s]}.tsv" for s in self.splits if s in suffixes}
+        return files | ({"ax": "AX.tsv"} if "ax" in self.splits else {})
+
+
+MNLI_SPLITS = {
+    "validation_matched": "dev_matched",
+    "validation_mismatched": "dev_mismatched",
+    "test_matched": "test_matched",
+    "test_mismatched": "test_mismatched",
+    "ax": "AX",  # the diagnostic set, predicted by the MNLI model; it has a folder of its own
+}
+ENTAILMENT = ("entailment", "not_entailment")
+PAIR = ("sentence1", "sentence2")
+QUESTIONS = ("question1", "question2")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="cola",
+            folder="CoLA",
+            texts=("sentence",),
+            labels=("unacceptable", "acceptable"),
+            metrics=("MCC",),
+            tsv_texts=("sentence",),
+            tsv_names=("source", "label", "annotation", "sentence"),
+        ),
+        Task(
+            name="mnli",
+            folder="MNLI",
+            texts=("premise", "hypothesis"),
+            labels=("entailment", "neutral", "contradiction"),
+            metrics=("Accuracy",),
+            tsv_texts=PAIR,
+            tsv_label="gold_label",
+            labels_by_name=True,
+            splits=MNLI_SPLITS,
+        ),
+        Task(
+            name="mrpc",
+            folder="MRPC",
+            texts=PAIR,
+            labels=("not_equivalent", "equivalent"),
+            metrics=("F1", "Accuracy"),
+            tsv_texts=("#1 String", "#2 String"),
+            tsv_label="Quality",
+        ),
+        Task(
+            name="qnli",
+            folder="QNLI",
+            texts=("question", "sentence"),
+            labels=ENTAILMENT,
+            metrics=("Accuracy",),
+            tsv_texts=("question", "sentence"),
+            labels_by_name=True,
+        ),
+        Task(
+            name="qqp",
+            folder="QQP",
+            texts=QUESTIONS,
+            labels=("not_duplicate", "duplicate"),
+            metrics=("F1", "Accuracy"),
+            tsv_texts=QUESTIONS,
+            tsv_label="is_duplicate",
+            skips_short_rows=True,
+        ),
+        Task(
+            name="rte",
+            folder="RTE",
+            texts=PAIR,
+            labels=ENTAILMENT,
+            metrics=("Accuracy",),
+            tsv_texts=PAIR,
+            labels_by_name=True,
+        ),
+        Task(
+            name="sst2",
+            folder="SST-2",
+            texts=("sentence",),
+            labels=("negative", "positive"),
+            metrics=("Accuracy",),
+            tsv_texts=("sentence",),
+        ),
+        Task(
+            name="stsb",
+            folder="STS-B",
+            texts=PAIR,
+            labels=(),
+            metrics=("Spearman", "Pearson"),
+            tsv_texts=PAIR,
+            tsv_label="score",
+        ),
+        Task(
+            name="wnli",
+            folder="WNLI",
+            texts=PAIR,
+            labels=("not_entailment", "entailment"),
+            metrics=("Accuracy",),
+            tsv_texts=PAIR,
+        ),
+    )
+}
+
+
+def row_losses(task, logits, labels):
+    """The loss of each row: cross-entropy, or squared error. (B, C), (B,) -> (B,)"""
+    import torch.nn.functional as F
+
+    if task.is_regression:
+        return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def predictions(task, logits):
+    """Label numbers, or scores clipped to STS-B's [0, 5]. (rows, C) -> (rows,)"""
+    return np.clip(logits[:, 0], 0.0, 5.0) if task.is_regression else logits.argmax(axis=1)
+
+
+def score(task, logits, labels):
+    """{metric: value} of float logits (rows, C) against labels (rows,).
+
+    A correlation with a constant is 0, as scikit-learn has it for Matthews', and no warning.
+    """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    def correlation(function):
+        constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
+        return 0.0 if constant else function(labels, predicted).statistic
+
+    predicted = logits[:, 0] if task.is_regression else predictions(task, logits)
+    compute = {
+        "MCC": lambda: matthews_corrcoef(labels, predicted),
+        "Accuracy": lambda: accuracy_score(labels, predicted),
+        "F1": lambda: f1_score(labels, predicted, zero_division=0.0),
+        "Spearman": lambda: correlation(spearmanr),
+        "Pearson": lambda: correlation(pearsonr),
+    }
+    return {metric: float(compute[metric]()) for metric in task.metrics}

@@ -1,0 +1,184 @@
+"""Which parameters train: exact names per fine-tune type and bias term, and random masks.
+
+One answer for all types: {parameter name: None (all of it) or the flat positions that train}.
+It freezes, counts, optimizes, saves and plots. Names are compared whole, never as substrings.
+"""
+
+import re
+
+import numpy as np
+
+from utils import UserError
+
+FINE_TUNE_TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
+# term -> (parameter name relative to its layer, the paper's symbol), paper section 3
+TERMS = {
+    "query": ("attention.self.query.bias", "b_{q}"),
+    "key": ("attention.self.key.bias", "b_{k}"),
+    "value": ("attention.self.value.bias", "b_{v}"),
+    "attention_output": ("attention.output.dense.bias", "b_{m_1}"),
+    "attention_layernorm": ("attention.output.LayerNorm.bias", "b_{LN_1}"),
+    "intermediate": ("intermediate.dense.bias", "b_{m_2}"),
+    "output": ("output.dense.bias", "b_{m_3}"),
+    "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
+}
+ALL_BIASES = "bias"  # the released code's name for `all`
+# Table 3's sizes of the random mask; other models train as many numbers as bitfit would.
+MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_000}
+
+
+def actual_components(terms):
+    """Terms of `--bias-terms` -> parameter names relative to their layer; all -> "bias".
+
+    Raises:
+        UserError: for an unknown term.
+    """
+    unknown = [term for term in terms if term != "all" and term not in TERMS]
+    if unknown:
+        raise UserError(f"unknown bias term {unknown[0]!r}; known: {', '.join(TERMS)}, all")
+    return [ALL_BIASES if term == "all" else TERMS[term][0] for term in terms]
+
+
+def layer_and_name(name):
+    """ "bert.encoder.layer.3.output.dense.bias" -> (3, "output.dense.bias"); else (None, name)."""
+    found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def in_encoder(model, name):
+    """Whether a parameter belongs to the pre-trained encoder, not to the task's classifier."""
+    return name.startswith(model.base_model_prefix + ".")
+
+
+def is_bias(name):
+    return name.rsplit(".", 1)[-1] == "bias"
+
+
+def head_names(model):
+    return [n for n, _ in model.named_parameters() if not in_encoder(model, n)]
+
+
+def bitfit_names(model, components):
+    """The bias terms given (relative names, or "bias" for all), the pooler's bias, the classifier.
+
+    Raises:
+        UserError: if the model has no bias of one of those names.
+    """
+    biases = [n for n, _ in model.named_parameters() if in_encoder(model, n) and is_bias(n)]
+    kinds = sorted({layer_and_name(n)[1] for n in biases if layer_and_name(n)[0] is not None})
+    if not biases or ALL_BIASES not in components:
+        for component in components if biases else ["bias of any kind"]:
+            if component not in kinds:
+                raise UserError(
+                    f"this {model.config.model_type} model has no {component} in its layers; "
+                    f"it has: {', '.join(kinds) or 'no biases at all, so bitfit cannot train it'}"
+                )
+    chosen = {
+        n
+        for n in biases
+        if ALL_BIASES in components
+        or layer_and_name(n)[1] in components
+        or n.endswith(".pooler.dense.bias")
+    }
+    chosen.update(head_names(model))
+    return [n for n, _ in model.named_parameters() if n in chosen]
+
+
+def whole(names):
+    return dict.fromkeys(names)
+
+
+def trainable(model, encoder_trainable, components=None):
+    """{name: None} for full_ft, for bitfit (`components`), or for frozen (no components)."""
+    if encoder_trainable:
+        return whole(n for n, _ in model.named_parameters())
+    return whole(bitfit_names(model, components) if components else head_names(model))
+
+
+def default_mask_size(model, model_name):
+    """The paper's size for its three models, else as many numbers as bitfit trains."""
+    for name, size in MASK_SIZES.items():
+        if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", str(model_name)):
+            return size
+    parameters = dict(model.named_parameters())
+    chosen = bitfit_names(model, [ALL_BIASES])
+    return sum(parameters[n].numel() for n in chosen if in_encoder(model, n))
+
+
+def uniform_positions(model, mask_size, rng):
+    """Exactly `mask_size` distinct positions, uniform over all the encoder's parameters.
+
+    Raises:
+        UserError: if the encoder has fewer parameters.
+    """
+    encoder = [(n, p.numel()) for n, p in model.named_parameters() if in_encoder(model, n)]
+    ends = np.cumsum([size for _, size in encoder])
+    if not 1 <= mask_size <= ends[-1]:
+        raise UserError(f"--mask-size {mask_size}: the encoder has {ends[-1]:,} parameters")
+    drawn = np.sort(rng.choice(ends[-1], size=mask_size, replace=False, shuffle=False))
+    cuts = np.searchsorted(drawn, ends)
+    starts = [0, *cuts[:-1]]
+    chosen = {
+        name: drawn[start:stop] - (end - size)
+        for (name, size), end, start, stop in zip(encoder, ends, starts, cuts, strict=True)
+        if stop > start
+    }
+    return chosen | whole(head_names(model))
+
+
+def row_column_positions(model, rng):
+    """For each matrix of the layers and the pooler one random column, or as many rows.
+
+    A matrix (out, in) with out >= in can give out // in distinct rows, as many numbers as its
+    bias; a fair coin decides for a square one. LayerNorm gains train whole. Paper, table 3.
+    """
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        inside = layer_and_name(name)[0] is not None or ".pooler." in name
+        if not inside or not in_encoder(model, name) or is_bias(name):
+            continue
+        if parameter.dim() == 1:
+            chosen[name] = None
+        elif parameter.dim() == 2:
+            chosen[name] = row_or_column(*parameter.shape, rng)
+    return chosen | whole(head_names(model))
+
+
+def row_or_column(rows, columns, rng):
+    """Flat positions of one column, or of rows // columns distinct rows, sorted."""
+    takes_rows = rows > columns or (rows == columns and rng.integers(2))
+    if not takes_rows:
+        return np.arange(rows) * columns + rng.integers(columns)
+    picked = np.sort(rng.choice(rows, size=rows // columns, replace=False))
+    return (picked[:, None] * columns + np.arange(columns)).ravel()
+
+
+def dense_masks(model, chosen):
+    """{name: bool tensor of the parameter's shape} of what trains in part."""
+    import torch
+
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if chosen.get(name) is not None:
+            masks[name] = torch.zeros(parameter.shape, dtype=torch.bool)
+            masks[name].view(-1)[torch.from_numpy(chosen[name])] = True
+    return masks
+
+
+def count(model, chosen):
+    """How many numbers train."""
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    return sum(sizes[n] if positions is None else len(positions) for n, positions in chosen.items())
+
+
+def describe(model, chosen):
+    """A table of the trained tensors with their shapes, the total and its share."""
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    total, everything = count(model, chosen), sum(p.numel() for p in model.parameters())
+    width = max(map(len, chosen))
+    lines = [
+        f"{n:<{width}}  {shapes[n]}" + ("" if p is None else f"  {len(p):,} of them")
+        for n, p in chosen.items()
+    ]
+    share = f"{total:,} of {everything:,} parameters train ({total / everything:.3%})"
+    return "\n".join(["Trained tensors", *lines, share])

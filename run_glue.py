@@ -1,0 +1,246 @@
+"""Fine-tune and score a BERT-family model on a GLUE task, bias terms only (BitFit) or otherwise.
+
+    python run_glue.py --output-path out/rte --task-name rte --fine-tune-type bitfit
+
+Flags in, checks, a GLUEvaluator, files out. Bad input ends with status 2 and one line.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import utils
+from bitfit.tasks import TASKS
+from bitfit.trainable import FINE_TUNE_TYPES, TERMS
+from utils import Diverged, UserError
+
+LOGGER = logging.getLogger("bitfit")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `-h` has the rest."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float from `low` (or above it) up to `high`."""
+    rule = f"{'above' if above else 'at least'} {low}"
+    rule += f" and below {high}" if high < math.inf else ""
+    name = {int: "whole number", float: "number"}[kind]
+
+    def parse(word):
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value < high:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a {name} {rule}")
+        return value
+
+    return parse
+
+
+def gpu(word):
+    if word == "cpu":
+        return word
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
+
+
+def make_parser():
+    # One line a flag, so that the whole interface is seen at once.
+    # fmt: off
+    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False, description=__doc__.splitlines()[0],
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    positive = number(int, 1)
+
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--output-path", "-o", required=True, metavar="DIR", help="new or empty folder for all results")
+    group.add_argument("--task-name", "-t", required=True, choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    group.add_argument("--model-name", "-m", default="bert-base-cased", metavar="MODEL", help="name on the Hugging Face Hub, or a local folder")
+    group.add_argument("--fine-tune-type", "-f", required=True, choices=FINE_TUNE_TYPES, metavar="TYPE", help=f"what trains, one of {', '.join(FINE_TUNE_TYPES)}")
+    group.add_argument("--bias-terms", nargs="+", choices=[*TERMS, "all"], metavar="TERM", default=argparse.SUPPRESS, help=f"for bitfit, some of {', '.join(TERMS)}, or all (default: all)")
+    group.add_argument("--mask-size", type=positive, metavar="N", default=argparse.SUPPRESS, help="for rand_uniform, parameters drawn (default: the paper's 100,000, 280,000, 105,000 for its three models, else as many as bitfit)")
+    group.add_argument("--random-encoder", action="store_true", help="a control: draw the encoder's weights at random instead of loading them")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", default=argparse.SUPPRESS, help="GLUE's own TSV folders (RTE/train.tsv) or Parquet files (rte/train-*.parquet) (default: nyu-mll/glue from the Hub)")
+    group.add_argument("--max-seq-length", type=positive, default=128, metavar="N", help="cut rows to so many tokens")
+    group.add_argument("--train-size", type=positive, metavar="N", default=argparse.SUPPRESS, help="train on so many rows, drawn by the seed (default: all)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--learning-rate", "-l", type=number(float, 0, above=True), default=1e-3, metavar="LR", help="as a guide, 1e-4 to 1e-3 for bias terms and 1e-5 to 5e-5 for full_ft")
+    group.add_argument("--epochs", "-e", type=positive, default=16, metavar="N", help="passes over the training rows")
+    group.add_argument("--batch-size", "-b", type=positive, default=8, metavar="N", help="rows per optimizer step")
+    group.add_argument("--optimizer", choices=("adamw", "adam"), default="adamw", help="adamw has weight decay 0 and eps 1e-6, as the released code had")
+    group.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear falls to 0 at the last step")
+    group.add_argument("--warmup-ratio", type=number(float, 0, 1), default=0.0, metavar="R", help="share of all steps over which the learning rate first rises")
+    group.add_argument("--seed", "-s", type=number(int, 0, 2**63), default=0, metavar="N", help="draws the classifier, data order, dropout and masks")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--gpu-device", "-d", type=gpu, metavar="GPU", default=argparse.SUPPRESS, help="GPU number, or cpu (default: GPU 0 where there is one, else the CPU)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), default=argparse.SUPPRESS, help="bf16 multiplies in bfloat16; what trains stays float32 (default: bf16 on a GPU that has it, else fp32)")
+    group.add_argument("--no-tf32", action="store_true", help="with fp32 on a GPU, multiply in full float32")
+
+    group = parser.add_argument_group("results")
+    group.add_argument("--evaluation-frequency", type=positive, default=1, metavar="N", help="score every N epochs, and after the last")
+    group.add_argument("--keep", choices=("last", "best"), default="last", help="which epoch's weights are saved and predict; best is by the main validation score")
+    group.add_argument("--save-evaluator", action="store_true", help="write evaluator/, which GLUEvaluator.load reads")
+    group.add_argument("--export-model", action="store_true", help="write model/, a plain Hugging Face folder")
+    group.add_argument("--predict-test", action="store_true", help="write the test predictions for the GLUE server")
+    group.add_argument("--verbose", action="store_true", help="list the trained tensors")
+    # fmt: on
+    return parser
+
+
+OPTIONAL = ("bias_terms", "mask_size", "data_dir", "train_size", "gpu_device", "precision")
+
+
+def parse_args(argv=None):
+    """Flags, with those not given as None, and the checks that need no file."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in OPTIONAL:
+        setattr(args, name, getattr(args, name, None))
+    if args.bias_terms and args.fine_tune_type != "bitfit":
+        parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
+    if args.mask_size and args.fine_tune_type != "rand_uniform":
+        parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
+    return args
+
+
+def check_output_path(path):
+    """The output folder must be new or empty, and its place writable."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output-path {path} is a file: give a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"--output-path {path} is not empty: give a new folder, nothing is replaced"
+        )
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--output-path {path} cannot be made in {nearest}: give another place")
+
+
+def pick_device(choice):
+    """--gpu-device -> GPU number or None for the CPU."""
+    import torch
+
+    if choice is None:
+        return 0 if torch.cuda.is_available() else None
+    return None if choice == "cpu" else choice
+
+
+def prepare(args, device):
+    """Read data and model and choose what trains; everything that can be wrong is found here."""
+    from glue_evaluator import GLUEvaluator, set_seed
+
+    set_seed(args.seed)
+    evaluator = GLUEvaluator(
+        args.task_name,
+        args.model_name,
+        device,
+        seed=args.seed,
+        data_dir=args.data_dir,
+        precision=args.precision,
+        random_encoder=args.random_encoder,
+    )
+    evaluator.preprocess_dataset(
+        "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
+    )
+    terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
+    evaluator.training_preparation(
+        args.learning_rate,
+        args.optimizer,
+        args.fine_tune_type not in ("bitfit", "frozen"),
+        evaluator.convert_to_actual_components(terms),
+        args.verbose,
+    )
+    if args.fine_tune_type == "rand_uniform":
+        evaluator.set_uniform_mask(args.mask_size)
+    elif args.fine_tune_type == "rand_row_col":
+        evaluator.set_row_and_column_random_mask()
+    return evaluator
+
+
+def write_args(args, evaluator):
+    """args.json: all flags, and what else the numbers depend on."""
+    import datasets
+    import torch
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    on_gpu = evaluator.torch_device.type == "cuda"
+    facts = vars(args) | {
+        "precision": evaluator.precision,
+        "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "python": sys.version.split()[0],
+        "commit": commit.stdout.strip() or None,
+    }
+    Path(args.output_path).mkdir(parents=True, exist_ok=True)
+    utils.write_text(Path(args.output_path) / "args.json", json.dumps(facts, indent=2) + "\n")
+
+
+def run(args):
+    check_output_path(args.output_path)
+    utils.use_local_copies_when_offline()
+    import torch
+
+    if not args.no_tf32 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    evaluator = prepare(args, pick_device(args.gpu_device))
+    write_args(args, evaluator)
+    output = Path(args.output_path)
+    evaluator.train_and_evaluate(
+        args.epochs,
+        output,
+        args.evaluation_frequency,
+        args.lr_schedule,
+        args.warmup_ratio,
+        args.keep,
+    )
+    if args.fine_tune_type == "bitfit":
+        evaluator.plot_terms_changes(output / "bias_term_changes")
+    if args.save_evaluator:
+        evaluator.save(output / "evaluator")
+    if args.export_model:
+        evaluator.export_model(output / "model")
+    if args.predict_test:
+        evaluator.export_model_test_set_predictions(output)
+    print(evaluator.score_table())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    utils.setup_logging()
+    try:
+        run(args)
+    except UserError as error:
+        sys.stderr.write(f"run_glue.py: error: {error}\n")
+        return 2
+    except Diverged as error:
+        sys.stderr.write(f"run_glue.py: stopped: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
