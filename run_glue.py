@@ -57,60 +57,82 @@ def gpu(word):
 
 
 def make_parser():
-    # One line a flag, so that the whole interface is seen at once.
     # fmt: off
-    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False, description=__doc__.splitlines()[0],
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False,
+                           description=__doc__.splitlines()[0])
     positive = number(int, 1)
 
-    group = parser.add_argument_group("what to run")
-    group.add_argument("--output-path", "-o", required=True, metavar="DIR", help="new or empty folder for all results")
-    group.add_argument("--task-name", "-t", required=True, choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
-    group.add_argument("--model-name", "-m", default="bert-base-cased", metavar="MODEL", help="name on the Hugging Face Hub, or a local folder")
-    group.add_argument("--fine-tune-type", "-f", required=True, choices=FINE_TUNE_TYPES, metavar="TYPE", help=f"what trains, one of {', '.join(FINE_TUNE_TYPES)}")
-    group.add_argument("--bias-terms", nargs="+", choices=[*TERMS, "all"], metavar="TERM", default=argparse.SUPPRESS, help=f"for bitfit, some of {', '.join(TERMS)}, or all (default: all)")
-    group.add_argument("--mask-size", type=positive, metavar="N", default=argparse.SUPPRESS, help="for rand_uniform, parameters drawn (default: the paper's 100,000, 280,000, 105,000 for its three models, else as many as bitfit)")
-    group.add_argument("--random-encoder", action="store_true", help="a control: draw the encoder's weights at random instead of loading them")
+    add = parser.add_argument_group("what to run").add_argument
+    add("--output-path", "-o", metavar="DIR", required=True,
+        help="new or empty folder for the results")
+    add("--task-name", "-t", metavar="TASK", required=True, choices=TASKS,
+        help=f"one of {', '.join(TASKS)}")
+    add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
+        help="name on the Hugging Face Hub, or a folder [%(default)s]")
+    add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
+        help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
+    add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
+        help=f"for bitfit: all, or some of {', '.join(TERMS)} [all]")
+    add("--mask-size", metavar="N", type=positive,
+        help="for rand_uniform: how many encoder parameters are drawn [100000 for bert-base, "
+             "280000 for bert-large, 105000 for roberta-base, else as many as bitfit trains]")
+    add("--random-encoder", action="store_true",
+        help="a control: draw the encoder's weights at random instead of loading them [off]")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", default=argparse.SUPPRESS, help="GLUE's own TSV folders (RTE/train.tsv) or Parquet files (rte/train-*.parquet) (default: nyu-mll/glue from the Hub)")
-    group.add_argument("--max-seq-length", type=positive, default=128, metavar="N", help="cut rows to so many tokens")
-    group.add_argument("--train-size", type=positive, metavar="N", default=argparse.SUPPRESS, help="train on so many rows, drawn by the seed (default: all)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", metavar="DIR",
+        help="a folder with GLUE's own TSV folders (RTE/train.tsv) or with Parquet files "
+             "(rte/train-*.parquet) [nyu-mll/glue from the Hub]")
+    add("--max-seq-length", metavar="N", type=positive, default=128,
+        help="longer rows are cut to so many tokens [%(default)s]")
+    add("--train-size", metavar="N", type=positive,
+        help="train on so many rows, drawn by the seed [all]")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--learning-rate", "-l", type=number(float, 0, above=True), default=1e-3, metavar="LR", help="as a guide, 1e-4 to 1e-3 for bias terms and 1e-5 to 5e-5 for full_ft")
-    group.add_argument("--epochs", "-e", type=positive, default=16, metavar="N", help="passes over the training rows")
-    group.add_argument("--batch-size", "-b", type=positive, default=8, metavar="N", help="rows per optimizer step")
-    group.add_argument("--optimizer", choices=("adamw", "adam"), default="adamw", help="adamw has weight decay 0 and eps 1e-6, as the released code had")
-    group.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear falls to 0 at the last step")
-    group.add_argument("--warmup-ratio", type=number(float, 0, 1), default=0.0, metavar="R", help="share of all steps over which the learning rate first rises")
-    group.add_argument("--seed", "-s", type=number(int, 0, 2**63), default=0, metavar="N", help="draws the classifier, data order, dropout and masks")
+    add = parser.add_argument_group("training").add_argument
+    add("--learning-rate", "-l", metavar="LR", type=number(float, 0, above=True), default=1e-3,
+        help="usual: 1e-4 to 1e-3 for bias terms, 1e-5 to 5e-5 for full_ft [%(default)s]")
+    add("--epochs", "-e", metavar="N", type=positive, default=16,
+        help="passes over the training rows [%(default)s]")
+    add("--batch-size", "-b", metavar="N", type=positive, default=8,
+        help="rows per optimizer step [%(default)s]")
+    add("--optimizer", choices=("adamw", "adam"), default="adamw",
+        help="adamw has weight decay 0 and eps 1e-6, as in the released code [%(default)s]")
+    add("--lr-schedule", choices=("constant", "linear"), default="constant",
+        help="linear falls to 0 at the last step [%(default)s]")
+    add("--warmup-ratio", metavar="R", type=number(float, 0, 1), default=0.0,
+        help="share of all steps over which the learning rate first rises [%(default)s]")
+    add("--seed", "-s", metavar="N", type=number(int, 0, 2**63), default=0,
+        help="draws the classifier, data order, dropout and masks [%(default)s]")
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--gpu-device", "-d", type=gpu, metavar="GPU", default=argparse.SUPPRESS, help="GPU number, or cpu (default: GPU 0 where there is one, else the CPU)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), default=argparse.SUPPRESS, help="bf16 multiplies in bfloat16; what trains stays float32 (default: bf16 on a GPU that has it, else fp32)")
-    group.add_argument("--no-tf32", action="store_true", help="with fp32 on a GPU, multiply in full float32")
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpu-device", "-d", metavar="GPU", type=gpu,
+        help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
+    add("--precision", choices=("fp32", "bf16"),
+        help="bf16 multiplies in bfloat16; what trains stays float32 "
+             "[bf16 on a GPU that has it, else fp32]")
+    add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
 
-    group = parser.add_argument_group("results")
-    group.add_argument("--evaluation-frequency", type=positive, default=1, metavar="N", help="score every N epochs, and after the last")
-    group.add_argument("--keep", choices=("last", "best"), default="last", help="which epoch's weights are saved and predict; best is by the main validation score")
-    group.add_argument("--save-evaluator", action="store_true", help="write evaluator/, which GLUEvaluator.load reads")
-    group.add_argument("--export-model", action="store_true", help="write model/, a plain Hugging Face folder")
-    group.add_argument("--predict-test", action="store_true", help="write the test predictions for the GLUE server")
-    group.add_argument("--verbose", action="store_true", help="list the trained tensors")
+    add = parser.add_argument_group("results").add_argument
+    add("--evaluation-frequency", metavar="N", type=positive, default=1,
+        help="score every N epochs, and after the last [%(default)s]")
+    add("--keep", choices=("last", "best"), default="last",
+        help="the epoch whose weights are saved and predict; best is by the main validation "
+             "score [%(default)s]")
+    add("--save-evaluator", action="store_true",
+        help="write evaluator/, for GLUEvaluator.load [off]")
+    add("--export-model", action="store_true",
+        help="write model/, a plain Hugging Face folder [off]")
+    add("--predict-test", action="store_true",
+        help="write the test predictions for the GLUE server [off]")
+    add("--verbose", action="store_true", help="list the trained tensors [off]")
     # fmt: on
     return parser
 
 
-OPTIONAL = ("bias_terms", "mask_size", "data_dir", "train_size", "gpu_device", "precision")
-
-
 def parse_args(argv=None):
-    """Flags, with those not given as None, and the checks that need no file."""
+    """The flags, and the checks that need no file."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in OPTIONAL:
-        setattr(args, name, getattr(args, name, None))
     if args.bias_terms and args.fine_tune_type != "bitfit":
         parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
     if args.mask_size and args.fine_tune_type != "rand_uniform":

@@ -4,6 +4,7 @@ Every reader answers with `Texts`; every fault is a `UserError` that names file 
 """
 
 import logging
+import numbers
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,11 +129,11 @@ def parse_labels(task, words, places):
     """Labels as TSV files write them -> numbers."""
     if task.is_regression:
         return np.array([parse_score(w, p) for w, p in zip(words, places, strict=True)], np.float32)
-    numbers = {word: number for number, word in enumerate(task.written_labels)}
+    order = {word: number for number, word in enumerate(task.written_labels)}
     for word, place in zip(words, places, strict=True):
-        if word not in numbers:
-            raise UserError(f"{place}: unknown label {word!r}; expected {', '.join(numbers)}")
-    return np.array([numbers[word] for word in words], np.int64)
+        if word not in order:
+            raise UserError(f"{place}: unknown label {word!r}; expected {', '.join(order)}")
+    return np.array([order[word] for word in words], np.int64)
 
 
 def parse_score(word, place):
@@ -186,8 +187,8 @@ def from_frame(task, split, frame, source):
 def frame_labels(task, column, source):
     upper = 5.0 if task.is_regression else len(task.labels) - 1
     for row, value in enumerate(column):
-        whole = isinstance(value, float | np.floating) if task.is_regression else True
-        if isinstance(value, str) or not whole or not 0 <= value <= upper:
+        known = isinstance(value, numbers.Real) and 0 <= value <= upper
+        if not known or not (task.is_regression or value == int(value)):
             raise UserError(f"{source}: row {row} has the unknown label {value!r}")
     return column.to_numpy(np.float32 if task.is_regression else np.int64)
 

@@ -1,0 +1,212 @@
+"""Our training loop beside the released one, on the same rows in one process.
+
+    python benchmarks/throughput.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
+
+The released loop is re-created plainly: every row padded to 128, one batch at a time, float32,
+`.item()` and a print each step. Both train the same bias terms at the same batch size, in turn
+(A B A B ...), after a warm-up of one step each. The clock covers training alone: no loading,
+tokenizing or scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification  # noqa: E402
+
+from bitfit import models, sources  # noqa: E402
+from bitfit.data import MAX_TOKENS, micro_batches, overhead_tokens, tokenize  # noqa: E402
+from bitfit.runs import Run, Stack  # noqa: E402
+from bitfit.tasks import TASKS  # noqa: E402
+from bitfit.trainable import bitfit_names, whole  # noqa: E402
+from bitfit.training import (  # noqa: E402
+    Plan,
+    Schedule,
+    epoch_order,
+    make_optimizers,
+    precision_of,
+    train_epoch,
+)
+
+LENGTH = 128
+SIZES = {  # hidden size, layers, heads, intermediate size
+    "minilm": (384, 6, 12, 1536),
+    "bert-base": (768, 12, 12, 3072),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--task-name", default="cola", choices=TASKS)
+    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
+    parser.add_argument("--model-name", help="a folder; None: a random encoder")
+    parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--rows", type=int, default=256, help="training rows in one pass")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def load(args, task):
+    """(tokenizer, a function that makes the same fresh model each time)"""
+    if args.model_name:
+        tokenizer = models.load_tokenizer(args.model_name)
+        return tokenizer, lambda: models.load_model(args.model_name, task, seed=0)
+    hidden, layers, heads, inner = SIZES[args.size]
+    config = BertConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        num_labels=task.num_labels,
+    )
+
+    def make():
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config)
+
+    return AutoTokenizer.from_pretrained(ROOT / "examples/tiny_bert"), make
+
+
+def released_pass(model, rows, batch_size):
+    """One pass as the released code makes it; `rows` are padded tensors on the device."""
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*rows.values()), batch_size=batch_size, shuffle=True
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, eps=1e-6)
+    criterion = torch.nn.CrossEntropyLoss() if model.config.num_labels > 1 else torch.nn.MSELoss()
+    model.train()
+    loss_sum = 0.0
+    with open(os.devnull, "w") as screen:
+        for step, (*inputs, labels) in enumerate(loader):
+            logits = model(**dict(zip(rows, inputs, strict=False))).logits
+            loss = criterion(logits.squeeze(-1), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.zero_grad()
+            loss_sum += loss.item()
+            print(f"STEP {step} LOSS {loss_sum / (step + 1):.3f}\r", end="", file=screen)
+
+
+def make_released(make_model, tokenizer, texts, device):
+    """A function that trains so many rows in the released way."""
+    model = make_model().to(device)
+    names = set(bitfit_names(model, ["bias"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    rows = tokenizer(
+        *texts.columns,
+        padding="max_length",
+        max_length=LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    )
+    rows = {k: v.to(device) for k, v in rows.items()}
+    rows["labels"] = torch.from_numpy(texts.labels).to(device)
+
+    def train(count, batch_size):
+        released_pass(model, {k: v[:count] for k, v in rows.items()}, batch_size)
+
+    return train
+
+
+def make_ours(make_model, tokenizer, texts, device, task, precision):
+    """A function that trains so many rows in our way."""
+    model = make_model().to(device)
+    stack = Stack(model, whole(bitfit_names(model, ["bias"])), [Run(1e-3, 0)])
+    optimizers = make_optimizers("adamw", stack)
+
+    def train(count, batch_size):
+        tokens = tokenize(texts.take(range(count)), tokenizer, LENGTH).to(device)
+        plan = Plan(task, model, tokens, batch_size, Schedule("constant", 0, 0))
+        synchronize(device)
+        begin = time.perf_counter()
+        with precision_of(model, precision, device):
+            train_epoch(plan, stack, optimizers, 0, tqdm(disable=True))
+        synchronize(device)
+        return time.perf_counter() - begin
+
+    return train
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(train, count, batch_size, device):
+    synchronize(device)
+    begin = time.perf_counter()
+    train(count, batch_size)
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def padding_shares(texts, tokenizer, model, batch_size, device):
+    """The share of padding among the tokens that each loop multiplies."""
+    lengths = tokenize(texts, tokenizer, LENGTH).lengths
+    order = epoch_order(Run(1e-3, 0), 0, len(lengths))
+    overhead = overhead_tokens(model, device)
+    padded = 0
+    for start in range(0, len(order), batch_size):
+        step = lengths[order[start : start + batch_size]]
+        parts = micro_batches(step, overhead, MAX_TOKENS[device.type])
+        padded += sum(len(part) * step[part].max() for part in parts)
+    return 1 - lengths.sum() / (LENGTH * len(lengths)), 1 - lengths.sum() / padded
+
+
+def spread(values, digits=1):
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def main():
+    args = parse_args()
+    task = TASKS[args.task_name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, make_model = load(args, task)
+    texts = sources.read_split(task, "train", args.data_dir)
+    picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
+    texts = texts.take(picked)
+    released = make_released(make_model, tokenizer, texts, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    shares = padding_shares(texts, tokenizer, make_model(), args.batch_size, device)
+    print(
+        f"{task.name}, {len(texts)} rows, batch {args.batch_size}, {args.rounds} rounds, torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {device.type} {name}\n"
+        f"padding: released {shares[0]:.0%}, ours {shares[1]:.0%}"
+    )
+    for precision in args.precision:
+        ours = make_ours(make_model, tokenizer, texts, device, task, precision)
+        timed(released, args.batch_size, args.batch_size, device)
+        ours(args.batch_size, args.batch_size)
+        pairs = [
+            (
+                timed(released, len(texts), args.batch_size, device),
+                ours(len(texts), args.batch_size),
+            )
+            for _ in range(args.rounds)
+        ]
+        theirs = spread([len(texts) / a for a, _ in pairs])
+        mine = spread([len(texts) / b for _, b in pairs])
+        ratio = spread([a / b for a, b in pairs], 2)
+        print(f"released fp32 {theirs} ex/s | ours {precision} {mine} ex/s | ratio {ratio}")
+
+
+if __name__ == "__main__":
+    main()

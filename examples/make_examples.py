@@ -1,0 +1,122 @@
+"""Makes the example data of this project: a toy GLUE and a tiny BERT that knows its language.
+
+    python examples/make_examples.py --seed 0 --output-path examples
+
+writes `glue/` (see toy_glue.py) and `tiny_bert/`, a BERT of three layers pre-trained from
+scratch as the original was, by masked language modelling and next-sentence prediction, on
+text drawn from toy_language.py. Nothing is downloaded; it takes about three minutes.
+"""
+
+import argparse
+import random
+import string
+from pathlib import Path
+
+import torch
+import toy_language as toy
+from toy_glue import write_glue
+from tqdm import trange
+from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+MASKED_SHARE = 0.2  # BERT masks 0.15; the toy language's sentences are short
+IGNORED = -100  # the label that cross_entropy skips
+
+
+def make_tokenizer():
+    """BERT's tokenizer with the language's words, and single characters for all others."""
+    characters = [*string.ascii_lowercase, *string.digits]
+    pieces = [*string.punctuation, *characters, *("##" + one for one in characters)]
+    tokens = list(dict.fromkeys([*SPECIAL_TOKENS, *toy.vocabulary(), *pieces]))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=128)
+
+
+def make_model(tokenizer):
+    """A tiny BERT with random weights."""
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return BertForPreTraining(config)
+
+
+def draw_batch(rng, tokenizer, single):
+    """Encoded sentences or pairs, and each pair's next-sentence label."""
+    if single:
+        texts = [toy.draw_single(rng) for _ in range(BATCH_SIZE)]
+        return tokenizer(texts, padding=True, return_tensors="pt"), [IGNORED] * BATCH_SIZE
+    pairs = [toy.draw_pair(rng) for _ in range(BATCH_SIZE)]
+    first, second, labels = (list(column) for column in zip(*pairs, strict=True))
+    return tokenizer(first, second, padding=True, return_tensors="pt"), labels
+
+
+def mask(ids, tokenizer):
+    """The corrupted ids, and as labels the tokens to restore.
+
+    Of the chosen tokens 90 % become [MASK] and 10 % stay. BERT also puts in random words; here
+    they would train a detector of odd words, and an untuned encoder could then tell CoLA.
+    """
+    chosen = (ids >= len(SPECIAL_TOKENS)) & (torch.rand(ids.shape) < MASKED_SHARE)
+    hidden = chosen & (torch.rand(ids.shape) < 0.9)
+    labels = ids.masked_fill(~chosen, IGNORED)
+    return ids.masked_fill(hidden, tokenizer.mask_token_id), labels
+
+
+def losses(model, tokenizer, encoded, next_labels):
+    """The masked-word loss plus the next-sentence loss of a batch."""
+    encoded["input_ids"], labels = mask(encoded["input_ids"], tokenizer)
+    output = model(**encoded)
+    masked = torch.nn.functional.cross_entropy(
+        output.prediction_logits.flatten(0, 1), labels.flatten()
+    )
+    if next_labels[0] == IGNORED:
+        return masked
+    next_labels = torch.tensor(next_labels)
+    return masked + torch.nn.functional.cross_entropy(output.seq_relationship_logits, next_labels)
+
+
+def pretrain(model, tokenizer, rng, steps):
+    """Trains the model on text drawn anew at every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.08
+    )
+    model.eval()  # no dropout: no text comes twice, so there is nothing to overfit
+    bar = trange(steps, desc="pre-training", disable=None)
+    for step in bar:
+        loss = losses(model, tokenizer, *draw_batch(rng, tokenizer, single=step % 3 == 0))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def main():
+    """Reads the command line and writes both examples."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-path", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2000, help="of pre-training")
+    arguments = parser.parse_args()
+    write_glue(arguments.output_path / "glue", arguments.seed)
+    torch.set_num_threads(1)  # so that sums come out the same on any number of cores
+    torch.manual_seed(arguments.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    pretrain(model, tokenizer, random.Random(f"text {arguments.seed}"), arguments.steps)
+    model.save_pretrained(arguments.output_path / "tiny_bert")
+    tokenizer.save_pretrained(arguments.output_path / "tiny_bert")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What the tests share: no network, the toy examples, and tiny models made on the spot."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+GLUE = ROOT / "examples" / "glue"
+TINY_BERT = ROOT / "examples" / "tiny_bert"
+
+transformers.logging.disable_progress_bar()
+
+
+def set_dropout(model, p):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+
+
+@pytest.fixture
+def tiny_bert():
+    return str(TINY_BERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory):
+    """A RoBERTa folder with random weights and a byte-level tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("roberta")
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe = ByteLevelBPETokenizer()
+    lines = (GLUE / "RTE" / "train.tsv").read_text(encoding="utf-8").splitlines()
+    bpe.train_from_iterator(lines, vocab_size=400, special_tokens=specials, show_progress=False)
+    bpe.save_model(str(folder))
+    tokenizer = transformers.RobertaTokenizerFast.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=130, type_vocab_size=1, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def on_meta(model_class, config):
+    """A model without weights, for names and counts."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+@pytest.fixture(scope="session")
+def bert_base():
+    return on_meta(
+        transformers.BertForSequenceClassification, transformers.BertConfig(vocab_size=28996)
+    )
+
+
+@pytest.fixture(scope="session")
+def roberta_base():
+    config = transformers.RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1
+    )
+    return on_meta(transformers.RobertaForSequenceClassification, config)

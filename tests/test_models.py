@@ -1,0 +1,136 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TINY_BERT
+
+from bitfit.models import (
+    check_length,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    position_limit,
+    takes_full_mask,
+)
+from bitfit.tasks import TASKS
+from bitfit.training import forward
+from utils import UserError
+
+RTE = TASKS["rte"]
+
+
+def copy(tmp_path, leave_out):
+    shutil.copytree(TINY_BERT, tmp_path / "m", ignore=shutil.ignore_patterns(*leave_out))
+    return str(tmp_path / "m")
+
+
+def test_the_head_comes_from_the_seed_and_the_encoder_does_not(tiny_bert):
+    first, again, other = (load_model(tiny_bert, RTE, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.classifier.weight, again.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    assert not first.classifier.bias.any()
+    assert fingerprint(first) == fingerprint(other)
+    assert first.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+def test_loading_draws_nothing_from_the_global_generator(tiny_bert):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    load_model(tiny_bert, RTE, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_missing_pooler_is_the_same_in_every_run(tmp_path, tiny_bert):
+    transformers.BertForMaskedLM.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    first, second = load_model(tmp_path, RTE, 1), load_model(tmp_path, RTE, 2)
+    assert torch.equal(first.bert.pooler.dense.weight, second.bert.pooler.dense.weight)
+
+
+def test_a_trained_head_of_the_right_shape_is_kept(tmp_path, tiny_bert):
+    model = load_model(tiny_bert, RTE, 5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(tmp_path, RTE, 0).classifier.weight, model.classifier.weight)
+    three_way = load_model(tmp_path, TASKS["mnli"], 0)  # another shape: drawn anew
+    assert three_way.classifier.weight.shape[0] == 3
+
+
+def test_random_encoder(tiny_bert):
+    loaded, drawn = load_model(tiny_bert, RTE, 0), load_model(tiny_bert, RTE, 0, True)
+    assert fingerprint(drawn) != fingerprint(loaded)
+    assert torch.equal(drawn.classifier.weight, loaded.classifier.weight)
+    assert fingerprint(drawn) == fingerprint(load_model(tiny_bert, RTE, 9, True))
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "message"),
+    [
+        (["tokenizer.json", "vocab.txt"], "has no tokenizer"),
+        (["*.safetensors"], "cannot load the model .*no file named model.safetensors"),
+        (["config.json"], "cannot load the model"),
+    ],
+)
+def test_an_incomplete_folder(tmp_path, leave_out, message):
+    folder = copy(tmp_path, leave_out)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+        load_model(folder, RTE, 0)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = copy(tmp_path, ["*.safetensors"])
+    torch.save({}, Path(folder) / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_model(folder, RTE, 0)
+
+
+def test_torn_weights(tmp_path):
+    folder = copy(tmp_path, [])
+    weights = Path(folder) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_model(folder, RTE, 0)
+
+
+def test_weights_of_another_architecture(tmp_path, tiny_roberta):
+    folder = copy(tmp_path, ["*.safetensors"])
+    shutil.copy(Path(tiny_roberta) / "model.safetensors", folder)
+    with pytest.raises(UserError, match=r"lacks \d+ encoder weights"):
+        load_model(folder, RTE, 0)
+
+
+def test_names_that_are_nowhere():
+    with pytest.raises(UserError, match=r"there is no model folder \./nowhere"):
+        load_tokenizer("./nowhere")
+    with pytest.raises(UserError, match="--model-name <folder>"):
+        load_tokenizer("no-such-model-on-the-hub")
+
+
+def test_position_limits(tiny_bert, tiny_roberta):
+    assert position_limit(load_model(tiny_bert, RTE, 0)) == 128
+    roberta = load_model(tiny_roberta, RTE, 0)
+    assert position_limit(roberta) == 128  # 130 less the two that padding takes
+    ids = torch.full((1, 128), 5)
+    roberta(input_ids=ids)
+    check_length(roberta, 128)
+    with pytest.raises(UserError, match="--max-seq-length 129 is above the model's 128 positions"):
+        check_length(roberta, 129)
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, 129), 5))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
+def test_the_full_mask_is_the_one_transformers_makes(name):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if name == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    config = transformers.AutoConfig.for_model(name, vocab_size=60, pad_token_id=1, **sizes)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    assert takes_full_mask(model) == (name != "modernbert")
+    ids = torch.randint(5, 60, (3, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
+    inputs = {"input_ids": ids.where(mask, 1), "attention_mask": mask}
+    with torch.no_grad():
+        plain = model(input_ids=inputs["input_ids"], attention_mask=mask.long()).logits
+        assert torch.allclose(forward(model, inputs), plain, atol=1e-6)

@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bitfit import reports
+from bitfit.tasks import TASKS
+
+MRPC = TASKS["mrpc"]
+EPOCHS = [2, 4, 5]
+EVALUATIONS = {
+    "train": {"F1": [0.5, 0.8, 0.9], "Accuracy": [0.6, 0.7, 0.8]},
+    "validation": {"F1": [0.4, 0.7, 0.7], "Accuracy": [0.5, 0.6, 0.65]},
+}
+
+
+def test_metrics_files(tmp_path):
+    reports.write_metrics(tmp_path / "new", MRPC, EPOCHS, EVALUATIONS, {"seed": 3})
+    content = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert content["seed"] == 3
+    assert content["main_metric"] == "F1"
+    assert content["last"]["epoch"] == 5
+    assert content["best"] == {  # the earliest of equals
+        "epoch": 4,
+        "train": {"F1": 0.8, "Accuracy": 0.7},
+        "validation": {"F1": 0.7, "Accuracy": 0.6},
+    }
+    table = pd.read_csv(tmp_path / "new" / "metrics.csv")
+    assert list(table.columns) == ["epoch", "split", "metric", "value"]
+    assert len(table) == 12
+    row = table.query("epoch == 5 and split == 'validation' and metric == 'Accuracy'")
+    assert row["value"].item() == 0.65
+
+
+def test_score_table_shows_the_last_and_names_the_best():
+    text = reports.score_table(MRPC, EPOCHS, EVALUATIONS)
+    assert "last (epoch 5)" in text
+    assert "best (epoch 4)" in text
+    assert reports.score_table(MRPC, [], EVALUATIONS) == "nothing was evaluated"
+
+
+def test_learning_curves():
+    figures = reports.learning_curves(MRPC, EPOCHS, EVALUATIONS, "a caption")
+    assert list(figures) == ["F1", "Accuracy"]
+    axes = figures["Accuracy"].axes[0]
+    assert axes.get_title() == "a caption"
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert np.allclose(lines["validation (last 65.0, best epoch 60.0)"], [50, 60, 65])
+
+
+def test_bias_changes_are_the_papers():
+    start = {
+        f"bert.encoder.layer.{layer}.{name}": torch.zeros(4)
+        for layer in (0, 1)
+        for name in ("attention.self.query.bias", "intermediate.dense.bias")
+    } | {"bert.pooler.dense.bias": torch.zeros(4), "classifier.weight": torch.zeros(2, 4)}
+    end = {n: t.clone() for n, t in start.items()}
+    end["bert.encoder.layer.1.intermediate.dense.bias"] += torch.tensor([1.0, -1.0, 0.0, 2.0])
+    end["bert.encoder.layer.0.attention.self.query.bias"] -= 0.5
+    names, changes = reports.bias_changes(start, end)
+    assert names == ["intermediate.dense.bias", "attention.self.query.bias"]  # most change first
+    assert changes.tolist() == [[0.0, 1.0], [0.5, 0.0]]
+
+
+def test_heatmap_labels():
+    names = ["attention.output.LayerNorm.bias", "an.unheard.of.bias"]
+    start = {f"m.layer.{i}.{name}": torch.zeros(2) for i in range(3) for name in names}
+    end = {n: t + 0.1 for n, t in start.items()}
+    figure = reports.bias_heatmap(start, end, "a caption")
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "3", "Avg."]
+    assert {t.get_text() for t in axes.get_yticklabels()} == {
+        r"$\mathbf{b_{LN_1}}^{\ell}$",
+        "an.unheard.of.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "predicted", "lines"),
+    [
+        ("rte", [1, 0], ["0\tnot_entailment", "1\tentailment"]),
+        ("mnli", [2, 1, 0], ["0\tcontradiction", "1\tneutral", "2\tentailment"]),
+        ("wnli", [1, 0], ["0\t1", "1\t0"]),
+        ("stsb", [0.0, 4.23456], ["0\t0.0000", "1\t4.2346"]),
+    ],
+)
+def test_prediction_files(tmp_path, task, predicted, lines):
+    path = tmp_path / "file.tsv"
+    reports.write_predictions(path, TASKS[task], predicted)
+    assert path.read_text() == "\n".join(["index\tprediction", *lines]) + "\n"

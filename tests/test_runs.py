@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from bitfit.runs import Run, Stack, clip_
+from bitfit.trainable import bitfit_names, row_column_positions, uniform_positions, whole
+
+RUN = Run(1e-3, 0)
+
+
+@pytest.fixture
+def model(tiny_bert):
+    return AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()
+
+
+def gradients(model):
+    """Plain autograd on a fresh copy, everything trainable: the oracle."""
+    model.requires_grad_(True).zero_grad()
+    loss(model).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def loss(model):
+    ids = torch.arange(24).view(2, 12) + 5
+    return model(input_ids=ids).logits.square().sum()
+
+
+def masks(model):
+    rng = np.random.default_rng(0)
+    return {
+        "bitfit": whole(bitfit_names(model, ["bias"])),
+        "full_ft": whole(n for n, _ in model.named_parameters()),
+        "rand_uniform": uniform_positions(model, 5_000, rng),
+        "rand_row_col": row_column_positions(model, rng),
+    }
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full_ft", "rand_uniform", "rand_row_col"])
+def test_the_flat_gradient_is_autograds(model, method):
+    expected, chosen = gradients(model), masks(model)[method]
+    model.zero_grad()
+    stack = Stack(model, chosen, [RUN])
+    loss(model).backward()
+    for name, (start, stop) in stack.slices.items():
+        wanted = expected[name].flatten()
+        wanted = wanted if chosen[name] is None else wanted[torch.from_numpy(chosen[name])]
+        assert torch.allclose(stack.grads[0, start:stop], wanted, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full_ft", "rand_uniform", "rand_row_col"])
+def test_only_what_is_chosen_moves(model, method):
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    chosen = masks(model)[method]
+    stack = Stack(model, chosen, [RUN])
+    stack.values += 1.0
+    stack.release()
+    for name, parameter in model.named_parameters():
+        expected = before[name].clone().view(-1)
+        if name in chosen:
+            expected[slice(None) if chosen[name] is None else chosen[name]] += 1.0
+        assert torch.equal(parameter.detach().view(-1), expected), name
+
+
+def test_a_released_model_is_plain(model, tmp_path):
+    stack = Stack(model, masks(model)["rand_uniform"], [RUN])
+    stack.release()
+    loss(model).backward()  # no hook gathers any more
+    assert any(p.grad is not None for p in model.parameters())
+    stack.values.zero_()
+    assert model.classifier.weight.abs().sum() > 0  # no storage is shared any more
+    model.save_pretrained(tmp_path)
+
+
+def test_the_key_bias_gets_no_gradient(model):
+    """q.(k + b_k) adds one number to all scores of a row, and softmax removes it."""
+    stack = Stack(model, masks(model)["bitfit"], [RUN])
+    loss(model).backward()
+    scale = stack.grads.abs().max()
+    for name, (start, stop) in stack.slices.items():
+        largest = stack.grads[0, start:stop].abs().max() / scale
+        assert (largest < 1e-6) == name.endswith("key.bias"), (name, largest)
+
+
+def test_clipping_is_per_run():
+    grads = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    alone = [row.clone() for row in grads]
+    for row in alone:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = row
+        torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    assert torch.allclose(clip_(grads, 1.0), torch.tensor([5.0, 0.5, 0.0]))
+    assert torch.allclose(grads, torch.stack(alone))

@@ -1,0 +1,181 @@
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import on_meta
+
+from bitfit.trainable import (
+    TERMS,
+    actual_components,
+    bitfit_names,
+    count,
+    default_mask_size,
+    describe,
+    head_names,
+    in_encoder,
+    row_column_positions,
+    row_or_column,
+    trainable,
+    uniform_positions,
+    whole,
+)
+from utils import UserError
+
+HEAD = ["classifier.weight", "classifier.bias"]
+POOLER = "bert.pooler.dense.bias"
+
+
+def chosen_names(model, *terms):
+    return set(bitfit_names(model, actual_components(terms)))
+
+
+def encoder_count(model, names):
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    return sum(sizes[n] for n in names if in_encoder(model, n))
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_is_one_exact_name_per_layer(bert_base, term):
+    suffix = TERMS[term][0]
+    expected = {f"bert.encoder.layer.{layer}.{suffix}" for layer in range(12)}
+    assert chosen_names(bert_base, term) == expected | {POOLER, *HEAD}
+
+
+def test_counts_for_bert_base(bert_base):
+    everything = chosen_names(bert_base, "all")
+    assert encoder_count(bert_base, everything) == 102_912
+    assert count(bert_base, whole(everything)) == 104_450
+    assert sum(p.numel() for n, p in bert_base.named_parameters() if in_encoder(bert_base, n)) == (
+        108_310_272
+    )
+    assert {"bert.embeddings.LayerNorm.bias", POOLER} < everything
+    assert not any(n.endswith(".weight") for n in everything - set(HEAD))
+    both = chosen_names(bert_base, "query", "intermediate")
+    assert encoder_count(bert_base, both - {POOLER}) == 46_080
+    assert chosen_names(bert_base, *TERMS) == everything - {"bert.embeddings.LayerNorm.bias"}
+
+
+def test_counts_for_roberta_base(roberta_base):
+    everything = chosen_names(roberta_base, "all")
+    assert encoder_count(roberta_base, everything) == 102_912 - 768  # it has no pooler here
+    head = {f"classifier.{part}.{kind}" for part in ("dense", "out_proj")
+            for kind in ("weight", "bias")}  # fmt: skip
+    assert set(head_names(roberta_base)) == head
+    assert head < everything
+    assert chosen_names(roberta_base, "query") == head | {
+        f"roberta.encoder.layer.{layer}.attention.self.query.bias" for layer in range(12)
+    }
+
+
+def test_bert_large():
+    config = transformers.BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
+    model = on_meta(transformers.BertForSequenceClassification, config)
+    assert encoder_count(model, chosen_names(model, "all")) == 272_384
+
+
+def test_full_and_frozen(bert_base):
+    assert list(trainable(bert_base, False)) == HEAD
+    assert list(trainable(bert_base, True)) == [n for n, _ in bert_base.named_parameters()]
+
+
+def small(name, **sizes):
+    config = transformers.AutoConfig.for_model(name, **sizes)
+    with torch.device("meta"):
+        return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def test_models_the_project_never_heard_of():
+    electra = small("electra", num_hidden_layers=2)
+    names = chosen_names(electra, "query")
+    assert "electra.encoder.layer.1.attention.self.query.bias" in names
+    distilbert = small("distilbert", n_layers=2)
+    names = chosen_names(distilbert, "all")
+    biases = {n for n, _ in distilbert.named_parameters() if n.endswith(".bias")}
+    assert names == biases | {"pre_classifier.weight", "classifier.weight"}
+
+
+def test_a_model_without_the_bias_says_what_it_has():
+    with pytest.raises(UserError, match=r"no attention.self.query.bias .* it has: .*ffn.lin1.bias"):
+        chosen_names(small("distilbert", n_layers=2), "query")
+    modern = small("modernbert", num_hidden_layers=2, classifier_bias=False)
+    with pytest.raises(UserError, match="no biases at all"):
+        chosen_names(modern, "all")
+    with pytest.raises(UserError, match="unknown bias term 'bias'; known: query"):
+        actual_components(["bias"])
+
+
+def test_uniform_mask_is_exact_and_distinct(bert_base):
+    chosen = uniform_positions(bert_base, 100_000, np.random.default_rng(0))
+    sizes = {n: p.numel() for n, p in bert_base.named_parameters()}
+    drawn = {n: p for n, p in chosen.items() if p is not None}
+    assert sum(map(len, drawn.values())) == 100_000
+    assert [n for n in chosen if n not in drawn] == HEAD
+    for name, positions in drawn.items():
+        assert (np.diff(positions) > 0).all()
+        assert positions[0] >= 0
+        assert positions[-1] < sizes[name]
+
+
+def test_uniform_mask_is_uniform(bert_base):
+    """Chi-squared over tensors: a mask that prefers some would fail far above the bound."""
+    chosen = uniform_positions(bert_base, 1_000_000, np.random.default_rng(1))
+    encoder = {n: p.numel() for n, p in bert_base.named_parameters() if in_encoder(bert_base, n)}
+    expected = np.array(list(encoder.values())) / sum(encoder.values()) * 1_000_000
+    found = np.array([len(chosen.get(n, ())) for n in encoder])
+    assert ((found - expected) ** 2 / expected).sum() < len(encoder) + 5 * (2 * len(encoder)) ** 0.5
+    words = chosen["bert.embeddings.word_embeddings.weight"]
+    halves = np.histogram(words, 4, (0, encoder["bert.embeddings.word_embeddings.weight"]))[0]
+    assert halves == pytest.approx(len(words) / 4, rel=0.02)
+
+
+def test_uniform_mask_can_take_all_and_no_more():
+    model = small("bert", hidden_size=8, num_attention_heads=2, intermediate_size=16,
+                  num_hidden_layers=1, vocab_size=20, max_position_embeddings=8)  # fmt: skip
+    size = sum(p.numel() for n, p in model.named_parameters() if in_encoder(model, n))
+    assert count(model, uniform_positions(model, size, np.random.default_rng(0))) == size + 18
+    with pytest.raises(UserError, match="the encoder has"):
+        uniform_positions(model, size + 1, np.random.default_rng(0))
+
+
+def test_row_column_mask(bert_base):
+    chosen = row_column_positions(bert_base, np.random.default_rng(0))
+    shapes = {n: tuple(p.shape) for n, p in bert_base.named_parameters()}
+    assert encoder_count(bert_base, [n for n in chosen if n.endswith("LayerNorm.weight")]) == 18_432
+    assert not any("embeddings" in n or n.endswith("bias") for n in chosen if n not in HEAD)
+    assert "bert.pooler.dense.weight" in chosen
+    for name, positions in chosen.items():
+        if positions is not None:
+            assert len(set(positions.tolist())) == len(positions) == shapes[name][0]
+    assert count(bert_base, chosen) == 12 * 8_448 + 768 + 1_538
+
+
+def test_rows_or_column():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert set(row_or_column(3, 6, rng) % 6).__len__() == 1  # wide: always a column
+        rows = row_or_column(6, 3, rng) // 3  # tall: two whole rows
+        assert sorted(np.unique(rows, return_counts=True)[1]) == [3, 3]
+    square = [len(set(row_or_column(5, 5, rng) % 5)) == 1 for _ in range(400)]
+    assert 140 < sum(square) < 260
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("bert-base-cased", 100_000),
+        ("google-bert/bert-base-uncased", 100_000),
+        ("bert-large-cased", 280_000),
+        ("FacebookAI/roberta-base", 105_000),
+        ("distilbert-base-cased", 102_912),
+    ],
+)
+def test_mask_size(bert_base, name, size):
+    assert default_mask_size(bert_base, name) == size
+
+
+def test_description_counts(bert_base):
+    text = describe(bert_base, trainable(bert_base, False, ["bias"]))
+    assert "bert.encoder.layer.11.output.dense.bias" in text
+    assert "104,450 of 108,311,810 parameters train (0.096%)" in text
