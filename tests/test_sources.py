@@ -97,7 +97,7 @@ def test_the_diagnostic_set_is_optional(tmp_path):
         (HEADER, "train split of rte is empty"),
         ("", r"train.tsv:1: no column 'sentence1'"),
         ("index\tsentence1\tlabel\n", r"train.tsv:1: no column 'sentence2'"),
-        (HEADER.encode() + b"0\ta\tb\tentailment\n1\tcaf\xe9\tb\tentailment\n", "train.tsv:3: not UTF-8"),
+        (HEADER.encode() + b"0\ta\tb\tentailment\n1\tcaf\xe9\tb\tx\n", "train.tsv:3: not UTF-8"),
         (HEADER.encode("utf-16"), "train.tsv:1: not UTF-8"),
     ],
 )  # fmt: skip

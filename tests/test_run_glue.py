@@ -1,0 +1,298 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import GLUE, ROOT, TINY_BERT
+
+import run_glue
+from bitfit import training
+from bitfit.tasks import TASKS
+
+SMALL = ["--data-dir", str(GLUE), "--epochs", "1", "--train-size", "24", "--gpu-device", "cpu"]
+
+
+def flags(output, *more, task="rte", kind="bitfit", model=TINY_BERT):
+    return ["-o", str(output), "-t", task, "-f", kind, "-m", str(model), *SMALL, *more]
+
+
+def test_help_is_fast_and_needs_no_torch():
+    """The time is that of the import, so it is not asserted: what must stay out is."""
+    script = (
+        "import sys, run_glue\n"
+        "try: run_glue.main(['-h'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'sklearn', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for heading in ("what to run", "data", "training", "machine", "results"):
+        assert f"\n{heading}:\n" in result.stdout
+    for default in ("[bert-base-cased]", "[128]", "[0.001]", "[16]", "[8]", "[adamw]", "[last]"):
+        assert default in result.stdout.replace("-\n" + " " * 24, "-")
+
+
+RELEASED = [  # the released README's examples, placeholders filled
+    "--task-name rte --model-name bert-base-cased --fine-tune-type full_ft --learning-rate 1e-5",
+    "--task-name rte --model-name bert-base-cased --fine-tune-type bitfit --learning-rate 1e-3",
+    "--task-name rte --model-name bert-base-cased --fine-tune-type bitfit "
+    "--bias-terms query intermediate --learning-rate 1e-3",
+    "--task-name rte --model-name bert-base-cased --fine-tune-type frozen --learning-rate 1e-3",
+    "--task-name rte --model-name bert-base-cased --fine-tune-type rand_uniform "
+    "--learning-rate 1e-3",
+    "--task-name rte --model-name bert-base-cased --fine-tune-type rand_row_col "
+    "--learning-rate 1e-3",
+    "--task-name cola --model-name bert-base-cased --fine-tune-type bitfit --bias-terms all "
+    "--gpu-device cpu --learning-rate 1e-3 --epochs 2 --batch-size 8 --optimizer adam "
+    "--save-evaluator --predict-test --verbose",
+]
+
+
+@pytest.mark.parametrize("command", RELEASED)
+def test_the_released_examples(tmp_path, command, capsys):
+    words = command.replace("bert-base-cased", str(TINY_BERT)).split()
+    assert run_glue.main(["--output-path", str(tmp_path / "out"), *words, *SMALL]) == 0
+    args = json.loads((tmp_path / "out/args.json").read_text())
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert args["torch"] == torch.__version__
+    assert args["learning_rate"] == metrics["learning_rate"]
+    assert metrics["fine_tune_type"] == args["fine_tune_type"]
+    assert "validation" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    metric = TASKS[args["task_name"]].metrics[0].lower()
+    assert {"metrics.csv", f"learning_curves_{metric}.png"} < names
+    assert ("bias_term_changes.png" in names) == (args["fine_tune_type"] == "bitfit")
+    assert ("CoLA.tsv" in names) == args["predict_test"]
+
+
+def test_partial_bitfit_counts(tmp_path):
+    run_glue.main(flags(tmp_path / "out", "--bias-terms", "query", "intermediate"))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    config = transformers.AutoConfig.from_pretrained(TINY_BERT)
+    per_layer = config.hidden_size + config.intermediate_size
+    rest = config.hidden_size + 2 * config.hidden_size + 2  # the pooler's bias and the classifier
+    assert metrics["trained_parameters"] == config.num_hidden_layers * per_layer + rest
+
+
+def test_all_outputs_of_one_run(tmp_path):
+    output = tmp_path / "deep" / "out"
+    more = ["--save-evaluator", "--export-model", "--predict-test", "--keep", "best"]
+    more += ["--lr-schedule", "linear", "--warmup-ratio", "0.1", "--precision", "bf16"]
+    assert run_glue.main(flags(output, *more, task="mnli")) == 0
+    assert {path.name for path in output.iterdir()} == {
+        "args.json", "metrics.json", "metrics.csv", "learning_curves_accuracy.png",
+        "bias_term_changes.png", "evaluator", "model", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv",
+    }  # fmt: skip
+    table = pd.read_csv(output / "metrics.csv")
+    assert set(table["split"]) == {"train", "validation_matched", "validation_mismatched"}
+    assert not list(output.rglob("*.tmp*"))
+
+
+def test_the_same_command_gives_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        more = ["--save-evaluator", "--predict-test"]
+        run_glue.main(flags(tmp_path / name, *more, kind="rand_uniform"))
+    for name in ("metrics.csv", "RTE.tsv", "evaluator/delta.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_empty_output_folder_is_fine(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run_glue.main(flags(tmp_path / "out", kind="frozen")) == 0
+
+
+def test_a_diverged_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    plain, calls = training.row_losses, iter(range(10_000))
+
+    def losses(task, logits, labels):  # the second epoch's losses overflow
+        return plain(task, logits, labels) * (float("inf") if next(calls) >= steps else 1.0)
+
+    steps = 3
+    monkeypatch.setattr(training, "row_losses", losses)
+    monkeypatch.setitem(training.micro_batches.__globals__["OVERHEAD"], "cpu", 1e18)
+    assert run_glue.main([*flags(tmp_path / "out", "--save-evaluator"), "--epochs", "4"]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("run_glue.py: stopped: the loss or its gradient was not finite")
+    assert "epoch 2, step 1" in message
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["epochs"] == [1]
+    assert (tmp_path / "out/learning_curves_accuracy.png").exists()
+
+
+# Bad input: status 2, one line, nothing written.
+
+BAD_FLAGS = {
+    "unknown task": (["-t", "rtee"], "invalid choice: 'rtee'"),
+    "unknown type": (["-f", "bitfat"], "invalid choice: 'bitfat'"),
+    "unknown term": (["--bias-terms", "queery"], "invalid choice: 'queery'"),
+    "unknown flag": (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    "terms without bitfit": (
+        ["-f", "frozen", "--bias-terms", "query"],
+        "--bias-terms goes with --fine-tune-type bitfit only",
+    ),
+    "mask size without rand_uniform": (
+        ["--mask-size", "5"],
+        "--mask-size goes with --fine-tune-type rand_uniform only",
+    ),
+    **{
+        f"{flag} {value}": ([flag, value], f"argument {flag}")
+        for flag, values in {
+            "--learning-rate": ["0", "-1e-3", "nan", "inf", "fast"],
+            "--epochs": ["0", "-1", "1.5", "nan"],
+            "--batch-size": ["0", "many"],
+            "--max-seq-length": ["0", "-5"],
+            "--train-size": ["0"],
+            "--mask-size": ["0", "-1", "nan"],
+            "--warmup-ratio": ["-0.1", "1", "nan"],
+            "--evaluation-frequency": ["0"],
+            "--seed": ["-1", "1.5"],
+            "--gpu-device": ["first"],
+            "--precision": ["fp16"],
+            "--keep": ["all"],
+        }.items()
+        for value in values
+    },
+    "no such GPU": (["--gpu-device", "99"], "there is no GPU 99"),
+    "negative GPU": (["--gpu-device", "-1"], "there is no GPU -1"),
+    "mask above the encoder": (
+        ["-f", "rand_uniform", "--mask-size", "999999999"],
+        "--mask-size 999999999: the encoder has",
+    ),
+    "rows above the positions": (["--max-seq-length", "129"], "above the model's 128 positions"),
+    "rows without room": (["--max-seq-length", "3"], "leaves no room for text"),
+    "no such model folder": (["-m", "./nowhere"], "there is no model folder ./nowhere"),
+    "no network, no copy": (["-m", "bert-base-cased"], "--model-name <folder>"),
+    "no such data folder": (["--data-dir", "nowhere"], "there is no data folder nowhere"),
+}
+
+
+def expect_error(argv, message, output, capsys):
+    """main() ends with status 2 and one line with the message; the output folder stays away."""
+    try:
+        status = run_glue.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("run_glue.py: error: ")]
+    assert status == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(tmp_path, case, capsys, monkeypatch):
+    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    more, message = BAD_FLAGS[case]
+    expect_error([*flags(tmp_path / "out"), *more], message, tmp_path / "out", capsys)
+
+
+def test_missing_flags(tmp_path, capsys):
+    argv = ["-o", str(tmp_path / "out")]
+    expect_error(argv, "--task-name/-t, --fine-tune-type/-f", tmp_path / "out", capsys)
+
+
+def test_no_network_and_no_data(tmp_path, capsys):
+    argv = ["-o", str(tmp_path / "out"), "-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT)]
+    expect_error(argv, "--data-dir <folder>", tmp_path / "out", capsys)
+
+
+def test_output_paths_in_use(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results").write_text("mine")
+    for name, message in {
+        "file": "is a file: give a folder",
+        "full": "is not empty: give a new folder",
+        "file/below": "cannot be made in",
+    }.items():
+        status = run_glue.main(flags(tmp_path / name))
+        assert status == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert os.listdir(tmp_path / "full") == ["results"]
+
+
+DAMAGE = {
+    "split missing": (lambda f: (f / "dev.tsv").unlink(), "no validation split of rte"),
+    "test split missing": (lambda f: (f / "test.tsv").unlink(), "no test split of rte"),
+    "wrong column count": (
+        lambda f: (f / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\n"),
+        "dev.tsv:2: 3 columns where 4 are expected",
+    ),
+    "unknown label": (
+        lambda f: (f / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t?\n"),
+        "dev.tsv:2: unknown label '?'",
+    ),
+    "empty split": (
+        lambda f: (f / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n"),
+        "the train split of rte is empty",
+    ),
+    "wrong encoding": (
+        lambda f: (f / "train.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n\xff\n"),
+        "train.tsv:2: not UTF-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_data(tmp_path, case, capsys, monkeypatch):
+    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    damage, message = DAMAGE[case]
+    shutil.copytree(GLUE / "RTE", tmp_path / "glue/RTE")
+    damage(tmp_path / "glue/RTE")
+    argv = [*flags(tmp_path / "out", "--predict-test"), "--data-dir", str(tmp_path / "glue")]
+    expect_error(argv, message, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "message"),
+    [("*.safetensors", "no file named model.safetensors"), ("tokenizer*", "has no tokenizer")],
+)
+def test_incomplete_model_folder(tmp_path, leave_out, message, capsys, monkeypatch):
+    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    shutil.copytree(TINY_BERT, tmp_path / "m", ignore=shutil.ignore_patterns(leave_out))
+    expect_error(flags(tmp_path / "out", model=tmp_path / "m"), message, tmp_path / "out", capsys)
+
+
+def test_a_model_without_biases(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    shutil.copytree(TINY_BERT, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = transformers.ModernBertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, pad_token_id=0,
+    )  # fmt: skip
+    transformers.ModernBertModel(config).save_pretrained(tmp_path / "m")
+    argv = flags(tmp_path / "out", model=tmp_path / "m")
+    expect_error(argv, "no biases at all, so bitfit cannot", tmp_path / "out", capsys)
+
+
+def test_a_process_ends_with_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "run_glue.py", *flags(tmp_path / "out"), "--data-dir", "nowhere"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert (
+        result.stderr == "run_glue.py: error: there is no data folder nowhere: check --data-dir\n"
+    )
+    assert result.stdout == ""
+
+
+def test_a_process_is_quiet_when_no_one_looks(tmp_path):
+    command = [sys.executable, "run_glue.py", *flags(tmp_path / "out", kind="frozen")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "\r" not in result.stderr  # no progress bar
+    assert "Warning" not in result.stderr
+    assert "epoch 1 " in result.stderr
+    assert Path(tmp_path / "out/metrics.json").exists()
