@@ -22,15 +22,8 @@ from bitfit import checkpoints, models, reports, sources, trainable
 from bitfit.data import tokenize
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS, predictions
-from bitfit.training import (
-    Plan,
-    Schedule,
-    make_optimizers,
-    precision_of,
-    predict,
-    score_split,
-    train_epoch,
-)
+from bitfit.training import Plan, Schedule, make_optimizers, precision_of, score_split, train_epoch
+from bitfit.training import predict as predict_logits
 from utils import UserError, choose_device, generator, set_seed
 
 __all__ = ["GLUEvaluator", "set_seed"]
@@ -48,15 +41,9 @@ class GLUEvaluator:
     """
 
     def __init__(
-        self,
-        task_name,
-        model_name,
-        device,
-        seed=None,
-        data_dir=None,
-        precision=None,
-        random_encoder=False,
-    ):
+        self, task_name, model_name, device,
+        seed=None, data_dir=None, precision=None, random_encoder=False,
+    ):  # fmt: skip
         """
         Args:
             task_name: a key of `bitfit.tasks.TASKS`.
@@ -73,6 +60,7 @@ class GLUEvaluator:
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
         self.torch_device = choose_device(device)
+        self.base_name = Path(model_name).name  # for captions
         self.seed = torch.initial_seed() if seed is None else seed
         bf16 = self.torch_device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.precision = precision or ("bf16" if bf16 else "fp32")
@@ -132,12 +120,7 @@ class GLUEvaluator:
         return trainable.actual_components(components)
 
     def training_preparation(
-        self,
-        learning_rate,
-        optimizer,
-        encoder_trainable,
-        trainable_components=None,
-        verbose=True,
+        self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True
     ):
         """Load the model and choose what trains.
 
@@ -156,6 +139,7 @@ class GLUEvaluator:
         self._need("max_sequence_len", "preprocess_dataset")
         self._load_model()
         self.learning_rate, self.optimizer, self.verbose = learning_rate, optimizer, verbose
+        self.components = list(trainable_components or [])
         scored = ("train", *self.task.validation_splits)
         self.evaluations = {s: {metric: [] for metric in self.task.metrics} for s in scored}
         kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
@@ -203,14 +187,9 @@ class GLUEvaluator:
     # Training
 
     def train_and_evaluate(
-        self,
-        num_epochs,
-        output_path=None,
-        evaluation_frequency=1,
-        lr_schedule="constant",
-        warmup_ratio=0.0,
-        keep="last",
-    ):
+        self, num_epochs, output_path=None, evaluation_frequency=1,
+        lr_schedule="constant", warmup_ratio=0.0, keep="last",
+    ):  # fmt: skip
         """Train, score every `evaluation_frequency` epochs and after the last, write metrics.
 
         Args:
@@ -283,6 +262,7 @@ class GLUEvaluator:
             "model": str(self.model_name),
             "random_encoder": self.random_encoder,
             "fine_tune_type": self.fine_tune_type,
+            "bias_terms": trainable.term_names(self.components),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "trained_parameters": trainable.count(self.model, self.chosen),
@@ -297,7 +277,7 @@ class GLUEvaluator:
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
         with self._precision():
-            return predict(self.model, self.tokens(split))
+            return predict_logits(self.model, self.tokens(split))
 
     def evaluate(self, split):
         """{metric: value} of a split with labels."""
@@ -327,11 +307,11 @@ class GLUEvaluator:
     @property
     def caption(self):
         """One line that says what was run."""
-        control = " (random encoder)" if self.random_encoder else ""
-        return (
-            f"{self.task.folder}, {Path(self.model_name).name}{control}, {self.fine_tune_type}, "
-            f"learning rate {self.learning_rate:g}, seed {self.seed}"
-        )
+        model = self.base_name + (" (random encoder)" if self.random_encoder else "")
+        terms = ", ".join(trainable.term_names(self.components))
+        method = f"bitfit ({terms})" if terms else self.fine_tune_type
+        settings = f"learning rate {self.learning_rate:g}, seed {self.seed}"
+        return f"{self.task.folder}, {model}, {method}, {settings}"
 
     def score_table(self):
         """The last and best scores as text."""

@@ -100,11 +100,11 @@ def check_encoder(model, model_name, absent):
 def cannot_load(model_name, error):
     if isinstance(error, UserError):
         return error
-    if not Path(model_name).is_dir() and (model_name.startswith((".", "/", "~")) or
-                                          model_name.count("/") > 1):  # fmt: skip
-        return UserError(f"there is no model folder {model_name}: check --model-name")
+    name = str(model_name)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        return UserError(f"there is no model folder {name}: check --model-name")
     return UserError(
-        f"cannot load the model {model_name}: {one_line(error)}; give a name on the Hub (network "
+        f"cannot load the model {name}: {one_line(error)}; give a name on the Hub (network "
         "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
         "--model-name <folder>"
     )

@@ -1,6 +1,7 @@
 """What people look at: metrics files, tables, learning curves, the bias-change heatmap."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,14 @@ def one_line_scores(evaluations):
     )
 
 
-def new_figure(width, height):
+def new_figure(width, height, caption):
     """A figure that no screen is needed for and no global state knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(textwrap.fill(caption, int(12 * width)), fontsize=10)  # 12 letters an inch
     return figure
 
 
@@ -102,7 +104,7 @@ def learning_curves(task, epochs, evaluations, caption):
 def learning_curve(task, epochs, evaluations, caption, metric):
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(7, 4.5)
+    figure = new_figure(7, 5, caption)
     axes = figure.subplots()
     best = best_index(task, evaluations)
     for split, metrics in evaluations.items():
@@ -116,8 +118,7 @@ def learning_curve(task, epochs, evaluations, caption, metric):
     axes.set_ylabel(f"{metric} x 100")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
-    axes.set_title(caption, fontsize=10)
+    figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
@@ -152,7 +153,8 @@ def bias_heatmap(start, end, caption):
     changes = np.column_stack([changes, changes.mean(axis=1)])
     layers = changes.shape[1] - 1
     symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}
-    figure = new_figure(max(6, 2.5 + 0.62 * changes.shape[1]), 1.8 + 0.5 * len(names))
+    width = max(6.0, 2.5 + 0.62 * changes.shape[1])
+    figure = new_figure(width, 2 + 0.5 * len(names), caption)
     axes = figure.subplots()
     heatmap(
         changes,
@@ -168,7 +170,6 @@ def bias_heatmap(start, end, caption):
     axes.tick_params(axis="x", rotation=0)
     axes.set_xlabel(r"layer $\ell$")
     axes.set_ylabel("")
-    axes.set_title(caption, fontsize=10)
     return figure
 
 

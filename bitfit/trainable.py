@@ -39,6 +39,12 @@ def actual_components(terms):
     return [ALL_BIASES if term == "all" else TERMS[term][0] for term in terms]
 
 
+def term_names(components):
+    """The inverse of `actual_components`; a name that no term has stands for itself."""
+    terms = {name: term for term, (name, _) in TERMS.items()} | {ALL_BIASES: "all"}
+    return [terms.get(component, component) for component in components]
+
+
 def layer_and_name(name):
     """ "bert.encoder.layer.3.output.dense.bias" -> (3, "output.dense.bias"); else (None, name)."""
     found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", name)

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The paper's finding in small, offline: bash scripts/demo.sh
+# The paper's finding in small, offline: bash scripts/demo.sh [more flags for every run]
 # Bias terms alone do nearly what all parameters do; a frozen encoder, or one that was never
 # pre-trained, does not. Toy language and tiny BERT: see examples/make_examples.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 rm -rf out/demo
+extra=("$@")
 
 run() { # name, then the flags
     local name=$1
     shift
     set -- run_glue.py --output-path "out/demo/$name" --task-name cola \
-        --model-name examples/tiny_bert --data-dir examples/glue --gpu-device cpu "$@"
+        --model-name examples/tiny_bert --data-dir examples/glue --gpu-device cpu "$@" ${extra[@]+"${extra[@]}"}
     printf '\n$ python %s\n' "$*"
     $PYTHON "$@"
 }

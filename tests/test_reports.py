@@ -45,7 +45,7 @@ def test_learning_curves():
     figures = reports.learning_curves(MRPC, EPOCHS, EVALUATIONS, "a caption")
     assert list(figures) == ["F1", "Accuracy"]
     axes = figures["Accuracy"].axes[0]
-    assert axes.get_title() == "a caption"
+    assert figures["Accuracy"].get_suptitle() == "a caption"
     lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
     assert np.allclose(lines["validation (last 65.0, best epoch 60.0)"], [50, 60, 65])
 
@@ -62,6 +62,21 @@ def test_bias_changes_are_the_papers():
     names, changes = reports.bias_changes(start, end)
     assert names == ["intermediate.dense.bias", "attention.self.query.bias"]  # most change first
     assert changes.tolist() == [[0.0, 1.0], [0.5, 0.0]]
+
+
+@pytest.mark.parametrize("layers", [1, 12, 24])
+def test_nothing_is_cut_off(layers):
+    """All that is drawn lies inside the picture, long captions and names included."""
+    caption = "STS-B, a-model-with-quite-a-long-name, bitfit (query, key, value, output, " * 2
+    start = {f"m.layer.{i}.attention.output.LayerNorm.bias": torch.zeros(2) for i in range(layers)}
+    heatmap = reports.bias_heatmap(start, {n: t + 0.1 for n, t in start.items()}, caption)
+    for figure in (heatmap, *reports.learning_curves(MRPC, EPOCHS, EVALUATIONS, caption).values()):
+        figure.canvas.draw()
+        drawn, canvas = figure.get_tightbbox(), figure.get_size_inches()
+        assert drawn.x0 >= 0
+        assert drawn.y0 >= 0
+        assert drawn.x1 <= canvas[0]
+        assert drawn.y1 <= canvas[1]
 
 
 def test_heatmap_labels():

@@ -15,6 +15,7 @@ from bitfit.trainable import (
     in_encoder,
     row_column_positions,
     row_or_column,
+    term_names,
     trainable,
     uniform_positions,
     whole,
@@ -173,6 +174,11 @@ def test_rows_or_column():
 )
 def test_mask_size(bert_base, name, size):
     assert default_mask_size(bert_base, name) == size
+
+
+def test_terms_and_components_are_each_others_inverse():
+    assert term_names(actual_components([*TERMS, "all"])) == [*TERMS, "all"]
+    assert term_names(["my.bias"]) == ["my.bias"]
 
 
 def test_description_counts(bert_base):

@@ -1,0 +1,72 @@
+"""The paper's finding in small, over several seeds, and that the examples are what they claim."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GLUE, ROOT, TINY_BERT
+
+from bitfit.sources import read_split
+from bitfit.tasks import TASKS
+from glue_evaluator import GLUEvaluator
+
+SEEDS = (0, 1, 2)
+RUNS = {  # as in scripts/demo.sh: all parameters?, components, learning rate, random encoder
+    "bitfit": (False, ["bias"], 2e-3, False),
+    "full_ft": (True, None, 3e-4, False),
+    "frozen": (False, None, 5e-3, False),
+    "random": (False, ["bias"], 2e-3, True),
+}
+
+
+def matthews(method, seed):
+    encoder_trainable, components, learning_rate, random_encoder = RUNS[method]
+    evaluator = GLUEvaluator(
+        "cola", TINY_BERT, None, seed=seed, data_dir=GLUE, random_encoder=random_encoder
+    )
+    evaluator.preprocess_dataset("longest", 128, 8)
+    evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
+    evaluator.train_and_evaluate(16, evaluation_frequency=16)
+    return evaluator.evaluations["validation"]["MCC"][-1]
+
+
+def test_the_papers_finding_in_small():
+    """Biases do nearly what everything does; frozen stays behind; unlearned encoders fail."""
+    scores = {method: np.array([matthews(method, seed) for seed in SEEDS]) for method in RUNS}
+    shown = {method: values.round(3).tolist() for method, values in scores.items()}
+    assert scores["full_ft"].min() > 0.8, shown
+    assert (scores["bitfit"] > scores["full_ft"] - 0.1).all(), shown
+    assert (scores["frozen"] < scores["bitfit"] - 0.2).all(), shown
+    assert (scores["random"] < 0.3).all(), shown
+
+
+def test_the_demo_uses_these_learning_rates():
+    demo = (ROOT / "scripts" / "demo.sh").read_text()
+    for kind, (_, _, rate, random) in RUNS.items():
+        words = [line for line in demo.splitlines() if line.startswith("run ")]
+        (line,) = [w for w in words if ("--random-encoder" in w) == random and
+                   f"-type {'bitfit' if random else kind} " in w]  # fmt: skip
+        shown = line.split("--learning-rate ")[1].split()[0]
+        assert float(shown) == rate
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_no_scored_row_stands_in_train(task):
+    seen = set(zip(*read_split(task, "train", GLUE).columns, strict=True))
+    for split in task.splits:
+        assert not seen & set(zip(*read_split(task, split, GLUE).columns, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "stsb"])
+def test_labels_are_balanced(name):
+    for split in ("train", *TASKS[name].validation_splits):
+        counts = np.bincount(read_split(TASKS[name], split, GLUE).labels)
+        assert counts.min() > 0.7 * counts.max()
+
+
+def test_the_examples_are_small():
+    files = [path for path in (ROOT / "examples").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5_000_000
+    config = json.loads((TINY_BERT / "config.json").read_text())
+    assert config["model_type"] == "bert"
+    assert config["hidden_dropout_prob"] == 0.1

@@ -1,0 +1,117 @@
+"""Every command and every line of Python in README.md is run here."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import GLUE, ROOT, TINY_BERT
+
+import run_glue
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = ["--data-dir", str(GLUE), "--epochs", "1", "--train-size", "16", "--gpu-device", "cpu"]
+CONDA = ("conda env create", "conda activate")  # conda is not here; see test_environment_yml
+
+
+def commands():
+    """Each command of the bash blocks as one line, without comments."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return [" ".join(line.split()) for line in lines if line]
+
+
+def plain(prefix):
+    return [command for command in commands() if command.startswith(prefix)]
+
+
+def active_environment():
+    """As if this Python's environment had been activated."""
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project to run scripts in, so that nobody's out/ is touched."""
+    folder = tmp_path_factory.mktemp("checkout") / "bitfit"
+    left_out = shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    return folder
+
+
+def test_every_command_is_known_to_these_tests():
+    known = ("python run_glue.py ", "bash scripts/demo.sh", "bash scripts/test.sh", *CONDA)
+    assert len(plain("python run_glue.py ")) >= 7
+    assert [command for command in commands() if not command.startswith(known)] == []
+
+
+@pytest.mark.parametrize("command", plain("python run_glue.py "))
+def test_run_glue_commands(command, tmp_path, monkeypatch):
+    words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))[2:]
+    words[words.index("--output-path") + 1] = str(tmp_path / "out")
+    monkeypatch.chdir(ROOT)
+    assert run_glue.main([*words, *SMALL]) == 0
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_the_demo(checkout):
+    result = subprocess.run(
+        ["bash", "scripts/demo.sh", "--epochs", "1", "--train-size", "16"],
+        cwd=checkout, env=active_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = [line for line in result.stdout.splitlines() if line.startswith("$ python ")]
+    assert len(printed) == 5
+    assert "--epochs 1 --train-size 16" in printed[0]
+    table = result.stdout.split(printed[-1])[1].split()
+    assert table.count("cola") == 4
+    assert not (checkout / ".venv").exists()  # the active environment was used
+
+
+def test_the_test_command(checkout):
+    result = subprocess.run(
+        ["bash", "scripts/test.sh", "tests/test_tasks.py"],
+        cwd=checkout, env=active_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+def test_compare_says_what_is_wrong(checkout):
+    script = [sys.executable, "scripts/compare.py"]
+    result = subprocess.run([*script, "nowhere"], cwd=checkout, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("compare.py: error: nowhere holds no results of run_glue.py")
+
+
+def test_environment_yml_installs_the_same_pins():
+    text = (ROOT / "environment.yml").read_text()
+    assert "name: bitfit_env" in text
+    assert "-r requirements.txt" in text
+    assert "==" not in text
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", pin) for pin in pins)
+
+
+def test_the_python_example(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = block.replace('"out/', f'"{tmp_path}/out/')
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Accuracy" in result.stdout
+    assert (tmp_path / "out/python/RTE.tsv").exists()
+
+
+def test_every_flag_is_explained():
+    """Those the README names exist, and -h explains all."""
+    flags = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", README)) - {"--help"}
+    parser = run_glue.make_parser()
+    known = {name for action in parser._actions for name in action.option_strings}
+    assert flags <= known
+    assert all(action.help for action in parser._actions)
