@@ -223,7 +223,8 @@ def write_args(args, evaluator):
 
 def run(args):
     check_output_path(args.output_path)
-    utils.use_local_copies_when_offline()
+    all_local = args.data_dir is not None and Path(args.model_name).is_dir()
+    utils.use_local_copies_when_offline(needs_hub=not all_local)
     import torch
 
     if not args.no_tf32 and torch.cuda.is_available():

@@ -59,11 +59,13 @@ def choose_device(gpu):
     return torch.device("cuda", gpu)
 
 
-def use_local_copies_when_offline():
-    """Tell the Hub's clients to use their cache when the Hub is out of reach.
+def use_local_copies_when_offline(needs_hub=True):
+    """Tell the Hub's clients to use their cache when the Hub is out of reach or not needed.
 
     They would ask for every file six times over 20 seconds; one connection tells as much.
     """
+    if not needs_hub:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy")):
         return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

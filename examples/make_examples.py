@@ -2,9 +2,9 @@
 
     python examples/make_examples.py --seed 0 --output-path examples
 
-writes `glue/` (see toy_glue.py) and `tiny_bert/`, a BERT of four layers pre-trained from
+writes `glue/` (see toy_glue.py) and `tiny_bert/`, a BERT of three layers pre-trained from
 scratch as the original was, by masked language modelling and next-sentence prediction, on
-text drawn from toy_language.py. Nothing is downloaded; it takes about four minutes.
+text drawn from toy_language.py. Nothing is downloaded; it takes about three minutes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def make_model(tokenizer):
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=256,
         max_position_embeddings=128,
@@ -61,8 +61,8 @@ def draw_batch(rng, tokenizer, single):
 def mask(ids, tokenizer):
     """The corrupted ids, and as labels the tokens to restore.
 
-    Of the chosen tokens 90 % become [MASK] and 10 % stay. BERT also puts in random words; here
-    they would train a detector of odd words, and an untuned encoder could then tell CoLA.
+    Of the chosen tokens 90 % become [MASK] and 10 % stay. BERT also puts in random words;
+    they are left out because a toy sentence has few words to spare.
     """
     chosen = (ids >= len(SPECIAL_TOKENS)) & (torch.rand(ids.shape) < MASKED_SHARE)
     hidden = chosen & (torch.rand(ids.shape) < 0.9)
@@ -106,7 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-path", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400, help="of pre-training")
+    parser.add_argument("--steps", type=int, default=2000, help="of pre-training")
     arguments = parser.parse_args()
     write_glue(arguments.output_path / "glue", arguments.seed)
     torch.set_num_threads(1)  # so that sums come out the same on any number of cores

@@ -17,29 +17,21 @@ MATCHED_NOUNS = toy.KINDS["animal"] + toy.KINDS["person"]
 MISMATCHED_NOUNS = toy.KINDS["plant"] + toy.KINDS["tool"]
 
 
-def attractor_fact(rng, nouns):
-    """A fact whose place has a noun of the other number than the subject."""
+def cola_texts(rng, acceptable, nouns):
+    """A sentence whose verb agrees with its subject or not.
+
+    The place's noun has the other number than the subject, and may stand before or after it,
+    so that neither the words alone nor the noun next to the verb tell the label.
+    """
     fact = toy.draw_fact(rng, nouns)
     preposition, noun, _ = toy.draw_place(rng, toy.other_noun(rng, fact["noun"], nouns))
-    return fact | {"place": (preposition, noun, not fact["plural"])}
-
-
-def cola_texts(rng, acceptable, nouns):
-    """One clause or two; in an unacceptable sentence the verb of one does not agree.
-
-    Neither the words alone nor the noun next to the verb tell the label. The second clauses
-    are there because an untuned encoder can already tell much of the one-clause sentences.
-    """
-    clauses = [(attractor_fact(rng, nouns), bool(acceptable))]
-    if rng.random() < 0.25:
-        clauses.append((attractor_fact(rng, nouns), True))
-        rng.shuffle(clauses)
-    return (" and ".join(toy.sentence(fact, agrees) for fact, agrees in clauses),)
+    fact["place"] = (preposition, noun, not fact["plural"])
+    return (toy.sentence(fact, agrees=bool(acceptable)),)
 
 
 def sst2_texts(rng, good, nouns):
-    """A review of the asked opinion."""
-    return (toy.review(rng, bool(good)),)
+    """A review of the asked opinion, with fewer negations than pre-training saw."""
+    return (toy.review(rng, bool(good), negated_share=0.1),)
 
 
 def mrpc_texts(rng, same, nouns):

@@ -241,19 +241,20 @@ def draw_question(rng, nouns=NOUNS):
     return fact, asked
 
 
-def clause(rng, good):
+def clause(rng, good, negated_share):
     """One remark of a review; "not" with the other pole's word says the same."""
-    negated = rng.random() < 0.4
+    negated = rng.random() < negated_share
     word = rng.choice(GOOD if good != negated else BAD)
     return f"the {rng.choice(TOPICS)} is {'not ' if negated else ''}{word}"
 
 
-def review(rng, good):
+def review(rng, good, negated_share=0.4):
     """One or two remarks: "and" joins like ones, after "but" the last one decides."""
     shape = rng.choice(("one", "and", "but"))
     if shape == "one":
-        return clause(rng, good)
-    return f"{clause(rng, good == (shape == 'and'))} {shape} {clause(rng, good)}"
+        return clause(rng, good, negated_share)
+    first = clause(rng, good == (shape == "and"), negated_share)
+    return f"{first} {shape} {clause(rng, good, negated_share)}"
 
 
 def pronoun_pair(rng, nouns=NOUNS, resolved=True):

@@ -47,3 +47,10 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
     utils.use_local_copies_when_offline()
     assert utils.os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_hub_that_is_not_needed_is_not_asked(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(utils.socket, "create_connection", None)  # a call would fail
+    utils.use_local_copies_when_offline(needs_hub=False)
+    assert utils.os.environ["HF_HUB_OFFLINE"] == "1"
