@@ -31,6 +31,22 @@ __all__ = ["GLUEvaluator", "set_seed"]
 LOGGER = logging.getLogger("bitfit")
 
 
+def default_precision(device):
+    """bf16 on a GPU that multiplies in it by itself, else fp32."""
+    if device.type == "cpu":
+        return "fp32"
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def check_choices(num_epochs, evaluation_frequency, lr_schedule, keep):
+    if min(num_epochs, evaluation_frequency) < 1:
+        raise UserError("num_epochs and evaluation_frequency are at least 1")
+    if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
+        raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
+
+
 class GLUEvaluator:
     """Fine-tunes and scores one model on one task; every method raises UserError for bad input.
 
@@ -62,8 +78,9 @@ class GLUEvaluator:
         self.torch_device = choose_device(device)
         self.base_name = Path(model_name).name  # for captions
         self.seed = torch.initial_seed() if seed is None else seed
-        bf16 = self.torch_device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.precision = precision or ("bf16" if bf16 else "fp32")
+        if precision not in (None, "fp32", "bf16"):
+            raise UserError(f"unknown precision {precision!r}; known: fp32, bf16")
+        self.precision = precision or default_precision(self.torch_device)
         self.epochs, self.evaluations, self.train_loss = [], {}, []
         self.seconds = {"training": 0.0, "evaluation": 0.0}
         self._tokens = {}
@@ -89,6 +106,7 @@ class GLUEvaluator:
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
+        self._tokens = {}
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
         self.pad_to_max, self.train_size = padding == "max_length", train_size
         tests = self.task.server_files if test_splits else ()
@@ -205,6 +223,7 @@ class GLUEvaluator:
                 (with `keep` its best), and what was measured so far is kept and written.
         """
         self._need("chosen", "training_preparation")
+        check_choices(num_epochs, evaluation_frequency, lr_schedule, keep)
         if hasattr(self, "stack"):
             raise UserError("this evaluator has been trained: make a new one to train again")
         set_seed(self.seed)
@@ -227,6 +246,8 @@ class GLUEvaluator:
                             best = self.stack.values.clone()
         finally:
             self.stack.release(best)
+            if output_path:
+                self._write_metrics(output_path)
             if output_path and self.epochs:
                 self.plot_learning_curves(output_path)
 
@@ -249,8 +270,11 @@ class GLUEvaluator:
         scores = reports.one_line_scores(self.evaluations)
         LOGGER.info("epoch %d  loss %.3f  %s", epoch + 1, self.train_loss[-1], scores)
         if output_path:
-            facts = self._facts()
-            reports.write_metrics(output_path, self.task, self.epochs, self.evaluations, facts)
+            self._write_metrics(output_path)
+
+    def _write_metrics(self, output_path):
+        facts = self._facts()
+        reports.write_metrics(output_path, self.task, self.epochs, self.evaluations, facts)
 
     def _is_best(self):
         return reports.best_index(self.task, self.evaluations) == len(self.epochs) - 1
@@ -282,6 +306,8 @@ class GLUEvaluator:
     def evaluate(self, split):
         """{metric: value} of a split with labels."""
         self._need("model", "training_preparation")
+        if split not in self.evaluations:
+            raise UserError(f"{split!r} has no labels; known: {', '.join(self.evaluations)}")
         with self._precision():
             return score_split(self.task, self.model, self.tokens(split))
 

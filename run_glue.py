@@ -7,7 +7,6 @@ Flags in, checks, a GLUEvaluator, files out. Bad input ends with status 2 and on
 
 import argparse
 import json
-import logging
 import math
 import os
 import subprocess
@@ -18,8 +17,6 @@ import utils
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
 from utils import Diverged, UserError
-
-LOGGER = logging.getLogger("bitfit")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -60,7 +57,7 @@ def make_parser():
     # fmt: off
     parser = OneLineParser(prog="run_glue.py", allow_abbrev=False,
                            description=__doc__.splitlines()[0])
-    positive = number(int, 1)
+    positive = number(int, 1, 2**31)
 
     add = parser.add_argument_group("what to run").add_argument
     add("--output-path", "-o", metavar="DIR", required=True,
@@ -180,19 +177,31 @@ def prepare(args, device):
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
     )
+    masked = args.fine_tune_type in ("rand_uniform", "rand_row_col")
     terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
     evaluator.training_preparation(
         args.learning_rate,
         args.optimizer,
-        args.fine_tune_type not in ("bitfit", "frozen"),
+        masked or args.fine_tune_type == "full_ft",
         evaluator.convert_to_actual_components(terms),
-        args.verbose,
+        args.verbose and not masked,
     )
+    evaluator.verbose = args.verbose  # a mask is what trains: list that alone
     if args.fine_tune_type == "rand_uniform":
         evaluator.set_uniform_mask(args.mask_size)
     elif args.fine_tune_type == "rand_row_col":
         evaluator.set_row_and_column_random_mask()
     return evaluator
+
+
+def commit():
+    """The checkout's commit, or None where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
 
 
 def write_args(args, evaluator):
@@ -201,12 +210,6 @@ def write_args(args, evaluator):
     import torch
     import transformers
 
-    commit = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     on_gpu = evaluator.torch_device.type == "cuda"
     facts = vars(args) | {
         "precision": evaluator.precision,
@@ -215,7 +218,7 @@ def write_args(args, evaluator):
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
         "python": sys.version.split()[0],
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
     Path(args.output_path).mkdir(parents=True, exist_ok=True)
     utils.write_text(Path(args.output_path) / "args.json", json.dumps(facts, indent=2) + "\n")

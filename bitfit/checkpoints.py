@@ -74,6 +74,7 @@ def load_evaluator(make, folder, gpu_device, model_name=None, data_dir=None):
     """
     facts = load_facts(folder)
     whole_model = facts["fine_tune_type"] == "full_ft"
+    random_encoder = facts["random_encoder"]
     if whole_model:
         model_name, facts["random_encoder"] = folder / "model", False
     facts["model_name"] = str(model_name or facts["model_name"])
@@ -82,18 +83,20 @@ def load_evaluator(make, folder, gpu_device, model_name=None, data_dir=None):
     for name in facts.keys() & (KINDS.keys() - set(BUILT_FROM) - {"encoder_sha256"}):
         setattr(evaluator, name, facts[name])
     evaluator._load_model()
+    evaluator.random_encoder = random_encoder
     if whole_model:
-        evaluator.chosen = trainable(evaluator.model, True)
-        return evaluator
-    if evaluator.encoder_sha256 != facts["encoder_sha256"]:
+        evaluator.chosen, values = trainable(evaluator.model, True), None
+    elif evaluator.encoder_sha256 == facts["encoder_sha256"]:
+        evaluator.chosen, values = load_delta(folder, evaluator.model)
+        values = values[None].to(evaluator.torch_device)
+    else:
         raise UserError(
             f"{folder} was trained on another base model than {evaluator.model_name}: "
             "give the one it was trained on as model_name"
         )
-    evaluator.chosen, values = load_delta(folder, evaluator.model)
     run = Run(evaluator.learning_rate, evaluator.seed)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, [run])
-    evaluator.stack.release(values[None].to(evaluator.torch_device))
+    evaluator.stack.release(values)
     return evaluator
 
 

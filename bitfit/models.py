@@ -62,8 +62,9 @@ def load_model(model_name, task, seed, random_encoder=False):
             model, info = build(transformers, model_name, config, random_encoder)
     except Exception as error:
         raise cannot_load(model_name, error) from None
-    check_encoder(model, model_name, info["missing_keys"] | mismatched(info))
-    if random_encoder or not set(head_names(model)).isdisjoint(info["missing_keys"]):
+    absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+    check_encoder(model, model_name, absent)
+    if random_encoder or not absent.isdisjoint(head_names(model)):
         draw_head(model, seed)
     return model
 
@@ -81,10 +82,6 @@ def build(transformers, model_name, config, random_encoder):
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-
-
-def mismatched(info):
-    return {name for name, *_ in info["mismatched_keys"]}
 
 
 def check_encoder(model, model_name, absent):

@@ -77,7 +77,8 @@ def precision_of(model, precision, device):
     try:
         for weight in frozen:
             weight.data = weight.data.bfloat16()
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        # Without its cache: that would hold the trained values as they were at first use.
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
             yield
     finally:
         for weight, data in zip(frozen, own, strict=True):
@@ -178,7 +179,7 @@ def predict(model, tokens, rows=None):
     device = tokens.ids.device
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
     logits = torch.empty(len(rows), model.config.num_labels, device=device)
-    for part in evaluation_batches(tokens.lengths[rows], 4 * MAX_TOKENS[device.type]):
+    for part in evaluation_batches(tokens.lengths[rows], MAX_TOKENS[device.type]):
         inputs, _ = gather(tokens, rows[part])
         logits[torch.from_numpy(part).to(device)] = forward(model, inputs)
     return logits.cpu().numpy()

@@ -15,9 +15,13 @@ def row(folder):
         sys.exit(f"compare.py: error: {folder} holds no results of run_glue.py: {error}")
     metric = facts["main_metric"]
     split = next(name for name in facts["last"] if name.startswith("validation"))
+    terms = facts["bias_terms"]
+    method = facts["fine_tune_type"] + (
+        f" ({', '.join(terms)})" if terms not in ([], ["all"]) else ""
+    )
     return {
         "task": facts["task"],
-        "method": facts["fine_tune_type"] + (" (random encoder)" * facts["random_encoder"]),
+        "method": method + " (random encoder)" * facts["random_encoder"],
         "learning rate": f"{facts['learning_rate']:g}",
         "seed": facts["seed"],
         "trained": f"{facts['trained_parameters'] / facts['all_parameters']:.2%}",

@@ -7,19 +7,20 @@ source "$(dirname "$0")/environment.sh"
 rm -rf out/demo
 extra=("$@")
 
-run() { # name, then the flags
-    local name=$1
+run() { # name of the output folder, then the flags that differ
+    local output=out/demo/$1
     shift
-    set -- run_glue.py --output-path "out/demo/$name" --task-name cola \
-        --model-name examples/tiny_bert --data-dir examples/glue --gpu-device cpu "$@" ${extra[@]+"${extra[@]}"}
+    set -- run_glue.py --output-path "$output" --task-name cola --data-dir examples/glue \
+        --model-name examples/tiny_bert --epochs 24 "$@" ${extra[@]+"${extra[@]}"}
     printf '\n$ python %s\n' "$*"
     $PYTHON "$@"
 }
 
-run bitfit --fine-tune-type bitfit --learning-rate 2e-3
+run bitfit --fine-tune-type bitfit --learning-rate 3e-3
 run full_ft --fine-tune-type full_ft --learning-rate 3e-4
-run frozen --fine-tune-type frozen --learning-rate 5e-3
-run random_encoder --fine-tune-type bitfit --learning-rate 2e-3 --random-encoder
+run frozen --fine-tune-type frozen --learning-rate 1e-2
+run random_encoder --fine-tune-type bitfit --learning-rate 3e-3 --random-encoder
 
-printf '\n$ python scripts/compare.py out/demo/*\n'
-$PYTHON scripts/compare.py out/demo/{full_ft,bitfit,frozen,random_encoder}
+set -- scripts/compare.py out/demo/{full_ft,bitfit,frozen,random_encoder}
+printf '\n$ python %s\n' "$*"
+$PYTHON "$@"

@@ -12,10 +12,10 @@ from glue_evaluator import GLUEvaluator
 
 SEEDS = (0, 1, 2)
 RUNS = {  # as in scripts/demo.sh: all parameters?, components, learning rate, random encoder
-    "bitfit": (False, ["bias"], 2e-3, False),
+    "bitfit": (False, ["bias"], 3e-3, False),
     "full_ft": (True, None, 3e-4, False),
-    "frozen": (False, None, 5e-3, False),
-    "random": (False, ["bias"], 2e-3, True),
+    "frozen": (False, None, 1e-2, False),
+    "random": (False, ["bias"], 3e-3, True),
 }
 
 
@@ -26,7 +26,7 @@ def matthews(method, seed):
     )
     evaluator.preprocess_dataset("longest", 128, 8)
     evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
-    evaluator.train_and_evaluate(16, evaluation_frequency=16)
+    evaluator.train_and_evaluate(24, evaluation_frequency=24)
     return evaluator.evaluations["validation"]["MCC"][-1]
 
 

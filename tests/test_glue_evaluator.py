@@ -206,6 +206,13 @@ def test_a_wrong_order_of_calls_is_one_clear_error(tiny_bert):
         frozen.train_and_evaluate(1)
     with pytest.raises(UserError, match="only bitfit"):
         frozen.plot_terms_changes()
+    with pytest.raises(UserError, match="'test' has no labels"):
+        frozen.evaluate("test")
+    for wrong in ({"lr_schedule": "cosine"}, {"keep": "all"}, {"evaluation_frequency": 0}):
+        with pytest.raises(UserError):
+            prepared(tiny_bert).train_and_evaluate(1, **wrong)
+    with pytest.raises(UserError, match="unknown precision 'fp16'"):
+        GLUEvaluator("rte", tiny_bert, None, precision="fp16")
     with pytest.raises(UserError, match="unknown task 'xyz'"):
         GLUEvaluator("xyz", tiny_bert, None)
 

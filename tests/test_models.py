@@ -52,8 +52,9 @@ def test_a_trained_head_of_the_right_shape_is_kept(tmp_path, tiny_bert):
     model = load_model(tiny_bert, RTE, 5)
     model.save_pretrained(tmp_path)
     assert torch.equal(load_model(tmp_path, RTE, 0).classifier.weight, model.classifier.weight)
-    three_way = load_model(tmp_path, TASKS["mnli"], 0)  # another shape: drawn anew
-    assert three_way.classifier.weight.shape[0] == 3
+    first, second = (load_model(tmp_path, TASKS["mnli"], seed) for seed in (0, 1))
+    assert first.classifier.weight.shape[0] == 3  # another shape: drawn anew, by the seed
+    assert not torch.equal(first.classifier.weight, second.classifier.weight)
 
 
 def test_random_encoder(tiny_bert):

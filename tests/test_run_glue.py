@@ -83,6 +83,18 @@ def test_partial_bitfit_counts(tmp_path):
     assert metrics["trained_parameters"] == config.num_hidden_layers * per_layer + rest
 
 
+def test_verbose_lists_the_mask_alone(tmp_path, capsys):
+    run_glue.main(flags(tmp_path / "out", "--verbose", "--mask-size", "77", kind="rand_uniform"))
+    shown = capsys.readouterr().out
+    assert shown.count("parameters train") == 1
+    assert " of them" in shown
+
+
+def test_git_is_not_needed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_glue.commit() is None
+
+
 def test_all_outputs_of_one_run(tmp_path):
     output = tmp_path / "deep" / "out"
     more = ["--save-evaluator", "--export-model", "--predict-test", "--keep", "best"]
@@ -126,6 +138,12 @@ def test_a_diverged_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["epochs"] == [1]
     assert (tmp_path / "out/learning_curves_accuracy.png").exists()
+    rare = [*flags(tmp_path / "rare"), "--epochs", "4", "--evaluation-frequency", "4"]
+    calls = iter(range(10_000))
+    assert run_glue.main(rare) == 1
+    metrics = json.loads((tmp_path / "rare/metrics.json").read_text())
+    assert metrics["epochs"] == []
+    assert len(metrics["train_loss"]) == 1
 
 
 # Bad input: status 2, one line, nothing written.

@@ -5,7 +5,7 @@ from conftest import GLUE, set_dropout
 from tqdm import tqdm
 
 from bitfit import data, models, sources, training
-from bitfit.data import tokenize
+from bitfit.data import gather, tokenize
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.trainable import bitfit_names, row_column_positions, trainable, uniform_positions, whole
@@ -13,6 +13,7 @@ from bitfit.training import (
     Plan,
     Schedule,
     epoch_order,
+    forward,
     make_optimizers,
     precision_of,
     predict,
@@ -179,6 +180,20 @@ def test_bf16_follows_fp32(tiny_bert):
     assert half_loss == pytest.approx(loss, rel=0.02)
     assert np.abs(half_logits - logits).max() < 0.1
     assert stack.values.dtype == stack.grads.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["bitfit", "partial", "frozen", "full_ft"])
+def test_bf16_trains_on_the_values_of_now(tiny_bert, method):
+    """No cast of a trained value outlives the step that changes it."""
+    model, tokens = new_model(tiny_bert), tokens_of(tiny_bert, rows=8)
+    stack = Stack(model, methods(model)[method], [Run(1e-3, 0)])
+    rows = np.arange(8)
+    with precision_of(model, "bf16", CPU):
+        first = forward(model, gather(tokens, rows)[0]).detach()
+        stack.values += 0.05 * torch.randn(stack.values.shape)
+        second = forward(model, gather(tokens, rows)[0]).detach()
+        assert np.allclose(second.numpy(), predict(model, tokens), atol=0.02)
+    assert (first - second).abs().max() > 0.05
 
 
 def test_predictions_come_in_the_order_of_the_rows(folder):
