@@ -24,20 +24,11 @@ from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS, predictions
 from bitfit.training import Plan, Schedule, make_optimizers, precision_of, score_split, train_epoch
 from bitfit.training import predict as predict_logits
-from utils import UserError, choose_device, generator, set_seed
+from utils import UserError, choose_device, default_precision, generator, set_seed
 
 __all__ = ["GLUEvaluator", "set_seed"]
 
 LOGGER = logging.getLogger("bitfit")
-
-
-def default_precision(device):
-    """bf16 on a GPU that multiplies in it by itself, else fp32."""
-    if device.type == "cpu":
-        return "fp32"
-    with torch.cuda.device(device):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
 
 
 def check_choices(num_epochs, evaluation_frequency, lr_schedule, keep):

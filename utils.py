@@ -60,6 +60,17 @@ def choose_device(gpu):
     return torch.device("cuda", gpu)
 
 
+def default_precision(device):
+    """bf16 on a GPU that multiplies in it by itself, else fp32."""
+    import torch
+
+    if device.type == "cpu":
+        return "fp32"
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
 def use_local_copies_when_offline(needs_hub=True):
     """Tell the Hub's clients to use their cache when the Hub is out of reach or not needed.
 
