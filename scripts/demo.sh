@@ -11,15 +11,15 @@ run() { # name of the output folder, then the flags that differ
     local output=out/demo/$1
     shift
     set -- run_glue.py --output-path "$output" --task-name cola --data-dir examples/glue \
-        --model-name examples/tiny_bert --epochs 24 "$@" ${extra[@]+"${extra[@]}"}
+        --model-name examples/tiny_bert --evaluation-frequency 4 "$@" ${extra[@]+"${extra[@]}"}
     printf '\n$ python %s\n' "$*"
     $PYTHON "$@"
 }
 
-run bitfit --fine-tune-type bitfit --learning-rate 3e-3
-run full_ft --fine-tune-type full_ft --learning-rate 3e-4
-run frozen --fine-tune-type frozen --learning-rate 1e-2
-run random_encoder --fine-tune-type bitfit --learning-rate 3e-3 --random-encoder
+run bitfit --fine-tune-type bitfit --learning-rate 3e-3 --epochs 24
+run full_ft --fine-tune-type full_ft --learning-rate 3e-4 --epochs 8
+run frozen --fine-tune-type frozen --learning-rate 1e-2 --epochs 24
+run random_encoder --fine-tune-type bitfit --learning-rate 3e-3 --epochs 8 --random-encoder
 
 set -- scripts/compare.py out/demo/{full_ft,bitfit,frozen,random_encoder}
 printf '\n$ python %s\n' "$*"
