@@ -6,24 +6,24 @@ evaluator.preprocess_dataset("longest", max_sequence_len=128, batch_size=16)
 terms = GLUEvaluator.convert_to_actual_components(["query", "intermediate"])
 evaluator.training_preparation(1e-3, "adamw", False, terms)
 evaluator.train_and_evaluate(16, "out")
+
+With several seeds, or several learning rates, it holds a run for each pair.
 """
 
 import logging
 import math
-import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bitfit import checkpoints, models, reports, sources, trainable
-from bitfit.data import tokenize
-from bitfit.runs import Run, Stack
-from bitfit.tasks import TASKS, predictions
-from bitfit.training import Plan, Schedule, make_optimizers, precision_of, score_split, train_epoch
-from bitfit.training import predict as predict_logits
+from bitfit import checkpoints, compute, models, reports, runs, sources, trainable
+from bitfit.data import MAX_TOKENS, draw_rows, tokenize
+from bitfit.fit import Scored, fit
+from bitfit.runs import Record, Run, Stack
+from bitfit.tasks import TASKS, predictions, score
+from bitfit.training import Plan, Schedule, make_optimizers
 from utils import UserError, choose_device, default_precision, generator, set_seed
 
 __all__ = ["GLUEvaluator", "set_seed"]
@@ -38,28 +38,37 @@ def check_choices(num_epochs, evaluation_frequency, lr_schedule, keep):
         raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
 
 
+def as_list(value):
+    return [*value] if isinstance(value, (list, tuple)) else [value]
+
+
 class GLUEvaluator:
     """Fine-tunes and scores one model on one task; every method raises UserError for bad input.
 
+    It holds K >= 1 runs. What it predicts, saves and plots is that of one of them: the first,
+    until `select` chooses another.
+
     Attributes:
         model: the plain Hugging Face classifier.
-        evaluations: {split: {metric: [value per evaluated epoch]}}; `epochs` names the epochs.
+        records: what each run measured; `record` is the selected one.
         num_labels: classes, or 1 for a regression.
     """
 
     def __init__(
         self, task_name, model_name, device,
-        seed=None, data_dir=None, precision=None, random_encoder=False,
+        seed=None, data_dir=None, precision=None, random_encoder=False, max_tokens=None,
     ):  # fmt: skip
         """
         Args:
             task_name: a key of `bitfit.tasks.TASKS`.
             model_name: a name on the Hub, or a folder.
             device: GPU number; None for the CPU.
-            seed: draws the classifier, data order, dropout and masks; None: that of `set_seed`.
+            seed: draws the classifier, data order, dropout and masks; None: that of `set_seed`;
+                a list: runs for each.
             data_dir: GLUE's TSV folders or Parquet files; None: the Hub.
             precision: "fp32" or "bf16"; None: bf16 on a GPU that has it, else fp32.
             random_encoder: draw the encoder's weights at random (a control).
+            max_tokens: the most padded tokens in a micro-batch; None: the device's default.
         """
         if task_name not in TASKS:
             raise UserError(f"unknown task {task_name!r}; known: {', '.join(TASKS)}")
@@ -68,12 +77,11 @@ class GLUEvaluator:
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
         self.torch_device = choose_device(device)
         self.base_name = Path(model_name).name  # for captions
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.seeds = as_list(torch.initial_seed() if seed is None else seed)
         if precision not in (None, "fp32", "bf16"):
             raise UserError(f"unknown precision {precision!r}; known: fp32, bf16")
         self.precision = precision or default_precision(self.torch_device)
-        self.epochs, self.evaluations, self.train_loss = [], {}, []
-        self.seconds = {"training": 0.0, "evaluation": 0.0}
+        self.limit = compute.Limit(max_tokens or MAX_TOKENS[self.torch_device.type])
         self._tokens = {}
 
     def _need(self, attribute, call):
@@ -92,7 +100,7 @@ class GLUEvaluator:
                 "longest" (or True) pads to the longest row of a micro-batch: the same results.
             max_sequence_len: rows are cut to so many tokens.
             batch_size: rows per optimizer step.
-            train_size: train on so many rows, drawn by the seed; None: all.
+            train_size: train on so many rows, drawn by the run's seed; None: all.
             test_splits: read the test splits now.
         """
         if padding not in ("max_length", "longest", True):
@@ -113,13 +121,23 @@ class GLUEvaluator:
         self._need("max_sequence_len", "preprocess_dataset")
         if split not in self._tokens:
             texts = sources.read_split(self.task, split, self.data_dir)
-            if split == "train" and self.train_size:
-                rng = generator(self.seed, "training rows")
-                texts = texts.take(rng.permutation(len(texts))[: self.train_size])
+            if split == "train":
+                kept, self.rows_of_seed = draw_rows(self.seeds, len(texts), self.train_size)
+                texts = texts.take(kept)
             self._tokens[split] = texts and tokenize(
                 texts, self.tokenizer, self.max_sequence_len, self.pad_to_max
             ).to(self.torch_device)
         return self._tokens[split]
+
+    def _scored(self):
+        """{split: Scored} of the splits with labels."""
+        rows = {"train": self.rows_of_seed}
+        for split in self.task.validation_splits:
+            rows[split] = dict.fromkeys(self.seeds, np.arange(len(self.tokens(split).lengths)))
+        return {
+            split: Scored(self.tokens(split), {s: compute.thin(r) for s, r in of_seed.items()})
+            for split, of_seed in rows.items()
+        }
 
     # Model
 
@@ -129,37 +147,45 @@ class GLUEvaluator:
         return trainable.actual_components(components)
 
     def training_preparation(
-        self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True
-    ):
+        self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True,
+        seed=None,
+    ):  # fmt: skip
         """Load the model and choose what trains.
 
         Args:
-            learning_rate: of the optimizer, before any schedule.
+            learning_rate: of the optimizer, before any schedule; a list: runs for each.
             optimizer: "adamw" or "adam".
             encoder_trainable: True for full fine-tuning, and before a random mask is set.
             trainable_components: what `convert_to_actual_components` gives, for BitFit; with none
                 the encoder is frozen and the classifier alone trains.
             verbose: print the trained tensors.
+            seed: one of the evaluator's seeds; None: all of them.
         """
         if encoder_trainable and trainable_components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
         if optimizer not in ("adamw", "adam"):
             raise UserError(f"unknown optimizer {optimizer!r}; known: adamw, adam")
         self._need("max_sequence_len", "preprocess_dataset")
+        if seed is not None and seed not in self.seeds:
+            raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
+        seeds = self.seeds if seed is None else [seed]
+        self.runs = [Run(rate, s) for rate in as_list(learning_rate) for s in seeds]
         self._load_model()
-        self.learning_rate, self.optimizer, self.verbose = learning_rate, optimizer, verbose
+        self.optimizer, self.verbose = optimizer, verbose
         self.components = list(trainable_components or [])
-        scored = ("train", *self.task.validation_splits)
-        self.evaluations = {s: {metric: [] for metric in self.task.metrics} for s in scored}
+        self.records = [Record(run) for run in self.runs]
+        self.selected = 0
         kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
         chosen = trainable.trainable(self.model, encoder_trainable, trainable_components)
         self._choose(kind, chosen)
 
     def _load_model(self):
-        self.model = models.load_model(self.model_name, self.task, self.seed, self.random_encoder)
+        self.model, needs_head = models.load(self.model_name, self.task, self.random_encoder)
+        self._draw = models.draw_head if needs_head else None
         models.check_length(self.model, self.max_sequence_len)
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
+        vars(self).pop("stack", None)
 
     def _choose(self, fine_tune_type, chosen):
         self.fine_tune_type, self.chosen = fine_tune_type, chosen
@@ -171,21 +197,20 @@ class GLUEvaluator:
 
         None: the paper's size for its models, else as many as BitFit trains.
         """
-        self._need_encoder()
+        rng = self._mask_generator()
         size = mask_size or trainable.default_mask_size(self.model, self.model_name)
-        rng = generator(self.seed, "mask")
         self._choose("rand_uniform", trainable.uniform_positions(self.model, size, rng))
 
     def set_row_and_column_random_mask(self):
         """Train one random column, or as many rows, of each matrix, and the classifier."""
-        self._need_encoder()
-        rng = generator(self.seed, "mask")
+        rng = self._mask_generator()
         self._choose("rand_row_col", trainable.row_column_positions(self.model, rng))
 
-    def _need_encoder(self):
+    def _mask_generator(self):
         self._need("chosen", "training_preparation")
         if self.fine_tune_type in ("bitfit", "frozen"):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
+        return generator(self.runs[0].seed, "mask")
 
     @property
     def masks(self):
@@ -193,114 +218,131 @@ class GLUEvaluator:
         self._need("chosen", "training_preparation")
         return trainable.dense_masks(self.model, self.chosen)
 
+    def why_not_stackable(self):
+        """Why several runs cannot be trained in one pass, or None if they can."""
+        self._need("chosen", "training_preparation")
+        reason = runs.why_not_stackable(self.model, self.chosen)
+        if not reason and compute.stacked_pass_differs(
+            self.model, self.chosen, self.tokens("train")
+        ):
+            reason = "this model does not compute with its Linear and LayerNorm modules alone"
+        return reason
+
     # Training
 
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
         lr_schedule="constant", warmup_ratio=0.0, keep="last",
     ):  # fmt: skip
-        """Train, score every `evaluation_frequency` epochs and after the last, write metrics.
+        """Train all runs together, score them, write their metrics and learning curves.
 
         Args:
             num_epochs: passes over the training rows.
-            output_path: folder for metrics.json, metrics.csv and the learning curves.
-            evaluation_frequency: scoring more or less often changes no trained value.
+            output_path: folder for metrics.json, metrics.csv and the learning curves; with
+                several runs each has a folder in it, named `Run.name`.
+            evaluation_frequency: score every so many epochs and after the last; scoring more or
+                less often changes no trained value.
             lr_schedule: "constant", or "linear" down to 0.
             warmup_ratio: the share of all steps over which the learning rate first rises.
-            keep: "last", or "best": leave the model as it was at its best evaluation.
+            keep: "last", or "best": keep of each run the values of its best evaluation.
 
         Raises:
-            Diverged: a loss or gradient was not finite. The model holds its last good values
-                (with `keep` its best), and what was measured so far is kept and written.
+            Diverged: in every run a loss or gradient was not finite. Each holds its last good
+                values (with `keep` its best), and what was measured is kept and written.
         """
         self._need("chosen", "training_preparation")
         check_choices(num_epochs, evaluation_frequency, lr_schedule, keep)
         if hasattr(self, "stack"):
-            raise UserError("this evaluator has been trained: make a new one to train again")
-        set_seed(self.seed)
-        self.stack = Stack(self.model, self.chosen, [Run(self.learning_rate, self.seed)])
+            raise UserError("this evaluator has been trained: prepare it again to train again")
+        reason = len(self.runs) > 1 and self.why_not_stackable()
+        if reason:
+            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
+                            "prepare and train one after the other")  # fmt: skip
+        set_seed(self.runs[0].seed)
+        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
         optimizers = make_optimizers(self.optimizer, self.stack)
-        tokens = self.tokens("train")
-        steps = num_epochs * math.ceil(len(tokens.lengths) / self.batch_size)
+        steps = num_epochs * math.ceil(len(self.rows_of_seed[self.runs[0].seed]) / self.batch_size)
         schedule = Schedule(lr_schedule, round(warmup_ratio * steps), steps)
-        plan = Plan(self.task, self.model, tokens, self.batch_size, schedule)
-        rows = num_epochs * len(tokens.lengths)
-        best = None
+        plan = Plan(self.task, self.model, self.tokens("train"), self.batch_size, schedule,
+                    self.limit, self.rows_of_seed)  # fmt: skip
+        best = self.stack.values.clone() if keep == "best" else None
+        write = partial(self._write_metrics, output_path)
         try:
-            bar = tqdm(total=rows, unit="ex", disable=None, desc=self.task_name)
-            with self._precision(), logging_redirect_tqdm(), bar:
-                for epoch in range(num_epochs):
-                    self._train(plan, optimizers, epoch, bar)
-                    if (epoch + 1) % evaluation_frequency == 0 or epoch + 1 == num_epochs:
-                        self._evaluate(epoch, output_path)
-                        if keep == "best" and self._is_best():
-                            best = self.stack.values.clone()
+            with self._precision():
+                fit(plan, self.stack, optimizers, self.records, self._scored(), num_epochs,
+                    evaluation_frequency, best, write)  # fmt: skip
         finally:
             self.stack.release(best)
-            if output_path:
-                self._write_metrics(output_path)
-            if output_path and self.epochs:
-                self.plot_learning_curves(output_path)
+            write()
+            self._write_curves(output_path)
 
     def _precision(self):
-        return precision_of(self.model, self.precision, self.torch_device)
+        return compute.precision_of(self.model, self.precision, self.torch_device)
 
-    def _train(self, plan, optimizers, epoch, bar):
-        begin = time.perf_counter()
-        losses = train_epoch(plan, self.stack, optimizers, epoch, bar)
-        self.train_loss.append(losses[0])
-        self.seconds["training"] += time.perf_counter() - begin
+    # Results: of the selected run
 
-    def _evaluate(self, epoch, output_path):
-        begin = time.perf_counter()
-        for split, metrics in self.evaluations.items():
-            for metric, value in score_split(self.task, self.model, self.tokens(split)).items():
-                metrics[metric].append(value)
-        self.seconds["evaluation"] += time.perf_counter() - begin
-        self.epochs.append(epoch + 1)
-        scores = reports.one_line_scores(self.evaluations)
-        LOGGER.info("epoch %d  loss %.3f  %s", epoch + 1, self.train_loss[-1], scores)
-        if output_path:
-            self._write_metrics(output_path)
+    def select(self, run):
+        """Let the model and all results below be those of run number `run`, counted from 0."""
+        self._need("stack", "train_and_evaluate")
+        if not 0 <= run < len(self.runs):
+            raise UserError(
+                f"there is no run {run}: they are numbered from 0 to {len(self.runs) - 1}"
+            )
+        self.stack.put(run)
+        self.selected = run
+
+    @property
+    def record(self):
+        self._need("records", "training_preparation")
+        return self.records[self.selected]
+
+    @property
+    def evaluations(self):
+        """{split: {metric: [value per evaluated epoch]}}; `record.epochs` names the epochs."""
+        return self.record.evaluations
 
     def _write_metrics(self, output_path):
-        facts = self._facts()
-        reports.write_metrics(output_path, self.task, self.epochs, self.evaluations, facts)
+        for record in self.records if output_path else ():
+            folder = self.folder(output_path, record.run)
+            reports.write_metrics(folder, self.task, record, self._facts(record))
 
-    def _is_best(self):
-        return reports.best_index(self.task, self.evaluations) == len(self.epochs) - 1
+    def _write_curves(self, output_path):
+        for run, record in enumerate(self.records if output_path else ()):
+            if record.epochs:
+                self.selected = run
+                self.plot_learning_curves(self.folder(output_path, record.run))
+        self.selected = 0
 
-    def _facts(self):
-        """What metrics.json says of this run beside its scores."""
+    def folder(self, output_path, run):
+        """Where a run's files go: one run needs no folder of its own."""
+        return Path(output_path) / run.name if len(self.runs) > 1 else Path(output_path)
+
+    def _facts(self, record):
+        """What metrics.json says of a run beside its scores."""
         return {
             "task": self.task_name,
             "model": str(self.model_name),
             "random_encoder": self.random_encoder,
             "fine_tune_type": self.fine_tune_type,
             "bias_terms": trainable.term_names(self.components),
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
+            "learning_rate": record.run.learning_rate,
+            "seed": record.run.seed,
+            "runs_in_one_pass": len(self.runs),
             "trained_parameters": trainable.count(self.model, self.chosen),
             "all_parameters": sum(p.numel() for p in self.model.parameters()),
-            "train_loss": self.train_loss,
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
-
-    # Results
 
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
         with self._precision():
-            return predict_logits(self.model, self.tokens(split))
+            return compute.predict(self.model, self.tokens(split), self.limit)
 
     def evaluate(self, split):
-        """{metric: value} of a split with labels."""
-        self._need("model", "training_preparation")
-        if split not in self.evaluations:
-            raise UserError(f"{split!r} has no labels; known: {', '.join(self.evaluations)}")
-        with self._precision():
-            return score_split(self.task, self.model, self.tokens(split))
+        """{metric: value} of a split with labels, all its rows."""
+        if split not in ("train", *self.task.validation_splits):
+            raise UserError(f"{split!r} has no labels: give train or a validation split")
+        return score(self.task, self.predict(split), self.tokens(split).labels.cpu().numpy())
 
     def export_model_test_set_predictions(self, output_path):
         """Write the test predictions as files for the GLUE server; returns their paths."""
@@ -322,35 +364,36 @@ class GLUEvaluator:
         self.tokenizer.save_pretrained(output_path)
 
     @property
-    def caption(self):
-        """One line that says what was run."""
+    def method_caption(self):
+        """One line that says what was run, whatever the run."""
         model = self.base_name + (" (random encoder)" if self.random_encoder else "")
         terms = ", ".join(trainable.term_names(self.components))
         method = f"bitfit ({terms})" if terms else self.fine_tune_type
-        settings = f"learning rate {self.learning_rate:g}, seed {self.seed}"
-        return f"{self.task.folder}, {model}, {method}, {settings}"
+        return f"{self.task.folder}, {model}, {method}"
+
+    @property
+    def caption(self):
+        """One line that says what the selected run was."""
+        run = self.record.run
+        return f"{self.method_caption}, learning rate {run.learning_rate:g}, seed {run.seed}"
 
     def score_table(self):
         """The last and best scores as text."""
-        return f"{self.caption}\n{reports.score_table(self.task, self.epochs, self.evaluations)}"
+        return f"{self.caption}\n{reports.score_table(self.task, self.record)}"
 
     def plot_learning_curves(self, output_path=None):
         """{metric: figure}; in the folder `output_path` each as learning_curves_<metric>.png."""
-        if not self.epochs:
+        if not self.record.epochs:
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        figures = reports.learning_curves(self.task, self.epochs, self.evaluations, self.caption)
-        for metric, figure in figures.items() if output_path else ():
-            name = f"learning_curves_{metric.lower()}.png"
-            reports.save_figure(figure, Path(output_path) / name)
-        return figures
+        return reports.learning_curves(self.task, self.record, self.caption, output_path)
 
     def plot_terms_changes(self, output_path=None):
         """The paper's figure 1, how far each bias term moved; saved to the file `output_path`."""
         self._need("stack", "train_and_evaluate")
         if self.fine_tune_type != "bitfit":
             raise UserError("only bitfit has bias terms to plot")
-        start = self.stack.named_values(values=self.stack.start)
-        figure = reports.bias_heatmap(start, self.stack.named_values(), self.caption)
+        start = self.stack.named_values(self.selected, self.stack.start)
+        figure = reports.bias_heatmap(start, self.stack.named_values(self.selected), self.caption)
         if output_path:
             reports.save_figure(figure, Path(output_path).with_suffix(".png"))
         return figure

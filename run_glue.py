@@ -5,136 +5,15 @@
 Flags in, checks, a GLUEvaluator, files out. Bad input ends with status 2 and one line.
 """
 
-import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import utils
-from bitfit.tasks import TASKS
-from bitfit.trainable import FINE_TUNE_TYPES, TERMS
+from bitfit.flags import parse_args
 from utils import Diverged, UserError
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `-h` has the rest."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float from `low` (or above it) up to `high`."""
-    rule = f"{'above' if above else 'at least'} {low}"
-    rule += f" and below {high}" if high < math.inf else ""
-    name = {int: "whole number", float: "number"}[kind]
-
-    def parse(word):
-        try:
-            value = kind(word)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value < high:
-            raise argparse.ArgumentTypeError(f"{word!r} is not a {name} {rule}")
-        return value
-
-    return parse
-
-
-def gpu(word):
-    if word == "cpu":
-        return word
-    try:
-        return int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
-
-
-def make_parser():
-    # fmt: off
-    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False,
-                           description=__doc__.splitlines()[0])
-    positive = number(int, 1, 2**31)
-
-    add = parser.add_argument_group("what to run").add_argument
-    add("--output-path", "-o", metavar="DIR", required=True,
-        help="new or empty folder for the results")
-    add("--task-name", "-t", metavar="TASK", required=True, choices=TASKS,
-        help=f"one of {', '.join(TASKS)}")
-    add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
-        help="name on the Hugging Face Hub, or a folder [%(default)s]")
-    add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
-        help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
-    add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
-        help=f"for bitfit: all, or some of {', '.join(TERMS)} [all]")
-    add("--mask-size", metavar="N", type=positive,
-        help="for rand_uniform: how many encoder parameters are drawn [100000 for bert-base, "
-             "280000 for bert-large, 105000 for roberta-base, else as many as bitfit trains]")
-    add("--random-encoder", action="store_true",
-        help="a control: draw the encoder's weights at random instead of loading them [off]")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data-dir", metavar="DIR",
-        help="a folder with GLUE's own TSV folders (RTE/train.tsv) or with Parquet files "
-             "(rte/train-*.parquet) [nyu-mll/glue from the Hub]")
-    add("--max-seq-length", metavar="N", type=positive, default=128,
-        help="longer rows are cut to so many tokens [%(default)s]")
-    add("--train-size", metavar="N", type=positive,
-        help="train on so many rows, drawn by the seed [all]")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--learning-rate", "-l", metavar="LR", type=number(float, 0, above=True), default=1e-3,
-        help="usual: 1e-4 to 1e-3 for bias terms, 1e-5 to 5e-5 for full_ft [%(default)s]")
-    add("--epochs", "-e", metavar="N", type=positive, default=16,
-        help="passes over the training rows [%(default)s]")
-    add("--batch-size", "-b", metavar="N", type=positive, default=8,
-        help="rows per optimizer step [%(default)s]")
-    add("--optimizer", choices=("adamw", "adam"), default="adamw",
-        help="adamw has weight decay 0 and eps 1e-6, as in the released code [%(default)s]")
-    add("--lr-schedule", choices=("constant", "linear"), default="constant",
-        help="linear falls to 0 at the last step [%(default)s]")
-    add("--warmup-ratio", metavar="R", type=number(float, 0, 1), default=0.0,
-        help="share of all steps over which the learning rate first rises [%(default)s]")
-    add("--seed", "-s", metavar="N", type=number(int, 0, 2**63), default=0,
-        help="draws the classifier, data order, dropout and masks [%(default)s]")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--gpu-device", "-d", metavar="GPU", type=gpu,
-        help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
-    add("--precision", choices=("fp32", "bf16"),
-        help="bf16 multiplies in bfloat16; what trains stays float32 "
-             "[bf16 on a GPU that has it, else fp32]")
-    add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
-
-    add = parser.add_argument_group("results").add_argument
-    add("--evaluation-frequency", metavar="N", type=positive, default=1,
-        help="score every N epochs, and after the last [%(default)s]")
-    add("--keep", choices=("last", "best"), default="last",
-        help="the epoch whose weights are saved and predict; best is by the main validation "
-             "score [%(default)s]")
-    add("--save-evaluator", action="store_true",
-        help="write evaluator/, for GLUEvaluator.load [off]")
-    add("--export-model", action="store_true",
-        help="write model/, a plain Hugging Face folder [off]")
-    add("--predict-test", action="store_true",
-        help="write the test predictions for the GLUE server [off]")
-    add("--verbose", action="store_true", help="list the trained tensors [off]")
-    # fmt: on
-    return parser
-
-
-def parse_args(argv=None):
-    """The flags, and the checks that need no file."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.bias_terms and args.fine_tune_type != "bitfit":
-        parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
-    if args.mask_size and args.fine_tune_type != "rand_uniform":
-        parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
-    return args
 
 
 def check_output_path(path):
@@ -164,7 +43,7 @@ def prepare(args, device):
     """Read data and model and choose what trains; everything that can be wrong is found here."""
     from glue_evaluator import GLUEvaluator, set_seed
 
-    set_seed(args.seed)
+    set_seed(args.seed[0])
     evaluator = GLUEvaluator(
         args.task_name,
         args.model_name,
@@ -173,25 +52,32 @@ def prepare(args, device):
         data_dir=args.data_dir,
         precision=args.precision,
         random_encoder=args.random_encoder,
+        max_tokens=args.max_tokens,
     )
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
     )
+    choose(evaluator, args, args.verbose)
+    return evaluator
+
+
+def choose(evaluator, args, verbose, run=None):
+    """Load the model and choose what trains, for all runs or one."""
     masked = args.fine_tune_type in ("rand_uniform", "rand_row_col")
     terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
     evaluator.training_preparation(
-        args.learning_rate,
+        run.learning_rate if run else args.learning_rate,
         args.optimizer,
         masked or args.fine_tune_type == "full_ft",
         evaluator.convert_to_actual_components(terms),
-        args.verbose and not masked,
+        verbose and not masked,
+        seed=run.seed if run else None,
     )
-    evaluator.verbose = args.verbose  # a mask is what trains: list that alone
+    evaluator.verbose = verbose  # a mask is what trains: list that alone
     if args.fine_tune_type == "rand_uniform":
         evaluator.set_uniform_mask(args.mask_size)
     elif args.fine_tune_type == "rand_row_col":
         evaluator.set_row_and_column_random_mask()
-    return evaluator
 
 
 def commit():
@@ -204,15 +90,16 @@ def commit():
     return result.stdout.strip() or None
 
 
-def write_args(args, evaluator):
-    """args.json: all flags, and what else the numbers depend on."""
+def facts_of(args, evaluator):
+    """What args.json holds: all flags, and what else the numbers depend on."""
     import datasets
     import torch
     import transformers
 
     on_gpu = evaluator.torch_device.type == "cuda"
-    facts = vars(args) | {
+    return vars(args) | {
         "precision": evaluator.precision,
+        "max_tokens": evaluator.limit.tokens,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -220,8 +107,37 @@ def write_args(args, evaluator):
         "python": sys.version.split()[0],
         "commit": commit(),
     }
-    Path(args.output_path).mkdir(parents=True, exist_ok=True)
-    utils.write_text(Path(args.output_path) / "args.json", json.dumps(facts, indent=2) + "\n")
+
+
+def write_args(folder, facts):
+    folder.mkdir(parents=True, exist_ok=True)
+    utils.write_text(folder / "args.json", json.dumps(facts, indent=2) + "\n")
+
+
+def train(args, evaluator, folder):
+    """Train the evaluator's runs; their metrics and curves go to `folder`."""
+    evaluator.train_and_evaluate(
+        args.epochs,
+        folder,
+        args.evaluation_frequency,
+        args.lr_schedule,
+        args.warmup_ratio,
+        args.keep,
+    )
+
+
+def leave(args, evaluator, folder, results=True):
+    """What the selected run leaves beside its metrics; `results`: also what was asked for."""
+    if args.fine_tune_type == "bitfit":
+        evaluator.plot_terms_changes(folder / "bias_term_changes")
+    if not results:
+        return
+    if args.save_evaluator:
+        evaluator.save(folder / "evaluator")
+    if args.export_model:
+        evaluator.export_model(folder / "model")
+    if args.predict_test:
+        evaluator.export_model_test_set_predictions(folder)
 
 
 def run(args):
@@ -233,29 +149,45 @@ def run(args):
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     evaluator = prepare(args, pick_device(args.gpu_device))
-    write_args(args, evaluator)
-    output = Path(args.output_path)
-    evaluator.train_and_evaluate(
-        args.epochs,
-        output,
-        args.evaluation_frequency,
-        args.lr_schedule,
-        args.warmup_ratio,
-        args.keep,
-    )
-    if args.fine_tune_type == "bitfit":
-        evaluator.plot_terms_changes(output / "bias_term_changes")
-    if args.save_evaluator:
-        evaluator.save(output / "evaluator")
-    if args.export_model:
-        evaluator.export_model(output / "model")
-    if args.predict_test:
-        evaluator.export_model_test_set_predictions(output)
-    print(evaluator.score_table())
+    output, facts = Path(args.output_path), facts_of(args, evaluator)
+    if len(evaluator.runs) == 1:
+        write_args(output, facts | evaluator.runs[0]._asdict())
+        train(args, evaluator, output)
+        leave(args, evaluator, output)
+        print(evaluator.score_table())
+    else:
+        write_args(output, facts)
+        sweep(args, evaluator, output, facts)
+
+
+def sweep(args, evaluator, output, facts):
+    """Several runs: in one pass where they can share it, else one after the other."""
+    from bitfit import sweeps
+
+    runs, reason = evaluator.runs, evaluator.why_not_stackable()
+    how = f"one after the other: {reason}" if reason else "in one pass"
+    utils.LOGGER.info("%d runs %s", len(runs), how)
+    for part in [[one] for one in runs] if reason else [runs]:
+        if reason:
+            choose(evaluator, args, verbose=False, run=part[0])
+        try:
+            train(args, evaluator, output / part[0].name if reason else output)
+        except Diverged as error:
+            utils.LOGGER.warning("%s: %s", part[0].name if reason else "no run is left", error)
+        best = sweeps.best_of(sweeps.read_results(output, runs))
+        for number, one in enumerate(part):
+            folder = output / one.name
+            write_args(folder, facts | one._asdict())
+            evaluator.select(number)
+            beaten = args.keep == "best" and (best is None or sweeps.name_of(best) != one.name)
+            leave(args, evaluator, folder, results=not beaten)
+        if args.keep == "best":
+            sweeps.drop_beaten(output, runs, best)
+    print(sweeps.report(output, evaluator.task, runs, evaluator.method_caption))
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_args(__doc__.splitlines()[0], argv)
     utils.setup_logging()
     try:
         run(args)

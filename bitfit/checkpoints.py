@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bitfit.runs import Run, Stack
+from bitfit.runs import Record, Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, trainable
 from utils import UserError, whole_file, write_text
@@ -29,8 +29,6 @@ KINDS = {  # the evaluator's attributes that are saved, and their types
     "base_name": str,
     "fine_tune_type": str,
     "components": list,
-    "learning_rate": float,
-    "seed": int,
     "precision": str,
     "random_encoder": bool,
     "max_sequence_len": int,
@@ -38,6 +36,10 @@ KINDS = {  # the evaluator's attributes that are saved, and their types
     "batch_size": int,
     "train_size": (int, type(None)),
     "encoder_sha256": str,
+}
+RUN_KINDS = {  # the same of its record
+    "learning_rate": float,
+    "seed": int,
     "epochs": list,
     "evaluations": dict,
     "train_loss": list,
@@ -49,6 +51,9 @@ def save_evaluator(evaluator, folder):
     """Write what trained, then the facts: a folder that has facts is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT} | {name: getattr(evaluator, name) for name in KINDS}
+    record = evaluator.record
+    facts |= {name: value for name, value in vars(record).items() if name in RUN_KINDS}
+    facts |= record.run._asdict()
     for name in ("model_name", "data_dir"):
         if facts[name] is not None and Path(facts[name]).is_dir():
             facts[name] = str(Path(facts[name]).resolve())
@@ -56,11 +61,11 @@ def save_evaluator(evaluator, folder):
         evaluator.export_model(folder / "model")
     else:
         with whole_file(folder / DELTA) as temporary:
-            save_file(delta(evaluator.stack), temporary)
+            save_file(delta(evaluator.stack, evaluator.selected), temporary)
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
-def delta(stack, run=0):
+def delta(stack, run):
     """{name: trained values} and, for a random mask, {name + ":positions": flat positions}."""
     values = {n: t.cpu().contiguous() for n, t in stack.named_values(run).items()}
     return values | {n + POSITIONS: p.cpu() for n, p in stack.positions.items()}
@@ -80,8 +85,11 @@ def load_evaluator(make, folder, gpu_device, model_name=None, data_dir=None):
     facts["model_name"] = str(model_name or facts["model_name"])
     facts["data_dir"] = data_dir or facts["data_dir"]
     evaluator = make(device=gpu_device, **{name: facts[name] for name in BUILT_FROM})
-    for name in facts.keys() & (KINDS.keys() - set(BUILT_FROM) - {"encoder_sha256"}):
+    for name in KINDS.keys() - set(BUILT_FROM) - {"encoder_sha256"}:
         setattr(evaluator, name, facts[name])
+    evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
+    measured = {name: facts[name] for name in ("epochs", "evaluations", "train_loss")}
+    evaluator.records, evaluator.selected = [Record(evaluator.runs[0], **measured)], 0
     evaluator._load_model()
     evaluator.random_encoder = random_encoder
     if whole_model:
@@ -94,8 +102,7 @@ def load_evaluator(make, folder, gpu_device, model_name=None, data_dir=None):
             f"{folder} was trained on another base model than {evaluator.model_name}: "
             "give the one it was trained on as model_name"
         )
-    run = Run(evaluator.learning_rate, evaluator.seed)
-    evaluator.stack = Stack(evaluator.model, evaluator.chosen, [run])
+    evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
     evaluator.stack.release(values)
     return evaluator
 
@@ -115,7 +122,8 @@ def load_facts(folder):
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{path} is not an evaluator of format {FORMAT}: save it again")
-    wrong = [name for name, kind in KINDS.items() if not isinstance(facts.get(name), kind)]
+    kinds = KINDS | RUN_KINDS
+    wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
     known = {"task_name": TASKS, "fine_tune_type": FINE_TUNE_TYPES, "precision": ("fp32", "bf16")}
     wrong += [name for name, values in known.items() if not wrong and facts[name] not in values]
     if wrong:

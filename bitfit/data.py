@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils import UserError
+from utils import UserError, generator
 
 LOGGER = logging.getLogger("bitfit")
 # What one micro-batch costs beside its tokens (launching its kernels), in multiplications per
@@ -65,6 +65,20 @@ def tokenize(texts, tokenizer, max_length, pad_to_max=False):
         pad_id=tokenizer.pad_token_id,
         full_width=max_length if pad_to_max else None,
     )
+
+
+def draw_rows(seeds, total, size):
+    """Each seed's own `size` of `total` rows; None: all of them, in one array for all seeds.
+
+    Returns:
+        (kept, rows): the rows that any seed has, and {seed: its rows, numbered among those}.
+    """
+    if size is None:
+        every = np.arange(total)
+        return every, dict.fromkeys(seeds, every)
+    drawn = {s: generator(s, "training rows").permutation(total)[:size] for s in seeds}
+    kept = np.unique(np.concatenate([*drawn.values()]))
+    return kept, {seed: np.searchsorted(kept, rows) for seed, rows in drawn.items()}
 
 
 def flat(rows):

@@ -38,6 +38,17 @@ def load_tokenizer(model_name):
 def load_model(model_name, task, seed, random_encoder=False):
     """A float32 classifier on the CPU; the head is drawn from `seed` unless the checkpoint has it.
 
+    Args, Raises: as `load`.
+    """
+    model, needs_head = load(model_name, task, random_encoder)
+    if needs_head:
+        draw_head(model, seed)
+    return model
+
+
+def load(model_name, task, random_encoder=False):
+    """(a float32 classifier on the CPU, whether its head is still to be drawn)
+
     Args:
         random_encoder: leave the checkpoint's weights unused: the encoder is drawn at random.
 
@@ -64,9 +75,7 @@ def load_model(model_name, task, seed, random_encoder=False):
         raise cannot_load(model_name, error) from None
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     check_encoder(model, model_name, absent)
-    if random_encoder or not absent.isdisjoint(head_names(model)):
-        draw_head(model, seed)
-    return model
+    return model, random_encoder or not absent.isdisjoint(head_names(model))
 
 
 def build(transformers, model_name, config, random_encoder):

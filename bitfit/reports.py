@@ -27,37 +27,46 @@ def best_index(task, evaluations):
     return int(np.argmax(evaluations[task.validation_splits[0]][task.metrics[0]]))
 
 
-def summary(task, epochs, evaluations):
+def summary(task, record):
     """The last and the best evaluation: {"last"|"best": {"epoch", split: {metric: value}}}"""
 
     def at(index):
-        scores = {s: {m: v[index] for m, v in ms.items()} for s, ms in evaluations.items()}
-        return {"epoch": epochs[index]} | scores
+        scores = {s: {m: v[index] for m, v in ms.items()} for s, ms in record.evaluations.items()}
+        return {"epoch": record.epochs[index]} | scores
 
-    if not epochs:
+    if not record.epochs:
         return {}
-    return {"last": at(-1), "best": at(best_index(task, evaluations))}
+    return {"last": at(-1), "best": at(best_index(task, record.evaluations))}
 
 
-def write_metrics(output_path, task, epochs, evaluations, facts):
+def write_metrics(output_path, task, record, facts):
     """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
     import pandas as pd
 
     folder = Path(output_path)
     folder.mkdir(parents=True, exist_ok=True)
-    content = facts | {"epochs": epochs, "evaluations": evaluations}
-    content |= {"main_metric": task.metrics[0]} | summary(task, epochs, evaluations)
+    content = facts | {
+        "diverged": record.diverged,
+        "train_loss": record.train_loss,
+        "seconds": {name: round(value, 2) for name, value in record.seconds.items()},
+        "epochs": record.epochs,
+        "evaluations": record.evaluations,
+        "main_metric": task.metrics[0],
+    }
+    content |= summary(task, record)
     write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     table = pd.DataFrame(
-        metrics_rows(epochs, evaluations), columns=["epoch", "split", "metric", "value"]
+        metrics_rows(record.epochs, record.evaluations),
+        columns=["epoch", "split", "metric", "value"],
     )
     write_text(folder / "metrics.csv", table.to_csv(index=False))
 
 
-def score_table(task, epochs, evaluations):
+def score_table(task, record):
     """The scores as text, x 100 as the paper prints them: a row per split and metric."""
     import pandas as pd
 
+    epochs, evaluations = record.epochs, record.evaluations
     if not epochs:
         return "nothing was evaluated"
     best = best_index(task, evaluations)
@@ -95,15 +104,24 @@ def save_figure(figure, path):
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def learning_curves(task, epochs, evaluations, caption):
+def save_curves(figures, folder):
+    """{metric: figure} -> learning_curves_<metric>.png"""
+    for metric, figure in figures.items():
+        save_figure(figure, Path(folder) / f"learning_curves_{metric.lower()}.png")
+
+
+def learning_curves(task, record, caption, folder=None):
     """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
-    return {metric: learning_curve(task, epochs, evaluations, caption, metric)
-            for metric in task.metrics}  # fmt: skip
+    figures = {m: learning_curve(task, record, caption, m) for m in task.metrics}
+    if folder:
+        save_curves(figures, folder)
+    return figures
 
 
-def learning_curve(task, epochs, evaluations, caption, metric):
+def learning_curve(task, record, caption, metric):
     from matplotlib.ticker import MaxNLocator
 
+    epochs, evaluations = record.epochs, record.evaluations
     figure = new_figure(7, 5, caption)
     axes = figure.subplots()
     best = best_index(task, evaluations)

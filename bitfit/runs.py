@@ -1,37 +1,114 @@
 """The run axis: what K runs train, as the K rows of one flat matrix.
 
-A run is a (learning rate, seed). All that it changes is one row of `values` (K, n): the model's
-trained parameters are views of that row, their gradients are views of the same row of `grads`.
-So clipping, the optimizer and what is saved handle flat rows, whatever the method.
+A run is a (learning rate, seed). All that it changes is its row of `values` (K, n), and the
+gradient is the same row of `grads`. So clipping, optimizers and saved files handle flat rows,
+whatever the method.
+
+One run: the model's own parameters are views of the row; any method trains so.
+
+Many runs share every frozen matrix. A batch holds rows of all of them, and each row knows its run:
+
+    Linear     x @ W.T + b           becomes   x @ W.T + b[run of the row]
+    LayerNorm  g * norm(x) + b       becomes   g * norm(x) + b[run of the row]
+    classifier x @ W.T + b           becomes   x @ W[run].T + b[run], the rows of a run together
+
+Nothing else of the model changes, and no sum runs over rows of two runs: what one run does, even
+an infinite loss, cannot reach another.
 """
 
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.nn import functional as F
+
+from bitfit.trainable import in_encoder
 
 
 class Run(NamedTuple):
+    """One training: its learning rate, and the seed of its classifier and data order."""
+
     learning_rate: float
     seed: int
 
+    @property
+    def name(self):
+        return f"lr{self.learning_rate}_seed{self.seed}"
+
+
+@dataclass
+class Record:
+    """What one run measured."""
+
+    run: Run
+    epochs: list = field(default_factory=list)  # those that were scored, counted from 1
+    evaluations: dict = field(default_factory=dict)  # {split: {metric: [per scored epoch]}}
+    train_loss: list = field(default_factory=list)  # per epoch
+    seconds: dict = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})  # its share
+    diverged: str | None = None  # where the loss or gradient was not finite
+
+
+class Rows(NamedTuple):
+    """Which run each row of a micro-batch belongs to."""
+
+    owner: torch.Tensor  # (B,) its run
+    place: torch.Tensor  # (B,) its place among the rows of that run
+    most: int  # rows of the run that has most of them
+
+    def own(self, values, like):
+        """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
+        shape = (len(self.owner), *[1] * (like.dim() - 2), -1)
+        return values.index_select(0, self.owner).view(shape)
+
+    def matmul(self, x, weight):
+        """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
+        grouped = x.new_zeros(len(weight), self.most, x.shape[-1])
+        grouped = grouped.index_put((self.owner, self.place), x)
+        return torch.bmm(grouped, weight.mT)[self.owner, self.place]
+
+
+class AllRuns(NamedTuple):
+    """Every row belongs to every run: (B, i) becomes (K, B, o) where the runs first differ."""
+
+    def own(self, values, like):
+        return values[:, None]
+
+    def matmul(self, x, weight):
+        return torch.matmul(x, weight.mT)
+
+
+def rows_of(owner, runs, device):
+    """`Rows` for the runs (B,) that rows belong to, counted on the host: no device waits."""
+    counts = np.bincount(owner, minlength=runs)
+    order = np.argsort(owner, kind="stable")
+    place = np.empty_like(owner)
+    place[order] = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+    both = torch.from_numpy(np.stack([owner, place])).to(device, non_blocking=True)
+    return Rows(both[0], both[1], int(counts.max()))
+
 
 class Stack:
-    """K runs of one method on one model (K = 1: the model itself holds the run).
+    """K runs of one method on one model.
 
     Attributes:
-        values, grads: (K, n) float32, what trains and its gradient.
-        finite: (K,) bool, False from a run's first loss or gradient that is not finite.
+        values, grads, start: (K, n) float32: what trains, its gradient, its first values.
+        bad_step: (K,) int64, the step of a run's first loss or gradient not finite; -1: none.
         slices: {parameter name: (start, stop)} into the n columns.
+        shares_encoder: whether only the classifier trains, so that the encoder is the same for all.
     """
 
-    def __init__(self, model, chosen, runs):
-        """Bind the model's trained parameters to this stack; all others are frozen.
+    def __init__(self, model, chosen, runs, draw=None):
+        """Bind the model to this stack: what is not chosen is frozen.
 
         Args:
             chosen: {parameter name: None, or the flat positions that train}.
-            runs: a list of one `Run`.
+            runs: a list of `Run`; more than one only where `why_not_stackable` is None.
+            draw: a function (model, seed) that draws what a run's seed decides of its start.
         """
-        self.chosen, self.runs = chosen, runs
+        self.chosen, self.runs, self.rows = chosen, runs, None
         self.parameters = parameters = dict(model.named_parameters())
         device = next(model.parameters()).device
         self.positions = {
@@ -44,41 +121,92 @@ class Stack:
         self.slices = {
             n: (stop - size, stop) for n, size, stop in zip(chosen, sizes, stops, strict=True)
         }
+        self.shares_encoder = not any(in_encoder(model, name) for name in chosen)
         self.values = torch.empty(len(runs), stops[-1], device=device)
         self.grads = torch.zeros_like(self.values)
-        self.finite = torch.ones(len(runs), dtype=torch.bool, device=device)
-        self.hooks = []
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in chosen)
-            if name in self.positions:
-                self._bind_positions(parameter, name)
-            elif name in chosen:
-                self._bind_whole(parameter, name)
+        self.bad_step = torch.full((len(runs),), -1, device=device)
+        for row, run in zip(self.values, runs, strict=True):
+            if draw:
+                draw(model, run.seed)
+            for name, (a, b) in self.slices.items():
+                values = parameters[name].data.flatten()
+                row[a:b] = values[self.positions[name]] if name in self.positions else values
         self.start = self.values.clone()
+        self._bind(model)
 
-    def _bind_whole(self, parameter, name):
-        start, stop = self.slices[name]
-        self.values[0, start:stop] = parameter.data.flatten()
-        parameter.data = self.values[0, start:stop].view_as(parameter)
-        parameter.grad = self.grads[0, start:stop].view_as(parameter)
+    def _bind(self, model):
+        self.hooks, self.stacked = [], []
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in self.chosen)
+        if len(self.runs) > 1:
+            self._stack_modules(model)
+            return
+        for name, (a, b) in self.slices.items():
+            parameter = self.parameters[name]
+            if name in self.positions:
+                self._gather(parameter, self.grads[0, a:b], self.positions[name])
+            else:
+                parameter.data = self.values[0, a:b].view_as(parameter)
+                parameter.grad = self.grads[0, a:b].view_as(parameter)
 
-    def _bind_positions(self, parameter, name):
-        """Gather the chosen entries of the gradient as soon as it is there, and drop the rest."""
-        start, stop = self.slices[name]
-        positions, gathered = self.positions[name], self.grads[0, start:stop]
-        self.values[0, start:stop] = parameter.data.flatten()[positions]
+    def _gather(self, leaf, gathered, positions):
+        """Add the gradient's chosen entries to `gathered` as soon as it is there, and drop it."""
 
-        def gather(parameter):
-            gathered.add_(parameter.grad.flatten()[positions])
-            parameter.grad = None
+        def gather(leaf):
+            gathered.add_(leaf.grad.flatten()[positions].view_as(gathered))
+            leaf.grad = None
 
-        self.hooks.append(parameter.register_post_accumulate_grad_hook(gather))
+        self.hooks.append(leaf.register_post_accumulate_grad_hook(gather))
+
+    def _stack_modules(self, model):
+        """Let each module that trains compute with the values of all runs."""
+        trained = {}
+        for name, (a, b) in self.slices.items():
+            shape = (len(self.runs), *self.parameters[name].shape)
+            leaf = self.values[:, a:b].view(shape).requires_grad_()
+            self._gather(leaf, self.grads[:, a:b], slice(None))
+            module, _, kind = name.rpartition(".")
+            trained.setdefault(module, {})[kind] = leaf
+        for name, leaves in trained.items():
+            module = model.get_submodule(name)
+            module.forward = partial(stacked_forward, self, module, **leaves)
+            self.stacked.append(module)
+
+    @contextmanager
+    def computing(self, owner=None):
+        """Within: the model computes with all runs' values, row i with those of run `owner[i]`.
+
+        With no owner each row is computed for every run, logits (K, B, C): possible where only
+        the classifier trains, so that the encoder is run once for all. One run needs neither.
+        """
+        if len(self.runs) > 1:
+            device = self.values.device
+            self.rows = AllRuns() if owner is None else rows_of(owner, len(self.runs), device)
+        try:
+            yield
+        finally:
+            self.rows = None
+
+    def alive(self):
+        """The runs whose losses and gradients were finite so far. Waits for the device."""
+        return np.flatnonzero(self.bad_step.cpu().numpy() < 0)
+
+    def note_bad(self, bad, step):
+        """Remember the step at which runs first went bad; `bad` is (K,) bool."""
+        self.bad_step = self.bad_step.where(~bad | (self.bad_step >= 0), step)
 
     def write_back(self):
-        """Put the values of partly trained parameters into them (whole ones are views)."""
+        """Put the values of partly trained parameters into them (one run: the rest are views)."""
         for name, positions in self.positions.items():
-            start, stop = self.slices[name]
-            self.parameters[name].data.view(-1)[positions] = self.values[0, start:stop]
+            a, b = self.slices[name]
+            self.parameters[name].data.view(-1)[positions] = self.values[0, a:b]
+
+    def put(self, run, values=None):
+        """Let the model's own parameters hold one run's values, those of now or others (K, n)."""
+        row = (self.values if values is None else values)[run]
+        for name, (a, b) in self.slices.items():
+            into = self.parameters[name].data.view(-1)
+            into[self.positions.get(name, slice(None))] = row[a:b]
 
     def named_values(self, run=0, values=None):
         """{name: what run `run` trains of it}: the parameter's shape, or flat at its positions."""
@@ -89,20 +217,56 @@ class Stack:
         }
 
     def release(self, values=None):
-        """Leave the model plain: parameters with storage of their own, no hooks, no gradients.
+        """Leave the model plain, with storage of its own and no hooks; it holds run 0.
 
         Args:
             values: (K, n), to take in place of those trained last.
         """
         if values is not None:
             self.values.copy_(values)
-        self.write_back()
         for hook in self.hooks:
             hook.remove()
+        for module in self.stacked:
+            del module.forward
+        self.hooks, self.stacked = [], []
         for name, parameter in self.parameters.items():
             parameter.grad = None
             if name in self.chosen and name not in self.positions:
                 parameter.data = parameter.data.clone()
+        self.put(0)
+
+
+def stacked_forward(stack, module, x, weight=None, bias=None):
+    """What a Linear or LayerNorm computes when each row takes the values of its own run.
+
+    Args:
+        weight, bias: (K, ...) where they train; else the module's own is used.
+    """
+    rows = stack.rows
+    if rows is None:
+        return type(module).forward(module, x)
+    if isinstance(module, torch.nn.Linear):
+        out = F.linear(x, module.weight) if weight is None else rows.matmul(x, weight)
+    else:
+        shared = module.weight if weight is None else None
+        out = F.layer_norm(x, module.normalized_shape, shared, None, module.eps)
+        out = out if weight is None else out * rows.own(weight, out)
+    if bias is None:
+        return out if module.bias is None else out + module.bias
+    return out.add_(rows.own(bias, out))
+
+
+def why_not_stackable(model, chosen):
+    """Why several runs cannot share one pass through this model, or None if they can."""
+    if any(positions is not None for positions in chosen.values()):
+        return "each run trains a random choice of its own"
+    if any(in_encoder(model, n) and model.get_parameter(n).dim() > 1 for n in chosen):
+        return "the encoder's matrices train, so that no run can share them"
+    for name in chosen:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module) not in (torch.nn.Linear, torch.nn.LayerNorm):
+            return f"{name} belongs to a {type(module).__name__}, not to a Linear or LayerNorm"
+    return None
 
 
 def clip_(grads, max_norm=1.0):

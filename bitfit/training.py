@@ -1,28 +1,19 @@
-"""The loop: forward, backward, clip, step; and its optimizers, schedule, precision, evaluation."""
+"""The loop: forward, backward, clip, step; and its optimizers and schedule."""
 
 import math
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bitfit.data import (
-    MAX_TOKENS,
-    Tokens,
-    evaluation_batches,
-    gather,
-    micro_batches,
-    overhead_tokens,
-)
-from bitfit.models import takes_full_mask
+from bitfit.compute import Limit, forward
+from bitfit.data import Tokens, gather, micro_batches, overhead_tokens
 from bitfit.runs import clip_
-from bitfit.tasks import Task, row_losses, score
-from utils import Diverged, generator
+from bitfit.tasks import Task, row_losses
+from utils import generator
 
-# Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
-# No validation split is left short: the largest has 40,430 rows.
-MOST_ROWS_SCORED = 50_000
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
 
 
@@ -58,135 +49,99 @@ def make_optimizers(name, stack):
     return optimizers
 
 
-@contextmanager
-def precision_of(model, precision, device):
-    """Run in "fp32" or "bf16".
-
-    Under bf16 the frozen matrices are held in bf16: autocast alone would cast them again at each
-    step. On leaving, the model has its own frozen values back, bit for bit.
-    """
-    if precision == "fp32":
-        yield
-        return
-    frozen = [
-        m.weight
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad
-    ]
-    own = [weight.data for weight in frozen]
-    try:
-        for weight in frozen:
-            weight.data = weight.data.bfloat16()
-        # Without its cache: that would hold the trained values as they were at first use.
-        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
-            yield
-    finally:
-        for weight, data in zip(frozen, own, strict=True):
-            weight.data = data
-
-
-def forward(model, inputs):
-    """Logits (B, C) in float32."""
-    mask = inputs["attention_mask"]
-    if mask is not None and takes_full_mask(model):
-        width = mask.shape[1]
-        inputs = inputs | {"attention_mask": mask[:, None, None].expand(-1, 1, width, width)}
-    return model(**inputs).logits.float()
-
-
 def epoch_order(run, epoch, rows):
-    """A run's own order of the training rows, (rows,), the same whatever else happens."""
+    """A run's own order of its training rows, (rows,), the same whatever else happens."""
     return generator(run.seed, f"data order of epoch {epoch}").permutation(rows)
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """What one training is: the model and rows it works on, and how."""
 
     task: Task
     model: torch.nn.Module
     tokens: Tokens  # the training split
-    batch_size: int
+    batch_size: int  # rows of each run in a step
     schedule: Schedule
+    limit: Limit
+    rows_of_seed: dict  # {seed: the rows of `tokens` that its runs train on, all as many}
+
+    @cached_property
+    def overhead(self):
+        return overhead_tokens(self.model, self.tokens.ids.device)
+
+    @property
+    def rows_per_run(self):
+        return len(next(iter(self.rows_of_seed.values())))
+
+    def order(self, run, epoch):
+        rows = self.rows_of_seed[run.seed]
+        return rows[epoch_order(run, epoch, len(rows))]
+
+
+def steps_per_epoch(plan):
+    return math.ceil(plan.rows_per_run / plan.batch_size)
 
 
 def train_epoch(plan, stack, optimizers, epoch, progress):
-    """One pass over the training rows. Nothing in a step waits for the device.
+    """One pass of each run over its training rows. Nothing in a step waits for the device.
+
+    A run whose loss or gradient is not finite keeps its last good values, and `stack.bad_step`
+    the step, counted over all epochs; from the next epoch on its rows are left out.
 
     Args:
         epoch: counted from 0.
         progress: a tqdm bar that counts rows; the loss is read only when it redraws.
 
     Returns:
-        The mean training loss of each run, a list of K.
-
-    Raises:
-        Diverged: the run's loss or gradient was not finite; its values are the last good ones.
+        The mean training loss of each run, a list of K; NaN where a run was bad.
     """
-    task, model, tokens, batch_size, schedule = plan
-    model.train()
-    device = tokens.ids.device
-    overhead = overhead_tokens(model, device)
-    orders = np.stack([epoch_order(run, epoch, len(tokens.lengths)) for run in stack.runs])
-    steps = math.ceil(orders.shape[1] / batch_size)
-    bad_step = torch.full((len(stack.runs),), -1, device=device)
-    loss_sum = torch.zeros(len(stack.runs), device=device)
-    for step in range(steps):
-        rows = orders[:, step * batch_size : (step + 1) * batch_size]  # (K, B)
-        run_of_row = np.repeat(np.arange(len(rows)), rows.shape[1])
-        losses = torch.zeros(len(rows), device=device)
-
-        for part in micro_batches(tokens.lengths[rows.ravel()], overhead, MAX_TOKENS[device.type]):
-            inputs, numbers = gather(tokens, rows.ravel()[part])
-            each = row_losses(task, forward(model, inputs), tokens.labels[numbers])
-            owner = torch.from_numpy(run_of_row[part]).to(device, non_blocking=True)
-            part_losses = torch.zeros_like(losses).index_add(0, owner, each / rows.shape[1])
-            part_losses.sum().backward()
-            losses += part_losses.detach()
-
+    plan.model.train()
+    alive = stack.alive()
+    orders = np.stack([plan.order(stack.runs[k], epoch) for k in alive])
+    steps = steps_per_epoch(plan)
+    loss_sum = torch.zeros(len(stack.runs), device=stack.values.device)
+    for number in range(steps):
+        step = epoch * steps + number
+        rows = orders[:, number * plan.batch_size : (number + 1) * plan.batch_size]  # (alive, B)
+        losses = plan.limit.hold(partial(forward_backward, plan, stack, alive, rows))
         loss_sum += losses * rows.shape[1]
         norms = clip_(stack.grads, MAX_GRAD_NORM)
-        stack.finite &= norms.isfinite() & losses.isfinite()
-        bad_step = bad_step.where(stack.finite | (bad_step >= 0), step)
-        for run, optimizer, finite in zip(stack.runs, optimizers, stack.finite, strict=True):
-            factor = schedule.factor(epoch * steps + step)
-            optimizer.param_groups[0]["lr"] = run.learning_rate * factor
-            optimizer.found_inf = (~finite).float()  # the fused step is skipped on the device
+        stack.note_bad(~(norms + losses).isfinite(), step)
+        for k in alive:
+            optimizer = optimizers[k]
+            rate = stack.runs[k].learning_rate * plan.schedule.factor(step)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.found_inf = (stack.bad_step[k] >= 0).float()  # skips, on the device
             optimizer.step()
         stack.write_back()
-        stack.grads.zero_()
 
-        if progress.update(rows.size) or step == steps - 1:
-            check_finite(bad_step, epoch)
-            progress.set_postfix(epoch=epoch + 1, loss=f"{losses.mean().item():.3f}", refresh=False)
-    return (loss_sum / orders.shape[1]).tolist()
-
-
-def check_finite(bad_step, epoch):
-    """Raise for the first run whose loss or gradient was not finite."""
-    bad = [step for step in bad_step.tolist() if step >= 0]
-    if bad:
-        raise Diverged(
-            f"the loss or its gradient was not finite at epoch {epoch + 1}, step {bad[0] + 1}; "
-            "training stopped there: try a lower --learning-rate, or --lr-schedule linear with "
-            "--warmup-ratio"
-        )
+        if progress.update(rows.size) or number == steps - 1:
+            if not len(stack.alive()):
+                break
+            loss = losses[stack.bad_step < 0].sum().item() / len(alive)
+            progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
+    return (loss_sum / orders.shape[1]).where(stack.bad_step < 0, math.nan).tolist()
 
 
-@torch.inference_mode()
-def predict(model, tokens, rows=None):
-    """Logits of some rows or of all, (rows, C) float32 on the host, in the order given."""
-    model.eval()
-    device = tokens.ids.device
-    rows = np.arange(len(tokens.lengths)) if rows is None else rows
-    logits = torch.empty(len(rows), model.config.num_labels, device=device)
-    for part in evaluation_batches(tokens.lengths[rows], MAX_TOKENS[device.type]):
-        inputs, _ = gather(tokens, rows[part])
-        logits[torch.from_numpy(part).to(device)] = forward(model, inputs)
-    return logits.cpu().numpy()
+def forward_backward(plan, stack, alive, rows):
+    """The losses of one step, (K,), and in `stack.grads` their gradients, by micro-batches.
 
-
-def score_split(task, model, tokens):
-    """{metric: value} of a split with labels, as the model stands."""
-    count = len(tokens.lengths)
-    rows = np.linspace(0, count - 1, min(count, MOST_ROWS_SCORED)).astype(np.int64)
-    return score(task, predict(model, tokens, rows), tokens.labels.cpu().numpy()[rows])
+    Args:
+        alive: the runs that take part.
+        rows: (alive, B) row numbers, B of each.
+    """
+    device = stack.values.device
+    stack.grads.zero_()
+    owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
+    losses = torch.zeros(len(stack.runs), device=device)
+    for part in micro_batches(plan.tokens.lengths[flat], plan.overhead, plan.limit.tokens):
+        inputs, numbers = gather(plan.tokens, flat[part])
+        with stack.computing(owner[part]):
+            logits = forward(plan.model, inputs)
+        each = row_losses(plan.task, logits, plan.tokens.labels[numbers])
+        into = torch.from_numpy(owner[part]).to(device, non_blocking=True)
+        part_losses = torch.zeros_like(losses).index_add(0, into, each / rows.shape[1])
+        part_losses.sum().backward()
+        losses += part_losses.detach()
+    return losses

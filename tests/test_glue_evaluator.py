@@ -84,7 +84,7 @@ def test_the_same_numbers_again(tiny_bert):
     for _ in range(2):
         evaluator = prepared(tiny_bert)
         evaluator.train_and_evaluate(2)
-        runs.append((trained_values(evaluator), evaluator.evaluations, evaluator.train_loss))
+        runs.append((trained_values(evaluator), evaluator.evaluations, evaluator.record.train_loss))
     assert equal(runs[0][0], runs[1][0])
     assert runs[0][1:] == runs[1][1:]
 
@@ -96,9 +96,9 @@ def test_how_often_is_evaluated_changes_nothing_trained(tiny_bert, kind):
         evaluator = prepared(tiny_bert, kind)
         evaluator.train_and_evaluate(3, evaluation_frequency=frequency)
         runs[frequency] = evaluator
-    assert runs[1].epochs == [1, 2, 3]
-    assert runs[2].epochs == [2, 3]
-    assert runs[5].epochs == [3]  # the last is never skipped
+    assert runs[1].record.epochs == [1, 2, 3]
+    assert runs[2].record.epochs == [2, 3]
+    assert runs[5].record.epochs == [3]  # the last is never skipped
     assert equal(trained_values(runs[1]), trained_values(runs[5]))
     assert equal(trained_values(runs[1]), trained_values(runs[2]))
 
@@ -111,19 +111,19 @@ def test_seeds_matter_and_set_seed_is_the_default(tiny_bert):
         evaluator.train_and_evaluate(1)
     assert equal(trained_values(first), trained_values(second))
     assert not torch.equal(first.stack.values, third.stack.values)
-    assert first.seed == second.seed == 1
+    assert first.seeds == second.seeds == [1]
 
 
 def test_keep_best(tiny_bert, monkeypatch):
     scores = iter([0.3, 0.9, 0.5])
     values = []
 
-    def score(task, model, tokens):
-        value = {"Accuracy": next(scores)} if len(tokens.lengths) != 40 else {"Accuracy": 0.0}
+    def score(task, logits, labels):
+        value = {"Accuracy": next(scores)} if len(labels) != 40 else {"Accuracy": 0.0}
         values.append(evaluator.stack.values.clone())
         return value
 
-    monkeypatch.setattr("glue_evaluator.score_split", score)
+    monkeypatch.setattr("bitfit.fit.score", score)
     evaluator = prepared(tiny_bert)
     evaluator.train_and_evaluate(3, keep="best")
     assert torch.equal(evaluator.stack.values, values[3])  # after the second epoch
@@ -194,7 +194,7 @@ def test_a_wrong_order_of_calls_is_one_clear_error(tiny_bert):
         (lambda: evaluator.set_uniform_mask(5), "training_preparation"),
         (lambda: evaluator.predict("test"), "training_preparation"),
         (lambda: evaluator.save("x"), "train_and_evaluate"),
-        (evaluator.plot_learning_curves, "train_and_evaluate"),
+        (evaluator.plot_learning_curves, "training_preparation"),
     ]:
         with pytest.raises(UserError, match=f"call {first} first"):
             call()

@@ -1,0 +1,155 @@
+"""The one forward pass: its precision, its memory, and prediction."""
+
+import logging
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from bitfit.data import evaluation_batches, gather
+from bitfit.models import takes_full_mask
+from bitfit.runs import Run, Stack
+
+LOGGER = logging.getLogger("bitfit")
+# Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
+# No validation split is left short: the largest has 40,430 rows.
+MOST_ROWS_SCORED = 50_000
+
+
+@contextmanager
+def precision_of(model, precision, device):
+    """Run in "fp32" or "bf16".
+
+    Under bf16 the frozen matrices are held in bf16: autocast alone would cast them again at each
+    step. On leaving, the model has its own frozen values back, bit for bit.
+    """
+    if precision == "fp32":
+        yield
+        return
+    frozen = [
+        m.weight
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad
+    ]
+    own = [weight.data for weight in frozen]
+    try:
+        for weight in frozen:
+            weight.data = weight.data.bfloat16()
+        # Without its cache: that would hold the trained values as they were at first use.
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
+            yield
+    finally:
+        for weight, data in zip(frozen, own, strict=True):
+            weight.data = data
+
+
+def forward(model, inputs):
+    """Logits (B, C) in float32."""
+    mask = inputs["attention_mask"]
+    if mask is not None and takes_full_mask(model):
+        width = mask.shape[1]
+        inputs = inputs | {"attention_mask": mask[:, None, None].expand(-1, 1, width, width)}
+    return model(**inputs).logits.float()
+
+
+class Limit:
+    """The most padded tokens in one micro-batch; a device out of memory halves it."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def hold(self, work):
+        """Call `work()`; when the device's memory does not do, again with half the tokens.
+
+        The random generators are set back before, so that the dropout of the second try is what
+        it would have been with the lower limit from the start.
+        """
+        state = random_state()
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.tokens < 2:
+                    raise
+                self.tokens //= 2
+            LOGGER.warning("out of memory: again with --max-tokens %d", self.tokens)
+            torch.cuda.empty_cache()
+            set_random_state(state)
+
+
+def random_state():
+    on_gpu = torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []
+
+
+def set_random_state(state):
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
+
+
+@torch.inference_mode()
+def predict(model, tokens, limit, rows=None):
+    """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
+
+    Within `Stack.computing()`: those of all runs, (K, rows, C).
+    """
+    model.eval()
+    rows = np.arange(len(tokens.lengths)) if rows is None else rows
+
+    def batches():
+        parts = list(evaluation_batches(tokens.lengths[rows], limit.tokens))
+        return parts, [forward(model, gather(tokens, rows[part])[0]) for part in parts]
+
+    parts, outputs = limit.hold(batches)
+    together = torch.cat(outputs, dim=-2)
+    logits = torch.empty_like(together)
+    logits[..., torch.from_numpy(np.concatenate(parts)).to(logits.device), :] = together
+    return logits.cpu().numpy()
+
+
+def thin(rows):
+    """At most 50,000 of some rows, evenly spaced."""
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS_SCORED))
+    return rows[picked.astype(np.int64)]
+
+
+def predict_runs(model, stack, tokens, limit, rows):
+    """Yield (run, its logits) for {run: its rows}, (rows, C) each.
+
+    Where only the classifier trains and all runs have the same rows, the encoder runs once for
+    all of them; else one run after the other is put into the model.
+    """
+    first, *others = rows.values()
+    if stack.shares_encoder and others and all(np.array_equal(own, first) for own in others):
+        with stack.computing():
+            logits = predict(model, tokens, limit, first)
+        yield from ((run, logits[run]) for run in rows)
+        return
+    for run, own in rows.items():
+        stack.put(run)
+        yield run, predict(model, tokens, limit, own)
+
+
+@torch.no_grad()
+def stacked_pass_differs(model, chosen, tokens):
+    """Whether a stack of two runs gives other logits than each run alone, on two rows.
+
+    So it does if a model goes around its modules (reads their biases by itself, say).
+    """
+    model.eval()
+    stack = Stack(model, chosen, [Run(0.0, 0), Run(0.0, 1)])
+    noise = torch.Generator().manual_seed(0)
+    stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
+    inputs, _ = gather(tokens, np.arange(2) % len(tokens.lengths))
+    try:
+        with stack.computing(np.arange(2)):
+            together = forward(model, inputs)
+        for run in range(2):
+            stack.put(run)
+            if not torch.allclose(together[run], forward(model, inputs)[run], 1e-2, 1e-2):
+                return True
+        return False
+    except RuntimeError:  # shapes that do not meet
+        return True
+    finally:
+        stack.release(stack.start)

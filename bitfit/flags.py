@@ -1,0 +1,134 @@
+"""The flags of run_glue.py and the checks that need no file; answers without importing torch."""
+
+import argparse
+import math
+
+from bitfit.tasks import TASKS
+from bitfit.trainable import FINE_TUNE_TYPES, TERMS
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `-h` has the rest."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float from `low` (or above it) up to `high`."""
+    rule = f"{'above' if above else 'at least'} {low}"
+    rule += f" and below {high}" if high < math.inf else ""
+    name = {int: "whole number", float: "number"}[kind]
+
+    def parse(word):
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value < high:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a {name} {rule}")
+        return value
+
+    return parse
+
+
+def gpu(word):
+    if word == "cpu":
+        return word
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
+
+
+def make_parser(description):
+    # fmt: off
+    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False,
+                           description=description)
+    positive = number(int, 1, 2**31)
+
+    add = parser.add_argument_group("what to run").add_argument
+    add("--output-path", "-o", metavar="DIR", required=True,
+        help="new or empty folder for the results")
+    add("--task-name", "-t", metavar="TASK", required=True, choices=TASKS,
+        help=f"one of {', '.join(TASKS)}")
+    add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
+        help="name on the Hugging Face Hub, or a folder [%(default)s]")
+    add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
+        help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
+    add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
+        help=f"for bitfit: all, or some of {', '.join(TERMS)} [all]")
+    add("--mask-size", metavar="N", type=positive,
+        help="for rand_uniform: how many encoder parameters are drawn [100000 for bert-base, "
+             "280000 for bert-large, 105000 for roberta-base, else as many as bitfit trains]")
+    add("--random-encoder", action="store_true",
+        help="a control: draw the encoder's weights at random instead of loading them [off]")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", metavar="DIR",
+        help="a folder with GLUE's own TSV folders (RTE/train.tsv) or with Parquet files "
+             "(rte/train-*.parquet) [nyu-mll/glue from the Hub]")
+    add("--max-seq-length", metavar="N", type=positive, default=128,
+        help="longer rows are cut to so many tokens [%(default)s]")
+    add("--train-size", metavar="N", type=positive,
+        help="train on so many rows, drawn by the seed [all]")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--learning-rate", "-l", metavar="LR", nargs="+", default=[1e-3],
+        type=number(float, 0, above=True),
+        help="usual: 1e-4 to 1e-3 for bias terms, 1e-5 to 5e-5 for full_ft; several: a run for "
+             "each [0.001]")
+    add("--epochs", "-e", metavar="N", type=positive, default=16,
+        help="passes over the training rows [%(default)s]")
+    add("--batch-size", "-b", metavar="N", type=positive, default=8,
+        help="rows per optimizer step [%(default)s]")
+    add("--optimizer", choices=("adamw", "adam"), default="adamw",
+        help="adamw has weight decay 0 and eps 1e-6, as in the released code [%(default)s]")
+    add("--lr-schedule", choices=("constant", "linear"), default="constant",
+        help="linear falls to 0 at the last step [%(default)s]")
+    add("--warmup-ratio", metavar="R", type=number(float, 0, 1), default=0.0,
+        help="share of all steps over which the learning rate first rises [%(default)s]")
+    add("--seed", "-s", metavar="N", nargs="+", type=number(int, 0, 2**63), default=[0],
+        help="draws the classifier, data order, dropout and masks; several: a run for each, with "
+             "every learning rate [0]")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpu-device", "-d", metavar="GPU", type=gpu,
+        help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
+    add("--precision", choices=("fp32", "bf16"),
+        help="bf16 multiplies in bfloat16; what trains stays float32 "
+             "[bf16 on a GPU that has it, else fp32]")
+    add("--max-tokens", metavar="N", type=positive,
+        help="the most padded tokens computed at once, whatever the batch and the number of "
+             "runs: less needs less memory [2048 on a CPU, 65536 on a GPU]")
+    add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
+
+    add = parser.add_argument_group("results").add_argument
+    add("--evaluation-frequency", metavar="N", type=positive, default=1,
+        help="score every N epochs, and after the last [%(default)s]")
+    add("--keep", choices=("last", "best"), default="last",
+        help="the epoch whose weights are saved and predict; best is by the main validation "
+             "score, and of several runs the best one alone is saved and predicts [%(default)s]")
+    add("--save-evaluator", action="store_true",
+        help="write evaluator/, for GLUEvaluator.load [off]")
+    add("--export-model", action="store_true",
+        help="write model/, a plain Hugging Face folder [off]")
+    add("--predict-test", action="store_true",
+        help="write the test predictions for the GLUE server [off]")
+    add("--verbose", action="store_true", help="list the trained tensors [off]")
+    # fmt: on
+    return parser
+
+
+def parse_args(description, argv=None):
+    """The flags; exits with status 2 and one line where one is wrong."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    if args.bias_terms and args.fine_tune_type != "bitfit":
+        parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
+    for name, values in (("--learning-rate", args.learning_rate), ("--seed", args.seed)):
+        if len(set(values)) < len(values):
+            parser.error(f"{name} has a value twice: give each once")
+    if args.mask_size and args.fine_tune_type != "rand_uniform":
+        parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
+    return args

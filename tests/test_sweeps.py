@@ -1,0 +1,100 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bitfit import sweeps
+from bitfit.runs import Run
+from bitfit.tasks import TASKS
+from utils import Diverged
+
+RTE = TASKS["rte"]
+
+
+def result(rate, seed, scores, diverged=None):
+    curves = {"Accuracy": scores}
+    return {
+        "learning_rate": rate, "seed": seed, "main_metric": "Accuracy", "diverged": diverged,
+        "epochs": [2 * (i + 1) for i in range(len(scores))], "train_loss": [0.7],
+        "evaluations": {"train": curves, "validation": curves} if scores else {},
+        "seconds": {"training": 1.0, "evaluation": 0.5},
+    }  # fmt: skip
+
+
+RESULTS = [
+    result(1e-4, 0, [0.5, 0.52, 0.51]),
+    result(1e-4, 1, [0.5, 0.50, 0.53]),
+    result(1e-3, 0, [0.6, 0.70, 0.66]),
+    result(1e-3, 1, [0.6, 0.65, 0.64]),
+    result(1e-2, 0, [0.5, 0.50, 0.50]),
+    result(1e-2, 1, [0.9], diverged="the loss was not finite at epoch 3, step 1"),
+]
+
+
+def write(folder, results):
+    for one in results:
+        path = folder / sweeps.name_of(one) / "metrics.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(one))
+    return [Run(one["learning_rate"], one["seed"]) for one in results]
+
+
+def test_report(tmp_path):
+    text = sweeps.report(tmp_path, RTE, write(tmp_path, RESULTS), "a caption")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines == [
+        "a caption: validation Accuracy x 100",
+        "learning rate seeds last epoch best epoch of each best seed",
+        "0.0001 2 52.0 ± 1.4 52.5 ± 0.7 53.0 (seed 1, epoch 6)",
+        "0.001 2 65.0 ± 1.4 67.5 ± 3.5 70.0 (seed 0, epoch 4)",
+        "0.01 1 (1 diverged) 50.0 50.0 50.0 (seed 0, epoch 2)",
+        "best of 6 trials: 70.0 (lr0.001_seed0, epoch 4); chosen on the rows it is scored on, "
+        "so it is optimistic",
+    ]
+    table = pd.read_csv(tmp_path / "results.csv").set_index("run")
+    assert table.loc["lr0.001_seed0", ["last", "best", "best_epoch"]].tolist() == [66.0, 70.0, 4]
+    assert table["diverged"].notna().sum() == 1
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (content["trials"], content["best"]["run"]) == (6, "lr0.001_seed0")
+    assert (tmp_path / "learning_curves_accuracy.png").stat().st_size > 10_000
+
+
+def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
+    results = [result(1e-3, 0, [0.5, 0.6]), result(1e-1, 0, [], "not finite at epoch 1, step 3")]
+    text = sweeps.report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    assert "0 (1 diverged)" in text
+    table = pd.read_csv(tmp_path / "results.csv").set_index("run")
+    assert np.isnan(table.loc["lr0.1_seed0", "last"])
+    lonely = tmp_path / "lonely"
+    with pytest.raises(Diverged, match="all 1 runs diverged"):
+        sweeps.report(lonely, RTE, write(lonely, results[1:]), "a caption")
+
+
+@pytest.mark.parametrize(
+    ("curves", "expected"),
+    [
+        ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.6], 1e-2: [0.5, 0.4]}, []),
+        ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.6]}, ["0.001, is the highest of the grid: try higher"]),
+        ({1e-4: [0.8, 0.7], 1e-3: [0.7, 0.6]}, ["0.0001, is the lowest of the grid: try lower"]),
+        ({1e-3: [0.7, 0.8]}, ["0.001 still rise at the last epoch, 4: train for more"]),
+        ({1e-3: [0.8, 0.8]}, []),
+        ({1e-3: [0.8]}, []),
+        ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.8]}, ["the highest of the grid", "still rise"]),
+    ],
+)
+def test_warnings(curves, expected):
+    warnings = sweeps.warnings_of([result(rate, 0, scores) for rate, scores in curves.items()])
+    assert len(warnings) == len(expected)
+    for warning, part in zip(warnings, expected, strict=True):
+        assert part in warning
+
+
+def test_curves_show_mean_and_range():
+    figures = sweeps.sweep_curves(sweeps.scored(RESULTS), "a caption")
+    axes = figures["Accuracy"].axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert np.allclose(lines["learning rate 0.001 (2 seeds, last 65.0)"], [60, 67.5, 65])
+    assert "learning rate 0.01 (1 seed, last 50.0)" in lines
+    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((60, 70))
