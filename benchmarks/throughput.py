@@ -25,6 +25,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification  # noqa: E402
 
 from bitfit import models, sources  # noqa: E402
+from bitfit.compute import Limit, precision_of  # noqa: E402
 from bitfit.data import MAX_TOKENS, micro_batches, overhead_tokens, tokenize  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
@@ -34,7 +35,6 @@ from bitfit.training import (  # noqa: E402
     Schedule,
     epoch_order,
     make_optimizers,
-    precision_of,
     train_epoch,
 )
 
@@ -133,7 +133,8 @@ def make_ours(make_model, tokenizer, texts, device, task, precision):
 
     def train(count, batch_size):
         tokens = tokenize(texts.take(range(count)), tokenizer, LENGTH).to(device)
-        plan = Plan(task, model, tokens, batch_size, Schedule("constant", 0, 0))
+        limit, rows = Limit(MAX_TOKENS[device.type]), {0: np.arange(count)}
+        plan = Plan(task, model, tokens, batch_size, Schedule("constant", 0, 0), limit, rows)
         synchronize(device)
         begin = time.perf_counter()
         with precision_of(model, precision, device):
@@ -170,6 +171,13 @@ def padding_shares(texts, tokenizer, model, batch_size, device):
     return 1 - lengths.sum() / (LENGTH * len(lengths)), 1 - lengths.sum() / padded
 
 
+def machine(device):
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {threads} threads, {device.type} {name}".rstrip()
+
+
 def spread(values, digits=1):
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
@@ -184,11 +192,10 @@ def main():
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
     texts = texts.take(picked)
     released = make_released(make_model, tokenizer, texts, device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     shares = padding_shares(texts, tokenizer, make_model(), args.batch_size, device)
     print(
-        f"{task.name}, {len(texts)} rows, batch {args.batch_size}, {args.rounds} rounds, torch "
-        f"{torch.__version__}, {torch.get_num_threads()} threads, {device.type} {name}\n"
+        f"{task.name}, {len(texts)} rows, batch {args.batch_size}, {args.rounds} rounds, "
+        f"{machine(device)}\n"
         f"padding: released {shares[0]:.0%}, ours {shares[1]:.0%}"
     )
     for precision in args.precision:

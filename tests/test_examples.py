@@ -19,20 +19,24 @@ RUNS = {  # as in scripts/demo.sh: all?, components, learning rate, epochs, rand
 }
 
 
-def matthews(method, seed):
+def matthews(method):
+    """The last validation score of each seed; what can be trained in one pass is."""
     encoder_trainable, components, learning_rate, epochs, random_encoder = RUNS[method]
-    evaluator = GLUEvaluator(
-        "cola", TINY_BERT, None, seed=seed, data_dir=GLUE, random_encoder=random_encoder
-    )
-    evaluator.preprocess_dataset("longest", 128, 8)
-    evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
-    evaluator.train_and_evaluate(epochs, evaluation_frequency=epochs)
-    return evaluator.evaluations["validation"]["MCC"][-1]
+    scores = []
+    for seeds in [[seed] for seed in SEEDS] if encoder_trainable else [list(SEEDS)]:
+        evaluator = GLUEvaluator(
+            "cola", TINY_BERT, None, seed=seeds, data_dir=GLUE, random_encoder=random_encoder
+        )
+        evaluator.preprocess_dataset("longest", 128, 8)
+        evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
+        evaluator.train_and_evaluate(epochs, evaluation_frequency=epochs)
+        scores += [r.evaluations["validation"]["MCC"][-1] for r in evaluator.records]
+    return np.array(scores)
 
 
 def test_the_papers_finding_in_small():
     """Biases do nearly what everything does; frozen stays behind; unlearned encoders fail."""
-    scores = {method: np.array([matthews(method, seed) for seed in SEEDS]) for method in RUNS}
+    scores = {method: matthews(method) for method in RUNS}
     shown = {method: values.round(3).tolist() for method, values in scores.items()}
     assert scores["full_ft"].min() > 0.8, shown
     assert (scores["bitfit"] > scores["full_ft"] - 0.1).all(), shown

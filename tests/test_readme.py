@@ -45,7 +45,12 @@ def checkout(tmp_path_factory):
 
 
 def test_every_command_is_known_to_these_tests():
-    known = ("python run_glue.py ", "bash scripts/demo.sh", "bash scripts/test.sh", *CONDA)
+    scripts = (
+        "bash scripts/demo.sh",
+        "bash scripts/test.sh",
+        "bash scripts/sweep_learning_rates.sh",
+    )
+    known = ("python run_glue.py ", *scripts, *CONDA)
     assert len(plain("python run_glue.py ")) >= 7
     assert [command for command in commands() if not command.startswith(known)] == []
 
@@ -56,7 +61,8 @@ def test_run_glue_commands(command, tmp_path, monkeypatch):
     words[words.index("--output-path") + 1] = str(tmp_path / "out")
     monkeypatch.chdir(ROOT)
     assert run_glue.main([*words, *SMALL]) == 0
-    assert (tmp_path / "out" / "metrics.json").exists()
+    result = "results.csv" if "sweep" in command else "metrics.json"
+    assert (tmp_path / "out" / result).exists()
 
 
 def test_the_demo(checkout):
@@ -80,6 +86,26 @@ def test_the_test_command(checkout):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
+
+
+def test_the_sweep_script(checkout):
+    (command,) = plain("bash scripts/sweep_learning_rates.sh")
+    small = [*SMALL, "--model-name", str(TINY_BERT), "--learning-rate", "1e-3", "4e-3"]
+    result = subprocess.run(
+        [*command.split(), *small], cwd=checkout, env=active_environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("$ python run_glue.py --task-name rte --output-path out/sweep-rte ")
+    assert "--learning-rate 1e-4 4e-4 7e-4 1e-3 --seed 0 1 2 3 4 --batch-size 16" in first
+    rows = (checkout / "out/sweep-rte/results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 5
+    nothing = subprocess.run(
+        ["bash", "scripts/sweep_learning_rates.sh"], cwd=checkout, capture_output=True, text=True
+    )
+    assert nothing.returncode == 2
+    assert nothing.stderr.startswith("The paper's grid on one task: bash scripts/sweep")
 
 
 def test_compare_says_what_is_wrong(checkout):

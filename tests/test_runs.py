@@ -3,8 +3,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from bitfit.runs import Run, Stack, clip_
-from bitfit.trainable import bitfit_names, row_column_positions, uniform_positions, whole
+from bitfit.compute import stacked_pass_differs
+from bitfit.data import Tokens
+from bitfit.runs import Run, Stack, clip_, why_not_stackable
+from bitfit.trainable import (
+    bitfit_names,
+    head_names,
+    row_column_positions,
+    uniform_positions,
+    whole,
+)
 
 RUN = Run(1e-3, 0)
 
@@ -91,3 +99,45 @@ def test_clipping_is_per_run():
         torch.nn.utils.clip_grad_norm_([parameter], 1.0)
     assert torch.allclose(clip_(grads, 1.0), torch.tensor([5.0, 0.5, 0.0]))
     assert torch.allclose(grads, torch.stack(alone))
+
+
+def test_what_can_be_stacked(model):
+    chosen = masks(model)
+    assert why_not_stackable(model, chosen["bitfit"]) is None
+    assert why_not_stackable(model, whole(head_names(model))) is None
+    assert "the encoder's matrices train" in why_not_stackable(model, chosen["full_ft"])
+    for method in ("rand_uniform", "rand_row_col"):
+        assert "a random choice of its own" in why_not_stackable(model, chosen[method])
+
+
+def test_a_model_of_other_modules_is_not_stacked(model):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = model.bert.encoder.layer[1].output
+    layer.dense.__class__ = Scaled
+    assert "bert.encoder.layer.1.output.dense.bias belongs to a Scaled" in why_not_stackable(
+        model, masks(model)["bitfit"]
+    )
+
+
+def test_a_model_that_goes_around_its_modules_is_found_out(model):
+    """Its Linear is a plain one, but is not what computes."""
+    tokens = Tokens(
+        ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=torch.tensor([0, 10]),
+        counts=torch.tensor([10, 20]), labels=torch.tensor([0, 1]), lengths=np.array([10, 20]),
+        pad_id=0, full_width=None,
+    )  # fmt: skip
+    chosen = masks(model)["bitfit"]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert not stacked_pass_differs(model, chosen, tokens)
+    output = model.bert.encoder.layer[0].intermediate
+
+    def around(x):
+        x = torch.nn.functional.linear(x, output.dense.weight, output.dense.bias)
+        return torch.nn.functional.gelu(x)
+
+    output.forward = around
+    assert stacked_pass_differs(model, chosen, tokens)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

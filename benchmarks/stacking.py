@@ -1,0 +1,161 @@
+"""K runs in one pass beside the same K runs one after the other, on the same rows in one process.
+
+    python benchmarks/stacking.py --task-name rte --data-dir <GLUE folder> --model-name <folder>
+
+For each K both are trained in turn (A B A B ...), after a warm-up of each. The clock covers
+training alone: no loading, tokenizing or scoring. A run is one pass over the task's training
+rows; runs/hour is scaled up from the rows that were trained. The share of the machine's GEMM rate
+is 8 x the encoder's matrix weights x real tokens / seconds (forward and backward of the inputs,
+padding not counted), over what a product of 2048 x 2048 matrices reached in the same minute.
+Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from throughput import LENGTH, SIZES, load, machine, spread, synchronize  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from bitfit import sources  # noqa: E402
+from bitfit.compute import Limit, precision_of  # noqa: E402
+from bitfit.data import MAX_TOKENS, tokenize  # noqa: E402
+from bitfit.models import draw_head  # noqa: E402
+from bitfit.runs import Run, Stack  # noqa: E402
+from bitfit.tasks import TASKS  # noqa: E402
+from bitfit.trainable import bitfit_names, in_encoder, whole  # noqa: E402
+from bitfit.training import Plan, Schedule, make_optimizers, train_epoch  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--task-name", default="rte", choices=TASKS)
+    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
+    parser.add_argument("--model-name", help="a folder; None: a random encoder")
+    parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rows", type=int, default=64, help="training rows of each run")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, help="None: the device's default")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def seconds(work, device):
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def gemm_rate(precision, device):
+    """FLOP/s of a square product: the median of seven."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    times = [seconds(lambda: a @ b, device) for _ in range(9)][2:]
+    return 2 * 2048**3 / median(times)
+
+
+def timed_pass(model, tokens, runs, args, task):
+    """(seconds, peak GiB) of training these runs together, one pass over the rows."""
+    device = tokens.ids.device
+    stack = Stack(model, whole(bitfit_names(model, ["bias"])), runs, draw_head)
+    limit = Limit(args.max_tokens or MAX_TOKENS[device.type])
+    rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
+    schedule = Schedule("constant", 0, 0)
+    plan = Plan(task, model, tokens, args.batch_size, schedule, limit, rows)
+    train = partial(
+        train_epoch, plan, stack, make_optimizers("adamw", stack), 0, tqdm(disable=True)
+    )
+    reset_peak(device)
+    with precision_of(model, args.precision, device):
+        elapsed = seconds(train, device)
+    peak = peak_gib(device)
+    stack.release(stack.start)
+    return elapsed, peak
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest so far
+
+
+def peak_gib(device):
+    """Since `reset_peak`; where the system cannot forget, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def compare(make_model, tokens, count, args, task):
+    """(seconds together, seconds one after the other, peak GiB together), a list each, K runs."""
+    device = tokens.ids.device
+    model = make_model().to(device)
+    grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(count)]
+    together, apart, peaks = [], [], []
+    for lap in range(args.rounds + 1):  # the first is the warm-up
+        elapsed, peak = timed_pass(model, tokens, grid, args, task)
+        together.append(elapsed)
+        peaks.append(peak)
+        alone = grid if lap else grid[:1]
+        apart.append(sum(timed_pass(model, tokens, [run], args, task)[0] for run in alone))
+    return together[1:], apart[1:], peaks[1:]
+
+
+def main():
+    args = parse_args()
+    task = TASKS[args.task_name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, make_model = load(args, task)
+    texts = sources.read_split(task, "train", args.data_dir)
+    picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
+    tokens = tokenize(texts.take(picked), tokenizer, LENGTH).to(device)
+    count, total = len(tokens.lengths), len(texts)
+    model = make_model()
+    weights = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if in_encoder(model, n) and p.dim() > 1 and ".embeddings." not in n
+    )
+    flop = 8 * weights * int(tokens.lengths.sum())  # of one run's pass
+    print(
+        f"{task.name}, {count} rows of each run, batch {args.batch_size}, {args.precision}, "
+        f"{args.rounds} rounds, {machine(device)}\n"
+        f"{'K':>3} {'together: s':>18} {'one by one: s':>18} {'ratio':>17} {'runs/hour':>9} "
+        f"{'GEMM share':>10} {'peak GiB':>8}"
+    )
+    gemm = partial(gemm_rate, args.precision, device)
+    for runs in args.runs:
+        rate = gemm()
+        together, apart, peaks = compare(make_model, tokens, runs, args, task)
+        ratio = spread([b / a for a, b in zip(together, apart, strict=True)], 2)
+        hourly = 3600 * runs / (median(together) * total / count)
+        share = runs * flop / median(together) / max(rate, gemm())
+        print(
+            f"{runs:>3} {spread(together, 2):>18} {spread(apart, 2):>18} {ratio:>17} "
+            f"{hourly:>9.1f} {share:>10.0%} {median(peaks):>8.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

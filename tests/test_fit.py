@@ -1,0 +1,117 @@
+"""All epochs of a stack, on the toy language."""
+
+import numpy as np
+import pytest
+from conftest import GLUE, TINY_BERT, set_dropout
+from scipy.stats import ks_2samp
+
+from glue_evaluator import GLUEvaluator
+from utils import Diverged, UserError
+
+
+def trained(seeds, rates=3e-3, epochs=6, dropout=None, rows=150, components=("bias",), **options):
+    evaluator = GLUEvaluator("cola", TINY_BERT, None, seed=seeds, data_dir=GLUE)
+    evaluator.preprocess_dataset("longest", 128, 8, train_size=rows)
+    evaluator.training_preparation(rates, "adamw", False, list(components), verbose=False)
+    if dropout is not None:
+        set_dropout(evaluator.model, dropout)
+    options = {"evaluation_frequency": epochs} | options
+    evaluator.train_and_evaluate(epochs, **options)
+    return evaluator
+
+
+def loss_and_score(evaluator):
+    """(runs, 2)"""
+    return np.array(
+        [(r.train_loss[-1], r.evaluations["validation"]["MCC"][-1]) for r in evaluator.records]
+    )
+
+
+def test_with_dropout_a_stack_has_the_distribution_of_single_runs():
+    """16 seeds together and 16 alone draw other dropout: two-sample Kolmogorov-Smirnov tests.
+
+    That 16 are enough to tell is shown by a stack that leaves dropout out: its losses differ.
+    """
+    seeds = list(range(16))
+    together = loss_and_score(trained(seeds))
+    alone = np.concatenate([loss_and_score(trained(seed)) for seed in seeds])
+    without = loss_and_score(trained(seeds, dropout=0.0))
+    for column in range(2):
+        assert ks_2samp(together[:, column], alone[:, column]).pvalue > 0.01
+        assert ks_2samp(together[:, column], without[:, column]).pvalue < 0.001
+
+
+def test_train_size_draws_rows_of_its_own_for_each_seed():
+    """And a run among others has the rows, order and classifier that it has alone."""
+    together = trained([3, 5], epochs=2, rows=40, dropout=0.0)
+    assert len(together.tokens("train").lengths) > 40
+    for run, seed in enumerate((3, 5)):
+        alone = trained(seed, epochs=2, rows=40, dropout=0.0)
+        assert len(alone.tokens("train").lengths) == 40
+        assert together.records[run].train_loss == pytest.approx(alone.record.train_loss, rel=1e-4)
+        scores = together.records[run].evaluations
+        assert scores["train"]["MCC"] == pytest.approx(alone.evaluations["train"]["MCC"], abs=0.06)
+
+
+def test_select_turns_every_result_to_that_run(tmp_path):
+    evaluator = trained([0, 1], rates=[1e-3, 4e-3], epochs=2, rows=80)
+    assert [run.name for run in evaluator.runs] == [
+        "lr0.001_seed0", "lr0.001_seed1", "lr0.004_seed0", "lr0.004_seed1",
+    ]  # fmt: skip
+    logits = []
+    for k, run in enumerate(evaluator.runs):
+        evaluator.select(k)
+        assert evaluator.record.run == run
+        assert f"{run.learning_rate:g}, seed {run.seed}" in evaluator.caption
+        evaluator.save(tmp_path / run.name)
+        logits.append(evaluator.predict("validation"))
+        last = {m: v[-1] for m, v in evaluator.evaluations["validation"].items()}
+        assert evaluator.evaluate("validation") == pytest.approx(last)
+        loaded = GLUEvaluator.load(tmp_path / run.name, None)
+        assert np.array_equal(loaded.predict("validation"), logits[-1])
+        assert loaded.caption == evaluator.caption
+    assert not any(np.allclose(logits[0], other) for other in logits[1:])
+    with pytest.raises(UserError, match="there is no run 4"):
+        evaluator.select(4)
+
+
+def test_each_run_keeps_its_own_best_epoch():
+    evaluator = trained([0, 1, 2], epochs=5, rows=80, keep="best", evaluation_frequency=1)
+    for k in range(3):
+        evaluator.select(k)
+        best = max(evaluator.evaluations["validation"]["MCC"])
+        assert evaluator.evaluate("validation")["MCC"] == pytest.approx(best)
+
+
+def test_memory_does_not_grow_with_the_runs(monkeypatch):
+    """64 runs: whatever their number, no micro-batch is above the cap."""
+    from bitfit import training
+
+    sizes, plain = [], training.forward
+
+    def watched(model, inputs):
+        sizes.append(inputs["input_ids"].numel())
+        return plain(model, inputs)
+
+    monkeypatch.setattr(training, "forward", watched)
+    evaluator = trained(list(range(64)), epochs=1, rows=16)
+    assert max(sizes) <= evaluator.limit.tokens == 2048
+    assert sum(sizes) > 2 * 2048
+    assert len({tuple(values.tolist()) for values in evaluator.stack.values[:, -2:]}) == 64
+
+
+def test_all_diverged_is_one_error_and_keeps_the_last_good_values():
+    with pytest.raises(Diverged, match="all 2 runs diverged; training stopped there"):
+        trained([0, 1], rates=1e38, epochs=3)
+
+
+def test_runs_that_cannot_share_a_pass_say_so():
+    evaluator = GLUEvaluator("cola", TINY_BERT, None, seed=[0, 1], data_dir=GLUE)
+    evaluator.preprocess_dataset("longest", 128, 8, train_size=16)
+    evaluator.training_preparation(1e-3, "adamw", True, verbose=False)
+    with pytest.raises(UserError, match=r"2 runs cannot train in one pass, .*one after the other"):
+        evaluator.train_and_evaluate(1)
+    evaluator.training_preparation(1e-3, "adamw", True, verbose=False, seed=1)
+    evaluator.train_and_evaluate(1)
+    with pytest.raises(UserError, match="seed 7 is none of this evaluator's"):
+        evaluator.training_preparation(1e-3, "adamw", True, verbose=False, seed=7)
