@@ -21,10 +21,11 @@ import torch
 from bitfit import checkpoints, compute, models, reports, runs, sources, trainable
 from bitfit.data import MAX_TOKENS, draw_rows, tokenize
 from bitfit.fit import Scored, fit
+from bitfit.resume import Saver, Training
 from bitfit.runs import Record, Run, Stack
 from bitfit.tasks import TASKS, predictions, score
-from bitfit.training import Plan, Schedule, make_optimizers
-from utils import UserError, choose_device, default_precision, generator, set_seed
+from bitfit.training import Plan, Position, Schedule, make_optimizers
+from utils import Diverged, UserError, choose_device, default_precision, generator, set_seed
 
 __all__ = ["GLUEvaluator", "set_seed"]
 
@@ -212,6 +213,16 @@ class GLUEvaluator:
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
         return generator(self.runs[0].seed, "mask")
 
+    def fingerprints(self):
+        """What results depend on beside flags: hashes of the data, the base model, what trains."""
+        scored = ("train", *self.task.validation_splits)
+        data = [array for split in scored for array in self.tokens(split)[:5]]
+        return {
+            "data_sha256": models.sha256(data),
+            "encoder_sha256": self.encoder_sha256,
+            "chosen_sha256": models.sha256(v for item in self.chosen.items() for v in item),
+        }
+
     @property
     def masks(self):
         """{parameter name: bool tensor of its shape}, True where a random mask trains."""
@@ -232,7 +243,7 @@ class GLUEvaluator:
 
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
-        lr_schedule="constant", warmup_ratio=0.0, keep="last",
+        lr_schedule="constant", warmup_ratio=0.0, keep="last", saver=None,
     ):  # fmt: skip
         """Train all runs together, score them, write their metrics and learning curves.
 
@@ -245,6 +256,7 @@ class GLUEvaluator:
             lr_schedule: "constant", or "linear" down to 0.
             warmup_ratio: the share of all steps over which the learning rate first rises.
             keep: "last", or "best": keep of each run the values of its best evaluation.
+            saver: a `bitfit.resume.Saver`, to write checkpoints and go on from one.
 
         Raises:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
@@ -260,21 +272,43 @@ class GLUEvaluator:
                             "prepare and train one after the other")  # fmt: skip
         set_seed(self.runs[0].seed)
         self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
-        optimizers = make_optimizers(self.optimizer, self.stack)
-        steps = num_epochs * math.ceil(len(self.rows_of_seed[self.runs[0].seed]) / self.batch_size)
-        schedule = Schedule(lr_schedule, round(warmup_ratio * steps), steps)
-        plan = Plan(self.task, self.model, self.tokens("train"), self.batch_size, schedule,
-                    self.limit, self.rows_of_seed)  # fmt: skip
-        best = self.stack.values.clone() if keep == "best" else None
+        for run in self.runs if output_path else ():
+            self.folder(output_path, run).mkdir(parents=True, exist_ok=True)
+        training = Training(
+            plan=self._plan(num_epochs, lr_schedule, warmup_ratio),
+            stack=self.stack,
+            optimizers=make_optimizers(self.optimizer, self.stack),
+            records=self.records,
+            best=self.stack.values.clone() if keep == "best" else None,
+            position=Position(0, 0, torch.zeros_like(self.stack.values[:, 0]), 0.0),
+        )
         write = partial(self._write_metrics, output_path)
+        saver = saver or Saver()
+        saver.load(training)
+        diverged = None
         try:
-            with self._precision():
-                fit(plan, self.stack, optimizers, self.records, self._scored(), num_epochs,
-                    evaluation_frequency, best, write)  # fmt: skip
+            with self._precision(), saver.held():
+                fit(training, self._scored(), num_epochs, evaluation_frequency, write, saver)
+        except Diverged as error:
+            diverged = error
         finally:
-            self.stack.release(best)
-            write()
-            self._write_curves(output_path)
+            self.stack.release(training.best)
+        write()
+        self._write_curves(output_path)
+        if diverged:
+            raise diverged
+
+    def _plan(self, num_epochs, lr_schedule, warmup_ratio):
+        steps = num_epochs * math.ceil(len(self.rows_of_seed[self.runs[0].seed]) / self.batch_size)
+        return Plan(
+            self.task,
+            self.model,
+            self.tokens("train"),
+            self.batch_size,
+            Schedule(lr_schedule, round(warmup_ratio * steps), steps),
+            self.limit,
+            self.rows_of_seed,
+        )
 
     def _precision(self):
         return compute.precision_of(self.model, self.precision, self.torch_device)
@@ -360,8 +394,7 @@ class GLUEvaluator:
     def export_model(self, output_path):
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
         self._need("model", "training_preparation")
-        self.model.save_pretrained(output_path)
-        self.tokenizer.save_pretrained(output_path)
+        checkpoints.write_model(self.model, self.tokenizer, output_path)
 
     @property
     def method_caption(self):

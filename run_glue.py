@@ -7,27 +7,55 @@ Flags in, checks, a GLUEvaluator, files out. Bad input ends with status 2 and on
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import utils
-from bitfit.flags import parse_args
-from utils import Diverged, UserError
+from bitfit.flags import check_same, parse_args
+from utils import CheckpointError, Diverged, Stopped, UserError
+
+CHECKPOINTS = "checkpoints"
 
 
-def check_output_path(path):
-    """The output folder must be new or empty, and its place writable."""
+def check_output_path(path, resume=False):
+    """The output folder must be new or empty, and its place writable.
+
+    Returns:
+        With `resume` the args.json of the interrupted run; None if there is nothing to resume.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-path {path} is a file: give a folder")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(inside.name != ".lock" for inside in path.iterdir()):
+        if resume:
+            return read_args(path)
         raise UserError(
-            f"--output-path {path} is not empty: give a new folder, nothing is replaced"
+            f"--output-path {path} is not empty: give a new folder, nothing is replaced; or "
+            "--resume to go on with what was interrupted there"
         )
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--output-path {path} cannot be made in {nearest}: give another place")
+    return None
+
+
+def read_args(folder):
+    """The args.json in a folder.
+
+    Raises:
+        UserError: it is not there or not ours.
+    """
+    try:
+        facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        return dict(facts, finished=bool(facts["finished"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"--resume: {folder} holds no run that could go on (args.json: {error}); give a new "
+            "folder"
+        ) from None
 
 
 def pick_device(choice):
@@ -106,16 +134,21 @@ def facts_of(args, evaluator):
         "datasets": datasets.__version__,
         "python": sys.version.split()[0],
         "commit": commit(),
+        **evaluator.fingerprints(),
     }
 
 
-def write_args(folder, facts):
-    folder.mkdir(parents=True, exist_ok=True)
-    utils.write_text(folder / "args.json", json.dumps(facts, indent=2) + "\n")
+def write_args(folder, facts, finished):
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(facts | {"finished": finished}, indent=2) + "\n"
+    utils.write_text(folder / "args.json", text)
 
 
-def train(args, evaluator, folder):
+def train(args, evaluator, folder, signals):
     """Train the evaluator's runs; their metrics and curves go to `folder`."""
+    from bitfit.resume import Saver
+
+    saver = Saver(folder / CHECKPOINTS, args.checkpoint_every, args.checkpoint_minutes, signals)
     evaluator.train_and_evaluate(
         args.epochs,
         folder,
@@ -123,7 +156,14 @@ def train(args, evaluator, folder):
         args.lr_schedule,
         args.warmup_ratio,
         args.keep,
+        saver,
     )
+
+
+def finish(folder, facts):
+    """Nothing is left to do for this folder: say so in args.json, drop the checkpoints."""
+    write_args(folder, facts, finished=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def leave(args, evaluator, folder, results=True):
@@ -140,8 +180,13 @@ def leave(args, evaluator, folder, results=True):
         evaluator.export_model_test_set_predictions(folder)
 
 
-def run(args):
-    check_output_path(args.output_path)
+def run(args, signals):
+    old = check_output_path(args.output_path, args.resume)
+    if old:
+        check_same(old, vars(args) | {"precision": args.precision or old["precision"]})
+        if old["finished"]:
+            print(f"{args.output_path} is finished: there is nothing to resume")
+            return
     all_local = args.data_dir is not None and Path(args.model_name).is_dir()
     utils.use_local_copies_when_offline(needs_hub=not all_local)
     import torch
@@ -150,54 +195,88 @@ def run(args):
         torch.set_float32_matmul_precision("high")
     evaluator = prepare(args, pick_device(args.gpu_device))
     output, facts = Path(args.output_path), facts_of(args, evaluator)
-    if len(evaluator.runs) == 1:
-        write_args(output, facts | evaluator.runs[0]._asdict())
-        train(args, evaluator, output)
-        leave(args, evaluator, output)
-        print(evaluator.score_table())
-    else:
-        write_args(output, facts)
-        sweep(args, evaluator, output, facts)
+    if old:
+        check_same(old, facts)
+    output.mkdir(parents=True, exist_ok=True)
+    with utils.lock(output):
+        check_output_path(args.output_path, args.resume)  # nobody was faster
+        utils.remove_temporaries(output)
+        work = single if len(evaluator.runs) == 1 else sweep
+        work(args, evaluator, output, facts, signals)
 
 
-def sweep(args, evaluator, output, facts):
+def single(args, evaluator, output, facts, signals):
+    facts |= evaluator.runs[0]._asdict()
+    write_args(output, facts, finished=False)
+    train(args, evaluator, output, signals)
+    leave(args, evaluator, output)
+    finish(output, facts)
+    print(evaluator.score_table())
+
+
+def sweep(args, evaluator, output, facts, signals):
     """Several runs: in one pass where they can share it, else one after the other."""
     from bitfit import sweeps
 
+    write_args(output, facts, finished=False)
     runs, reason = evaluator.runs, evaluator.why_not_stackable()
     how = f"one after the other: {reason}" if reason else "in one pass"
     utils.LOGGER.info("%d runs %s", len(runs), how)
     for part in [[one] for one in runs] if reason else [runs]:
+        folder = output / part[0].name if reason else output
+        if reason and (folder / "args.json").exists() and read_args(folder)["finished"]:
+            continue
         if reason:
             choose(evaluator, args, verbose=False, run=part[0])
         try:
-            train(args, evaluator, output / part[0].name if reason else output)
+            train(args, evaluator, folder, signals)
         except Diverged as error:
             utils.LOGGER.warning("%s: %s", part[0].name if reason else "no run is left", error)
         best = sweeps.best_of(sweeps.read_results(output, runs))
         for number, one in enumerate(part):
-            folder = output / one.name
-            write_args(folder, facts | one._asdict())
             evaluator.select(number)
             beaten = args.keep == "best" and (best is None or sweeps.name_of(best) != one.name)
-            leave(args, evaluator, folder, results=not beaten)
+            leave(args, evaluator, output / one.name, results=not beaten)
         if args.keep == "best":
             sweeps.drop_beaten(output, runs, best)
+        for one in part:
+            finish(output / one.name, facts | one._asdict())
     print(sweeps.report(output, evaluator.task, runs, evaluator.method_caption))
+    finish(output, facts)
+
+
+def resume_command(argv):
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", "run_glue.py", *words, *["--resume"] * ("--resume" not in words)])
 
 
 def main(argv=None):
     args = parse_args(__doc__.splitlines()[0], argv)
     utils.setup_logging()
     try:
-        run(args)
+        with utils.Signals() as signals:
+            run(args, signals)
     except UserError as error:
-        sys.stderr.write(f"run_glue.py: error: {error}\n")
-        return 2
+        return end(2, "error", error)
     except Diverged as error:
-        sys.stderr.write(f"run_glue.py: stopped: {error}\n")
-        return 1
+        return end(1, "stopped", error)
+    except Stopped as error:
+        return end(128 + error.number, "stopped", f"{error}; to go on: {resume_command(argv)}")
+    except KeyboardInterrupt:
+        return end(130, "stopped", f"at once; to go on: {resume_command(argv)}")
+    except (CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = utils.is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not out_of_memory:
+            raise
+        what = "out of memory (a lower --max-tokens needs less): " * out_of_memory
+        return end(1, "stopped", f"{what}{utils.one_line(error)}; what was saved before is kept; "
+                   f"when that is mended, go on with: {resume_command(argv)}")  # fmt: skip
     return 0
+
+
+def end(status, what, message):
+    sys.stderr.write(f"run_glue.py: {what}: {message}\n")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What every file needs: the user's errors, logging, seeds, the device, whole files on disk."""
 
+import fcntl
 import logging
 import os
 import random
+import shutil
+import signal
 import socket
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,63 @@ class UserError(Exception):
 
 class Diverged(Exception):
     """Training met a loss or gradient that is not finite; the message names the epoch and step."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message says which and why."""
+
+
+class Stopped(Exception):
+    """A signal asked the program to stop; `number` is the signal's."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1: what users and schedulers send to stop a program.
+
+    At first a signal raises `Stopped` at once. Within `held` it is only noted in `received`, for
+    the training loop to finish its step; a second SIGINT stops at once even there.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received, self.waits = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if not self.waits:
+            raise Stopped(number)
+        LOGGER.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
+
+    @contextmanager
+    def _waiting(self, waits):
+        before, self.waits = self.waits, waits
+        try:
+            if self.received and not waits:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self.waits = before
+
+    def held(self):
+        return self._waiting(True)
+
+    def at_once(self):
+        return self._waiting(False)
 
 
 def setup_logging(level=logging.INFO):
@@ -89,24 +149,95 @@ def use_local_copies_when_offline(needs_hub=True):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that a device, or the machine, has no memory left."""
+    import torch
+
+    # torch's allocator on a CPU raises a plain RuntimeError.
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
+def one_line(error):
+    """The first line of an error's text, without its final stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 @contextmanager
 def whole_file(path):
     """Give a temporary name beside `path`; what is written there becomes `path` at the end.
 
-    A reader sees the old file or the new one, never half of one.
+    A reader sees the old file or the new one, never half of one, even after a power cut.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path):
+    """The same for a folder: it takes the place of any other at the end."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for inside in temporary.rglob("*"):
+            flush(inside)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path, text):
     """Write a whole text file (UTF-8)."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def remove_temporaries(folder):
+    """What a killed process left of `whole_file` and `whole_folder`."""
+    for path in [*Path(folder).rglob(".*.tmp"), *Path(folder).rglob(".*.tmp.*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def lock(folder):
+    """Hold `folder`: no other process can work in it. The system lets go when this one ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = Path(folder) / ".lock"
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # its holder ended and removed it just now
+        except BlockingIOError:
+            raise UserError(
+                f"--output-path {folder} is in use by another process: give another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from throughput import LENGTH, SIZES, load, machine, spread, synchronize  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from bitfit import sources  # noqa: E402
 from bitfit.compute import Limit, precision_of  # noqa: E402
@@ -33,7 +32,7 @@ from bitfit.models import draw_head  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
 from bitfit.trainable import bitfit_names, in_encoder, whole  # noqa: E402
-from bitfit.training import Plan, Schedule, make_optimizers, train_epoch  # noqa: E402
+from bitfit.training import Plan, Schedule, make_optimizers, whole_epoch  # noqa: E402
 
 
 def parse_args():
@@ -77,9 +76,7 @@ def timed_pass(model, tokens, runs, args, task):
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
     schedule = Schedule("constant", 0, 0)
     plan = Plan(task, model, tokens, args.batch_size, schedule, limit, rows)
-    train = partial(
-        train_epoch, plan, stack, make_optimizers("adamw", stack), 0, tqdm(disable=True)
-    )
+    train = partial(whole_epoch, plan, stack, make_optimizers("adamw", stack), 0)
     reset_peak(device)
     with precision_of(model, args.precision, device):
         elapsed = seconds(train, device)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from bitfit.runs import Record, Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, trainable
-from utils import UserError, whole_file, write_text
+from utils import UserError, whole_file, whole_folder, write_text
 
 FORMAT = 1
 FACTS = "evaluator.json"
@@ -60,9 +60,35 @@ def save_evaluator(evaluator, folder):
     if evaluator.fine_tune_type == "full_ft":
         evaluator.export_model(folder / "model")
     else:
-        with whole_file(folder / DELTA) as temporary:
-            save_file(delta(evaluator.stack, evaluator.selected), temporary)
+        write_tensors(folder / DELTA, delta(evaluator.stack, evaluator.selected))
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def write_tensors(path, tensors):
+    """Write a whole safetensors file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
+
+
+def write_model(model, tokenizer, folder):
+    """Write a whole Hugging Face folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with whole_folder(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from None
 
 
 def delta(stack, run):

@@ -9,6 +9,7 @@ import torch
 from bitfit.data import evaluation_batches, gather
 from bitfit.models import takes_full_mask
 from bitfit.runs import Run, Stack
+from utils import is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
 # Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
@@ -68,8 +69,8 @@ class Limit:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if self.tokens < 2:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self.tokens < 2:
                     raise
                 self.tokens //= 2
             LOGGER.warning("out of memory: again with --max-tokens %d", self.tokens)

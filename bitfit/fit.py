@@ -5,6 +5,7 @@ import time
 from statistics import mean
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -12,8 +13,8 @@ from bitfit.compute import predict_runs
 from bitfit.data import Tokens
 from bitfit.reports import best_index, one_line_scores
 from bitfit.tasks import score
-from bitfit.training import steps_per_epoch, train_epoch
-from utils import Diverged
+from bitfit.training import Position, mean_losses, steps_per_epoch, train_epoch
+from utils import Diverged, Stopped
 
 LOGGER = logging.getLogger("bitfit")
 
@@ -25,67 +26,110 @@ class Scored(NamedTuple):
     rows_of_seed: dict  # {seed: rows}
 
 
-def fit(plan, stack, optimizers, records, splits, num_epochs, frequency, best, write):
-    """Train `num_epochs` epochs; score every `frequency` of them and the last.
+def fit(training, splits, num_epochs, frequency, write, saver):
+    """Train up to `num_epochs` epochs; score every `frequency` of them and the last.
 
     Args:
-        records: a `Record` for each run, filled in.
+        training: where it stands; its records are filled in.
         splits: {split: Scored}
-        best: (K, n), to hold each run's values at its best evaluation; or None.
         write: called after each evaluation.
+        saver: writes the checkpoints, and raises Stopped where a signal asks for it.
 
     Raises:
         Diverged: no run is left whose losses and gradients are finite.
     """
+    plan, stack, records = training.plan, training.stack, training.records
     total = num_epochs * len(records) * plan.rows_per_run
-    bar = tqdm(total=total, unit="ex", disable=None, desc=plan.task.name)
+    done = training.position.epoch * plan.rows_per_run + training.position.step * plan.batch_size
+    bar = tqdm(total=total, initial=min(total, done * len(records)), unit="ex", disable=None,
+               desc=plan.task.name)  # fmt: skip
     with logging_redirect_tqdm(), bar:
-        for epoch in range(num_epochs):
-            train_and_note(plan, stack, optimizers, records, epoch, bar)
-            alive = stack.alive()
-            if len(alive) and ((epoch + 1) % frequency == 0 or epoch + 1 == num_epochs):
-                evaluate(plan, stack, records, splits, epoch, alive)
-                keep_best(plan.task, stack, records, alive, best)
+        for epoch in range(training.position.epoch, num_epochs):
+            train(training, bar, saver)
+            due = (epoch + 1) % frequency == 0 or epoch + 1 == num_epochs
+            scores = evaluate(training, splits, saver) if due else {}
+            note_losses(training)
+            if scores:
+                note_scores(training, scores)
+                keep_best(plan.task, stack, records, training.best)
+            training.position = Position(
+                epoch + 1, 0, torch.zeros_like(training.position.loss_sum), 0.0
+            )
+            if scores:
                 write()
-            if not len(alive):
+            if not len(stack.alive()):
                 raise Diverged(all_diverged(records))
+            saver.after_epoch(training, last=epoch + 1 == num_epochs)
 
 
-def train_and_note(plan, stack, optimizers, records, epoch, bar):
-    """One epoch; each run's share of the time, its loss, and whether it went bad."""
+def train(training, bar, saver):
+    """The steps that are left of an epoch."""
+    steps = train_epoch(training.plan, training.stack, training.optimizers, training.position, bar)
+    spent, begin = training.position.seconds, time.perf_counter()
+    for _ in steps:
+        training.position.seconds = spent + time.perf_counter() - begin
+        before = time.perf_counter()
+        saver.after_step(training)
+        begin += time.perf_counter() - before
+
+
+def evaluate(training, splits, saver):
+    """{split: {run: {metric: value}}} of the runs that are alive, as they stand.
+
+    A signal is not kept waiting: the checkpoint it leaves is that before the evaluation.
+    """
+    plan, stack = training.plan, training.stack
+    scores = {}
     begin, alive = time.perf_counter(), stack.alive()
-    losses = train_epoch(plan, stack, optimizers, epoch, bar)
-    elapsed, bad_step = time.perf_counter() - begin, stack.bad_step.tolist()
+    try:
+        with saver.at_once():
+            for split, (tokens, rows_of_seed) in splits.items() if len(alive) else ():
+                labels = tokens.labels.cpu().numpy()
+                rows = {k: rows_of_seed[stack.runs[k].seed] for k in alive}
+                scores[split] = {
+                    k: score(plan.task, logits, labels[rows[k]])
+                    for k, logits in predict_runs(plan.model, stack, tokens, plan.limit, rows)
+                }
+    except Stopped:
+        saver.save(training)
+        raise
     for k in alive:
-        records[k].seconds["training"] += elapsed / len(alive)
+        training.records[k].seconds["evaluation"] += (time.perf_counter() - begin) / len(alive)
+    return scores
+
+
+def note_losses(training):
+    """Each run's loss and share of the time, and whether it went bad in this epoch."""
+    plan, stack, position = training.plan, training.stack, training.position
+    losses, bad_step = mean_losses(plan, stack, position), stack.bad_step.tolist()
+    first = position.epoch * steps_per_epoch(plan)
+    alive = stack.alive(first)
+    for k in alive:
+        record = training.records[k]
+        record.seconds["training"] += position.seconds / len(alive)
         if bad_step[k] < 0:
-            records[k].train_loss.append(losses[k])
+            record.train_loss.append(losses[k])
             continue
-        step = bad_step[k] - epoch * steps_per_epoch(plan)
-        records[
-            k
-        ].diverged = (
-            f"the loss or its gradient was not finite at epoch {epoch + 1}, step {step + 1}"
+        record.diverged = (
+            f"the loss or its gradient was not finite at epoch {position.epoch + 1}, "
+            f"step {bad_step[k] - first + 1}"
         )
-        if len(records) > 1:
-            LOGGER.warning("%s diverged: %s", records[k].run.name, records[k].diverged)
+        if len(training.records) > 1:
+            LOGGER.warning("%s diverged: %s", record.run.name, record.diverged)
 
 
-def evaluate(plan, stack, records, splits, epoch, alive):
-    """Score the runs that are alive on every split, as they stand."""
-    begin = time.perf_counter()
-    for split, (tokens, rows_of_seed) in splits.items():
-        labels = tokens.labels.cpu().numpy()
-        rows = {k: rows_of_seed[records[k].run.seed] for k in alive}
-        for k, logits in predict_runs(plan.model, stack, tokens, plan.limit, rows):
-            metrics = records[k].evaluations.setdefault(split, {})
-            for metric, value in score(plan.task, logits, labels[rows[k]]).items():
+def note_scores(training, scores):
+    """Put an evaluation into the records, and a line about it into the log."""
+    epoch = training.position.epoch + 1
+    for split, of_run in scores.items():
+        for k, values in of_run.items():
+            metrics = training.records[k].evaluations.setdefault(split, {})
+            for metric, value in values.items():
                 metrics.setdefault(metric, []).append(value)
-    elapsed = time.perf_counter() - begin
-    for k in alive:
-        records[k].seconds["evaluation"] += elapsed / len(alive)
-        records[k].epochs.append(epoch + 1)
-    LOGGER.info("epoch %d  %s", epoch + 1, one_line(plan.task, [records[k] for k in alive]))
+    alive = [training.records[k] for k in next(iter(scores.values()))]
+    for record in alive:
+        record.epochs.append(epoch)
+    LOGGER.info("epoch %d  %s", epoch, one_line(training.plan.task, alive))
 
 
 def one_line(task, records):
@@ -103,11 +147,9 @@ def one_line(task, records):
     )
 
 
-def keep_best(task, stack, records, alive, best):
+def keep_best(task, stack, records, best):
     """Take into `best` the values of the runs whose latest evaluation is their best."""
-    if best is None:
-        return
-    for k in alive:
+    for k in stack.alive() if best is not None else ():
         if best_index(task, records[k].evaluations) == len(records[k].epochs) - 1:
             best[k] = stack.values[k]
 

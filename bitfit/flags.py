@@ -1,10 +1,26 @@
 """The flags of run_glue.py and the checks that need no file; answers without importing torch."""
 
 import argparse
+import logging
 import math
 
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
+from utils import UserError
+
+LOGGER = logging.getLogger("bitfit")
+# What may differ between a command and the one that resumes it, and what is worth a warning.
+HARMLESS = {
+    "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
+    "max_tokens", "data_dir", "model_name", "save_evaluator", "export_model", "predict_test",
+    "finished",
+}  # fmt: skip
+WARNED = {"torch", "transformers", "datasets", "python", "device", "commit"}
+NAMES = {
+    "data_sha256": "the data",
+    "encoder_sha256": "the base model",
+    "chosen_sha256": "what trains",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -104,6 +120,12 @@ def make_parser(description):
     add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
 
     add = parser.add_argument_group("results").add_argument
+    add("--resume", action="store_true",
+        help="go on where a run in --output-path was interrupted; give it the same flags [off]")
+    add("--checkpoint-every", metavar="N", type=number(int, 0), default=1,
+        help="write a checkpoint every N epochs; 0: not at the end of epochs [%(default)s]")
+    add("--checkpoint-minutes", metavar="M", type=number(float, 0, above=True), default=30.0,
+        help="and after M minutes without one, within an epoch too [%(default)s]")
     add("--evaluation-frequency", metavar="N", type=positive, default=1,
         help="score every N epochs, and after the last [%(default)s]")
     add("--keep", choices=("last", "best"), default="last",
@@ -132,3 +154,30 @@ def parse_args(description, argv=None):
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
     return args
+
+
+def check_same(old, new):
+    """Compare a command's facts with those in the args.json of the run that it resumes.
+
+    Raises:
+        UserError: they differ in something that results depend on.
+    """
+    differ = [n for n in new.keys() & old.keys() - HARMLESS if as_list(new[n]) != as_list(old[n])]
+    for name in sorted(WARNED.intersection(differ)):
+        LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
+    differ = sorted(set(differ) - WARNED)
+    if differ:
+        said = [
+            f"{NAMES[n]} changed" if n in NAMES
+            else f"--{n.replace('_', '-')} was {words(old[n])} and is now {words(new[n])}"
+            for n in differ
+        ]  # fmt: skip
+        raise UserError(f"--resume: this is not the interrupted run: {'; '.join(said)}")
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def words(value):
+    return " ".join(map(str, as_list(value)))

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from bitfit.sources import one_line
 from bitfit.trainable import head_names, in_encoder, is_bias
-from utils import UserError
+from utils import UserError, one_line
 
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -149,11 +148,19 @@ def check_length(model, max_length):
 
 def fingerprint(model):
     """SHA-256 over the encoder's names and values: which base model a delta belongs to."""
+    encoder = ((n, p.detach()) for n, p in model.named_parameters() if in_encoder(model, n))
+    return sha256(value for pair in encoder for value in pair)
+
+
+def sha256(values):
+    """SHA-256 over texts, arrays, tensors and Nones."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if in_encoder(model, name):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy())
+    for value in values:
+        if torch.is_tensor(value):
+            value = value.cpu().contiguous().numpy()
+        digest.update(
+            value.encode() if isinstance(value, str) else b"-" if value is None else value
+        )
     return digest.hexdigest()
 
 

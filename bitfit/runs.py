@@ -39,6 +39,9 @@ class Run(NamedTuple):
         return f"lr{self.learning_rate}_seed{self.seed}"
 
 
+SPENT = ("training", "evaluation", "checkpoints")
+
+
 @dataclass
 class Record:
     """What one run measured."""
@@ -47,7 +50,7 @@ class Record:
     epochs: list = field(default_factory=list)  # those that were scored, counted from 1
     evaluations: dict = field(default_factory=dict)  # {split: {metric: [per scored epoch]}}
     train_loss: list = field(default_factory=list)  # per epoch
-    seconds: dict = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})  # its share
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(SPENT, 0.0))  # its share
     diverged: str | None = None  # where the loss or gradient was not finite
 
 
@@ -187,9 +190,13 @@ class Stack:
         finally:
             self.rows = None
 
-    def alive(self):
-        """The runs whose losses and gradients were finite so far. Waits for the device."""
-        return np.flatnonzero(self.bad_step.cpu().numpy() < 0)
+    def alive(self, step=None):
+        """The runs whose losses and gradients were finite, before `step` or so far.
+
+        Waits for the device.
+        """
+        bad_step = self.bad_step.cpu().numpy()
+        return np.flatnonzero((bad_step < 0) | (step is not None and bad_step >= step))
 
     def note_bad(self, bad, step):
         """Remember the step at which runs first went bad; `bad` is (K,) bool."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import UserError
+from utils import UserError, one_line
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
@@ -194,8 +194,3 @@ def frame_labels(task, column, source):
         if not known or not (task.is_regression or value == int(value)):
             raise UserError(f"{source}: row {row} has the unknown label {value!r}")
     return column.to_numpy(np.float32 if task.is_regression else np.int64)
-
-
-def one_line(error):
-    """The first line of an error's text, without its final stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

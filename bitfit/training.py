@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from bitfit.compute import Limit, forward
 from bitfit.data import Tokens, gather, micro_batches, overhead_tokens
@@ -83,29 +84,35 @@ def steps_per_epoch(plan):
     return math.ceil(plan.rows_per_run / plan.batch_size)
 
 
-def train_epoch(plan, stack, optimizers, epoch, progress):
-    """One pass of each run over its training rows. Nothing in a step waits for the device.
+@dataclass
+class Position:
+    """How far a training is: the epoch, the steps of it that are done, and its sums so far."""
 
-    A run whose loss or gradient is not finite keeps its last good values, and `stack.bad_step`
-    the step, counted over all epochs; from the next epoch on its rows are left out.
+    epoch: int
+    step: int
+    loss_sum: torch.Tensor  # (K,) over the rows of this epoch
+    seconds: float  # of training in this epoch
+
+
+def train_epoch(plan, stack, optimizers, position, progress):
+    """One pass of each run over its training rows; yields after each step.
+
+    Nothing in a step waits for the device. A run whose loss or gradient is not finite keeps its
+    last good values, and `stack.bad_step` the step, counted over all epochs; from the next epoch
+    on its rows are left out.
 
     Args:
-        epoch: counted from 0.
+        position: where to start; moved on with each step.
         progress: a tqdm bar that counts rows; the loss is read only when it redraws.
-
-    Returns:
-        The mean training loss of each run, a list of K; NaN where a run was bad.
     """
     plan.model.train()
-    alive = stack.alive()
+    steps, epoch = steps_per_epoch(plan), position.epoch
+    alive = stack.alive(epoch * steps)
     orders = np.stack([plan.order(stack.runs[k], epoch) for k in alive])
-    steps = steps_per_epoch(plan)
-    loss_sum = torch.zeros(len(stack.runs), device=stack.values.device)
-    for number in range(steps):
+    for number in range(position.step, steps):
         step = epoch * steps + number
         rows = orders[:, number * plan.batch_size : (number + 1) * plan.batch_size]  # (alive, B)
         losses = plan.limit.hold(partial(forward_backward, plan, stack, alive, rows))
-        loss_sum += losses * rows.shape[1]
         norms = clip_(stack.grads, MAX_GRAD_NORM)
         stack.note_bad(~(norms + losses).isfinite(), step)
         for k in alive:
@@ -116,12 +123,28 @@ def train_epoch(plan, stack, optimizers, epoch, progress):
             optimizer.step()
         stack.write_back()
 
-        if progress.update(rows.size) or number == steps - 1:
+        position.step = number + 1
+        position.loss_sum += losses * rows.shape[1]
+        if progress.update(rows.size):
             if not len(stack.alive()):
-                break
+                return
             loss = losses[stack.bad_step < 0].sum().item() / len(alive)
             progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
-    return (loss_sum / orders.shape[1]).where(stack.bad_step < 0, math.nan).tolist()
+        yield
+
+
+def mean_losses(plan, stack, position):
+    """The mean training loss of each run in this epoch, a list of K; NaN where a run was bad."""
+    means = position.loss_sum / plan.rows_per_run
+    return means.where(stack.bad_step < 0, math.nan).tolist()
+
+
+def whole_epoch(plan, stack, optimizers, epoch):
+    """One epoch from its first step, with no bar; returns the mean losses."""
+    position = Position(epoch, 0, torch.zeros_like(stack.values[:, 0]), 0.0)
+    for _ in train_epoch(plan, stack, optimizers, position, tqdm(disable=True)):
+        pass
+    return mean_losses(plan, stack, position)
 
 
 def forward_backward(plan, stack, alive, rows):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import GLUE, set_dropout
-from tqdm import tqdm
 
 from bitfit import data, models, sources, training
 from bitfit.compute import Limit, forward, precision_of, predict, predict_runs
@@ -12,7 +11,7 @@ from bitfit.data import gather, tokenize
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.trainable import bitfit_names, row_column_positions, trainable, uniform_positions, whole
-from bitfit.training import Plan, Schedule, epoch_order, make_optimizers, train_epoch
+from bitfit.training import Plan, Schedule, epoch_order, make_optimizers, whole_epoch
 
 COLA = TASKS["cola"]
 CPU = torch.device("cpu")
@@ -46,7 +45,7 @@ def train(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=1e
     stack = Stack(model, chosen, [Run(rate, 0)])
     optimizers = make_optimizers(optimizer, stack)
     plan = make_plan(model, tokens, task)
-    losses = [train_epoch(plan, stack, optimizers, e, tqdm(disable=True))[0] for e in range(epochs)]
+    losses = [whole_epoch(plan, stack, optimizers, e)[0] for e in range(epochs)]
     stack.release()
     return stack, losses
 
@@ -140,7 +139,7 @@ def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
     stack = Stack(model, chosen, [Run(1e-2, 0)])
     plan = make_plan(model, tokens_of(tiny_bert))
     with precision_of(model, precision, CPU):
-        train_epoch(plan, stack, make_optimizers("adamw", stack), 0, tqdm(disable=True))
+        whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
     stack.release()
     for name, parameter in model.named_parameters():
         moved = (parameter != before[name]).flatten()
@@ -159,7 +158,7 @@ def test_the_optimizer_holds_state_only_for_what_trains(tiny_bert):
     stack = Stack(model, uniform_positions(model, 500, np.random.default_rng(0)), [Run(1e-3, 0)])
     (optimizer,) = make_optimizers("adamw", stack)
     plan = make_plan(model, tokens_of(tiny_bert))
-    train_epoch(plan, stack, [optimizer], 0, tqdm(disable=True))
+    whole_epoch(plan, stack, [optimizer], 0)
     (state,) = optimizer.state.values()
     head = model.classifier.weight.numel() + 2
     assert state["exp_avg"].numel() == state["exp_avg_sq"].numel() == 500 + head
@@ -171,7 +170,7 @@ def test_bf16_follows_fp32(tiny_bert):
         stack = Stack(model, methods(model)["bitfit"], [Run(1e-3, 0)])
         plan = make_plan(model, tokens_of(tiny_bert))
         with precision_of(model, precision, CPU):
-            loss = train_epoch(plan, stack, make_optimizers("adamw", stack), 0, tqdm(disable=True))
+            loss = whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
             return loss[0], predict(model, plan.tokens, LIMIT), stack
 
     loss, logits, _ = run("fp32")
@@ -233,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, 
     monkeypatch.setattr(training, "row_losses", losses)
     monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)  # one micro-batch a step
     plan = make_plan(model, tokens)
-    (loss,) = train_epoch(plan, stack, make_optimizers("adamw", stack), 0, tqdm(disable=True))
+    (loss,) = whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
     assert np.isnan(loss)
     assert stack.bad_step.tolist() == [1]
     assert not len(stack.alive())
@@ -259,9 +258,7 @@ def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precisi
     plan = make_plan(model, tokens, seeds={run.seed for run in runs})
     optimizers = make_optimizers(optimizer, stack)
     with precision_of(model, precision, CPU):
-        losses = [
-            train_epoch(plan, stack, optimizers, e, tqdm(disable=True)) for e in range(epochs)
-        ]
+        losses = [whole_epoch(plan, stack, optimizers, e) for e in range(epochs)]
         every = {k: np.arange(rows) for k in range(len(runs))}
         logits = [lg for _, lg in predict_runs(model, stack, tokens, LIMIT, every)]
     stack.release()
@@ -340,7 +337,7 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch):
                 stack.values[1] = kept[0][1]
 
     monkeypatch.setattr(training, "forward_backward", sometimes_infinite)
-    losses = [train_epoch(plan, stack, optimizers, e, tqdm(disable=True)) for e in range(3)]
+    losses = [whole_epoch(plan, stack, optimizers, e) for e in range(3)]
     assert stack.bad_step.tolist() == [-1, 2, -1, -1]
     assert stack.alive().tolist() == [0, 2, 3]
     assert torch.equal(stack.values[1], kept[0][1])
@@ -389,7 +386,7 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
 
         monkeypatch.setattr(training, "forward", tight)
         torch.manual_seed(0)
-        losses = train_epoch(plan, stack, make_optimizers("adamw", stack), 0, tqdm(disable=True))
+        losses = whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
         return losses, stack.values, limit.tokens
 
     losses, values, cap = run(2048, room=300)
