@@ -44,7 +44,6 @@ def write_metrics(output_path, task, record, facts):
     import pandas as pd
 
     folder = Path(output_path)
-    folder.mkdir(parents=True, exist_ok=True)
     content = facts | {
         "diverged": record.diverged,
         "train_loss": record.train_loss,

