@@ -170,7 +170,7 @@ class GLUEvaluator:
         if seed is not None and seed not in self.seeds:
             raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
         seeds = self.seeds if seed is None else [seed]
-        self.runs = [Run(rate, s) for rate in as_list(learning_rate) for s in seeds]
+        self.runs = [Run(float(rate), s) for rate in as_list(learning_rate) for s in seeds]
         self._load_model()
         self.optimizer, self.verbose = optimizer, verbose
         self.components = list(trainable_components or [])

@@ -50,7 +50,9 @@ def read_args(folder):
     """
     try:
         facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        return dict(facts, finished=bool(facts["finished"]))
+        if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
+            raise ValueError("it is not of run_glue.py")
+        return facts
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"--resume: {folder} holds no run that could go on (args.json: {error}); give a new "

@@ -15,35 +15,78 @@ from safetensors.torch import load_file, save_file
 from bitfit.runs import Record, Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, trainable
-from utils import UserError, whole_file, whole_folder, write_text
+from utils import UserError, one_line, whole_file, whole_folder, write_text
 
 FORMAT = 1
 FACTS = "evaluator.json"
 DELTA = "delta.safetensors"
 POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
-OPTIONAL_TEXT = (str, type(None))
-KINDS = {  # the evaluator's attributes that are saved, and their types
-    "task_name": str,
-    "model_name": str,
-    "data_dir": OPTIONAL_TEXT,
-    "base_name": str,
-    "fine_tune_type": str,
-    "components": list,
-    "precision": str,
-    "random_encoder": bool,
-    "max_sequence_len": int,
-    "pad_to_max": bool,
-    "batch_size": int,
-    "train_size": (int, type(None)),
-    "encoder_sha256": str,
+
+
+def text(value):
+    return isinstance(value, str) and "\0" not in value
+
+
+def whole_number(low):
+    return lambda value: type(value) is int and low <= value < 2**63
+
+
+def number(value):
+    return type(value) in (int, float)
+
+
+def known(values):
+    return lambda value: isinstance(value, str) and value in values
+
+
+def absent_or(check):
+    return lambda value: value is None or check(value)
+
+
+def list_of(check):
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def flag(value):
+    return isinstance(value, bool)
+
+
+KINDS = {  # the evaluator's attributes that are saved, and what a file may say of them
+    "task_name": known(TASKS),
+    "model_name": text,
+    "data_dir": absent_or(text),
+    "base_name": text,
+    "fine_tune_type": known(FINE_TUNE_TYPES),
+    "components": list_of(text),
+    "precision": known(("fp32", "bf16")),
+    "random_encoder": flag,
+    "max_sequence_len": whole_number(1),
+    "pad_to_max": flag,
+    "batch_size": whole_number(1),
+    "train_size": absent_or(whole_number(1)),
+    "encoder_sha256": text,
 }
 RUN_KINDS = {  # the same of its record
-    "learning_rate": float,
-    "seed": int,
-    "epochs": list,
-    "evaluations": dict,
-    "train_loss": list,
+    "learning_rate": number,
+    "seed": whole_number(-(2**63)),  # torch.initial_seed() may be negative
+    "epochs": list_of(whole_number(1)),
+    "evaluations": lambda value: isinstance(value, dict),
+    "train_loss": list_of(number),
 }
+
+
+def scores_fit(facts):
+    """Whether there is a number for each split, metric and scored epoch of the task."""
+    task, scores = TASKS[facts["task_name"]], facts["evaluations"]
+    expected = ("train", *task.validation_splits) if facts["epochs"] else ()
+    return set(scores) == set(expected) and all(
+        isinstance(of_split, dict)
+        and set(of_split) == set(task.metrics)
+        and all(list_of(number)(v) and len(v) == len(facts["epochs"]) for v in of_split.values())
+        for of_split in scores.values()
+    )
+
+
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 
 
@@ -145,13 +188,13 @@ def load_facts(folder):
     except FileNotFoundError:
         raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{path} is not an evaluator of format {FORMAT}: save it again")
     kinds = KINDS | RUN_KINDS
-    wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
-    known = {"task_name": TASKS, "fine_tune_type": FINE_TUNE_TYPES, "precision": ("fp32", "bf16")}
-    wrong += [name for name, values in known.items() if not wrong and facts[name] not in values]
+    wrong = [name for name, fits in kinds.items() if name not in facts or not fits(facts[name])]
+    if not wrong and not scores_fit(facts):
+        wrong = ["evaluations"]
     if wrong:
         raise UserError(f"{path}: {wrong[0]!r} is missing or wrong: save the evaluator again")
     return facts
@@ -167,7 +210,7 @@ def load_delta(folder, model):
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     chosen, values = {}, []
     for name, parameter in model.named_parameters():
         if name in tensors:
