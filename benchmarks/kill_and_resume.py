@@ -32,7 +32,7 @@ CASES = {
 FLAGS = [
     "--task-name", "cola", "--data-dir", str(ROOT / "examples/glue"), "--gpu-device", "cpu",
     "--model-name", str(ROOT / "examples/tiny_bert"), "--fine-tune-type", "bitfit",
-    "--epochs", "8", "--train-size", "240", "--checkpoint-minutes", "0.002",
+    "--epochs", "6", "--train-size", "160", "--checkpoint-minutes", "0.002",
     "--save-evaluator", "--predict-test",
 ]  # fmt: skip
 PRELOADED = ["glue_evaluator", "run_glue", "bitfit.sweeps", "sklearn.metrics", "scipy.stats",

@@ -21,7 +21,7 @@ from run_glue import read_args
 from utils import CheckpointError, UserError
 
 many = settings(
-    max_examples=150, deadline=None, derandomize=True,
+    max_examples=150, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 few = settings(many, max_examples=40)

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -106,6 +107,29 @@ def test_the_sweep_script(checkout):
     )
     assert nothing.returncode == 2
     assert nothing.stderr.startswith("The paper's grid on one task: bash scripts/sweep")
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(138, True), (0, False), (1, False)])
+def test_the_slurm_job(tmp_path, status, requeued):
+    """With a stand-in for SLURM: the flags are ours, and only SIGUSR1's status requeues."""
+    (job,) = re.findall(r"```sbatch\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "job").write_text(job)
+    for name, body in {
+        "srun": f'printf "%s\\n" "$@" >srun.log; exit {status}',
+        "scontrol": 'echo "$@" >scontrol.log',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "job"], cwd=tmp_path, env=os.environ | {"PATH": path, "SLURM_JOB_ID": "17"}
+    )
+    assert result.returncode == status
+    assert (tmp_path / "scontrol.log").exists() == requeued
+    words = (tmp_path / "srun.log").read_text().split()
+    assert words[:2] == ["python", "run_glue.py"]
+    assert flags.parse_args("", words[2:]).resume
+    assert status != 138 or status == 128 + signal.SIGUSR1
 
 
 def test_compare_says_what_is_wrong(checkout):
