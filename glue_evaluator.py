@@ -18,14 +18,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitfit import checkpoints, compute, models, reports, runs, sources, trainable
+from bitfit import checkpoints, compute, models, reports, sources, trainable
 from bitfit.data import MAX_TOKENS, draw_rows, tokenize
 from bitfit.fit import Scored, fit
 from bitfit.resume import Saver, Training
 from bitfit.runs import Record, Run, Stack
 from bitfit.tasks import TASKS, predictions, score
 from bitfit.training import Plan, Position, Schedule, make_optimizers
-from utils import Diverged, UserError, choose_device, default_precision, generator, set_seed
+from utils import (
+    Diverged,
+    UserError,
+    as_list,
+    choose_device,
+    default_precision,
+    generator,
+    set_seed,
+)
 
 __all__ = ["GLUEvaluator", "set_seed"]
 
@@ -37,10 +45,6 @@ def check_choices(num_epochs, evaluation_frequency, lr_schedule, keep):
         raise UserError("num_epochs and evaluation_frequency are at least 1")
     if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
         raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
-
-
-def as_list(value):
-    return [*value] if isinstance(value, (list, tuple)) else [value]
 
 
 class GLUEvaluator:
@@ -232,12 +236,7 @@ class GLUEvaluator:
     def why_not_stackable(self):
         """Why several runs cannot be trained in one pass, or None if they can."""
         self._need("chosen", "training_preparation")
-        reason = runs.why_not_stackable(self.model, self.chosen)
-        if not reason and compute.stacked_pass_differs(
-            self.model, self.chosen, self.tokens("train")
-        ):
-            reason = "this model does not compute with its Linear and LayerNorm modules alone"
-        return reason
+        return compute.why_not_stackable(self.model, self.chosen, self.tokens("train"))
 
     # Training
 
@@ -338,7 +337,7 @@ class GLUEvaluator:
     def _write_metrics(self, output_path):
         for record in self.records if output_path else ():
             folder = self.folder(output_path, record.run)
-            reports.write_metrics(folder, self.task, record, self._facts(record))
+            reports.write_metrics(folder, self.task, record, reports.facts(self, record))
 
     def _write_curves(self, output_path):
         for run, record in enumerate(self.records if output_path else ()):
@@ -350,21 +349,6 @@ class GLUEvaluator:
     def folder(self, output_path, run):
         """Where a run's files go: one run needs no folder of its own."""
         return Path(output_path) / run.name if len(self.runs) > 1 else Path(output_path)
-
-    def _facts(self, record):
-        """What metrics.json says of a run beside its scores."""
-        return {
-            "task": self.task_name,
-            "model": str(self.model_name),
-            "random_encoder": self.random_encoder,
-            "fine_tune_type": self.fine_tune_type,
-            "bias_terms": trainable.term_names(self.components),
-            "learning_rate": record.run.learning_rate,
-            "seed": record.run.seed,
-            "runs_in_one_pass": len(self.runs),
-            "trained_parameters": trainable.count(self.model, self.chosen),
-            "all_parameters": sum(p.numel() for p in self.model.parameters()),
-        }
 
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""

@@ -149,6 +149,10 @@ def use_local_copies_when_offline(needs_hub=True):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def as_list(value):
+    return [*value] if isinstance(value, (list, tuple)) else [value]
+
+
 def is_out_of_memory(error):
     """Whether an exception says that a device, or the machine, has no memory left."""
     import torch

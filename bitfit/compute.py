@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from bitfit import runs
 from bitfit.data import evaluation_batches, gather
 from bitfit.models import takes_full_mask
 from bitfit.runs import Run, Stack
@@ -129,6 +130,14 @@ def predict_runs(model, stack, tokens, limit, rows):
     for run, own in rows.items():
         stack.put(run)
         yield run, predict(model, tokens, limit, own)
+
+
+def why_not_stackable(model, chosen, tokens):
+    """Why several runs cannot be trained in one pass, or None if they can."""
+    reason = runs.why_not_stackable(model, chosen)
+    if not reason and stacked_pass_differs(model, chosen, tokens):
+        reason = "this model does not compute with its Linear and LayerNorm modules alone"
+    return reason
 
 
 @torch.no_grad()

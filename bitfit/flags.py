@@ -6,7 +6,7 @@ import math
 
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
-from utils import UserError
+from utils import UserError, as_list
 
 LOGGER = logging.getLogger("bitfit")
 # What may differ between a command and the one that resumes it, and what is worth a warning.
@@ -173,10 +173,6 @@ def check_same(old, new):
             for n in differ
         ]  # fmt: skip
         raise UserError(f"--resume: this is not the interrupted run: {'; '.join(said)}")
-
-
-def as_list(value):
-    return value if isinstance(value, list) else [value]
 
 
 def words(value):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitfit.trainable import TERMS, layer_and_name
+from bitfit.trainable import TERMS, count, layer_and_name, term_names
 from utils import whole_file, write_text
 
 SPLIT_COLORS = {"train": "0.55", "validation": "C0", "validation_matched": "C0"}
@@ -37,6 +37,22 @@ def summary(task, record):
     if not record.epochs:
         return {}
     return {"last": at(-1), "best": at(best_index(task, record.evaluations))}
+
+
+def facts(evaluator, record):
+    """What metrics.json says of a run beside what it measured."""
+    return {
+        "task": evaluator.task_name,
+        "model": str(evaluator.model_name),
+        "random_encoder": evaluator.random_encoder,
+        "fine_tune_type": evaluator.fine_tune_type,
+        "bias_terms": term_names(evaluator.components),
+        "learning_rate": record.run.learning_rate,
+        "seed": record.run.seed,
+        "runs_in_one_pass": len(evaluator.runs),
+        "trained_parameters": count(evaluator.model, evaluator.chosen),
+        "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
+    }
 
 
 def write_metrics(output_path, task, record, facts):
