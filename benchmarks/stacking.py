@@ -10,7 +10,6 @@ padding not counted), over what a product of 2048 x 2048 matrices reached in the
 Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
 """
 
-import argparse
 import resource
 import sys
 import time
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from throughput import LENGTH, SIZES, load, machine, spread, synchronize  # noqa: E402
+from throughput import LENGTH, load, machine, make_parser, spread, synchronize  # noqa: E402
 
 from bitfit import sources  # noqa: E402
 from bitfit.compute import Limit, precision_of  # noqa: E402
@@ -36,19 +35,11 @@ from bitfit.training import Plan, Schedule, make_optimizers, whole_epoch  # noqa
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--task-name", default="rte", choices=TASKS)
-    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
-    parser.add_argument("--model-name", help="a folder; None: a random encoder")
-    parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
+    parser = make_parser(__doc__)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rows", type=int, default=64, help="training rows of each run")
-    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, help="None: the device's default")
-    parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
 

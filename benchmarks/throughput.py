@@ -44,18 +44,25 @@ SIZES = {  # hidden size, layers, heads, intermediate size
 }
 
 
-def parse_args():
+def make_parser(description):
+    """The flags that both benchmarks have."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--task-name", default="cola", choices=TASKS)
     parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
     parser.add_argument("--model-name", help="a folder; None: a random encoder")
     parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--rows", type=int, default=256, help="training rows in one pass")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    return parser
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--rows", type=int, default=256, help="training rows in one pass")
     return parser.parse_args()
 
 
