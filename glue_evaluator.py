@@ -86,7 +86,7 @@ class GLUEvaluator:
         if precision not in (None, "fp32", "bf16"):
             raise UserError(f"unknown precision {precision!r}; known: fp32, bf16")
         self.precision = precision or default_precision(self.torch_device)
-        self.limit = compute.Limit(max_tokens or MAX_TOKENS[self.torch_device.type])
+        self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
         self._tokens = {}
 
     def _need(self, attribute, call):
@@ -175,6 +175,8 @@ class GLUEvaluator:
             raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
         seeds = self.seeds if seed is None else [seed]
         self.runs = [Run(float(rate), s) for rate in as_list(learning_rate) for s in seeds]
+        if len(set(self.runs)) < len(self.runs):
+            raise UserError("a learning rate or seed is given twice: give each once")
         self._load_model()
         self.optimizer, self.verbose = optimizer, verbose
         self.components = list(trainable_components or [])
@@ -190,6 +192,7 @@ class GLUEvaluator:
         models.check_length(self.model, self.max_sequence_len)
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
+        self.limit = compute.Limit(self.max_tokens, self.torch_device)
         vars(self).pop("stack", None)
 
     def _choose(self, fine_tune_type, chosen):

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,7 @@ def facts_of(args, evaluator):
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
         "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
         "commit": commit(),
         **evaluator.fingerprints(),
     }
@@ -184,11 +186,8 @@ def leave(args, evaluator, folder, results=True):
 
 def run(args, signals):
     old = check_output_path(args.output_path, args.resume)
-    if old:
-        check_same(old, vars(args) | {"precision": args.precision or old["precision"]})
-        if old["finished"]:
-            print(f"{args.output_path} is finished: there is nothing to resume")
-            return
+    if old and is_finished(args, old, vars(args)):
+        return
     all_local = args.data_dir is not None and Path(args.model_name).is_dir()
     utils.use_local_copies_when_offline(needs_hub=not all_local)
     import torch
@@ -197,14 +196,23 @@ def run(args, signals):
         torch.set_float32_matmul_precision("high")
     evaluator = prepare(args, pick_device(args.gpu_device))
     output, facts = Path(args.output_path), facts_of(args, evaluator)
-    if old:
-        check_same(old, facts)
     output.mkdir(parents=True, exist_ok=True)
     with utils.lock(output):
-        check_output_path(args.output_path, args.resume)  # nobody was faster
+        old = check_output_path(args.output_path, args.resume)  # another may have been faster
+        if old and is_finished(args, old, facts):
+            return
         utils.remove_temporaries(output)
         work = single if len(evaluator.runs) == 1 else sweep
         work(args, evaluator, output, facts, signals)
+
+
+def is_finished(args, old, new):
+    """Whether the run to resume needs nothing more; refuses where it is another one."""
+    check_same(old, new | {"precision": new["precision"] or old["precision"]})
+    if old["finished"]:
+        shutil.rmtree(Path(args.output_path) / CHECKPOINTS, ignore_errors=True)
+        print(f"{args.output_path} is finished: there is nothing to resume")
+    return old["finished"]
 
 
 def single(args, evaluator, output, facts, signals):
@@ -230,6 +238,7 @@ def sweep(args, evaluator, output, facts, signals):
             continue
         if reason:
             choose(evaluator, args, verbose=False, run=part[0])
+        own = facts | {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
         try:
             train(args, evaluator, folder, signals)
         except Diverged as error:
@@ -242,7 +251,7 @@ def sweep(args, evaluator, output, facts, signals):
         if args.keep == "best":
             sweeps.drop_beaten(output, runs, best)
         for one in part:
-            finish(output / one.name, facts | one._asdict())
+            finish(output / one.name, own | one._asdict())
     print(sweeps.report(output, evaluator.task, runs, evaluator.method_caption))
     finish(output, facts)
 
@@ -282,4 +291,9 @@ def end(status, what, message):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 128 + signal.SIGINT:  # die of it, so that a shell loop around this ends too
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status)

@@ -1,9 +1,11 @@
 """What every file needs: the user's errors, logging, seeds, the device, whole files on disk."""
 
+import errno
 import fcntl
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,8 +30,11 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the message says which and why."""
 
 
-class Stopped(Exception):
-    """A signal asked the program to stop; `number` is the signal's."""
+class Stopped(BaseException):
+    """A signal asked the program to stop; `number` is the signal's.
+
+    Like KeyboardInterrupt no Exception, so that no handler of errors takes it for one.
+    """
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -73,6 +78,8 @@ class Signals:
             yield
         finally:
             self.waits = before
+        if self.received and not before:
+            raise Stopped(self.received)  # it came too late for anybody inside to ask
 
     def held(self):
         return self._waiting(True)
@@ -157,9 +164,17 @@ def is_out_of_memory(error):
     """Whether an exception says that a device, or the machine, has no memory left."""
     import torch
 
-    # torch's allocator on a CPU raises a plain RuntimeError.
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+    # Not all of torch says it with a class: its CPU allocator and CUDA's libraries do not.
+    said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
+def is_fault(error):
+    """Whether an exception is the machine's fault (memory, disk), not that of what was given."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return full or is_out_of_memory(error)
 
 
 def one_line(error):
@@ -186,19 +201,18 @@ def whole_file(path):
 
 @contextmanager
 def whole_folder(path):
-    """The same for a folder: it takes the place of any other at the end."""
-    path = Path(path)
+    """The same for the files of a folder, config.json last; others in it are left alone."""
+    path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for inside in temporary.rglob("*"):
-            flush(inside)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        flush(path.parent)
+        path.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            flush(file)
+            os.replace(file, path / file.name)
+        flush(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -220,8 +234,10 @@ def write_text(path, text):
 
 def remove_temporaries(folder):
     """What a killed process left of `whole_file` and `whole_folder`."""
-    for path in [*Path(folder).rglob(".*.tmp"), *Path(folder).rglob(".*.tmp.*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in list(Path(folder).rglob(".*.tmp*")):
+        if re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -241,6 +257,10 @@ def lock(folder):
             raise UserError(
                 f"--output-path {folder} is in use by another process: give another folder"
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            LOGGER.warning("%s cannot be locked here: start no second process on it", folder)
         try:
             yield
         finally:

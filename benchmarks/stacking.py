@@ -63,7 +63,7 @@ def timed_pass(model, tokens, runs, args, task):
     """(seconds, peak GiB) of training these runs together, one pass over the rows."""
     device = tokens.ids.device
     stack = Stack(model, whole(bitfit_names(model, ["bias"])), runs, draw_head)
-    limit = Limit(args.max_tokens or MAX_TOKENS[device.type])
+    limit = Limit(args.max_tokens or MAX_TOKENS[device.type], device)
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
     schedule = Schedule("constant", 0, 0)
     plan = Plan(task, model, tokens, args.batch_size, schedule, limit, rows)

@@ -139,7 +139,7 @@ def make_ours(make_model, tokenizer, texts, device, task, precision):
 
     def train(count, batch_size):
         tokens = tokenize(texts.take(range(count)), tokenizer, LENGTH).to(device)
-        limit, rows = Limit(MAX_TOKENS[device.type]), {0: np.arange(count)}
+        limit, rows = Limit(MAX_TOKENS[device.type], device), {0: np.arange(count)}
         plan = Plan(task, model, tokens, batch_size, Schedule("constant", 0, 0), limit, rows)
         synchronize(device)
         begin = time.perf_counter()

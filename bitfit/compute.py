@@ -57,8 +57,8 @@ def forward(model, inputs):
 class Limit:
     """The most padded tokens in one micro-batch; a device out of memory halves it."""
 
-    def __init__(self, tokens):
-        self.tokens = tokens
+    def __init__(self, tokens, device=None):
+        self.tokens, self.device = tokens, device or torch.device("cpu")
 
     def hold(self, work):
         """Call `work()`; when the device's memory does not do, again with half the tokens.
@@ -66,7 +66,7 @@ class Limit:
         The random generators are set back before, so that the dropout of the second try is what
         it would have been with the lower limit from the start.
         """
-        state = random_state()
+        state = random_state(self.device)
         while True:
             try:
                 return work()
@@ -76,17 +76,19 @@ class Limit:
                 self.tokens //= 2
             LOGGER.warning("out of memory: again with --max-tokens %d", self.tokens)
             torch.cuda.empty_cache()
-            set_random_state(state)
+            set_random_state(self.device, state)
 
 
-def random_state():
-    on_gpu = torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []
+def random_state(device):
+    """[the CPU generator's state, the device's own if it has one]"""
+    own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *own]
 
 
-def set_random_state(state):
+def set_random_state(device, state):
     torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])
+    if device.type == "cuda" and len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @torch.inference_mode()
@@ -151,16 +153,21 @@ def stacked_pass_differs(model, chosen, tokens):
     noise = torch.Generator().manual_seed(0)
     stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
     inputs, _ = gather(tokens, np.arange(2) % len(tokens.lengths))
+    tf32 = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         with stack.computing(np.arange(2)):
             together = forward(model, inputs)
         for run in range(2):
             stack.put(run)
             alone = forward(model, inputs)[run]
-            if not (together[run] - alone).abs().max() < 2e-3 * alone.abs().max():
+            if not (together[run] - alone).abs().max() < 2e-3 * together.abs().max():
                 return True
         return False
-    except RuntimeError:  # shapes that do not meet
+    except RuntimeError as error:  # shapes that do not meet
+        if is_out_of_memory(error):
+            raise
         return True
     finally:
+        torch.set_float32_matmul_precision(tf32)
         stack.release(stack.start)

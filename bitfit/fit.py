@@ -46,6 +46,8 @@ def fit(training, splits, num_epochs, frequency, write, saver):
     with logging_redirect_tqdm(), bar:
         for epoch in range(training.position.epoch, num_epochs):
             train(training, bar, saver)
+            # A last step may have been finite, and what it led to not.
+            stack.note_bad(~stack.values.isfinite().all(1), (epoch + 1) * steps_per_epoch(plan) - 1)
             due = (epoch + 1) % frequency == 0 or epoch + 1 == num_epochs
             scores = evaluate(training, splits, saver) if due else {}
             note_losses(training)

@@ -12,10 +12,9 @@ LOGGER = logging.getLogger("bitfit")
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
-    "max_tokens", "data_dir", "model_name", "save_evaluator", "export_model", "predict_test",
-    "finished",
+    "max_tokens", "data_dir", "model_name", "finished",
 }  # fmt: skip
-WARNED = {"torch", "transformers", "datasets", "python", "device", "commit"}
+WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
 NAMES = {
     "data_sha256": "the data",
     "encoder_sha256": "the base model",
@@ -159,10 +158,17 @@ def parse_args(description, argv=None):
 def check_same(old, new):
     """Compare a command's facts with those in the args.json of the run that it resumes.
 
+    Data and model may lie elsewhere, as long as their hashes are the same; a finished run is not
+    loaded to compute them, so there the names count.
+
     Raises:
         UserError: they differ in something that results depend on.
     """
-    differ = [n for n in new.keys() & old.keys() - HARMLESS if as_list(new[n]) != as_list(old[n])]
+    harmless = HARMLESS - ({"data_dir", "model_name"} if old["finished"] else set())
+    missing = sorted(new.keys() - harmless - WARNED - old.keys())
+    if missing:
+        raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
+    differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
     for name in sorted(WARNED.intersection(differ)):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
     differ = sorted(set(differ) - WARNED)

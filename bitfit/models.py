@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bitfit.trainable import head_names, in_encoder, is_bias
-from utils import UserError, one_line
+from utils import UserError, is_fault, one_line
 
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -28,6 +28,8 @@ def load_tokenizer(model_name):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_name)
     except Exception as error:
+        if is_fault(error):
+            raise
         raise cannot_load(model_name, error) from None
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
@@ -71,6 +73,8 @@ def load(model_name, task, random_encoder=False):
             torch.manual_seed(ENCODER_SEED)
             model, info = build(transformers, model_name, config, random_encoder)
     except Exception as error:
+        if is_fault(error):
+            raise
         raise cannot_load(model_name, error) from None
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     check_encoder(model, model_name, absent)

@@ -210,7 +210,7 @@ def write_predictions(path, task, predicted):
     """A file for the GLUE server: `index<TAB>prediction`, in the order of the test rows.
 
     Raises:
-        RuntimeError: what the disk holds is not a line per prediction.
+        OSError: what the disk holds is not a line per prediction.
     """
     if task.is_regression:
         words = [f"{value:.4f}" for value in predicted]
@@ -220,4 +220,4 @@ def write_predictions(path, task, predicted):
     write_text(path, "\n".join(lines) + "\n")
     count = Path(path).read_text(encoding="utf-8").count("\n")
     if count != len(predicted) + 1:
-        raise RuntimeError(f"{path} has {count} lines for {len(predicted)} predictions")
+        raise OSError(f"{path} has {count} lines for {len(predicted)} predictions")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from bitfit.checkpoints import write_tensors
 from bitfit.compute import random_state, set_random_state
-from bitfit.runs import Stack
+from bitfit.runs import Run, Stack
 from bitfit.training import Plan, Position
 from utils import CheckpointError, Stopped, write_text
 
@@ -54,7 +54,7 @@ class Saver:
         """
         self.folder = folder and Path(folder)
         self.every, self.minutes, self.signals = every, minutes, signals
-        self.written = time.monotonic()
+        self.written, self.saved = time.monotonic(), None
 
     def held(self):
         """A signal waits for `after_step`."""
@@ -78,8 +78,9 @@ class Saver:
             self.stop(training)
 
     def stop(self, training):
-        """Write a checkpoint and raise what the signal asks for."""
-        self.save(training)
+        """Write a checkpoint, if it is not there yet, and raise what the signal asks for."""
+        if self.saved != at(training):
+            self.save(training)
         raise Stopped(self.signals.received)
 
     def save(self, training):
@@ -89,9 +90,8 @@ class Saver:
         self.folder.mkdir(exist_ok=True)
         numbers = found(self.folder)
         write(self.folder, numbers[-1] + 1 if numbers else 1, training)
-        for number in numbers[: -(KEPT - 1)]:
-            remove(self.folder, number)
-        self.written = time.monotonic()
+        drop_older(self.folder)
+        self.written, self.saved = time.monotonic(), at(training)
         for record in training.records:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(training.records)
 
@@ -109,7 +109,7 @@ class Saver:
                 LOGGER.warning("%s; the checkpoint before it is tried", error)
                 continue
             position = training.position
-            LOGGER.info("resumed at epoch %d, step %d", position.epoch + 1, position.step + 1)
+            LOGGER.info("resumed after %d epochs and %d steps", position.epoch, position.step)
             return True
         if numbers:
             raise CheckpointError(f"no checkpoint in {self.folder} can be used")
@@ -118,12 +118,21 @@ class Saver:
 
 def found(folder):
     """The numbers of the checkpoints in a folder, rising."""
-    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
+    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
 
 
-def remove(folder, number):
-    for suffix in (".json", ".safetensors"):  # the JSON first: no checkpoint without tensors
-        (folder / f"{number:06}{suffix}").unlink(missing_ok=True)
+def drop_older(folder):
+    """Keep the newest checkpoints; tensors that a kill left without their JSON go too."""
+    for number in found(folder)[:-KEPT]:
+        (folder / f"{number:06}.json").unlink()
+    kept = {f"{number:06}" for number in found(folder)}
+    for path in folder.glob("*.safetensors"):
+        if path.stem not in kept:
+            path.unlink()
+
+
+def at(training):
+    return training.position.epoch, training.position.step
 
 
 def dump(facts):
@@ -159,8 +168,8 @@ def tensors_of(training):
     for k, optimizer in enumerate(training.optimizers):
         for state in optimizer.state.values():
             tensors |= {f"optimizer.{k}.{name}": value for name, value in state.items()}
-    cpu, gpus = random_state()
-    tensors |= {"random.cpu": cpu} | {f"random.gpu{i}": state for i, state in enumerate(gpus)}
+    states = random_state(stack.values.device)
+    tensors |= {f"random.{i}": state for i, state in enumerate(states)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -193,7 +202,8 @@ def read(folder, number):
 def restore(training, facts, tensors):
     """Put a checkpoint's state into a training that was set up by the same command."""
     stack = training.stack
-    if tensors["values"].shape != stack.values.shape:
+    saved = [Run(*record["run"]) for record in facts["records"]]
+    if saved != stack.runs or tensors["values"].shape != stack.values.shape:
         raise CheckpointError("the checkpoint is of other runs or another model")
     device = stack.values.device
     stack.values.copy_(tensors["values"])
@@ -205,8 +215,9 @@ def restore(training, facts, tensors):
         names = [name for name in tensors if name.startswith(f"optimizer.{k}.")]
         if names:
             optimizer.state[row] = {n.split(".", 2)[2]: tensors[n].to(device) for n in names}
-    gpus = [tensors[name] for name in sorted(tensors) if name.startswith("random.gpu")]
-    set_random_state((tensors["random.cpu"], gpus))
+    set_random_state(
+        device, [tensors[name] for name in ("random.0", "random.1") if name in tensors]
+    )
     training.plan.limit.tokens = min(training.plan.limit.tokens, facts["max_tokens"])
     training.position = Position(
         facts["epoch"], facts["step"], tensors["loss_sum"].to(device), facts["seconds"]

@@ -156,8 +156,10 @@ class Stack:
         """Add the gradient's chosen entries to `gathered` as soon as it is there, and drop it."""
 
         def gather(leaf):
-            gathered.add_(leaf.grad.flatten()[positions].view_as(gathered))
-            leaf.grad = None
+            try:
+                gathered.add_(leaf.grad.flatten()[positions].view_as(gathered))
+            finally:  # also without memory, or the step's second try would add to it
+                leaf.grad = None
 
         self.hooks.append(leaf.register_post_accumulate_grad_hook(gather))
 

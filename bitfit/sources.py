@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import UserError, one_line
+from utils import UserError, is_fault, one_line
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
@@ -153,6 +153,8 @@ def read_parquet(paths):
     try:
         return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     except Exception as error:  # pyarrow raises several kinds of its own
+        if is_fault(error):
+            raise
         raise UserError(f"{paths[0]}: not a readable Parquet file: {one_line(error)}") from None
 
 
@@ -164,6 +166,8 @@ def read_hub(task, split):
     try:
         return datasets.load_dataset(HUB_DATASET, config, split=name).to_pandas()
     except Exception as error:  # network, cache and parser faults have no common class
+        if is_fault(error):
+            raise
         if split == "ax":
             return None
         raise UserError(

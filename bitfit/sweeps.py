@@ -107,7 +107,8 @@ def warnings_of(results):
     mean_last = {rate: np.mean([main_scores(r)[-1] for r in g]) for rate, g in groups.items()}
     best, warnings = max(mean_last, key=mean_last.get), []
     tried = sorted({result["learning_rate"] for result in results})
-    if len(tried) > 1 and best in (tried[0], tried[-1]):
+    others = [score for rate, score in mean_last.items() if rate != best]
+    if others and mean_last[best] > max(others) and best in (tried[0], tried[-1]):
         edge, where = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
         warnings.append(
             f"the best learning rate, {best:g}, is the {edge} of the grid: try {where} ones too"

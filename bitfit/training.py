@@ -128,7 +128,7 @@ def train_epoch(plan, stack, optimizers, position, progress):
         if progress.update(rows.size):
             if not len(stack.alive()):
                 return
-            loss = losses[stack.bad_step < 0].sum().item() / len(alive)
+            loss = losses[stack.bad_step < 0].mean().item()
             progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
         yield
 

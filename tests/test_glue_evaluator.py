@@ -208,6 +208,8 @@ def test_a_wrong_order_of_calls_is_one_clear_error(tiny_bert):
         frozen.plot_terms_changes()
     with pytest.raises(UserError, match="'test' has no labels"):
         frozen.evaluate("test")
+    with pytest.raises(UserError, match="given twice"):
+        frozen.training_preparation([1e-3, 1e-3], "adamw", False)
     for wrong in ({"lr_schedule": "cosine"}, {"keep": "all"}, {"evaluation_frequency": 0}):
         with pytest.raises(UserError):
             prepared(tiny_bert).train_and_evaluate(1, **wrong)
@@ -215,6 +217,16 @@ def test_a_wrong_order_of_calls_is_one_clear_error(tiny_bert):
         GLUEvaluator("rte", tiny_bert, None, precision="fp16")
     with pytest.raises(UserError, match="unknown task 'xyz'"):
         GLUEvaluator("xyz", tiny_bert, None)
+
+
+def test_an_exported_model_leaves_the_rest_of_the_folder_alone(tmp_path, tiny_bert):
+    evaluator = prepared(tiny_bert)
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        evaluator.export_model(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "model.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from conftest import GLUE, ROOT, TINY_BERT, set_dropout
 import run_glue
 import utils
 from bitfit import fit, models, reports, resume, training
+from bitfit import flags as flags_module
 from bitfit.resume import Saver, Training
 from bitfit.runs import Record, Run, Stack
 from bitfit.tasks import TASKS
@@ -253,9 +254,10 @@ def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
         MemoryError("no room"),
     ],
-    ids=["cuda", "cpu", "python"],
+    ids=["cuda", "cpu", "cuda library", "python"],
 )
 def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
     """Where halving the micro-batches does not help: one line, and the checkpoint before it."""
@@ -318,6 +320,7 @@ def interrupted(tmp_path, monkeypatch):
         (["-t", "sst2"], "--task-name was cola and is now sst2"),
         (["-f", "frozen"], "--fine-tune-type was bitfit and is now frozen"),
         (["--bias-terms", "query"], "--bias-terms was None and is now query"),
+        (["--export-model"], "--export-model was False and is now True"),
         (["--precision", "bf16"], "--precision was fp32 and is now bf16"),
     ],
 )
@@ -366,6 +369,73 @@ def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0
     assert "is finished: there is nothing to resume" in capsys.readouterr().out
     assert kill_and_resume.left(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("more", [["-m", "roberta-base"], ["--data-dir", "x"], ["--export-model"]])
+def test_a_finished_run_is_not_taken_for_another(tmp_path, more, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    args = flags_module.parse_args("", flags(folder))
+    facts = vars(args) | {"precision": "fp32", "finished": True}
+    (folder / "args.json").write_text(json.dumps(facts))
+    assert run_glue.main([*flags(folder), "--resume"]) == 0
+    assert run_glue.main([*flags(folder), "--resume", *more]) == 2
+    assert {"-m": "--model-name"}.get(more[0], more[0]) + " was " in (capsys.readouterr().err)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "args.json").write_text('{"finished": false, "precision": "fp32"}')
+    (tmp_path / ".notes.tmp").write_text("mine")
+    assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
+    assert "args.json there does not say " in capsys.readouterr().err.splitlines()[-1]
+    utils.remove_temporaries(tmp_path)
+    assert (tmp_path / ".notes.tmp").exists()
+
+
+def test_another_process_was_faster(tmp_path, monkeypatch, capsys):
+    """It begins and ends while this one still loads: what it left counts."""
+    folder = tmp_path / "out"
+    plain = run_glue.prepare
+
+    def slow(args, device):
+        evaluator = plain(args, device)
+        monkeypatch.setattr(run_glue, "prepare", plain)
+        assert run_glue.main([*flags(folder), "--resume"]) == 0
+        return evaluator
+
+    monkeypatch.setattr(run_glue, "prepare", slow)
+    assert run_glue.main([*flags(folder), "--resume"]) == 0
+    assert "is finished: there is nothing to resume" in capsys.readouterr().out
+    assert json.loads((folder / "args.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("AutoTokenizer", "transformers"), ("AutoConfig", "transformers")]
+)
+def test_a_signal_while_loading_is_no_bad_input(tmp_path, monkeypatch, name, module):
+    at_call(monkeypatch, getattr(transformers, name), "from_pretrained", 1, send(signal.SIGUSR1))
+    assert run_glue.main(flags(tmp_path / "out")) == 128 + signal.SIGUSR1
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_a_shell_loop_too(tmp_path):
+    """The process dies of the signal, as shells want it, after its message."""
+    script = (
+        "import os, runpy, signal, sys; sys.argv[0] = sys.argv.pop(1);"
+        "sys.path.insert(0, os.path.dirname(sys.argv[0]));"
+        "import run_glue as module; import bitfit.flags as flags;"
+        "plain = flags.parse_args;"
+        "flags.parse_args = lambda *a: (plain(*a), signal.setitimer(signal.ITIMER_REAL, 1))[0];"
+        "signal.signal(signal.SIGALRM, lambda *a: os.kill(os.getpid(), signal.SIGINT));"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "run_glue.py"), *flags(tmp_path / "out")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == -signal.SIGINT
+    assert "stopped: SIGINT; to go on: " in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"finished": []}', '"finished"'])

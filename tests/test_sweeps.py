@@ -77,6 +77,7 @@ def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
         ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.6], 1e-2: [0.5, 0.4]}, []),
         ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.6]}, ["0.001, is the highest of the grid: try higher"]),
         ({1e-4: [0.8, 0.7], 1e-3: [0.7, 0.6]}, ["0.0001, is the lowest of the grid: try lower"]),
+        ({1e-4: [0.9, 0.9], 1e-3: [0.9, 0.9]}, []),
         ({1e-3: [0.7, 0.8]}, ["0.001 still rise at the last epoch, 4: train for more"]),
         ({1e-3: [0.8, 0.8]}, []),
         ({1e-3: [0.8]}, []),
