@@ -112,7 +112,9 @@ class Saver:
             LOGGER.info("resumed after %d epochs and %d steps", position.epoch, position.step)
             return True
         if numbers:
-            raise CheckpointError(f"no checkpoint in {self.folder} can be used")
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be used: remove that folder to start over"
+            )
         return False
 
 
