@@ -264,26 +264,11 @@ class GLUEvaluator:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
                 values (with `keep` its best), and what was measured is kept and written.
         """
-        self._need("chosen", "training_preparation")
         check_choices(num_epochs, evaluation_frequency, lr_schedule, keep)
-        if hasattr(self, "stack"):
-            raise UserError("this evaluator has been trained: prepare it again to train again")
-        reason = len(self.runs) > 1 and self.why_not_stackable()
-        if reason:
-            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
-                            "prepare and train one after the other")  # fmt: skip
-        set_seed(self.runs[0].seed)
-        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
+        self._check_trainable()
+        training = self._begin(self._plan(num_epochs, lr_schedule, warmup_ratio), keep)
         for run in self.runs if output_path else ():
             self.folder(output_path, run).mkdir(parents=True, exist_ok=True)
-        training = Training(
-            plan=self._plan(num_epochs, lr_schedule, warmup_ratio),
-            stack=self.stack,
-            optimizers=make_optimizers(self.optimizer, self.stack),
-            records=self.records,
-            best=self.stack.values.clone() if keep == "best" else None,
-            position=Position(0, 0, torch.zeros_like(self.stack.values[:, 0]), 0.0),
-        )
         write = partial(self._write_metrics, output_path)
         saver = saver or Saver()
         saver.load(training)
@@ -299,6 +284,28 @@ class GLUEvaluator:
         self._write_curves(output_path)
         if diverged:
             raise diverged
+
+    def _check_trainable(self):
+        self._need("chosen", "training_preparation")
+        if hasattr(self, "stack"):
+            raise UserError("this evaluator has been trained: prepare it again to train again")
+        reason = len(self.runs) > 1 and self.why_not_stackable()
+        if reason:
+            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
+                            "prepare and train one after the other")  # fmt: skip
+
+    def _begin(self, plan, keep):
+        """A `Training` that has made no step yet."""
+        set_seed(self.runs[0].seed)
+        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
+        return Training(
+            plan=plan,
+            stack=self.stack,
+            optimizers=make_optimizers(self.optimizer, self.stack),
+            records=self.records,
+            best=self.stack.values.clone() if keep == "best" else None,
+            position=Position(0, 0, torch.zeros_like(self.stack.values[:, 0]), 0.0),
+        )
 
     def _plan(self, num_epochs, lr_schedule, warmup_ratio):
         steps = num_epochs * math.ceil(len(self.rows_of_seed[self.runs[0].seed]) / self.batch_size)

@@ -22,9 +22,17 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from throughput import LENGTH, load, machine, make_parser, spread, synchronize  # noqa: E402
+from throughput import (  # noqa: E402
+    LENGTH,
+    load,
+    machine,
+    make_parser,
+    pick_device,
+    pick_rows,
+    spread,
+    synchronize,
+)
 
-from bitfit import sources  # noqa: E402
 from bitfit.compute import Limit, precision_of  # noqa: E402
 from bitfit.data import MAX_TOKENS, tokenize  # noqa: E402
 from bitfit.models import draw_head  # noqa: E402
@@ -68,7 +76,8 @@ def timed_pass(model, tokens, runs, args, task):
     schedule = Schedule("constant", 0, 0)
     plan = Plan(task, model, tokens, args.batch_size, schedule, limit, rows)
     train = partial(whole_epoch, plan, stack, make_optimizers("adamw", stack), 0)
-    reset_peak(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with precision_of(model, args.precision, device):
         elapsed = seconds(train, device)
     peak = peak_gib(device)
@@ -76,22 +85,11 @@ def timed_pass(model, tokens, runs, args, task):
     return elapsed, peak
 
 
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest so far
-
-
 def peak_gib(device):
-    """Since `reset_peak`; where the system cannot forget, since the start."""
+    """The most memory so far: of the process, or on the GPU since the pass began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def compare(make_model, tokens, count, args, task):
@@ -111,13 +109,11 @@ def compare(make_model, tokens, count, args, task):
 
 def main():
     args = parse_args()
-    task = TASKS[args.task_name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task, device = TASKS[args.task_name], pick_device()
     tokenizer, make_model = load(args, task)
-    texts = sources.read_split(task, "train", args.data_dir)
-    picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
-    tokens = tokenize(texts.take(picked), tokenizer, LENGTH).to(device)
-    count, total = len(tokens.lengths), len(texts)
+    texts, total = pick_rows(args, task)
+    tokens = tokenize(texts, tokenizer, LENGTH).to(device)
+    count = len(texts)
     model = make_model()
     weights = sum(
         p.numel()

@@ -189,14 +189,22 @@ def spread(values, digits=1):
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def main():
-    args = parse_args()
-    task = TASKS[args.task_name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, make_model = load(args, task)
+def pick_rows(args, task):
+    """(the training rows to work on, how many there are in all)"""
     texts = sources.read_split(task, "train", args.data_dir)
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
-    texts = texts.take(picked)
+    return texts.take(picked), len(texts)
+
+
+def pick_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main():
+    args = parse_args()
+    task, device = TASKS[args.task_name], pick_device()
+    tokenizer, make_model = load(args, task)
+    texts, _ = pick_rows(args, task)
     released = make_released(make_model, tokenizer, texts, device)
     shares = padding_shares(texts, tokenizer, make_model(), args.batch_size, device)
     print(

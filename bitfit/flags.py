@@ -56,15 +56,12 @@ def gpu(word):
         raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
 
 
-def make_parser(description):
-    # fmt: off
-    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False,
-                           description=description)
-    positive = number(int, 1, 2**31)
+POSITIVE = number(int, 1, 2**31)
+# fmt: off
 
-    add = parser.add_argument_group("what to run").add_argument
+def add_what_to_run(add):
     add("--output-path", "-o", metavar="DIR", required=True,
-        help="new or empty folder for the results")
+        help="new or empty folder for the results; with --resume that of the interrupted run")
     add("--task-name", "-t", metavar="TASK", required=True, choices=TASKS,
         help=f"one of {', '.join(TASKS)}")
     add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
@@ -73,29 +70,31 @@ def make_parser(description):
         help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
     add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
         help=f"for bitfit: all, or some of {', '.join(TERMS)} [all]")
-    add("--mask-size", metavar="N", type=positive,
+    add("--mask-size", metavar="N", type=POSITIVE,
         help="for rand_uniform: how many encoder parameters are drawn [100000 for bert-base, "
              "280000 for bert-large, 105000 for roberta-base, else as many as bitfit trains]")
     add("--random-encoder", action="store_true",
         help="a control: draw the encoder's weights at random instead of loading them [off]")
 
-    add = parser.add_argument_group("data").add_argument
+
+def add_data(add):
     add("--data-dir", metavar="DIR",
         help="a folder with GLUE's own TSV folders (RTE/train.tsv) or with Parquet files "
              "(rte/train-*.parquet) [nyu-mll/glue from the Hub]")
-    add("--max-seq-length", metavar="N", type=positive, default=128,
+    add("--max-seq-length", metavar="N", type=POSITIVE, default=128,
         help="longer rows are cut to so many tokens [%(default)s]")
-    add("--train-size", metavar="N", type=positive,
+    add("--train-size", metavar="N", type=POSITIVE,
         help="train on so many rows, drawn by the seed [all]")
 
-    add = parser.add_argument_group("training").add_argument
+
+def add_training(add):
     add("--learning-rate", "-l", metavar="LR", nargs="+", default=[1e-3],
         type=number(float, 0, above=True),
         help="usual: 1e-4 to 1e-3 for bias terms, 1e-5 to 5e-5 for full_ft; several: a run for "
              "each [0.001]")
-    add("--epochs", "-e", metavar="N", type=positive, default=16,
+    add("--epochs", "-e", metavar="N", type=POSITIVE, default=16,
         help="passes over the training rows [%(default)s]")
-    add("--batch-size", "-b", metavar="N", type=positive, default=8,
+    add("--batch-size", "-b", metavar="N", type=POSITIVE, default=8,
         help="rows per optimizer step [%(default)s]")
     add("--optimizer", choices=("adamw", "adam"), default="adamw",
         help="adamw has weight decay 0 and eps 1e-6, as in the released code [%(default)s]")
@@ -107,25 +106,27 @@ def make_parser(description):
         help="draws the classifier, data order, dropout and masks; several: a run for each, with "
              "every learning rate [0]")
 
-    add = parser.add_argument_group("machine").add_argument
+
+def add_machine(add):
     add("--gpu-device", "-d", metavar="GPU", type=gpu,
         help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
     add("--precision", choices=("fp32", "bf16"),
         help="bf16 multiplies in bfloat16; what trains stays float32 "
              "[bf16 on a GPU that has it, else fp32]")
-    add("--max-tokens", metavar="N", type=positive,
+    add("--max-tokens", metavar="N", type=POSITIVE,
         help="the most padded tokens computed at once, whatever the batch and the number of "
              "runs: less needs less memory [2048 on a CPU, 65536 on a GPU]")
     add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
 
-    add = parser.add_argument_group("results").add_argument
+
+def add_results(add):
     add("--resume", action="store_true",
         help="go on where a run in --output-path was interrupted; give it the same flags [off]")
     add("--checkpoint-every", metavar="N", type=number(int, 0), default=1,
         help="write a checkpoint every N epochs; 0: not at the end of epochs [%(default)s]")
     add("--checkpoint-minutes", metavar="M", type=number(float, 0, above=True), default=30.0,
         help="and after M minutes without one, within an epoch too [%(default)s]")
-    add("--evaluation-frequency", metavar="N", type=positive, default=1,
+    add("--evaluation-frequency", metavar="N", type=POSITIVE, default=1,
         help="score every N epochs, and after the last [%(default)s]")
     add("--keep", choices=("last", "best"), default="last",
         help="the epoch whose weights are saved and predict; best is by the main validation "
@@ -137,7 +138,23 @@ def make_parser(description):
     add("--predict-test", action="store_true",
         help="write the test predictions for the GLUE server [off]")
     add("--verbose", action="store_true", help="list the trained tensors [off]")
-    # fmt: on
+
+# fmt: on
+
+
+GROUPS = {
+    "what to run": add_what_to_run,
+    "data": add_data,
+    "training": add_training,
+    "machine": add_machine,
+    "results": add_results,
+}
+
+
+def make_parser(description):
+    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False, description=description)
+    for title, add_flags in GROUPS.items():
+        add_flags(parser.add_argument_group(title).add_argument)
     return parser
 
 
