@@ -197,6 +197,7 @@ class GLUEvaluator:
 
     def _choose(self, fine_tune_type, chosen):
         self.fine_tune_type, self.chosen = fine_tune_type, chosen
+        vars(self).pop("_reason", None)
         if self.verbose:
             print(trainable.describe(self.model, chosen))
 
@@ -239,7 +240,10 @@ class GLUEvaluator:
     def why_not_stackable(self):
         """Why several runs cannot be trained in one pass, or None if they can."""
         self._need("chosen", "training_preparation")
-        return compute.why_not_stackable(self.model, self.chosen, self.tokens("train"))
+        if not hasattr(self, "_reason"):
+            tokens = self.tokens("train")
+            self._reason = compute.why_not_stackable(self.model, self.chosen, tokens)
+        return self._reason
 
     # Training
 

@@ -9,7 +9,7 @@ import numpy as np
 from bitfit.trainable import TERMS, count, layer_and_name, term_names
 from utils import whole_file, write_text
 
-SPLIT_COLORS = {"train": "0.55", "validation": "C0", "validation_matched": "C0"}
+SPLIT_COLORS = {"train": "0.75", "validation": "C0", "validation_matched": "C0"}
 
 
 def metrics_rows(epochs, evaluations):
@@ -144,7 +144,9 @@ def learning_curve(task, record, caption, metric):
         values = 100 * np.array(metrics[metric])
         label = f"{split.replace('_', ' ')} (last {values[-1]:.1f}, best epoch {values[best]:.1f})"
         color = SPLIT_COLORS.get(split, "C1")
-        axes.plot(epochs, values, marker="o", markersize=3.5, color=color, label=label)
+        width = 4 if split == "train" else 1.5  # to be seen where the lines meet
+        axes.plot(epochs, values, "o-", ms=3.5, linewidth=width, color=color, label=label)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
     axes.axvline(epochs[best], color="0.8", linewidth=1, zorder=0)
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
     axes.set_xlabel(f"epoch (grey line: best {main}, epoch {epochs[best]})")
