@@ -11,21 +11,20 @@ With several seeds, or several learning rates, it holds a run for each pair.
 """
 
 import logging
-import math
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bitfit import checkpoints, compute, models, reports, sources, trainable
+from bitfit import models, outputs, predict, reports, runs, sources, store, trainable
+from bitfit.checkpoints import Saver
 from bitfit.data import MAX_TOKENS, draw_rows, tokenize
-from bitfit.fit import Scored, fit
-from bitfit.resume import Saver, Training
-from bitfit.runs import Record, Run, Stack
+from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS, predictions, score
-from bitfit.training import Plan, Position, Schedule, make_optimizers
+from bitfit.train import Plan, Record, Split, fit, start
 from utils import (
+    Damaged,
     Diverged,
     UserError,
     as_list,
@@ -38,6 +37,13 @@ from utils import (
 __all__ = ["GLUEvaluator", "set_seed"]
 
 LOGGER = logging.getLogger("bitfit")
+FACTS = "evaluator.json"
+POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
+SAVED = (  # attributes that are facts of a saved evaluator
+    "task_name", "model_name", "data_dir", "base_name", "fine_tune_type", "components",
+    "precision", "random_encoder", "max_sequence_len", "pad_to_max", "batch_size", "train_size",
+    "encoder_sha256",
+)  # fmt: skip
 
 
 def check_choices(num_epochs, evaluation_frequency, lr_schedule, keep):
@@ -55,7 +61,8 @@ class GLUEvaluator:
 
     Attributes:
         model: the plain Hugging Face classifier.
-        records: what each run measured; `record` is the selected one.
+        scores: one table of all runs' scores: run, epoch, split, metric, value.
+        records: what else each run measured; `record` is the selected one.
         num_labels: classes, or 1 for a regression.
     """
 
@@ -110,6 +117,7 @@ class GLUEvaluator:
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
+        models.check_length_early(self.model_name, self.task, max_sequence_len)
         self._tokens = {}
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
         self.pad_to_max, self.train_size = padding == "max_length", train_size
@@ -135,12 +143,12 @@ class GLUEvaluator:
         return self._tokens[split]
 
     def _scored(self):
-        """{split: Scored} of the splits with labels."""
+        """{split: Split} of the splits with labels."""
         rows = {"train": self.rows_of_seed}
         for split in self.task.validation_splits:
             rows[split] = dict.fromkeys(self.seeds, np.arange(len(self.tokens(split).lengths)))
         return {
-            split: Scored(self.tokens(split), {s: compute.thin(r) for s, r in of_seed.items()})
+            split: Split(self.tokens(split), {s: predict.thin(r) for s, r in of_seed.items()})
             for split, of_seed in rows.items()
         }
 
@@ -168,63 +176,81 @@ class GLUEvaluator:
         """
         if encoder_trainable and trainable_components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
+        kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
+        components = trainable_components or ()
+        self.prepare(kind, learning_rate, optimizer, components, verbose=verbose, seed=seed)
+
+    def prepare(
+        self, fine_tune_type, learning_rate, optimizer="adamw", components=(), mask_size=None,
+        verbose=True, seed=None,
+    ):  # fmt: skip
+        """The same for a fine-tune type by its name, one of `trainable.FINE_TUNE_TYPES`.
+
+        Args:
+            components: for bitfit, as in `training_preparation`.
+            mask_size: for rand_uniform, as in `set_uniform_mask`.
+        """
         if optimizer not in ("adamw", "adam"):
             raise UserError(f"unknown optimizer {optimizer!r}; known: adamw, adam")
         self._need("max_sequence_len", "preprocess_dataset")
         if seed is not None and seed not in self.seeds:
             raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
         seeds = self.seeds if seed is None else [seed]
-        self.runs = [Run(float(rate), s) for rate in as_list(learning_rate) for s in seeds]
-        if len(set(self.runs)) < len(self.runs):
+        pairs = [Run(float(rate), s) for rate in as_list(learning_rate) for s in seeds]
+        if len(set(pairs)) < len(pairs):
             raise UserError("a learning rate or seed is given twice: give each once")
-        self._load_model()
-        self.optimizer, self.verbose = optimizer, verbose
-        self.components = list(trainable_components or [])
-        self.records = [Record(run) for run in self.runs]
-        self.selected = 0
-        kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
-        chosen = trainable.trainable(self.model, encoder_trainable, trainable_components)
-        self._choose(kind, chosen)
+        self._load_model(self.random_encoder)
+        self.runs, self.optimizer, self.verbose = pairs, optimizer, verbose
+        self.components, self.selected = list(components), 0
+        self.records, self.scores = [Record(run) for run in pairs], reports.frame_of([])
+        self._choose(fine_tune_type, mask_size)
+        self._find_forward("train")
 
-    def _load_model(self):
-        self.model, needs_head = models.load(self.model_name, self.task, self.random_encoder)
+    def _load_model(self, random_encoder):
+        self.model, needs_head = models.load(self.model_name, self.task, random_encoder)
         self._draw = models.draw_head if needs_head else None
         models.check_length(self.model, self.max_sequence_len)
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
-        self.limit = compute.Limit(self.max_tokens, self.torch_device)
-        vars(self).pop("stack", None)
+        self.limit = predict.Limit(self.max_tokens, self.torch_device)
+        for outdated in ("stack", "forward"):
+            vars(self).pop(outdated, None)
 
-    def _choose(self, fine_tune_type, chosen):
-        self.fine_tune_type, self.chosen = fine_tune_type, chosen
+    def _find_forward(self, split):
+        """The model's `Forward`, found on the rows of the first split that it meets."""
+        if not hasattr(self, "forward"):
+            self.forward = models.find_forward(self.model, self.model_name, self.tokens(split))
+        return self.forward
+
+    def _choose(self, fine_tune_type, mask_size=None):
+        rng = generator(self.runs[0].seed, "mask")
+        self.chosen = trainable.select(self.model, fine_tune_type, self.components, mask_size, rng)
+        self.fine_tune_type = fine_tune_type
         vars(self).pop("_reason", None)
         if self.verbose:
-            print(trainable.describe(self.model, chosen))
+            print(trainable.describe(self.model, self.chosen))
 
     def set_uniform_mask(self, mask_size=None):
         """Train `mask_size` parameters drawn uniformly from the encoder, and the classifier.
 
         None: the paper's size for its models, else as many as BitFit trains.
         """
-        rng = self._mask_generator()
-        size = mask_size or trainable.default_mask_size(self.model, self.model_name)
-        self._choose("rand_uniform", trainable.uniform_positions(self.model, size, rng))
+        self._set_mask("rand_uniform", mask_size)
 
     def set_row_and_column_random_mask(self):
         """Train one random column, or as many rows, of each matrix, and the classifier."""
-        rng = self._mask_generator()
-        self._choose("rand_row_col", trainable.row_column_positions(self.model, rng))
+        self._set_mask("rand_row_col")
 
-    def _mask_generator(self):
+    def _set_mask(self, fine_tune_type, mask_size=None):
         self._need("chosen", "training_preparation")
-        if self.fine_tune_type in ("bitfit", "frozen"):
+        if not trainable.trains_matrices(self.model, self.chosen):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
-        return generator(self.runs[0].seed, "mask")
+        self._choose(fine_tune_type, mask_size)
 
     def fingerprints(self):
         """What results depend on beside flags: hashes of the data, the base model, what trains."""
         scored = ("train", *self.task.validation_splits)
-        data = [array for split in scored for array in self.tokens(split)[:5]]
+        data = [array for split in scored for array in self.tokens(split)[:5]]  # not how padded
         return {
             "data_sha256": models.sha256(data),
             "encoder_sha256": self.encoder_sha256,
@@ -241,9 +267,18 @@ class GLUEvaluator:
         """Why several runs cannot be trained in one pass, or None if they can."""
         self._need("chosen", "training_preparation")
         if not hasattr(self, "_reason"):
-            tokens = self.tokens("train")
-            self._reason = compute.why_not_stackable(self.model, self.chosen, tokens)
+            forward, tokens = self._find_forward("train"), self.tokens("train")
+            self._reason = runs.why_not_stackable(forward, self.chosen, tokens)
         return self._reason
+
+    def passes(self):
+        """The runs that train together: all of them, or one after the other where they cannot."""
+        if len(self.runs) == 1:
+            return [self.runs]
+        reason = self.why_not_stackable()
+        how = f"one after the other: {reason}" if reason else "in one pass"
+        LOGGER.info("%d runs %s", len(self.runs), how)
+        return [[run] for run in self.runs] if reason else [self.runs]
 
     # Training
 
@@ -256,13 +291,13 @@ class GLUEvaluator:
         Args:
             num_epochs: passes over the training rows.
             output_path: folder for metrics.json, metrics.csv and the learning curves; with
-                several runs each has a folder in it, named `Run.name`.
+                several runs each has a folder in it, named `Run.name`. Or {run: its folder}.
             evaluation_frequency: score every so many epochs and after the last; scoring more or
                 less often changes no trained value.
             lr_schedule: "constant", or "linear" down to 0.
             warmup_ratio: the share of all steps over which the learning rate first rises.
             keep: "last", or "best": keep of each run the values of its best evaluation.
-            saver: a `bitfit.resume.Saver`, to write checkpoints and go on from one.
+            saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
 
         Raises:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
@@ -270,24 +305,42 @@ class GLUEvaluator:
         """
         check_choices(num_epochs, evaluation_frequency, lr_schedule, keep)
         self._check_trainable()
-        training = self._begin(self._plan(num_epochs, lr_schedule, warmup_ratio), keep)
-        for run in self.runs if output_path else ():
-            self.folder(output_path, run).mkdir(parents=True, exist_ok=True)
-        write = partial(self._write_metrics, output_path)
-        saver = saver or Saver()
-        saver.load(training)
-        diverged = None
+        folders = output_path or {}
+        if output_path and not isinstance(output_path, dict):
+            folders = outputs.folders_of(output_path, self.runs)
+        plan = Plan(
+            self.task, self._find_forward("train"), Split(self.tokens("train"), self.rows_of_seed),
+            self._scored(), self.limit, self.batch_size, num_epochs, lr_schedule, warmup_ratio,
+            evaluation_frequency,
+        )  # fmt: skip
+        set_seed(self.runs[0].seed)
+        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
+        state = start(plan, self.stack, self.optimizer, keep)
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        saver, diverged = saver or Saver(), None
+        saver.load(state)
         try:
             with self._precision(), saver.held():
-                fit(training, self._scored(), num_epochs, evaluation_frequency, write, saver)
+                fit(state, lambda: self._write_metrics(state, folders), saver)
         except Diverged as error:
             diverged = error
         finally:
-            self.stack.release(training.best)
-        write()
-        self._write_curves(output_path)
+            self.stack.release(state.best)
+        self._write_metrics(state, folders)
+        for run, folder in folders.items():
+            if len(self._scores_of(run)):
+                self._plot_learning_curves(run, folder)
         if diverged:
             raise diverged
+
+    def _write_metrics(self, state, folders):
+        """Take what a training measured so far, and write it."""
+        self.records, self.scores = state.records, reports.frame_of(state.scores)
+        for record in state.records if folders else ():
+            run = record.run
+            facts, scores = reports.facts(self, run), self._scores_of(run)
+            reports.write_metrics(folders[run], self.task, record, scores, facts)
 
     def _check_trainable(self):
         self._need("chosen", "training_preparation")
@@ -298,33 +351,8 @@ class GLUEvaluator:
             raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
                             "prepare and train one after the other")  # fmt: skip
 
-    def _begin(self, plan, keep):
-        """A `Training` that has made no step yet."""
-        set_seed(self.runs[0].seed)
-        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
-        return Training(
-            plan=plan,
-            stack=self.stack,
-            optimizers=make_optimizers(self.optimizer, self.stack),
-            records=self.records,
-            best=self.stack.values.clone() if keep == "best" else None,
-            position=Position(0, 0, torch.zeros_like(self.stack.values[:, 0]), 0.0),
-        )
-
-    def _plan(self, num_epochs, lr_schedule, warmup_ratio):
-        steps = num_epochs * math.ceil(len(self.rows_of_seed[self.runs[0].seed]) / self.batch_size)
-        return Plan(
-            self.task,
-            self.model,
-            self.tokens("train"),
-            self.batch_size,
-            Schedule(lr_schedule, round(warmup_ratio * steps), steps),
-            self.limit,
-            self.rows_of_seed,
-        )
-
     def _precision(self):
-        return compute.precision_of(self.model, self.precision, self.torch_device)
+        return predict.precision_of(self.model, self.precision, self.torch_device)
 
     # Results: of the selected run
 
@@ -345,30 +373,18 @@ class GLUEvaluator:
 
     @property
     def evaluations(self):
-        """{split: {metric: [value per evaluated epoch]}}; `record.epochs` names the epochs."""
-        return self.record.evaluations
+        """{split: {metric: [value per evaluated epoch]}}"""
+        return reports.evaluations(self._scores_of(self.record.run))
 
-    def _write_metrics(self, output_path):
-        for record in self.records if output_path else ():
-            folder = self.folder(output_path, record.run)
-            reports.write_metrics(folder, self.task, record, reports.facts(self, record))
-
-    def _write_curves(self, output_path):
-        for run, record in enumerate(self.records if output_path else ()):
-            if record.epochs:
-                self.selected = run
-                self.plot_learning_curves(self.folder(output_path, record.run))
-        self.selected = 0
-
-    def folder(self, output_path, run):
-        """Where a run's files go: one run needs no folder of its own."""
-        return Path(output_path) / run.name if len(self.runs) > 1 else Path(output_path)
+    def _scores_of(self, run):
+        return self.scores[self.scores["run"] == run.name]
 
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
+        forward = self._find_forward(split)
         with self._precision():
-            return compute.predict(self.model, self.tokens(split), self.limit)
+            return predict.predict(forward, self.tokens(split), self.limit)
 
     def evaluate(self, split):
         """{metric: value} of a split with labels, all its rows."""
@@ -392,7 +408,7 @@ class GLUEvaluator:
     def export_model(self, output_path):
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
         self._need("model", "training_preparation")
-        checkpoints.write_model(self.model, self.tokenizer, output_path)
+        models.write_model(self.model, self.tokenizer, output_path)
 
     @property
     def method_caption(self):
@@ -405,23 +421,34 @@ class GLUEvaluator:
     @property
     def caption(self):
         """One line that says what the selected run was."""
-        run = self.record.run
+        return self._caption(self.record.run)
+
+    def _caption(self, run):
         return f"{self.method_caption}, learning rate {run.learning_rate:g}, seed {run.seed}"
 
     def score_table(self):
         """The last and best scores as text."""
-        return f"{self.caption}\n{reports.score_table(self.task, self.record)}"
+        scores = self._scores_of(self.record.run)
+        return f"{self.caption}\n{reports.score_table(scores, self.task)}"
 
     def plot_learning_curves(self, output_path=None):
         """{metric: figure}; in the folder `output_path` each as learning_curves_<metric>.png."""
-        if not self.record.epochs:
+        if not len(self._scores_of(self.record.run)):
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        return reports.learning_curves(self.task, self.record, self.caption, output_path)
+        return self._plot_learning_curves(self.record.run, output_path)
+
+    def _plot_learning_curves(self, run, folder):
+        return reports.learning_curves(self._scores_of(run), self.task, self._caption(run), folder)
+
+    @property
+    def trains_only_biases(self):
+        """Whether there are bias terms whose change can be plotted: so it is with bitfit."""
+        return trainable.trains_only_biases(self.model, self.chosen)
 
     def plot_terms_changes(self, output_path=None):
         """The paper's figure 1, how far each bias term moved; saved to the file `output_path`."""
         self._need("stack", "train_and_evaluate")
-        if self.fine_tune_type != "bitfit":
+        if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         start = self.stack.named_values(self.selected, self.stack.start)
         figure = reports.bias_heatmap(start, self.stack.named_values(self.selected), self.caption)
@@ -429,10 +456,28 @@ class GLUEvaluator:
             reports.save_figure(figure, Path(output_path).with_suffix(".png"))
         return figure
 
+    # On disk
+
     def save(self, output_path):
-        """Write the evaluator to a folder: JSON, and what trained (full_ft: the whole model)."""
+        """Write the evaluator to a folder: JSON, and what trained (if all did, the whole model)."""
         self._need("stack", "train_and_evaluate")
-        checkpoints.save_evaluator(self, Path(output_path))
+        folder, run = Path(output_path), self.record.run
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {name: getattr(self, name) for name in SAVED}
+        for name in ("model_name", "data_dir"):
+            if facts[name] is not None and Path(facts[name]).is_dir():
+                facts[name] = str(Path(facts[name]).resolve())
+        facts |= run._asdict() | {"train_loss": self.record.train_loss}
+        facts |= {"scores": self._scores_of(run).values.tolist(), "model_sha256": None}
+        if trainable.trains_all(self.model, self.chosen):
+            self.export_model(folder / "model")
+            facts |= {"model_sha256": models.fingerprint(self.model, head=True)}
+            store.write(folder / FACTS, facts, {})
+            return
+        values = self.stack.named_values(self.selected)
+        tensors = {name: value.cpu().contiguous() for name, value in values.items()}
+        tensors |= {n + POSITIONS: p.cpu() for n, p in self.stack.positions.items()}
+        store.write(folder / FACTS, facts, tensors, "delta.safetensors")
 
     @staticmethod
     def load(path, gpu_device, model_name=None, data_dir=None):
@@ -442,7 +487,50 @@ class GLUEvaluator:
             path: the folder given to `save`.
             gpu_device: GPU number; None for the CPU.
             model_name, data_dir: where base model and data are now, if they have moved.
+
+        Raises:
+            UserError: damaged files, or a base model that is not the one of the evaluator.
         """
-        return checkpoints.load_evaluator(
-            GLUEvaluator, Path(path), gpu_device, model_name, data_dir
-        )
+        folder = Path(path)
+        if not (folder / FACTS).exists():
+            raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
+        try:
+            facts, tensors = store.read(folder / FACTS)
+        except Damaged as error:
+            raise UserError(f"{error}; save the evaluator again") from None
+        whole = facts["model_sha256"]
+        facts |= {"model_name": str(model_name or facts["model_name"])}
+        facts |= {"data_dir": data_dir or facts["data_dir"]}
+        built_from = ("task_name", "seed", "data_dir", "precision", "random_encoder")
+        evaluator = GLUEvaluator(
+            model_name=str(folder / "model") if whole else facts["model_name"],
+            device=gpu_device, **{name: facts[name] for name in built_from},
+        )  # fmt: skip
+        for name in set(SAVED) - {*built_from, "model_name", "encoder_sha256"}:
+            setattr(evaluator, name, facts[name])
+        evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
+        evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
+        evaluator.scores = reports.frame_of(facts["scores"])
+        evaluator._load_model(evaluator.random_encoder and not whole)
+        evaluator._take(tensors, facts, folder)
+        return evaluator
+
+    def _take(self, tensors, facts, folder):
+        """Put what was saved into the model."""
+        if facts["model_sha256"]:
+            found, wanted = models.fingerprint(self.model, head=True), facts["model_sha256"]
+            self.chosen = trainable.whole(n for n, _ in self.model.named_parameters())
+        else:
+            found, wanted = self.encoder_sha256, facts["encoder_sha256"]
+            names = [n for n, _ in self.model.named_parameters() if n in tensors]
+            positions = {n: tensors.get(n + POSITIONS) for n in names}
+            self.chosen = {n: None if p is None else p.numpy() for n, p in positions.items()}
+        if found != wanted:
+            raise UserError(
+                f"{folder} was trained on another base model than {self.model_name}: "
+                "give the one it was trained on as model_name"
+            )
+        self.stack = Stack(self.model, self.chosen, self.runs)
+        for name, (a, b) in self.stack.slices.items() if tensors else ():
+            self.stack.values[0, a:b] = tensors[name].flatten()
+        self.stack.release()

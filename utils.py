@@ -1,7 +1,6 @@
 """What every file needs: the user's errors, logging, seeds, the device, whole files on disk."""
 
 import errno
-import fcntl
 import logging
 import os
 import random
@@ -26,8 +25,8 @@ class Diverged(Exception):
     """Training met a loss or gradient that is not finite; the message names the epoch and step."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message says which and why."""
+class Damaged(Exception):
+    """A file of ours is not as it was written; the message says which and why."""
 
 
 class Stopped(BaseException):
@@ -191,9 +190,10 @@ def whole_file(path):
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
+        publish(temporary, path, mode)
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -210,11 +210,17 @@ def whole_folder(path):
         yield temporary
         path.mkdir(exist_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            flush(file)
-            os.replace(file, path / file.name)
+            publish(file, path / file.name, temporary.stat().st_mode & 0o666)
         flush(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(file, path, mode):
+    """Give a file its name, and the mode of the umask: safetensors makes its files 0600."""
+    file.chmod(mode)
+    flush(file)
+    os.replace(file, path)
 
 
 def flush(path):
@@ -237,31 +243,4 @@ def remove_temporaries(folder):
     for path in list(Path(folder).rglob(".*.tmp*")):
         if re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", path.name):
             shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def lock(folder):
-    """Hold `folder`: no other process can work in it. The system lets go when this one ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    path = Path(folder) / ".lock"
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # its holder ended and removed it just now
-        except BlockingIOError:
-            raise UserError(
-                f"--output-path {folder} is in use by another process: give another folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            LOGGER.warning("%s cannot be locked here: start no second process on it", folder)
-        try:
-            yield
-        finally:
             path.unlink(missing_ok=True)

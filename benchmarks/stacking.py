@@ -27,19 +27,19 @@ from throughput import (  # noqa: E402
     load,
     machine,
     make_parser,
+    one_epoch,
     pick_device,
     pick_rows,
     spread,
     synchronize,
+    timed_epoch,
 )
 
-from bitfit.compute import Limit, precision_of  # noqa: E402
-from bitfit.data import MAX_TOKENS, tokenize  # noqa: E402
+from bitfit.data import tokenize  # noqa: E402
 from bitfit.models import draw_head  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.trainable import bitfit_names, in_encoder, whole  # noqa: E402
-from bitfit.training import Plan, Schedule, make_optimizers, whole_epoch  # noqa: E402
+from bitfit.trainable import in_encoder, select  # noqa: E402
 
 
 def parse_args():
@@ -70,16 +70,12 @@ def gemm_rate(precision, device):
 def timed_pass(model, tokens, runs, args, task):
     """(seconds, peak GiB) of training these runs together, one pass over the rows."""
     device = tokens.ids.device
-    stack = Stack(model, whole(bitfit_names(model, ["bias"])), runs, draw_head)
-    limit = Limit(args.max_tokens or MAX_TOKENS[device.type], device)
-    rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
-    schedule = Schedule("constant", 0, 0)
-    plan = Plan(task, model, tokens, args.batch_size, schedule, limit, rows)
-    train = partial(whole_epoch, plan, stack, make_optimizers("adamw", stack), 0)
+    stack = Stack(model, select(model, "bitfit", ["bias"]), runs, draw_head)
+    rows = np.arange(len(tokens.lengths))
+    state = one_epoch(model, stack, tokens, task, args.batch_size, rows, args.max_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with precision_of(model, args.precision, device):
-        elapsed = seconds(train, device)
+    elapsed = timed_epoch(state, args.precision)
     peak = peak_gib(device)
     stack.release(stack.start)
     return elapsed, peak

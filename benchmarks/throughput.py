@@ -21,21 +21,17 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification  # noqa: E402
 
 from bitfit import models, sources  # noqa: E402
-from bitfit.compute import Limit, precision_of  # noqa: E402
+from bitfit.checkpoints import Saver  # noqa: E402
 from bitfit.data import MAX_TOKENS, micro_batches, overhead_tokens, tokenize  # noqa: E402
+from bitfit.predict import Limit, precision_of  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.trainable import bitfit_names, whole  # noqa: E402
-from bitfit.training import (  # noqa: E402
-    Plan,
-    Schedule,
-    epoch_order,
-    make_optimizers,
-    whole_epoch,
-)
+from bitfit.train import Plan, Split, start, train_epoch  # noqa: E402
+from bitfit.trainable import select  # noqa: E402
 
 LENGTH = 128
 SIZES = {  # hidden size, layers, heads, intermediate size
@@ -70,7 +66,7 @@ def load(args, task):
     """(tokenizer, a function that makes the same fresh model each time)"""
     if args.model_name:
         tokenizer = models.load_tokenizer(args.model_name)
-        return tokenizer, lambda: models.load_model(args.model_name, task, seed=0)
+        return tokenizer, lambda: models.load(args.model_name, task)[0]
     hidden, layers, heads, inner = SIZES[args.size]
     config = BertConfig(
         hidden_size=hidden,
@@ -112,7 +108,7 @@ def released_pass(model, rows, batch_size):
 def make_released(make_model, tokenizer, texts, device):
     """A function that trains so many rows in the released way."""
     model = make_model().to(device)
-    names = set(bitfit_names(model, ["bias"]))
+    names = select(model, "bitfit", ["bias"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     rows = tokenizer(
@@ -134,21 +130,34 @@ def make_released(make_model, tokenizer, texts, device):
 def make_ours(make_model, tokenizer, texts, device, task, precision):
     """A function that trains so many rows in our way."""
     model = make_model().to(device)
-    stack = Stack(model, whole(bitfit_names(model, ["bias"])), [Run(1e-3, 0)])
-    optimizers = make_optimizers("adamw", stack)
+    tokens = tokenize(texts, tokenizer, LENGTH).to(device)
+    stack = Stack(model, select(model, "bitfit", ["bias"]), [Run(1e-3, 0)], models.draw_head)
 
     def train(count, batch_size):
-        tokens = tokenize(texts.take(range(count)), tokenizer, LENGTH).to(device)
-        limit, rows = Limit(MAX_TOKENS[device.type], device), {0: np.arange(count)}
-        plan = Plan(task, model, tokens, batch_size, Schedule("constant", 0, 0), limit, rows)
-        synchronize(device)
-        begin = time.perf_counter()
-        with precision_of(model, precision, device):
-            whole_epoch(plan, stack, optimizers, 0)
-        synchronize(device)
-        return time.perf_counter() - begin
+        state = one_epoch(model, stack, tokens, task, batch_size, np.arange(count))
+        return timed_epoch(state, precision)
 
     return train
+
+
+def one_epoch(model, stack, tokens, task, batch_size, rows, max_tokens=None):
+    """The `State` of an epoch over some rows, before its first step."""
+    device = tokens.ids.device
+    forward = models.find_forward(model, "the model", tokens)
+    split = Split(tokens, {run.seed: rows for run in stack.runs})
+    limit = Limit(max_tokens or MAX_TOKENS[device.type], device)
+    return start(Plan(task, forward, split, {}, limit, batch_size, epochs=1), stack)
+
+
+def timed_epoch(state, precision):
+    """The seconds of training it."""
+    device = state.stack.values.device
+    with precision_of(state.plan.forward.model, precision, device):
+        synchronize(device)
+        begin = time.perf_counter()
+        train_epoch(state, Saver(), tqdm(disable=True))
+        synchronize(device)
+        return time.perf_counter() - begin
 
 
 def synchronize(device):
@@ -167,11 +176,11 @@ def timed(train, count, batch_size, device):
 def padding_shares(texts, tokenizer, model, batch_size, device):
     """The share of padding among the tokens that each loop multiplies."""
     lengths = tokenize(texts, tokenizer, LENGTH).lengths
-    order = epoch_order(Run(1e-3, 0), 0, len(lengths))
+    order = np.random.default_rng(0).permutation(len(lengths))
     overhead = overhead_tokens(model, device)
     padded = 0
-    for start in range(0, len(order), batch_size):
-        step = lengths[order[start : start + batch_size]]
+    for first in range(0, len(order), batch_size):
+        step = lengths[order[first : first + batch_size]]
         parts = micro_batches(step, overhead, MAX_TOKENS[device.type])
         padded += sum(len(part) * step[part].max() for part in parts)
     return 1 - lengths.sum() / (LENGTH * len(lengths)), 1 - lengths.sum() / padded

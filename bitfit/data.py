@@ -20,20 +20,43 @@ MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class Tokens(NamedTuple):
-    """The tokenized rows of one split; tensors on the device, lengths on the host."""
+    """The tokenized rows of one split; tensors on the device, arrays on the host."""
 
     ids: torch.Tensor  # (all tokens,) int32
     types: torch.Tensor | None  # (all tokens,) int32, for models that take token types
     starts: torch.Tensor  # (rows,) int64
-    counts: torch.Tensor  # (rows,) int64
     labels: torch.Tensor | None  # (rows,) int64, or float32 for a regression
+    counts: np.ndarray  # (rows,) int64 tokens in each row
     lengths: np.ndarray  # (rows,) what each row costs: its tokens, or the fixed padded length
     pad_id: int
-    full_width: int | None  # pad every row to this length; None: to the batch's longest
 
     def to(self, device):
         moved = {k: v.to(device) for k, v in self._asdict().items() if torch.is_tensor(v)}
         return self._replace(**moved)
+
+
+class Batch(NamedTuple):
+    """Some rows and their width: arrays as the host plans them, then tensors on the device."""
+
+    rows: np.ndarray  # (B,) int64
+    column: np.ndarray  # (T,) int64: 0, 1, ... T - 1
+    counts: np.ndarray | None  # (B,) int64 tokens in each row; None: no row is padded
+
+
+def batch_of(tokens, rows):
+    """What the host knows of a batch of rows (B,), padded to the longest of them."""
+    width, counts = int(tokens.lengths[rows].max()), tokens.counts[rows]
+    return Batch(rows, np.arange(width), counts if counts.min() < width else None)
+
+
+def to_device(value, device):
+    """The same (named) tuple or list, its arrays as tensors; nothing waits for the device."""
+    if value is None:
+        return None
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value).to(device, non_blocking=True)
+    make = getattr(type(value), "_make", type(value))
+    return make(to_device(inside, device) for inside in value)
 
 
 def tokenize(texts, tokenizer, max_length, pad_to_max=False):
@@ -59,11 +82,10 @@ def tokenize(texts, tokenizer, max_length, pad_to_max=False):
         ids=flat(rows["input_ids"]),
         types=types,
         starts=torch.from_numpy(np.cumsum(counts) - counts),
-        counts=torch.from_numpy(counts),
         labels=None if texts.labels is None else torch.from_numpy(texts.labels),
+        counts=counts,
         lengths=np.full_like(counts, max_length) if pad_to_max else counts,
         pad_id=tokenizer.pad_token_id,
-        full_width=max_length if pad_to_max else None,
     )
 
 
@@ -85,31 +107,28 @@ def flat(rows):
     return torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in rows]))
 
 
-def gather(tokens, rows):
-    """The model's inputs for some rows, padded to the longest of them.
-
-    Args:
-        rows: (B,) row numbers, on the host.
+def gather(tokens, batch):
+    """The model's inputs for a `Batch` on the device, padded to its width.
 
     Returns:
-        (inputs, numbers): {"input_ids", "attention_mask", "token_type_ids"}, each (B, T), and the
-        row numbers on the device. Without padding the mask is None: attention can skip it. That
-        is decided from the lengths on the host, so nothing waits for the device.
+        {"input_ids", "attention_mask", "token_type_ids"}, each (B, T). Without padding the mask is
+        None: attention can skip it.
     """
-    width = tokens.full_width or int(tokens.lengths[rows].max())
-    padded = tokens.full_width or int(tokens.lengths[rows].min()) < width
-    numbers = torch.from_numpy(rows).to(tokens.ids.device, non_blocking=True)
-    column = torch.arange(width, device=tokens.ids.device)
-    index = tokens.starts[numbers, None] + column  # (B, T)
-    if not padded:
+    index = tokens.starts[batch.rows, None] + batch.column  # (B, T)
+    if batch.counts is None:
         inputs = {"input_ids": tokens.ids[index], "attention_mask": None}
         types = None if tokens.types is None else tokens.types[index]
     else:
-        mask = column < tokens.counts[numbers, None]
+        mask = batch.column < batch.counts[:, None]
         index = index.clamp(max=len(tokens.ids) - 1)
         inputs = {"input_ids": tokens.ids[index].where(mask, tokens.pad_id), "attention_mask": mask}
         types = None if tokens.types is None else tokens.types[index].where(mask, 0)
-    return inputs | ({} if types is None else {"token_type_ids": types}), numbers
+    return inputs | ({} if types is None else {"token_type_ids": types})
+
+
+def gather_rows(tokens, rows):
+    """The same for row numbers (B,) on the host."""
+    return gather(tokens, to_device(batch_of(tokens, rows), tokens.ids.device))
 
 
 def micro_batches(lengths, overhead, max_tokens):

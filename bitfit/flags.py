@@ -1,25 +1,10 @@
 """The flags of run_glue.py and the checks that need no file; answers without importing torch."""
 
 import argparse
-import logging
 import math
 
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
-from utils import UserError, as_list
-
-LOGGER = logging.getLogger("bitfit")
-# What may differ between a command and the one that resumes it, and what is worth a warning.
-HARMLESS = {
-    "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
-    "max_tokens", "data_dir", "model_name", "finished",
-}  # fmt: skip
-WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
-NAMES = {
-    "data_sha256": "the data",
-    "encoder_sha256": "the base model",
-    "chosen_sha256": "what trains",
-}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -170,33 +155,3 @@ def parse_args(description, argv=None):
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
     return args
-
-
-def check_same(old, new):
-    """Compare a command's facts with those in the args.json of the run that it resumes.
-
-    Data and model may lie elsewhere, as long as their hashes are the same; a finished run is not
-    loaded to compute them, so there the names count.
-
-    Raises:
-        UserError: they differ in something that results depend on.
-    """
-    harmless = HARMLESS - ({"data_dir", "model_name"} if old["finished"] else set())
-    missing = sorted(new.keys() - harmless - WARNED - old.keys())
-    if missing:
-        raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
-    differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
-    for name in sorted(WARNED.intersection(differ)):
-        LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
-    differ = sorted(set(differ) - WARNED)
-    if differ:
-        said = [
-            f"{NAMES[n]} changed" if n in NAMES
-            else f"--{n.replace('_', '-')} was {words(old[n])} and is now {words(new[n])}"
-            for n in differ
-        ]  # fmt: skip
-        raise UserError(f"--resume: this is not the interrupted run: {'; '.join(said)}")
-
-
-def words(value):
-    return " ".join(map(str, as_list(value)))

@@ -2,11 +2,15 @@
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 
+from bitfit.data import gather_rows
 from bitfit.trainable import head_names, in_encoder, is_bias
-from utils import UserError, is_fault, one_line
+from utils import UserError, is_fault, one_line, whole_folder
 
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -36,17 +40,6 @@ def load_tokenizer(model_name):
     return tokenizer
 
 
-def load_model(model_name, task, seed, random_encoder=False):
-    """A float32 classifier on the CPU; the head is drawn from `seed` unless the checkpoint has it.
-
-    Args, Raises: as `load`.
-    """
-    model, needs_head = load(model_name, task, random_encoder)
-    if needs_head:
-        draw_head(model, seed)
-    return model
-
-
 def load(model_name, task, random_encoder=False):
     """(a float32 classifier on the CPU, whether its head is still to be drawn)
 
@@ -58,17 +51,8 @@ def load(model_name, task, random_encoder=False):
     """
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    numbers = dict(enumerate(task.labels)) or {0: "score"}
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            model_name,
-            num_labels=task.num_labels,
-            id2label=numbers,
-            label2id={name: number for number, name in numbers.items()},
-            problem_type="regression" if task.is_regression else "single_label_classification",
-        )
+        config = load_config(model_name, task)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ENCODER_SEED)
             model, info = build(transformers, model_name, config, random_encoder)
@@ -79,6 +63,21 @@ def load(model_name, task, random_encoder=False):
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     check_encoder(model, model_name, absent)
     return model, random_encoder or not absent.isdisjoint(head_names(model))
+
+
+def load_config(model_name, task):
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    numbers = dict(enumerate(task.labels)) or {0: "score"}
+    return transformers.AutoConfig.from_pretrained(
+        model_name,
+        num_labels=task.num_labels,
+        id2label=numbers,
+        label2id={name: number for number, name in numbers.items()},
+        problem_type="regression" if task.is_regression else "single_label_classification",
+    )
 
 
 def build(transformers, model_name, config, random_encoder):
@@ -141,6 +140,22 @@ def position_limit(model):
     return None
 
 
+def check_length_early(model_name, task, max_length):
+    """`check_length` before any weight is loaded and any row tokenized, where that is possible."""
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(
+                load_config(model_name, task)
+            )
+    except Exception as error:  # what is wrong with it, if anything, is said when it is loaded
+        if is_fault(error):
+            raise
+        return
+    check_length(model, max_length)
+
+
 def check_length(model, max_length):
     limit = position_limit(model)
     if limit is not None and max_length > limit:
@@ -150,30 +165,103 @@ def check_length(model, max_length):
         )
 
 
-def fingerprint(model):
-    """SHA-256 over the encoder's names and values: which base model a delta belongs to."""
-    encoder = ((n, p.detach()) for n, p in model.named_parameters() if in_encoder(model, n))
-    return sha256(value for pair in encoder for value in pair)
+def fingerprint(model, head=False):
+    """SHA-256 over the encoder's names and values: which base model a delta belongs to.
+
+    Args:
+        head: over the classifier's too.
+    """
+    return sha256(
+        value
+        for name, parameter in model.named_parameters()
+        if head or in_encoder(model, name)
+        for value in (name, parameter.detach())
+    )
 
 
 def sha256(values):
-    """SHA-256 over texts, arrays, tensors and Nones."""
+    """SHA-256 over texts, arrays, tensors and Nones, their kinds, shapes and lengths included."""
     digest = hashlib.sha256()
     for value in values:
         if torch.is_tensor(value):
             value = value.cpu().contiguous().numpy()
-        digest.update(
-            value.encode() if isinstance(value, str) else b"-" if value is None else value
-        )
+        if isinstance(value, str):
+            value = np.frombuffer(value.encode(), np.uint8)
+        kind = "none" if value is None else f"{value.dtype} {value.shape}"
+        digest.update(f"[{kind}]".encode())
+        digest.update(b"" if value is None else np.ascontiguousarray(value))
     return digest.hexdigest()
 
 
-def takes_full_mask(model):
-    """Whether a (B, 1, T, T) mask may be given in place of (B, T).
+class Forward(NamedTuple):
+    """The one forward pass: inputs as `data.gather` makes them -> logits (B, C) in float32."""
 
-    transformers would make the same one itself, but first asks the device whether any row is
-    padded, and waits. A model with windowed attention makes several masks, so it gets the plain.
+    model: torch.nn.Module
+    full_mask: bool  # hand over a (B, 1, T, T) mask in place of (B, T)
+
+    def __call__(self, inputs):
+        mask = inputs["attention_mask"]
+        if mask is not None:
+            width = mask.shape[1]
+            full = self.full_mask and mask[:, None, None].expand(-1, 1, width, width)
+            inputs = inputs | {"attention_mask": full if self.full_mask else mask.long()}
+        return self.model(**inputs).logits.float()
+
+
+@torch.no_grad()
+def find_forward(model, model_name, tokens):
+    """The `Forward` of a model, tried on the longest and the shortest of some rows.
+
+    With a (B, T) mask transformers asks the device whether any row is padded, and waits; most
+    models take the (B, 1, T, T) mask that it would make itself, and then nothing waits.
+
+    Raises:
+        UserError: the model cannot run on the rows, in its own words.
     """
-    config = model.config
+    model.eval()
+    plain, full = Forward(model, False), Forward(model, True)
+    longest, shortest = np.argsort(tokens.lengths, kind="stable")[[-1, 0]]
+    try:
+        with torch.random.fork_rng():
+            plain(gather_rows(tokens, np.array([shortest])))
+            inputs = gather_rows(tokens, np.array([longest, shortest]))
+            if inputs["attention_mask"] is None:
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            expected = plain(inputs)
+    except Exception as error:
+        if is_fault(error):
+            raise
+        width = tokens.lengths[longest]
+        raise UserError(
+            f"the model {model_name} cannot run on these rows of up to {width} tokens: "
+            f"{type(error).__name__}: {one_line(error)}; give another --model-name"
+        ) from None
+    return full if takes(full, inputs, expected) else plain
+
+
+def takes(full, inputs, expected):
+    """Whether a model computes with a (B, 1, T, T) mask what it computes with (B, T)."""
+    config = full.model.config
     windowed = any(getattr(config, n, None) for n in ("sliding_window", "local_attention"))
-    return config._attn_implementation == "sdpa" and not windowed
+    if config._attn_implementation != "sdpa" or windowed:  # other masks for other layers
+        return False
+    try:
+        return torch.allclose(full(inputs), expected, rtol=1e-3, atol=1e-3)
+    except Exception as error:  # it makes its own from (B, T): LayoutLM, ESM
+        if is_fault(error):
+            raise
+        return False
+
+
+def write_model(model, tokenizer, folder):
+    """Write a whole Hugging Face folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with whole_folder(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from None

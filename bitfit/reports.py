@@ -1,10 +1,15 @@
-"""What people look at: metrics files, tables, learning curves, the bias-change heatmap."""
+"""What people look at: metrics files, tables, learning curves, the bias-change heatmap.
+
+Scores are one long table, a row for each (run, epoch, split, metric); all that is shown of them is
+grouped and pivoted from it.
+"""
 
 import json
 import textwrap
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from bitfit.trainable import TERMS, count, layer_and_name, term_names
 from utils import whole_file, write_text
@@ -12,34 +17,47 @@ from utils import whole_file, write_text
 SPLIT_COLORS = {"train": "0.75", "validation": "C0", "validation_matched": "C0"}
 
 
-def metrics_rows(epochs, evaluations):
-    """[(epoch, split, metric, value)]"""
-    return [
-        (epoch, split, metric, value)
-        for split, metrics in evaluations.items()
-        for metric, values in metrics.items()
-        for epoch, value in zip(epochs, values, strict=True)
-    ]
+def frame_of(scores):
+    """The long table of rows (run's name, epoch, split, metric, value)."""
+    return pd.DataFrame(scores, columns=["run", "epoch", "split", "metric", "value"])
 
 
-def best_index(task, evaluations):
-    """Where the main metric of the first validation split was highest, the earliest of equals."""
-    return int(np.argmax(evaluations[task.validation_splits[0]][task.metrics[0]]))
+def evaluations(scores):
+    """{split: {metric: [value per scored epoch]}} of one run."""
+    return {
+        split: {
+            metric: list(values) for metric, values in of.groupby("metric", sort=False)["value"]
+        }
+        for split, of in scores.groupby("split", sort=False)
+    }
 
 
-def summary(task, record):
+def main_scores(scores, task):
+    """The main metric of the first validation split, (epochs, runs)."""
+    main = (scores["split"] == task.validation_splits[0]) & (scores["metric"] == task.metrics[0])
+    return scores[main].pivot(index="epoch", columns="run", values="value")
+
+
+def best_epochs(scores, task):
+    """{run: the epoch with its highest main score, the earliest of equals}"""
+    return main_scores(scores, task).fillna(-np.inf).idxmax()
+
+
+def summary(scores, task):
     """The last and the best evaluation: {"last"|"best": {"epoch", split: {metric: value}}}"""
-
-    def at(index):
-        scores = {s: {m: v[index] for m, v in ms.items()} for s, ms in record.evaluations.items()}
-        return {"epoch": record.epochs[index]} | scores
-
-    if not record.epochs:
+    if scores.empty:
         return {}
-    return {"last": at(-1), "best": at(best_index(task, record.evaluations))}
+    epochs = {"last": scores["epoch"].iloc[-1], "best": best_epochs(scores, task).iloc[0]}
+    return {
+        name: {"epoch": int(epoch)} | {
+            split: dict(zip(of["metric"], of["value"], strict=True))
+            for split, of in scores[scores["epoch"] == epoch].groupby("split", sort=False)
+        }
+        for name, epoch in epochs.items()
+    }  # fmt: skip
 
 
-def facts(evaluator, record):
+def facts(evaluator, run):
     """What metrics.json says of a run beside what it measured."""
     return {
         "task": evaluator.task_name,
@@ -47,59 +65,70 @@ def facts(evaluator, record):
         "random_encoder": evaluator.random_encoder,
         "fine_tune_type": evaluator.fine_tune_type,
         "bias_terms": term_names(evaluator.components),
-        "learning_rate": record.run.learning_rate,
-        "seed": record.run.seed,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
         "runs_in_one_pass": len(evaluator.runs),
         "trained_parameters": count(evaluator.model, evaluator.chosen),
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
     }
 
 
-def write_metrics(output_path, task, record, facts):
+def write_metrics(folder, task, record, scores, facts):
     """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
-    import pandas as pd
-
-    folder = Path(output_path)
     content = facts | {
         "diverged": record.diverged,
         "train_loss": record.train_loss,
         "seconds": {name: round(value, 2) for name, value in record.seconds.items()},
-        "epochs": record.epochs,
-        "evaluations": record.evaluations,
+        "epochs": scores["epoch"].unique().tolist(),
+        "evaluations": evaluations(scores),
         "main_metric": task.metrics[0],
     }
-    content |= summary(task, record)
+    content |= summary(scores, task)
     write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
-    table = pd.DataFrame(
-        metrics_rows(record.epochs, record.evaluations),
-        columns=["epoch", "split", "metric", "value"],
-    )
+    curve = scores.groupby(["split", "metric"], sort=False).ngroup()
+    table = scores.iloc[curve.argsort(kind="stable")][["epoch", "split", "metric", "value"]]
     write_text(folder / "metrics.csv", table.to_csv(index=False))
 
 
-def score_table(task, record):
-    """The scores as text, x 100 as the paper prints them: a row per split and metric."""
-    import pandas as pd
+def read_metrics(folder):
+    """(the content of metrics.json, the scores of metrics.csv) of a run's folder.
 
-    epochs, evaluations = record.epochs, record.evaluations
-    if not epochs:
+    Raises:
+        OSError, ValueError: they are not there, or not whole.
+    """
+    content = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    table = pd.read_csv(Path(folder) / "metrics.csv")
+    return content, table
+
+
+def score_table(scores, task):
+    """The scores of one run as text, x 100 as the paper prints them: a row per split and metric."""
+    if scores.empty:
         return "nothing was evaluated"
-    best = best_index(task, evaluations)
+    last, best = scores["epoch"].iloc[-1], best_epochs(scores, task).iloc[0]
     rows = [
-        (split, metric, f"{100 * values[-1]:.1f}", f"{100 * values[best]:.1f}")
-        for split, metrics in evaluations.items()
-        for metric, values in metrics.items()
+        (split, metric, *(f"{100 * of.loc[epoch, 'value']:.1f}" for epoch in (last, best)))
+        for (split, metric), of in scores.set_index("epoch").groupby(
+            ["split", "metric"], sort=False
+        )
     ]
-    columns = ["split", "metric", f"last (epoch {epochs[-1]})", f"best (epoch {epochs[best]})"]
+    columns = ["split", "metric", f"last (epoch {last})", f"best (epoch {best})"]
     return pd.DataFrame(rows, columns=columns).to_string(index=False)
 
 
-def one_line_scores(evaluations):
-    """The latest scores, for the log."""
-    return "  ".join(
-        f"{split} {metric} {100 * values[-1]:.1f}"
-        for split, metrics in evaluations.items()
-        for metric, values in metrics.items()
+def one_line_scores(scores, task, loss):
+    """One evaluation, for the log: all scores of one run, or the main ones of many."""
+    shown = 100 * scores["value"]
+    runs = scores["run"].nunique()
+    if runs == 1:
+        each = zip(scores["split"], scores["metric"], shown, strict=True)
+        return f"loss {loss:.3f}  " + "  ".join(f"{s} {m} {value:.1f}" for s, m, value in each)
+    split, metric = task.validation_splits[0], task.metrics[0]
+    main = 100 * main_scores(scores, task).iloc[-1]
+    main = main[scores["run"].unique()]  # in the runs' order: the first of equals is named
+    return (
+        f"{runs} runs: loss {loss:.3f}  {split} {metric} {main.mean():.1f} on average, "
+        f"{main.max():.1f} the best ({main.idxmax()})"
     )
 
 
@@ -125,36 +154,41 @@ def save_curves(figures, folder):
         save_figure(figure, Path(folder) / f"learning_curves_{metric.lower()}.png")
 
 
-def learning_curves(task, record, caption, folder=None):
+def learning_curves(scores, task, caption, folder=None):
     """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
-    figures = {m: learning_curve(task, record, caption, m) for m in task.metrics}
+    figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics}
     if folder:
         save_curves(figures, folder)
     return figures
 
 
-def learning_curve(task, record, caption, metric):
-    from matplotlib.ticker import MaxNLocator
-
-    epochs, evaluations = record.epochs, record.evaluations
+def learning_curve(scores, task, caption, metric):
     figure = new_figure(7, 5, caption)
     axes = figure.subplots()
-    best = best_index(task, evaluations)
-    for split, metrics in evaluations.items():
-        values = 100 * np.array(metrics[metric])
-        label = f"{split.replace('_', ' ')} (last {values[-1]:.1f}, best epoch {values[best]:.1f})"
+    best = best_epochs(scores, task).iloc[0]
+    for split, of in scores[scores["metric"] == metric].groupby("split", sort=False):
+        values = 100 * of.set_index("epoch")["value"]
+        last = f"last {values.iloc[-1]:.1f}, best epoch {values[best]:.1f}"
+        label = f"{split.replace('_', ' ')} ({last})"
         color = SPLIT_COLORS.get(split, "C1")
         width = 4 if split == "train" else 1.5  # to be seen where the lines meet
-        axes.plot(epochs, values, "o-", ms=3.5, linewidth=width, color=color, label=label)
+        axes.plot(values.index, values, "o-", ms=3.5, linewidth=width, color=color, label=label)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
-    axes.axvline(epochs[best], color="0.8", linewidth=1, zorder=0)
+    axes.axvline(best, color="0.8", linewidth=1, zorder=0)
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
-    axes.set_xlabel(f"epoch (grey line: best {main}, epoch {epochs[best]})")
-    axes.set_ylabel(f"{metric} x 100")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+    label_axes(axes, f"epoch (grey line: best {main}, epoch {best})", f"{metric} x 100")
     figure.legend(loc="outside lower center", frameon=False)
     return figure
+
+
+def label_axes(axes, x, y):
+    """Of any figure with scores over epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
 
 
 def bias_changes(start, end):
@@ -164,18 +198,20 @@ def bias_changes(start, end):
         start, end: {parameter name: values} before and after training.
 
     Returns:
-        (names, changes): the layers' bias names by falling total change, and (names, layers).
+        (names, changes): the layers' bias names by falling total change, and (names, layers); NaN
+        where a layer has no such bias. Where a model has several stacks of layers (CANINE), the
+        names begin with the stack's.
     """
-    import pandas as pd
-
-    table = pd.DataFrame(
-        [
-            (*layer_and_name(name), (end[name] - start[name]).abs().mean().item())
-            for name in start
-            if layer_and_name(name)[0] is not None
-        ],
-        columns=["layer", "name", "change"],
-    ).pivot(index="name", columns="layer", values="change")
+    rows = []
+    for name in start:
+        layer, term = layer_and_name(name)
+        if layer is not None:
+            stack = name[: -len(f".{layer}.{term}")]
+            rows.append((stack, layer, term, (end[name] - start[name]).abs().mean().item()))
+    table = pd.DataFrame(rows, columns=["stack", "layer", "name", "change"])
+    if table["stack"].nunique() > 1:
+        table["name"] = table["stack"] + ": " + table["name"]
+    table = table.pivot(index="name", columns="layer", values="change")
     table = table.loc[table.sum(axis=1).sort_values(ascending=False, kind="stable").index]
     return list(table.index), table.to_numpy()
 
@@ -185,7 +221,7 @@ def bias_heatmap(start, end, caption):
     from seaborn import heatmap
 
     names, changes = bias_changes(start, end)
-    changes = np.column_stack([changes, changes.mean(axis=1)])
+    changes = np.column_stack([changes, np.nanmean(changes, axis=1)])
     layers = changes.shape[1] - 1
     symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}
     width = max(6.0, 2.5 + 0.62 * changes.shape[1])

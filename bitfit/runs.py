@@ -17,7 +17,6 @@ an infinite loss, cannot reach another.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +24,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bitfit.trainable import in_encoder
+from bitfit.data import gather_rows, to_device
+from bitfit.trainable import in_encoder, trains_matrices
+from utils import is_out_of_memory
 
 
 class Run(NamedTuple):
@@ -39,27 +40,12 @@ class Run(NamedTuple):
         return f"lr{self.learning_rate}_seed{self.seed}"
 
 
-SPENT = ("training", "evaluation", "checkpoints")
-
-
-@dataclass
-class Record:
-    """What one run measured."""
-
-    run: Run
-    epochs: list = field(default_factory=list)  # those that were scored, counted from 1
-    evaluations: dict = field(default_factory=dict)  # {split: {metric: [per scored epoch]}}
-    train_loss: list = field(default_factory=list)  # per epoch
-    seconds: dict = field(default_factory=lambda: dict.fromkeys(SPENT, 0.0))  # its share
-    diverged: str | None = None  # where the loss or gradient was not finite
-
-
 class Rows(NamedTuple):
-    """Which run each row of a micro-batch belongs to."""
+    """Which run each row of a micro-batch belongs to; arrays on the host, then tensors."""
 
     owner: torch.Tensor  # (B,) its run
-    place: torch.Tensor  # (B,) its place among the rows of that run
-    most: int  # rows of the run that has most of them
+    seats: torch.Tensor  # (K, most) the rows of each run; B where a run has no more
+    place: torch.Tensor  # (B,) where a row sits among the K * most seats
 
     def own(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
@@ -68,9 +54,8 @@ class Rows(NamedTuple):
 
     def matmul(self, x, weight):
         """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
-        grouped = x.new_zeros(len(weight), self.most, x.shape[-1])
-        grouped = grouped.index_put((self.owner, self.place), x)
-        return torch.bmm(grouped, weight.mT)[self.owner, self.place]
+        seated = F.pad(x, (0, 0, 0, 1))[self.seats]  # (K, most, i); nobody is a row of zeros
+        return torch.bmm(seated, weight.mT).flatten(0, 1)[self.place]
 
 
 class AllRuns(NamedTuple):
@@ -83,14 +68,16 @@ class AllRuns(NamedTuple):
         return torch.matmul(x, weight.mT)
 
 
-def rows_of(owner, runs, device):
-    """`Rows` for the runs (B,) that rows belong to, counted on the host: no device waits."""
+def rows_of(owner, runs):
+    """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K)."""
     counts = np.bincount(owner, minlength=runs)
-    order = np.argsort(owner, kind="stable")
+    most, order = int(counts.max()), np.argsort(owner, kind="stable")
     place = np.empty_like(owner)
     place[order] = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
-    both = torch.from_numpy(np.stack([owner, place])).to(device, non_blocking=True)
-    return Rows(both[0], both[1], int(counts.max()))
+    place += owner * most
+    seats = np.full(runs * most, len(owner))
+    seats[place] = np.arange(len(owner))
+    return Rows(owner, seats.reshape(runs, most), place)
 
 
 class Stack:
@@ -178,15 +165,14 @@ class Stack:
             self.stacked.append(module)
 
     @contextmanager
-    def computing(self, owner=None):
-        """Within: the model computes with all runs' values, row i with those of run `owner[i]`.
+    def computing(self, rows=None):
+        """Within: the model computes with all runs' values, each row with those of its own run.
 
-        With no owner each row is computed for every run, logits (K, B, C): possible where only
-        the classifier trains, so that the encoder is run once for all. One run needs neither.
+        Args:
+            rows: `Rows` on the device. None: each row is computed for every run, logits (K, B, C);
+                possible where only the classifier trains, so that the encoder is run once for all.
         """
-        if len(self.runs) > 1:
-            device = self.values.device
-            self.rows = AllRuns() if owner is None else rows_of(owner, len(self.runs), device)
+        self.rows = AllRuns() if rows is None else rows
         try:
             yield
         finally:
@@ -201,8 +187,8 @@ class Stack:
         return np.flatnonzero((bad_step < 0) | (step is not None and bad_step >= step))
 
     def note_bad(self, bad, step):
-        """Remember the step at which runs first went bad; `bad` is (K,) bool."""
-        self.bad_step = self.bad_step.where(~bad | (self.bad_step >= 0), step)
+        """Remember the step, a tensor (), at which runs first went bad; `bad` is (K,) bool."""
+        self.bad_step.copy_(self.bad_step.where(~bad | (self.bad_step >= 0), step))
 
     def write_back(self):
         """Put the values of partly trained parameters into them (one run: the rest are views)."""
@@ -210,9 +196,9 @@ class Stack:
             a, b = self.slices[name]
             self.parameters[name].data.view(-1)[positions] = self.values[0, a:b]
 
-    def put(self, run, values=None):
-        """Let the model's own parameters hold one run's values, those of now or others (K, n)."""
-        row = (self.values if values is None else values)[run]
+    def put(self, run):
+        """Let the model's own parameters hold one run's values."""
+        row = self.values[run]
         for name, (a, b) in self.slices.items():
             into = self.parameters[name].data.view(-1)
             into[self.positions.get(name, slice(None))] = row[a:b]
@@ -265,17 +251,51 @@ def stacked_forward(stack, module, x, weight=None, bias=None):
     return out.add_(rows.own(bias, out))
 
 
-def why_not_stackable(model, chosen):
+def why_not_stackable(forward, chosen, tokens):
     """Why several runs cannot share one pass through this model, or None if they can."""
+    model = forward.model
     if any(positions is not None for positions in chosen.values()):
         return "each run trains a random choice of its own"
-    if any(in_encoder(model, n) and model.get_parameter(n).dim() > 1 for n in chosen):
+    if trains_matrices(model, chosen):
         return "the encoder's matrices train, so that no run can share them"
     for name in chosen:
         module = model.get_submodule(name.rpartition(".")[0])
         if type(module) not in (torch.nn.Linear, torch.nn.LayerNorm):
             return f"{name} belongs to a {type(module).__name__}, not to a Linear or LayerNorm"
+    if stacked_pass_differs(forward, chosen, tokens):
+        return "this model does not compute with its Linear and LayerNorm modules alone"
     return None
+
+
+@torch.no_grad()
+def stacked_pass_differs(forward, chosen, tokens):
+    """Whether a stack of two runs gives other logits than each run alone, on two rows.
+
+    So it does if a model goes around its modules (reads their biases by itself, say).
+    """
+    forward.model.eval()
+    stack = Stack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
+    noise = torch.Generator().manual_seed(0)
+    stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
+    inputs = gather_rows(tokens, np.arange(2) % len(tokens.lengths))
+    tf32 = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with stack.computing(to_device(rows_of(np.arange(2), 2), stack.values.device)):
+            together = forward(inputs)
+        for run in range(2):
+            stack.put(run)
+            alone = forward(inputs)[run]
+            if not (together[run] - alone).abs().max() < 2e-3 * together.abs().max():
+                return True
+        return False
+    except RuntimeError as error:  # shapes that do not meet
+        if is_out_of_memory(error):
+            raise
+        return True
+    finally:
+        torch.set_float32_matmul_precision(tf32)
+        stack.release(stack.start)
 
 
 def clip_(grads, max_norm=1.0):

@@ -4,7 +4,6 @@ Every reader answers with `Texts`; every fault is a `UserError` that names file 
 """
 
 import logging
-import numbers
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +97,9 @@ def read_tsv(task, path, labelled):
     columns = [[row[names.index(name)] for _, row in rows] for name in wanted]
     if not labelled:
         return Texts(tuple(columns), None)
-    places = [f"{path}:{number}" for number, _ in rows]
-    return Texts(tuple(columns[:-1]), parse_labels(task, columns[-1], places))
+    known = {word: number for number, word in enumerate(task.written_labels)}
+    labels = decode_labels(task, columns[-1], known, lambda row: f"{path}:{rows[row][0]}")
+    return Texts(tuple(columns[:-1]), labels)
 
 
 def read_lines(path):
@@ -126,25 +126,24 @@ def split_rows(lines, width, path, first, skips_short_rows):
     return [(number, row) for number, row in rows if len(row) == width]
 
 
-def parse_labels(task, words, places):
-    """Labels as TSV files write them -> numbers."""
-    if task.is_regression:
-        return np.array([parse_score(w, p) for w, p in zip(words, places, strict=True)], np.float32)
-    order = {word: number for number, word in enumerate(task.written_labels)}
-    for word, place in zip(words, places, strict=True):
-        if word not in order:
-            raise UserError(f"{place}: unknown label {word!r}; expected {', '.join(order)}")
-    return np.array([order[word] for word in words], np.int64)
+def decode_labels(task, values, known, place):
+    """Labels as files write them -> numbers, float32 for a regression.
 
-
-def parse_score(word, place):
-    try:
-        value = float(word)
-    except ValueError:
-        value = float("nan")
-    if not 0.0 <= value <= 5.0:
-        raise UserError(f"{place}: unknown label {word!r}; expected a score from 0 to 5")
-    return value
+    Args:
+        known: {a label as it is written: its number}; a score is a number from 0 to 5.
+        place: row number -> where that row stands.
+    """
+    expected = "a score from 0 to 5" if task.is_regression else ", ".join(map(str, known))
+    numbers = []
+    for row, value in enumerate(values):
+        try:
+            number = float(value) if task.is_regression else known[value]
+        except (ValueError, TypeError, LookupError):
+            number = float("nan")
+        if not 0 <= number <= (5.0 if task.is_regression else len(known)):
+            raise UserError(f"{place(row)}: unknown label {value!r}; expected {expected}")
+        numbers.append(number)
+    return np.array(numbers, np.float32 if task.is_regression else np.int64)
 
 
 def read_parquet(paths):
@@ -188,13 +187,8 @@ def from_frame(task, split, frame, source):
         if bad:
             raise UserError(f"{source}: row {bad[0]} has no text in column {name!r}")
     columns = tuple(frame[name].tolist() for name in task.texts)
-    return Texts(columns, frame_labels(task, frame["label"], source) if labelled else None)
-
-
-def frame_labels(task, column, source):
-    upper = 5.0 if task.is_regression else len(task.labels) - 1
-    for row, value in enumerate(column):
-        known = isinstance(value, numbers.Real) and 0 <= value <= upper
-        if not known or not (task.is_regression or value == int(value)):
-            raise UserError(f"{source}: row {row} has the unknown label {value!r}")
-    return column.to_numpy(np.float32 if task.is_regression else np.int64)
+    if not labelled:
+        return Texts(columns, None)
+    known = {number: number for number in range(len(task.labels))}
+    labels = decode_labels(task, frame["label"], known, lambda row: f"{source}: row {row}")
+    return Texts(columns, labels)

@@ -10,7 +10,6 @@ import numpy as np
 
 from utils import UserError
 
-FINE_TUNE_TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
 # term -> (parameter name relative to its layer, the paper's symbol), paper section 3
 TERMS = {
     "query": ("attention.self.query.bias", "b_{q}"),
@@ -94,17 +93,10 @@ def whole(names):
     return dict.fromkeys(names)
 
 
-def trainable(model, encoder_trainable, components=None):
-    """{name: None} for full_ft, for bitfit (`components`), or for frozen (no components)."""
-    if encoder_trainable:
-        return whole(n for n, _ in model.named_parameters())
-    return whole(bitfit_names(model, components) if components else head_names(model))
-
-
-def default_mask_size(model, model_name):
+def default_mask_size(model):
     """The paper's size for its three models, else as many numbers as bitfit trains."""
     for name, size in MASK_SIZES.items():
-        if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", str(model_name)):
+        if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", model.config.name_or_path):
             return size
     parameters = dict(model.named_parameters())
     chosen = bitfit_names(model, [ALL_BIASES])
@@ -135,8 +127,9 @@ def uniform_positions(model, mask_size, rng):
 def row_column_positions(model, rng):
     """For each matrix of the layers and the pooler one random column, or as many rows.
 
-    A matrix (out, in) with out >= in can give out // in distinct rows, as many numbers as its
-    bias; a fair coin decides for a square one. LayerNorm gains train whole. Paper, table 3.
+    A matrix (out, in) with out >= in can give out // in distinct rows, as many numbers as a
+    column: a fair coin decides, as in the released code. A wider one gives a column. LayerNorm
+    gains train whole. Paper, table 3.
     """
     chosen = {}
     for name, parameter in model.named_parameters():
@@ -152,11 +145,52 @@ def row_column_positions(model, rng):
 
 def row_or_column(rows, columns, rng):
     """Flat positions of one column, or of rows // columns distinct rows, sorted."""
-    takes_rows = rows > columns or (rows == columns and rng.integers(2))
-    if not takes_rows:
+    if rows < columns or not rng.integers(2):
         return np.arange(rows) * columns + rng.integers(columns)
     picked = np.sort(rng.choice(rows, size=rows // columns, replace=False))
     return (picked[:, None] * columns + np.arange(columns)).ravel()
+
+
+CHOICES = {  # fine-tune type -> what it trains; a new type is one more entry
+    "full_ft": lambda model, **_: whole(n for n, _ in model.named_parameters()),
+    "bitfit": lambda model, components, **_: whole(bitfit_names(model, components)),
+    "frozen": lambda model, **_: whole(head_names(model)),
+    "rand_uniform": lambda model, mask_size, rng, **_: uniform_positions(
+        model, mask_size or default_mask_size(model), rng
+    ),
+    "rand_row_col": lambda model, rng, **_: row_column_positions(model, rng),
+}
+FINE_TUNE_TYPES = tuple(CHOICES)
+
+
+def select(model, kind, components=(), mask_size=None, rng=None):
+    """{parameter name: None (all of it) or the flat positions that train} of a fine-tune type.
+
+    Args:
+        kind: one of FINE_TUNE_TYPES.
+        components: for bitfit, names relative to a layer, or "bias" for all.
+        mask_size: for rand_uniform; None: `default_mask_size`.
+        rng: NumPy generator, for the random masks.
+
+    Raises:
+        UserError: the model has no such bias, or fewer parameters than the mask.
+    """
+    return CHOICES[kind](model, components=components, mask_size=mask_size, rng=rng)
+
+
+def trains_matrices(model, chosen):
+    """Whether what trains includes matrices of the encoder, or parts of some."""
+    return any(in_encoder(model, n) and model.get_parameter(n).dim() > 1 for n in chosen)
+
+
+def trains_all(model, chosen):
+    return chosen == whole(n for n, _ in model.named_parameters())
+
+
+def trains_only_biases(model, chosen):
+    """Whether biases, whole ones, are all of the encoder that trains."""
+    inside = [n for n in chosen if in_encoder(model, n)]
+    return bool(inside) and all(is_bias(n) and chosen[n] is None for n in inside)
 
 
 def dense_masks(model, chosen):

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from bitfit import models
+
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
 TINY_BERT = ROOT / "examples" / "tiny_bert"
@@ -23,6 +25,19 @@ def set_dropout(model, p):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
+
+
+def load_model(folder, task, seed=0, random_encoder=False):
+    """A model with its head drawn, as a run of that seed starts."""
+    model, needs_head = models.load(folder, task, random_encoder)
+    if needs_head:
+        models.draw_head(model, seed)
+    return model
+
+
+def forward_of(model):
+    """The model's `Forward`; BERT and RoBERTa take the full mask."""
+    return models.Forward(model, True)
 
 
 @pytest.fixture

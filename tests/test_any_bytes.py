@@ -13,12 +13,12 @@ from conftest import GLUE, TINY_BERT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitfit import resume
+from bitfit import store
+from bitfit.outputs import read_args
 from bitfit.sources import read_split
 from bitfit.tasks import TASKS
 from glue_evaluator import GLUEvaluator
-from run_glue import read_args
-from utils import CheckpointError, UserError
+from utils import Damaged, UserError
 
 many = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
@@ -127,8 +127,9 @@ def test_evaluator_of_any_facts(saved, tmp_path, data):
 def test_checkpoint_and_args(tmp_path, content):
     (tmp_path / "000001.json").write_bytes(content)
     (tmp_path / "000001.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError):
-        resume.read(tmp_path, 1)
+    with pytest.raises(Damaged) as error:
+        store.read(tmp_path / "000001.json")
+    assert "\n" not in str(error.value)
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(UserError):
         read_args(tmp_path)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bitfit.data import evaluation_batches, gather, micro_batches, tokenize
+from bitfit.data import evaluation_batches, gather_rows, micro_batches, tokenize
 from bitfit.sources import Texts
 from utils import UserError
 
@@ -18,10 +18,9 @@ def tokenizer(tiny_bert):
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 1], [2], [1, 1, 0]])
 def test_a_gather_is_what_the_tokenizer_pads(tokenizer, rows):
     tokens = tokenize(TEXTS, tokenizer, 128)
-    inputs, numbers = gather(tokens, np.array(rows))
+    inputs = gather_rows(tokens, np.array(rows))
     picked = TEXTS.take(rows)
     expected = tokenizer(*picked.columns, padding="longest", return_tensors="pt")
-    assert numbers.tolist() == rows
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["token_type_ids"], expected["token_type_ids"])
     mask = inputs["attention_mask"]
@@ -31,7 +30,7 @@ def test_a_gather_is_what_the_tokenizer_pads(tokenizer, rows):
 
 
 def test_padding_to_the_full_length(tokenizer):
-    inputs, _ = gather(tokenize(TEXTS, tokenizer, 32, pad_to_max=True), np.array([0, 2]))
+    inputs = gather_rows(tokenize(TEXTS, tokenizer, 32, pad_to_max=True), np.array([0, 2]))
     expected = tokenizer(*TEXTS.take([0, 2]).columns, padding="max_length", max_length=32)
     assert inputs["input_ids"].tolist() == expected["input_ids"]
     assert inputs["attention_mask"].long().tolist() == expected["attention_mask"]
@@ -39,7 +38,7 @@ def test_padding_to_the_full_length(tokenizer):
 
 def test_long_rows_are_cut_as_the_tokenizer_cuts_them(tokenizer):
     texts = Texts((["a b c d e f g"], ["h"]), None)
-    inputs, _ = gather(tokenize(texts, tokenizer, 8), np.array([0]))
+    inputs = gather_rows(tokenize(texts, tokenizer, 8), np.array([0]))
     expected = tokenizer("a b c d e f g", "h", truncation=True, max_length=8)
     assert inputs["input_ids"][0].tolist() == expected["input_ids"]
 

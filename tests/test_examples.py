@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
+from bitfit.reports import main_scores
 from bitfit.sources import read_split
 from bitfit.tasks import TASKS
 from glue_evaluator import GLUEvaluator
@@ -30,7 +31,7 @@ def matthews(method):
         evaluator.preprocess_dataset("longest", 128, 8)
         evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
         evaluator.train_and_evaluate(epochs, evaluation_frequency=epochs)
-        scores += [r.evaluations["validation"]["MCC"][-1] for r in evaluator.records]
+        scores += main_scores(evaluator.scores, evaluator.task).iloc[-1].tolist()
     return np.array(scores)
 
 

@@ -5,6 +5,8 @@ import pytest
 from conftest import GLUE, TINY_BERT, set_dropout
 from scipy.stats import ks_2samp
 
+from bitfit import models
+from bitfit.reports import main_scores
 from glue_evaluator import GLUEvaluator
 from utils import Diverged, UserError
 
@@ -22,9 +24,8 @@ def trained(seeds, rates=3e-3, epochs=6, dropout=None, rows=150, components=("bi
 
 def loss_and_score(evaluator):
     """(runs, 2)"""
-    return np.array(
-        [(r.train_loss[-1], r.evaluations["validation"]["MCC"][-1]) for r in evaluator.records]
-    )
+    losses = [record.train_loss[-1] for record in evaluator.records]
+    return np.column_stack([losses, main_scores(evaluator.scores, evaluator.task).iloc[-1]])
 
 
 def test_with_dropout_a_stack_has_the_distribution_of_single_runs():
@@ -48,9 +49,10 @@ def test_train_size_draws_rows_of_its_own_for_each_seed():
     for run, seed in enumerate((3, 5)):
         alone = trained(seed, epochs=2, rows=40, dropout=0.0)
         assert len(alone.tokens("train").lengths) == 40
-        assert together.records[run].train_loss == pytest.approx(alone.record.train_loss, rel=1e-4)
-        scores = together.records[run].evaluations
-        assert scores["train"]["MCC"] == pytest.approx(alone.evaluations["train"]["MCC"], abs=0.06)
+        together.select(run)
+        assert together.record.train_loss == pytest.approx(alone.record.train_loss, rel=1e-4)
+        scores = together.evaluations["train"]["MCC"]
+        assert scores == pytest.approx(alone.evaluations["train"]["MCC"], abs=0.06)
 
 
 def test_select_turns_every_result_to_that_run(tmp_path):
@@ -85,15 +87,13 @@ def test_each_run_keeps_its_own_best_epoch():
 
 def test_memory_does_not_grow_with_the_runs(monkeypatch):
     """64 runs: whatever their number, no micro-batch is above the cap."""
-    from bitfit import training
+    sizes, plain = [], models.Forward.__call__
 
-    sizes, plain = [], training.forward
-
-    def watched(model, inputs):
+    def watched(forward, inputs):
         sizes.append(inputs["input_ids"].numel())
-        return plain(model, inputs)
+        return plain(forward, inputs)
 
-    monkeypatch.setattr(training, "forward", watched)
+    monkeypatch.setattr(models.Forward, "__call__", watched)
     evaluator = trained(list(range(64)), epochs=1, rows=16)
     assert max(sizes) <= evaluator.limit.tokens == 2048
     assert sum(sizes) > 2 * 2048

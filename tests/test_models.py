@@ -1,21 +1,23 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY_BERT
+from conftest import TINY_BERT, load_model
 
+from bitfit.data import Tokens
 from bitfit.models import (
     check_length,
+    check_length_early,
+    find_forward,
     fingerprint,
-    load_model,
     load_tokenizer,
     position_limit,
-    takes_full_mask,
+    sha256,
 )
 from bitfit.tasks import TASKS
-from bitfit.training import forward
 from utils import UserError
 
 RTE = TASKS["rte"]
@@ -121,17 +123,50 @@ def test_position_limits(tiny_bert, tiny_roberta):
         roberta(input_ids=torch.full((1, 129), 5))
 
 
+def tokens(*lengths):
+    """Rows of so many random tokens."""
+    counts = np.array(lengths)
+    return Tokens(
+        ids=torch.randint(5, 60, (counts.sum(),)), types=None, labels=None,
+        starts=torch.from_numpy(counts.cumsum() - counts), counts=counts, lengths=counts, pad_id=1,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
 def test_the_full_mask_is_the_one_transformers_makes(name):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     if name == "distilbert":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
     config = transformers.AutoConfig.for_model(name, vocab_size=60, pad_token_id=1, **sizes)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    assert takes_full_mask(model) == (name != "modernbert")
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    forward = find_forward(model, name, tokens(9, 4, 6))
+    assert forward.full_mask == (name != "modernbert")
     ids = torch.randint(5, 60, (3, 9))
     mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
     inputs = {"input_ids": ids.where(mask, 1), "attention_mask": mask}
     with torch.no_grad():
         plain = model(input_ids=inputs["input_ids"], attention_mask=mask.long()).logits
-        assert torch.allclose(forward(model, inputs), plain, atol=1e-6)
+        assert torch.allclose(forward(inputs), plain, atol=1e-6)
+
+
+def test_hashes_know_where_one_value_ends():
+    pairs = [
+        (["ab", "c"], ["a", "bc"]),
+        ([np.zeros((2, 3))], [np.zeros((3, 2))]),
+        ([np.zeros(2, np.int64)], [np.zeros(2)]),
+        ([np.zeros(2), np.zeros(2)], [np.zeros(4)]),
+        ([None], ["-"]),
+        ([None], [""]),
+        ([torch.zeros(2)], [torch.zeros(1, 2)]),
+    ]
+    for first, second in pairs:
+        assert sha256(first) != sha256(second)
+        assert sha256(first) == sha256(first)
+
+
+def test_the_length_is_checked_before_weights_are_loaded(tmp_path):
+    folder = copy(tmp_path, ["*.safetensors"])
+    check_length_early(folder, RTE, 128)
+    with pytest.raises(UserError, match="--max-seq-length 129 is above the model's 128 positions"):
+        check_length_early(folder, RTE, 129)
+    check_length_early(tmp_path / "nowhere", RTE, 129)  # said when it is loaded

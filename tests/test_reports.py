@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bitfit import reports
-from bitfit.runs import Record, Run
+from bitfit.runs import Run
 from bitfit.tasks import TASKS
+from bitfit.train import Record
 
 MRPC = TASKS["mrpc"]
 EPOCHS = [2, 4, 5]
@@ -15,11 +16,19 @@ EVALUATIONS = {
     "train": {"F1": [0.5, 0.8, 0.9], "Accuracy": [0.6, 0.7, 0.8]},
     "validation": {"F1": [0.4, 0.7, 0.7], "Accuracy": [0.5, 0.6, 0.65]},
 }
-RECORD = Record(Run(1e-3, 3), EPOCHS, EVALUATIONS)
+RECORD = Record(Run(1e-3, 3))
+SCORES = reports.frame_of(
+    [
+        ("lr0.001_seed3", epoch, split, metric, values[number])
+        for number, epoch in enumerate(EPOCHS)
+        for split, of in EVALUATIONS.items()
+        for metric, values in of.items()
+    ]
+)
 
 
 def test_metrics_files(tmp_path):
-    reports.write_metrics(tmp_path, MRPC, RECORD, {"seed": 3})
+    reports.write_metrics(tmp_path, MRPC, RECORD, SCORES, {"seed": 3})
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert content["seed"] == 3
     assert content["main_metric"] == "F1"
@@ -37,14 +46,14 @@ def test_metrics_files(tmp_path):
 
 
 def test_score_table_shows_the_last_and_names_the_best():
-    text = reports.score_table(MRPC, RECORD)
+    text = reports.score_table(SCORES, MRPC)
     assert "last (epoch 5)" in text
     assert "best (epoch 4)" in text
-    assert reports.score_table(MRPC, Record(Run(1e-3, 3))) == "nothing was evaluated"
+    assert reports.score_table(reports.frame_of([]), MRPC) == "nothing was evaluated"
 
 
 def test_learning_curves():
-    figures = reports.learning_curves(MRPC, RECORD, "a caption")
+    figures = reports.learning_curves(SCORES, MRPC, "a caption")
     assert list(figures) == ["F1", "Accuracy"]
     axes = figures["Accuracy"].axes[0]
     assert figures["Accuracy"].get_suptitle() == "a caption"
@@ -72,7 +81,7 @@ def test_nothing_is_cut_off(layers):
     caption = "STS-B, a-model-with-quite-a-long-name, bitfit (query, key, value, output, " * 2
     start = {f"m.layer.{i}.attention.output.LayerNorm.bias": torch.zeros(2) for i in range(layers)}
     heatmap = reports.bias_heatmap(start, {n: t + 0.1 for n, t in start.items()}, caption)
-    for figure in (heatmap, *reports.learning_curves(MRPC, RECORD, caption).values()):
+    for figure in (heatmap, *reports.learning_curves(SCORES, MRPC, caption).values()):
         figure.canvas.draw()
         drawn, canvas = figure.get_tightbbox(), figure.get_size_inches()
         assert drawn.x0 >= 0

@@ -13,18 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from conftest import GLUE, ROOT, TINY_BERT, set_dropout
+from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
 import utils
-from bitfit import fit, models, reports, resume, training
-from bitfit import flags as flags_module
-from bitfit.resume import Saver, Training
-from bitfit.runs import Record, Run, Stack
-from bitfit.tasks import TASKS
-from bitfit.trainable import bitfit_names, whole
-from bitfit.training import Position, make_optimizers
-from utils import CheckpointError
+from bitfit import flags as flags_of_program
+from bitfit import models, outputs, reports, store, train
+from bitfit.checkpoints import found
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill_and_resume
@@ -106,7 +101,7 @@ def send(*numbers):
 def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kind, capsys):
     """Dropout is on. The step is finished, a checkpoint written, the way on printed."""
     with monkeypatch.context() as patch:
-        at_call(patch, training, "clip_", 5, send(signal.SIGTERM))
+        at_call(patch, train, "clip_", 5, send(signal.SIGTERM))
         assert run_glue.main(flags(tmp_path / "out", kind)) == 128 + signal.SIGTERM
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_glue.py: stopped: SIGTERM; to go on: python run_glue.py ")
@@ -121,17 +116,17 @@ def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kin
 @pytest.mark.parametrize(
     ("number", "where", "name", "call"),
     [
-        (signal.SIGTERM, "training", "forward_backward", 2),
-        (signal.SIGINT, "training", "forward_backward", 2),
-        (signal.SIGUSR1, "training", "forward_backward", 2),
-        (signal.SIGINT, "fit", "predict_runs", 3),  # in the second evaluation
-        (signal.SIGTERM, "resume", "write", 1),  # while a checkpoint is written
+        (signal.SIGTERM, "train", "forward_backward", 2),
+        (signal.SIGINT, "train", "forward_backward", 2),
+        (signal.SIGUSR1, "train", "forward_backward", 2),
+        (signal.SIGINT, "train", "predict_runs", 3),  # in the second evaluation
+        (signal.SIGTERM, "store", "write", 1),  # while a checkpoint is written
         (signal.SIGUSR1, "run_glue", "leave", 2),  # while the results are
         (signal.SIGTERM, "run_glue", "prepare", 1),  # before anything is
     ],
 )
 def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where, name, call):
-    modules = {"training": training, "fit": fit, "resume": resume, "run_glue": run_glue}
+    modules = {"train": train, "store": store, "run_glue": run_glue}
     with monkeypatch.context() as patch:
         at_call(patch, modules[where], name, call, send(number))
         assert run_glue.main(flags(tmp_path / "out")) == 128 + number
@@ -141,7 +136,7 @@ def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where
 
 def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch, quiet, capsys):
     with monkeypatch.context() as patch:
-        at_call(patch, training, "clip_", 5, send(signal.SIGINT, signal.SIGINT))
+        at_call(patch, train, "clip_", 5, send(signal.SIGINT, signal.SIGINT))
         assert run_glue.main(flags(tmp_path / "out")) == 130
     assert "stopped: at once; to go on: " in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
@@ -243,7 +238,7 @@ def test_a_file_system_that_takes_no_more_in_the_middle_of_a_file(tmp_path):
 
 
 def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
-    at_call(monkeypatch, fit, "evaluate", 2, lambda: shutil.rmtree(tmp_path / "out"))
+    at_call(monkeypatch, train, "evaluate", 2, lambda: shutil.rmtree(tmp_path / "out"))
     assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "No such file or directory" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -266,17 +261,17 @@ def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
         def always(*args):
             raise error
 
-        patch.setattr(training, "forward", always)
+        patch.setattr(models.Forward, "__call__", always)
 
     with monkeypatch.context() as patch:
-        at_call(patch, training, "clip_", 5, fail)
+        at_call(patch, train, "clip_", 5, fail)
         assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "stopped: out of memory (a lower --max-tokens" in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
 def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "clip_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(train, "clip_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run_glue.main(flags(tmp_path / "out"))
 
@@ -285,10 +280,10 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
     """Also if the first was killed, or ends while the second waits for its lock."""
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        at_call(patch, training, "clip_", 2, send(signal.SIGTERM))
+        at_call(patch, train, "clip_", 2, send(signal.SIGTERM))
         run_glue.main(flags(folder))
     before = kill_and_resume.left(folder)
-    with utils.lock(folder):
+    with outputs.held(folder):
         assert run_glue.main([*flags(folder), "--resume"]) == 2
         assert "is in use by another process" in capsys.readouterr().err.splitlines()[-1]
         (folder / ".lock").unlink()
@@ -305,7 +300,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, training, "clip_", 5, send(signal.SIGTERM))
+        at_call(patch, train, "clip_", 5, send(signal.SIGTERM))
         run_glue.main(flags(tmp_path / "out"))
     return tmp_path / "out"
 
@@ -375,7 +370,7 @@ def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
 def test_a_finished_run_is_not_taken_for_another(tmp_path, more, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
-    args = flags_module.parse_args("", flags(folder))
+    args = flags_of_program.parse_args("", flags(folder))
     facts = vars(args) | {"precision": "fp32", "finished": True}
     (folder / "args.json").write_text(json.dumps(facts))
     assert run_glue.main([*flags(folder), "--resume"]) == 0
@@ -462,51 +457,12 @@ def test_when_checkpoints_are_written(tmp_path, monkeypatch, every, minutes, num
     """Every so many epochs and after the last; by minutes within one; two are kept."""
     kept = []
     monkeypatch.setattr(
-        run_glue, "finish", lambda folder, facts: kept.append(resume.found(folder / "checkpoints"))
+        outputs, "finish", lambda folder, facts: kept.append(found(folder / "checkpoints"))
     )
     more = ["--checkpoint-every", str(every)]
     more += ["--checkpoint-minutes", str(minutes or 1e9)]
     assert run_glue.main([*flags(tmp_path / "out", "bitfit"), *more]) == 0
     assert kept == [numbers]
-
-
-def small_training(runs, model=None):
-    model = model or models.load(TINY_BERT, TASKS["rte"])[0]
-    set_dropout(model, 0.0)
-    stack = Stack(model, whole(bitfit_names(model, ["bias"])), runs, models.draw_head)
-    optimizers = make_optimizers("adamw", stack)
-    for optimizer in optimizers:
-        optimizer.step()
-    limit = type("Limit", (), {"tokens": 7})
-    plan = type("Plan", (), {"limit": limit})
-    position = Position(3, 5, torch.tensor([0.5] * len(runs)), 1.5)
-    return Training(plan, stack, optimizers, [Record(run) for run in runs], None, position)
-
-
-def damages(data):
-    """A file cut at every kind of place, and with a flipped bit here and there."""
-    rng = random.Random(0)
-    cuts = [0, 1, 7, 8, 9, 50, len(data) // 2, len(data) - 1]
-    yield from (data[:cut] for cut in cuts)
-    yield data + b"\n"
-    yield bytes(len(data))
-    for place in [*range(20), len(data) - 1, *(rng.randrange(len(data)) for _ in range(150))]:
-        yield data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
-
-
-@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-def test_no_damaged_checkpoint_is_accepted(tmp_path, suffix):
-    Saver(tmp_path).save(small_training([Run(1e-3, 0), Run(1e-3, 1)]))
-    path = tmp_path / f"000001{suffix}"
-    whole = path.read_bytes()
-    resume.read(tmp_path, 1)
-    for damaged in damages(whole):
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"checkpoint .*000001\.json is damaged: "):
-            resume.read(tmp_path, 1)
-    path.unlink()
-    with pytest.raises(CheckpointError):
-        resume.read(tmp_path, 1)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
@@ -517,7 +473,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     newest.write_bytes(newest.read_bytes()[:-3])
     assert_as_if_never_stopped(interrupted, quiet, "stacked")
     assert f"{newest.stem}.json is damaged" in caplog.text
-    assert "the checkpoint before it is tried" in caplog.text
+    assert "the one before it is tried" in caplog.text
 
 
 def test_when_all_are_damaged(interrupted, capsys):
@@ -527,13 +483,3 @@ def test_when_all_are_damaged(interrupted, capsys):
     assert run_glue.main([*flags(interrupted), "--resume"]) == 1
     assert "no checkpoint in " in capsys.readouterr().err.splitlines()[-1]
     assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
-
-
-def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
-    """The words do not train: a small vocabulary is enough for the size."""
-    config = transformers.BertConfig(vocab_size=30, num_labels=2)
-    model = transformers.BertForSequenceClassification(config)
-    runs = [Run(1e-3, seed) for seed in range(20)]
-    Saver(tmp_path).save(small_training(runs=runs, model=model))
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert 3 * 20 * 4 * 104_450 < size < 30e6

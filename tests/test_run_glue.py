@@ -12,7 +12,7 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit import training
+from bitfit import data, outputs, train
 from bitfit.tasks import TASKS
 from glue_evaluator import GLUEvaluator
 
@@ -93,7 +93,7 @@ def test_verbose_lists_the_mask_alone(tmp_path, capsys):
 
 def test_git_is_not_needed(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert run_glue.commit() is None
+    assert outputs.commit() is None
 
 
 def test_all_outputs_of_one_run(tmp_path):
@@ -124,14 +124,14 @@ def test_an_empty_output_folder_is_fine(tmp_path):
 
 
 def test_a_diverged_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    plain, calls = training.row_losses, iter(range(10_000))
+    plain, calls = train.row_losses, iter(range(10_000))
 
     def losses(task, logits, labels):  # the second epoch's losses overflow
         return plain(task, logits, labels) * (float("inf") if next(calls) >= steps else 1.0)
 
     steps = 3
-    monkeypatch.setattr(training, "row_losses", losses)
-    monkeypatch.setitem(training.micro_batches.__globals__["OVERHEAD"], "cpu", 1e18)
+    monkeypatch.setattr(train, "row_losses", losses)
+    monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)
     assert run_glue.main([*flags(tmp_path / "out", "--save-evaluator"), "--epochs", "4"]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("run_glue.py: stopped: the loss or its gradient was not finite")

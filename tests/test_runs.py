@@ -1,18 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import forward_of
 from transformers import AutoModelForSequenceClassification
 
-from bitfit.compute import stacked_pass_differs
 from bitfit.data import Tokens
-from bitfit.runs import Run, Stack, clip_, why_not_stackable
-from bitfit.trainable import (
-    bitfit_names,
-    head_names,
-    row_column_positions,
-    uniform_positions,
-    whole,
-)
+from bitfit.runs import Run, Stack, clip_, stacked_pass_differs, why_not_stackable
+from bitfit.trainable import FINE_TUNE_TYPES, select
 
 RUN = Run(1e-3, 0)
 
@@ -36,12 +30,13 @@ def loss(model):
 
 def masks(model):
     rng = np.random.default_rng(0)
-    return {
-        "bitfit": whole(bitfit_names(model, ["bias"])),
-        "full_ft": whole(n for n, _ in model.named_parameters()),
-        "rand_uniform": uniform_positions(model, 5_000, rng),
-        "rand_row_col": row_column_positions(model, rng),
-    }
+    return {kind: select(model, kind, ["bias"], 5_000, rng) for kind in FINE_TUNE_TYPES}
+
+
+TOKENS = Tokens(
+    ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=torch.tensor([0, 10]),
+    labels=torch.tensor([0, 1]), counts=np.array([10, 20]), lengths=np.array([10, 20]), pad_id=0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["bitfit", "full_ft", "rand_uniform", "rand_row_col"])
@@ -121,12 +116,13 @@ def test_no_memory_in_the_middle_of_a_gradient_leaves_nothing_behind(model, monk
 
 
 def test_what_can_be_stacked(model):
-    chosen = masks(model)
-    assert why_not_stackable(model, chosen["bitfit"]) is None
-    assert why_not_stackable(model, whole(head_names(model))) is None
-    assert "the encoder's matrices train" in why_not_stackable(model, chosen["full_ft"])
+    chosen, forward = masks(model), forward_of(model)
+    assert why_not_stackable(forward, chosen["bitfit"], TOKENS) is None
+    assert why_not_stackable(forward, chosen["frozen"], TOKENS) is None
+    assert "the encoder's matrices train" in why_not_stackable(forward, chosen["full_ft"], TOKENS)
     for method in ("rand_uniform", "rand_row_col"):
-        assert "a random choice of its own" in why_not_stackable(model, chosen[method])
+        reason = why_not_stackable(forward, chosen[method], TOKENS)
+        assert "a random choice of its own" in reason
 
 
 def test_a_model_of_other_modules_is_not_stacked(model):
@@ -136,21 +132,15 @@ def test_a_model_of_other_modules_is_not_stacked(model):
 
     layer = model.bert.encoder.layer[1].output
     layer.dense.__class__ = Scaled
-    assert "bert.encoder.layer.1.output.dense.bias belongs to a Scaled" in why_not_stackable(
-        model, masks(model)["bitfit"]
-    )
+    reason = why_not_stackable(forward_of(model), masks(model)["bitfit"], TOKENS)
+    assert "bert.encoder.layer.1.output.dense.bias belongs to a Scaled" in reason
 
 
 def test_a_model_that_goes_around_its_modules_is_found_out(model):
     """Its Linear is a plain one, but is not what computes."""
-    tokens = Tokens(
-        ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=torch.tensor([0, 10]),
-        counts=torch.tensor([10, 20]), labels=torch.tensor([0, 1]), lengths=np.array([10, 20]),
-        pad_id=0, full_width=None,
-    )  # fmt: skip
     chosen = masks(model)["bitfit"]
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert not stacked_pass_differs(model, chosen, tokens)
+    assert not stacked_pass_differs(forward_of(model), chosen, TOKENS)
     output = model.bert.encoder.layer[0].intermediate
 
     def around(x):
@@ -158,5 +148,6 @@ def test_a_model_that_goes_around_its_modules_is_found_out(model):
         return torch.nn.functional.gelu(x)
 
     output.forward = around
-    assert stacked_pass_differs(model, chosen, tokens)
+    reason = why_not_stackable(forward_of(model), chosen, TOKENS)
+    assert "does not compute with its Linear and LayerNorm modules alone" in reason
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -127,10 +127,10 @@ def test_missing_folder_and_split(tmp_path):
     [
         ({"sentence": ["a"]}, "no column 'label'"),
         ({"sentence": ["a", None], "label": [0, 1]}, "row 1 has no text"),
-        ({"sentence": ["a"], "label": [2]}, "row 0 has the unknown label 2"),
-        ({"sentence": ["a"], "label": [0.5]}, "row 0 has the unknown label 0.5"),
-        ({"sentence": ["a"], "label": [float("nan")]}, "row 0 has the unknown label nan"),
-        ({"sentence": ["a"], "label": ["1"]}, "row 0 has the unknown label '1'"),
+        ({"sentence": ["a"], "label": [2]}, "row 0: unknown label 2"),
+        ({"sentence": ["a"], "label": [0.5]}, "row 0: unknown label 0.5"),
+        ({"sentence": ["a"], "label": [float("nan")]}, "row 0: unknown label nan"),
+        ({"sentence": ["a"], "label": ["1"]}, "row 0: unknown label '1'"),
     ],
 )
 def test_broken_parquet(tmp_path, frame, message):

@@ -13,13 +13,9 @@ RTE = TASKS["rte"]
 
 
 def result(rate, seed, scores, diverged=None):
-    curves = {"Accuracy": scores}
-    return {
-        "learning_rate": rate, "seed": seed, "main_metric": "Accuracy", "diverged": diverged,
-        "epochs": [2 * (i + 1) for i in range(len(scores))], "train_loss": [0.7],
-        "evaluations": {"train": curves, "validation": curves} if scores else {},
-        "seconds": {"training": 1.0, "evaluation": 0.5},
-    }  # fmt: skip
+    """(run, its metrics.json as far as it is read here, its main score by epoch)"""
+    content = {"train_loss": [0.7], "seconds": {"training": 1.0, "evaluation": 0.5}}
+    return Run(rate, seed), content | {"diverged": diverged}, scores
 
 
 RESULTS = [
@@ -33,11 +29,19 @@ RESULTS = [
 
 
 def write(folder, results):
-    for one in results:
-        path = folder / sweeps.name_of(one) / "metrics.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(one))
-    return [Run(one["learning_rate"], one["seed"]) for one in results]
+    """{run: its folder}, each with its metrics files"""
+    folders = {run: folder / run.name for run, _, _ in results}
+    for run, content, scores in results:
+        folders[run].mkdir(parents=True)
+        (folders[run] / "metrics.json").write_text(json.dumps(content))
+        rows = [
+            (2 * (number + 1), split, "Accuracy", score)
+            for split in ("train", "validation")
+            for number, score in enumerate(scores)
+        ]
+        table = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
+        table.to_csv(folders[run] / "metrics.csv", index=False)
+    return folders
 
 
 def test_report(tmp_path):
@@ -84,15 +88,17 @@ def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
         ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.8]}, ["the highest of the grid", "still rise"]),
     ],
 )
-def test_warnings(curves, expected):
-    warnings = sweeps.warnings_of([result(rate, 0, scores) for rate, scores in curves.items()])
+def test_warnings(tmp_path, curves, expected):
+    folders = write(tmp_path, [result(rate, 0, scores) for rate, scores in curves.items()])
+    warnings = sweeps.warnings_of(sweeps.by_learning_rate(*sweeps.read(folders), RTE))
     assert len(warnings) == len(expected)
     for warning, part in zip(warnings, expected, strict=True):
         assert part in warning
 
 
-def test_curves_show_mean_and_range():
-    figures = sweeps.sweep_curves(sweeps.scored(RESULTS), "a caption")
+def test_curves_show_mean_and_range(tmp_path):
+    facts, scores = sweeps.read(write(tmp_path, RESULTS))
+    figures = sweeps.sweep_curves(facts, scores, RTE, "a caption")
     axes = figures["Accuracy"].axes[0]
     lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
     assert np.allclose(lines["learning rate 0.001 (2 seeds, last 65.0)"], [60, 67.5, 65])

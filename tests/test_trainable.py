@@ -15,8 +15,8 @@ from bitfit.trainable import (
     in_encoder,
     row_column_positions,
     row_or_column,
+    select,
     term_names,
-    trainable,
     uniform_positions,
     whole,
 )
@@ -77,8 +77,8 @@ def test_bert_large():
 
 
 def test_full_and_frozen(bert_base):
-    assert list(trainable(bert_base, False)) == HEAD
-    assert list(trainable(bert_base, True)) == [n for n, _ in bert_base.named_parameters()]
+    assert list(select(bert_base, "frozen")) == HEAD
+    assert list(select(bert_base, "full_ft")) == [n for n, _ in bert_base.named_parameters()]
 
 
 def small(name, **sizes):
@@ -153,13 +153,20 @@ def test_row_column_mask(bert_base):
 
 
 def test_rows_or_column():
+    """A fair coin wherever there are at least as many rows as columns; a wide one: a column."""
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        assert set(row_or_column(3, 6, rng) % 6).__len__() == 1  # wide: always a column
-        rows = row_or_column(6, 3, rng) // 3  # tall: two whole rows
-        assert sorted(np.unique(rows, return_counts=True)[1]) == [3, 3]
-    square = [len(set(row_or_column(5, 5, rng) % 5)) == 1 for _ in range(400)]
-    assert 140 < sum(square) < 260
+    for rows, columns in ((5, 5), (6, 3), (8, 3)):
+        took_columns = 0
+        for _ in range(400):
+            positions = row_or_column(rows, columns, rng)
+            if len(set(positions % columns)) == 1:
+                took_columns += 1
+                assert len(positions) == rows
+            else:
+                of_row = np.unique(positions // columns, return_counts=True)[1]
+                assert of_row.tolist() == [columns] * (rows // columns)  # distinct and whole
+        assert 140 < took_columns < 260
+    assert all(len(set(row_or_column(3, 6, rng) % 6)) == 1 for _ in range(20))
 
 
 @pytest.mark.parametrize(
@@ -172,8 +179,9 @@ def test_rows_or_column():
         ("distilbert-base-cased", 102_912),
     ],
 )
-def test_mask_size(bert_base, name, size):
-    assert default_mask_size(bert_base, name) == size
+def test_mask_size(bert_base, name, size, monkeypatch):
+    monkeypatch.setattr(bert_base.config, "name_or_path", name)
+    assert default_mask_size(bert_base) == size
 
 
 def test_terms_and_components_are_each_others_inverse():
@@ -182,6 +190,6 @@ def test_terms_and_components_are_each_others_inverse():
 
 
 def test_description_counts(bert_base):
-    text = describe(bert_base, trainable(bert_base, False, ["bias"]))
+    text = describe(bert_base, select(bert_base, "bitfit", ["bias"]))
     assert "bert.encoder.layer.11.output.dense.bias" in text
     assert "104,450 of 108,311,810 parameters train (0.096%)" in text

@@ -1,22 +1,32 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from conftest import GLUE, set_dropout
+from conftest import GLUE, forward_of, load_model, set_dropout
 
-from bitfit import data, models, sources, training
-from bitfit.compute import Limit, forward, precision_of, predict, predict_runs
-from bitfit.data import gather, tokenize
+from bitfit import data, models, sources, train
+from bitfit.checkpoints import Saver
+from bitfit.data import gather_rows, tokenize
+from bitfit.predict import Limit, precision_of, predict, predict_runs
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
-from bitfit.trainable import bitfit_names, row_column_positions, trainable, uniform_positions, whole
-from bitfit.training import Plan, Schedule, epoch_order, make_optimizers, whole_epoch
+from bitfit.train import Plan, Split, schedule, start, train_epoch
+from bitfit.trainable import select
+from utils import generator
 
 COLA = TASKS["cola"]
 CPU = torch.device("cpu")
-CONSTANT = Schedule("constant", 0, 0)
 LIMIT = Limit(2048)
+ONE = [Run(1e-3, 0)]
+
+
+class NoBar:
+    """In place of a tqdm bar."""
+
+    def update(self, count):
+        pass
+
+    def set_postfix(self, **words):
+        pass
 
 
 @pytest.fixture(params=["tiny_bert", "tiny_roberta"])
@@ -30,24 +40,36 @@ def tokens_of(folder, rows=44, task=COLA, pad_to_max=False):
 
 
 def new_model(folder, dropout=0.0, task=COLA):
-    model = models.load_model(folder, task, seed=0)
+    model = load_model(folder, task)
     set_dropout(model, dropout)
     return model
 
 
-def make_plan(model, tokens, task=COLA, seeds=(0,)):
-    rows = dict.fromkeys(seeds, np.arange(len(tokens.lengths)))
-    return Plan(task, model, tokens, 16, CONSTANT, LIMIT, rows)
+def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
+              draw=None, limit=LIMIT, **options):  # fmt: skip
+    stack = Stack(model, chosen, list(runs), draw)
+    rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
+    plan = Plan(
+        task, forward_of(model), Split(tokens, rows), {}, limit, 16, **{"epochs": 9} | options
+    )
+    return start(plan, stack, optimizer)
 
 
-def train(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=1e-3):
+def next_epoch(state):
+    """Train an epoch; the mean losses of the runs, NaN where one is bad."""
+    train_epoch(state, Saver(), NoBar())
+    losses = state.loss_sum / state.plan.rows_per_run
+    state.loss_sum = torch.zeros_like(losses)
+    state.epoch, state.step = state.epoch + 1, 0
+    return losses.where(state.stack.bad_step < 0, torch.nan).tolist()
+
+
+def trained(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=1e-3):
     torch.manual_seed(0)
-    stack = Stack(model, chosen, [Run(rate, 0)])
-    optimizers = make_optimizers(optimizer, stack)
-    plan = make_plan(model, tokens, task)
-    losses = [whole_epoch(plan, stack, optimizers, e)[0] for e in range(epochs)]
-    stack.release()
-    return stack, losses
+    state = new_state(model, tokens, chosen, [Run(rate, 0)], optimizer, task)
+    losses = [next_epoch(state)[0] for _ in range(epochs)]
+    state.stack.release()
+    return state.stack, losses
 
 
 def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3):
@@ -65,7 +87,7 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3):
     model.train()
     losses = []
     for epoch in range(epochs):
-        order, total = epoch_order(Run(rate, 0), epoch, 44), 0.0
+        order, total = generator(0, f"data order of epoch {epoch}").permutation(44), 0.0
         for rows in (order[:16], order[16:32], order[32:]):
             batch = texts.take(rows)
             inputs = tokenizer(*batch.columns, padding="longest", return_tensors="pt")
@@ -81,13 +103,10 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3):
     return losses
 
 
-def methods(model):
-    return {
-        "bitfit": whole(bitfit_names(model, ["bias"])),
-        "partial": whole(bitfit_names(model, ["intermediate.dense.bias"])),
-        "frozen": trainable(model, False),
-        "full_ft": trainable(model, True),
-    }
+def choose(model, method):
+    if method == "partial":
+        return select(model, "bitfit", ["intermediate.dense.bias"])
+    return select(model, method, ["bias"], 3000, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("method", ["bitfit", "partial", "frozen", "full_ft"])
@@ -95,9 +114,9 @@ def methods(model):
 def test_the_loop_is_the_plain_one(folder, method, optimizer):
     """Micro-batches, flat rows and fused steps change no value beyond rounding."""
     expected, model = new_model(folder), new_model(folder)
-    chosen = methods(model)[method]
+    chosen = choose(model, method)
     expected_losses = plain_loop(expected, folder, set(chosen), 2, optimizer)
-    _, losses = train(model, tokens_of(folder), chosen, 2, optimizer)
+    _, losses = trained(model, tokens_of(folder), chosen, 2, optimizer)
     assert losses == pytest.approx(expected_losses, rel=2e-4)
     for (name, parameter), wanted in zip(
         model.named_parameters(), expected.parameters(), strict=True
@@ -107,10 +126,12 @@ def test_the_loop_is_the_plain_one(folder, method, optimizer):
 
 
 def test_the_order_of_the_rows_is_the_runs_own():
-    orders = [epoch_order(Run(1.0, s), e, 50) for s in (0, 1) for e in (0, 1)]
+    rows = dict.fromkeys((0, 1), np.arange(50))
+    plan = Plan(COLA, None, Split(None, rows), {}, LIMIT, 16, 2)
+    orders = [plan.order(Run(1.0, s), e) for s in (0, 1) for e in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    assert np.array_equal(orders[0], epoch_order(Run(9.0, 0), 0, 50))
+    assert np.array_equal(orders[0], plan.order(Run(9.0, 0), 0))
 
 
 @pytest.mark.parametrize("overhead", [0.0, 1e12])
@@ -118,10 +139,10 @@ def test_micro_batches_equal_one_padded_batch(tiny_bert, monkeypatch, overhead):
     """As many micro-batches as pay, or one: the same losses and trained values."""
     one = new_model(tiny_bert)
     monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)
-    expected, losses = train(one, tokens_of(tiny_bert, pad_to_max=True), methods(one)["partial"])
+    expected, losses = trained(one, tokens_of(tiny_bert, pad_to_max=True), choose(one, "partial"))
     many = new_model(tiny_bert)
     monkeypatch.setitem(data.OVERHEAD, "cpu", overhead)
-    stack, found = train(many, tokens_of(tiny_bert), methods(many)["partial"])
+    stack, found = trained(many, tokens_of(tiny_bert), choose(many, "partial"))
     assert found == pytest.approx(losses, rel=1e-4)
     assert torch.allclose(stack.values, expected.values, atol=1e-5)
 
@@ -131,15 +152,11 @@ def test_micro_batches_equal_one_padded_batch(tiny_bert, monkeypatch, overhead):
 def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
     model = new_model(tiny_bert, dropout=0.1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    rng = np.random.default_rng(0)
-    chosen = methods(model).get(method) or {
-        "rand_uniform": uniform_positions(model, 3000, rng),
-        "rand_row_col": row_column_positions(model, rng),
-    }.get(method)
-    stack = Stack(model, chosen, [Run(1e-2, 0)])
-    plan = make_plan(model, tokens_of(tiny_bert))
+    chosen = choose(model, method)
+    state = new_state(model, tokens_of(tiny_bert), chosen, [Run(1e-2, 0)])
     with precision_of(model, precision, CPU):
-        whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
+        next_epoch(state)
+    stack = state.stack
     stack.release()
     for name, parameter in model.named_parameters():
         moved = (parameter != before[name]).flatten()
@@ -155,23 +172,22 @@ def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
 
 def test_the_optimizer_holds_state_only_for_what_trains(tiny_bert):
     model = new_model(tiny_bert)
-    stack = Stack(model, uniform_positions(model, 500, np.random.default_rng(0)), [Run(1e-3, 0)])
-    (optimizer,) = make_optimizers("adamw", stack)
-    plan = make_plan(model, tokens_of(tiny_bert))
-    whole_epoch(plan, stack, [optimizer], 0)
-    (state,) = optimizer.state.values()
+    chosen = select(model, "rand_uniform", mask_size=500, rng=np.random.default_rng(0))
+    state = new_state(model, tokens_of(tiny_bert), chosen)
+    next_epoch(state)
+    (own,) = state.optimizer.state.values()
     head = model.classifier.weight.numel() + 2
-    assert state["exp_avg"].numel() == state["exp_avg_sq"].numel() == 500 + head
+    assert own["exp_avg"].numel() == own["exp_avg_sq"].numel() == 500 + head
 
 
 def test_bf16_follows_fp32(tiny_bert):
     def run(precision):
         model = new_model(tiny_bert)
-        stack = Stack(model, methods(model)["bitfit"], [Run(1e-3, 0)])
-        plan = make_plan(model, tokens_of(tiny_bert))
+        state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"))
         with precision_of(model, precision, CPU):
-            loss = whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
-            return loss[0], predict(model, plan.tokens, LIMIT), stack
+            loss = next_epoch(state)
+            tokens = state.plan.train.tokens
+            return loss[0], predict(state.plan.forward, tokens, LIMIT), state.stack
 
     loss, logits, _ = run("fp32")
     half_loss, half_logits, stack = run("bf16")
@@ -184,13 +200,13 @@ def test_bf16_follows_fp32(tiny_bert):
 def test_bf16_trains_on_the_values_of_now(tiny_bert, method):
     """No cast of a trained value outlives the step that changes it."""
     model, tokens = new_model(tiny_bert), tokens_of(tiny_bert, rows=8)
-    stack = Stack(model, methods(model)[method], [Run(1e-3, 0)])
-    rows = np.arange(8)
+    stack = Stack(model, choose(model, method), [Run(1e-3, 0)])
+    forward, inputs = forward_of(model), gather_rows(tokens, np.arange(8))
     with precision_of(model, "bf16", CPU):
-        first = forward(model, gather(tokens, rows)[0]).detach()
+        first = forward(inputs).detach()
         stack.values += 0.05 * torch.randn(stack.values.shape)
-        second = forward(model, gather(tokens, rows)[0]).detach()
-        assert np.allclose(second.numpy(), predict(model, tokens, LIMIT), atol=0.02)
+        second = forward(inputs).detach()
+        assert np.allclose(second.numpy(), predict(forward, tokens, LIMIT), atol=0.02)
     assert (first - second).abs().max() > 0.05
 
 
@@ -203,23 +219,21 @@ def test_predictions_come_in_the_order_of_the_rows(folder):
         single = [
             model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in texts.columns[0]
         ]
-    assert np.allclose(predict(model, tokens, LIMIT), np.stack(single), atol=1e-5)
-    assert np.allclose(
-        predict(model, tokens, LIMIT, np.array([7, 3])), np.stack(single)[[7, 3]], atol=1e-5
-    )
+    forward, single = forward_of(model), np.stack(single)
+    assert np.allclose(predict(forward, tokens, LIMIT), single, atol=1e-5)
+    assert np.allclose(predict(forward, tokens, LIMIT, np.array([7, 3])), single[[7, 3]], atol=1e-5)
 
 
 def test_schedules():
-    constant = Schedule("constant", 2, 10)
-    assert [constant.factor(s) for s in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
-    linear = Schedule("linear", 2, 10)
-    assert [linear.factor(s) for s in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.5, 0.125]
+    assert schedule("constant", 2, 10)[[0, 1, 2, 9]].tolist() == [0.5, 1.0, 1.0, 1.0]
+    assert schedule("linear", 2, 10)[[0, 1, 2, 6, 9]].tolist() == [0.5, 1.0, 1.0, 0.5, 0.125]
+    assert schedule("linear", 0, 4).tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, monkeypatch):
     model, tokens = new_model(tiny_bert), tokens_of(tiny_bert)
-    stack = Stack(model, methods(model)["bitfit"], [Run(1e-3, 0)])
-    kept = []
+    state = new_state(model, tokens, choose(model, "bitfit"))
+    stack, kept = state.stack, []
     calls = iter(range(100))
 
     def losses(task, logits, labels):
@@ -229,10 +243,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, 
             kept.append(stack.values.clone())  # after the first step, before the bad one
         return each * float("nan") if call == 1 else each
 
-    monkeypatch.setattr(training, "row_losses", losses)
+    monkeypatch.setattr(train, "row_losses", losses)
     monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)  # one micro-batch a step
-    plan = make_plan(model, tokens)
-    (loss,) = whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
+    (loss,) = next_epoch(state)
     assert np.isnan(loss)
     assert stack.bad_step.tolist() == [1]
     assert not len(stack.alive())
@@ -244,7 +257,7 @@ def test_regression_trains(tiny_bert):
     task = TASKS["stsb"]
     model = new_model(tiny_bert, task=task)
     tokens = tokens_of(tiny_bert, task=task)
-    _, losses = train(model, tokens, methods(model)["bitfit"], 4, task=task, rate=3e-3)
+    _, losses = trained(model, tokens, choose(model, "bitfit"), 4, task=task, rate=3e-3)
     assert losses[-1] < losses[0]
 
 
@@ -253,16 +266,15 @@ def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precisi
     model, needs_head = models.load(folder, COLA)
     assert needs_head
     set_dropout(model, 0.0)
-    stack = Stack(model, methods(model)[method], runs, models.draw_head)
     tokens = tokens_of(folder, rows)
-    plan = make_plan(model, tokens, seeds={run.seed for run in runs})
-    optimizers = make_optimizers(optimizer, stack)
+    state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=models.draw_head)
     with precision_of(model, precision, CPU):
-        losses = [whole_epoch(plan, stack, optimizers, e) for e in range(epochs)]
+        losses = [next_epoch(state) for _ in range(epochs)]
         every = {k: np.arange(rows) for k in range(len(runs))}
-        logits = [lg for _, lg in predict_runs(model, stack, tokens, LIMIT, every)]
-    stack.release()
-    return np.stack(logits), np.array(losses), stack
+        of_run = predict_runs(state.plan.forward, state.stack, tokens, LIMIT, every)
+        logits = [own for _, own in of_run]
+    state.stack.release()
+    return np.stack(logits), np.array(losses), state.stack
 
 
 GRID = [Run(rate, seed) for rate in (3e-4, 2e-3) for seed in (0, 7)]
@@ -319,25 +331,24 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch):
     """Run 1's rows turn to infinity inside the model at its third step, and it stays as it was."""
     model, _ = models.load(folder, COLA)
     set_dropout(model, 0.0)
-    stack = Stack(model, methods(model)["bitfit"], GRID, models.draw_head)
-    plan = make_plan(model, tokens_of(folder), seeds=(0, 7))
-    optimizers = make_optimizers("adamw", stack)
-    kept, steps = [], iter(range(100))
-    plain = training.forward_backward
+    chosen = choose(model, "bitfit")
+    state = new_state(model, tokens_of(folder), chosen, GRID, draw=models.draw_head)
+    stack, kept, steps = state.stack, [], iter(range(100))
+    plain = train.forward_backward
 
-    def sometimes_infinite(plan, stack, alive, rows):
+    def sometimes_infinite(plan, stack, step):
         number = next(steps)
         if number == 2:
             kept.append(stack.values.clone())
             stack.values[1] *= float("inf")  # NaN and infinite biases: all it computes is bad
         try:
-            return plain(plan, stack, alive, rows)
+            return plain(plan, stack, step)
         finally:
             if number == 2:
                 stack.values[1] = kept[0][1]
 
-    monkeypatch.setattr(training, "forward_backward", sometimes_infinite)
-    losses = [whole_epoch(plan, stack, optimizers, e) for e in range(3)]
+    monkeypatch.setattr(train, "forward_backward", sometimes_infinite)
+    losses = [next_epoch(state) for _ in range(3)]
     assert stack.bad_step.tolist() == [-1, 2, -1, -1]
     assert stack.alive().tolist() == [0, 2, 3]
     assert torch.equal(stack.values[1], kept[0][1])
@@ -351,43 +362,45 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch):
 def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
     """Three runs, one pass: the same logits as run by run."""
     model, _ = models.load(folder, COLA)
-    stack = Stack(model, methods(model)["frozen"], GRID, models.draw_head)
-    tokens = tokens_of(folder)
+    stack = Stack(model, choose(model, "frozen"), GRID, models.draw_head)
+    forward, tokens = forward_of(model), tokens_of(folder)
     rows = {k: np.arange(44) for k in range(4)}
-    together = dict(predict_runs(model, stack, tokens, LIMIT, rows))
+    together = dict(predict_runs(forward, stack, tokens, LIMIT, rows))
     for k in rows:
         stack.put(k)
-        assert np.allclose(together[k], predict(model, tokens, LIMIT), atol=1e-5)
+        assert np.allclose(together[k], predict(forward, tokens, LIMIT), atol=1e-5)
     passes = []
     plain = type(model.base_model).forward
     monkeypatch.setattr(
         type(model.base_model), "forward", lambda *a, **k: passes.append(1) or plain(*a, **k)
     )
-    list(predict_runs(model, stack, tokens, LIMIT, rows))
+    list(predict_runs(forward, stack, tokens, LIMIT, rows))
     shared = len(passes)
-    rows[0] = rows[0][::-1]  # other rows: no sharing
-    list(predict_runs(model, stack, tokens, LIMIT, rows))
+    rows[0] = rows[0][::-1].copy()  # other rows: no sharing
+    list(predict_runs(forward, stack, tokens, LIMIT, rows))
     assert len(passes) - shared == 4 * shared
 
 
 def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatch):
     """A device that takes 300 tokens at most gives what a cap of that size gives."""
+    plain = models.Forward.__call__
 
     def run(cap, room):
         limit, model = Limit(cap), new_model(tiny_bert, dropout=0.1)
-        stack = Stack(model, methods(model)["bitfit"], GRID, models.draw_head)
-        plan = replace(make_plan(model, tokens_of(tiny_bert), seeds=(0, 7)), limit=limit)
+        chosen = choose(model, "bitfit")
+        state = new_state(
+            model, tokens_of(tiny_bert), chosen, GRID, draw=models.draw_head, limit=limit
+        )
 
-        def tight(model, inputs):
+        def tight(forward, inputs):
             torch.nn.functional.dropout(torch.ones(3))  # moves the generator before it fails
             if inputs["input_ids"].numel() > room:
                 raise torch.OutOfMemoryError("no room")
-            return forward(model, inputs)
+            return plain(forward, inputs)
 
-        monkeypatch.setattr(training, "forward", tight)
+        monkeypatch.setattr(models.Forward, "__call__", tight)
         torch.manual_seed(0)
-        losses = whole_epoch(plan, stack, make_optimizers("adamw", stack), 0)
-        return losses, stack.values, limit.tokens
+        return next_epoch(state), state.stack.values, limit.tokens
 
     losses, values, cap = run(2048, room=300)
     assert cap == 256

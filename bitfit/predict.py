@@ -1,4 +1,4 @@
-"""The one forward pass: its precision, its memory, and prediction."""
+"""Precision, memory, and prediction."""
 
 import logging
 from contextlib import contextmanager
@@ -6,10 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from bitfit import runs
-from bitfit.data import evaluation_batches, gather
-from bitfit.models import takes_full_mask
-from bitfit.runs import Run, Stack
+from bitfit.data import evaluation_batches, gather_rows
 from utils import is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
@@ -43,15 +40,6 @@ def precision_of(model, precision, device):
     finally:
         for weight, data in zip(frozen, own, strict=True):
             weight.data = data
-
-
-def forward(model, inputs):
-    """Logits (B, C) in float32."""
-    mask = inputs["attention_mask"]
-    if mask is not None and takes_full_mask(model):
-        width = mask.shape[1]
-        inputs = inputs | {"attention_mask": mask[:, None, None].expand(-1, 1, width, width)}
-    return model(**inputs).logits.float()
 
 
 class Limit:
@@ -92,17 +80,17 @@ def set_random_state(device, state):
 
 
 @torch.inference_mode()
-def predict(model, tokens, limit, rows=None):
+def predict(forward, tokens, limit, rows=None):
     """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
 
     Within `Stack.computing()`: those of all runs, (K, rows, C).
     """
-    model.eval()
+    forward.model.eval()
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
 
     def batches():
         parts = list(evaluation_batches(tokens.lengths[rows], limit.tokens))
-        return parts, [forward(model, gather(tokens, rows[part])[0]) for part in parts]
+        return parts, [forward(gather_rows(tokens, rows[part])) for part in parts]
 
     parts, outputs = limit.hold(batches)
     together = torch.cat(outputs, dim=-2)
@@ -117,7 +105,7 @@ def thin(rows):
     return rows[picked.astype(np.int64)]
 
 
-def predict_runs(model, stack, tokens, limit, rows):
+def predict_runs(forward, stack, tokens, limit, rows):
     """Yield (run, its logits) for {run: its rows}, (rows, C) each.
 
     Where only the classifier trains and all runs have the same rows, the encoder runs once for
@@ -126,48 +114,9 @@ def predict_runs(model, stack, tokens, limit, rows):
     first, *others = rows.values()
     if stack.shares_encoder and others and all(np.array_equal(own, first) for own in others):
         with stack.computing():
-            logits = predict(model, tokens, limit, first)
+            logits = predict(forward, tokens, limit, first)
         yield from ((run, logits[run]) for run in rows)
         return
     for run, own in rows.items():
         stack.put(run)
-        yield run, predict(model, tokens, limit, own)
-
-
-def why_not_stackable(model, chosen, tokens):
-    """Why several runs cannot be trained in one pass, or None if they can."""
-    reason = runs.why_not_stackable(model, chosen)
-    if not reason and stacked_pass_differs(model, chosen, tokens):
-        reason = "this model does not compute with its Linear and LayerNorm modules alone"
-    return reason
-
-
-@torch.no_grad()
-def stacked_pass_differs(model, chosen, tokens):
-    """Whether a stack of two runs gives other logits than each run alone, on two rows.
-
-    So it does if a model goes around its modules (reads their biases by itself, say).
-    """
-    model.eval()
-    stack = Stack(model, chosen, [Run(0.0, 0), Run(0.0, 1)])
-    noise = torch.Generator().manual_seed(0)
-    stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
-    inputs, _ = gather(tokens, np.arange(2) % len(tokens.lengths))
-    tf32 = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with stack.computing(np.arange(2)):
-            together = forward(model, inputs)
-        for run in range(2):
-            stack.put(run)
-            alone = forward(model, inputs)[run]
-            if not (together[run] - alone).abs().max() < 2e-3 * together.abs().max():
-                return True
-        return False
-    except RuntimeError as error:  # shapes that do not meet
-        if is_out_of_memory(error):
-            raise
-        return True
-    finally:
-        torch.set_float32_matmul_precision(tf32)
-        stack.release(stack.start)
+        yield run, predict(forward, tokens, limit, own)

@@ -1,0 +1,193 @@
+"""An output folder: new, held by one process, resumed, finished; args.json says which.
+
+args.json holds all flags and what else the numbers depend on. `finished` is false from the first
+moment, so that what was interrupted is known, and true when nothing is left to do.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils import UserError, as_list, remove_temporaries, write_text
+
+LOGGER = logging.getLogger("bitfit")
+CHECKPOINTS = "checkpoints"
+# What may differ between a command and the one that resumes it, and what is worth a warning.
+HARMLESS = {
+    "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
+    "max_tokens", "data_dir", "model_name", "finished",
+}  # fmt: skip
+WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
+NAMES = {
+    "data_sha256": "the data",
+    "encoder_sha256": "the base model",
+    "chosen_sha256": "what trains",
+}
+
+
+def folders_of(output, runs):
+    """{run: where its files go}: one run needs no folder of its own."""
+    return {run: Path(output) / run.name if len(runs) > 1 else Path(output) for run in runs}
+
+
+def is_finished(output, facts, resume):
+    """Whether nothing is left to do in a folder; it must be new, or that of the command to resume.
+
+    Args:
+        facts: the command's, as far as they are known.
+
+    Raises:
+        UserError: the folder is in use, cannot be made, or is of another command.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output-path {output} is a file: give a folder")
+    if output.is_dir() and any(inside.name != ".lock" for inside in output.iterdir()):
+        if not resume:
+            raise UserError(
+                f"--output-path {output} is not empty: give a new folder, nothing is replaced; or "
+                "--resume to go on with what was interrupted there"
+            )
+        old = read_args(output)
+        check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
+        if old["finished"]:
+            drop_checkpoints(output)
+            print(f"{output} is finished: there is nothing to resume")
+        return old["finished"]
+    nearest = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--output-path {output} cannot be made in {nearest}: give another place")
+    return False
+
+
+@contextmanager
+def held(output):
+    """Make and hold a folder: no other process can work in it. The system lets go at the end.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    import filelock
+
+    output.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(
+            f"--output-path {output} is in use by another process: give another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        LOGGER.warning("%s cannot be locked here: start no second process on it", output)
+    try:
+        remove_temporaries(output)
+        yield
+    finally:
+        (output / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def read_args(folder):
+    """The args.json in a folder.
+
+    Raises:
+        UserError: it is not there or not ours.
+    """
+    try:
+        facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
+            raise ValueError("it is not of run_glue.py")
+        return facts
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"--resume: {folder} holds no run that could go on (args.json: {error}); give a new "
+            "folder"
+        ) from None
+
+
+def check_same(old, new):
+    """Compare a command's facts with those in the args.json of the run that it resumes.
+
+    Data and model may lie elsewhere, as long as their hashes are the same; a finished run is not
+    loaded to compute them, so there the names count.
+
+    Raises:
+        UserError: they differ in something that results depend on.
+    """
+    harmless = HARMLESS - ({"data_dir", "model_name"} if old["finished"] else set())
+    missing = sorted(new.keys() - harmless - WARNED - old.keys())
+    if missing:
+        raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
+    differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
+    for name in sorted(WARNED.intersection(differ)):
+        LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
+    differ = sorted(set(differ) - WARNED)
+    if differ:
+        said = [
+            f"{NAMES[n]} changed" if n in NAMES
+            else f"--{n.replace('_', '-')} was {words(old[n])} and is now {words(new[n])}"
+            for n in differ
+        ]  # fmt: skip
+        raise UserError(f"--resume: this is not the interrupted run: {'; '.join(said)}")
+
+
+def words(value):
+    return " ".join(map(str, as_list(value)))
+
+
+def facts_of(args, evaluator):
+    """What args.json holds: all flags, and what else the numbers depend on."""
+    import datasets
+    import torch
+    import transformers
+
+    on_gpu = evaluator.torch_device.type == "cuda"
+    return vars(args) | {
+        "precision": evaluator.precision,
+        "max_tokens": evaluator.limit.tokens,
+        "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        **evaluator.fingerprints(),
+    }
+
+
+def commit():
+    """The checkout's commit, or None where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
+def is_done(folder):
+    """Whether a run of a sweep, in its own folder, needs nothing more."""
+    return (folder / "args.json").exists() and read_args(folder)["finished"]
+
+
+def begin(folder, facts):
+    """Say that work in this folder has begun."""
+    write_text(folder / "args.json", json.dumps(facts | {"finished": False}, indent=2) + "\n")
+
+
+def finish(folder, facts):
+    """Say that nothing is left to do, and drop the checkpoints."""
+    write_text(folder / "args.json", json.dumps(facts | {"finished": True}, indent=2) + "\n")
+    drop_checkpoints(folder)
+
+
+def drop_checkpoints(folder):
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Facts and tensors on disk, whole or absent: checkpoints and saved evaluators alike.
+
+The tensors are a safetensors file; the facts are JSON that a person can read, written after it,
+with the checksums of both. Each is written under a temporary name, flushed and renamed, so an entry
+is there when its facts are. A torn or edited file does not have its checksum and is refused.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils import Damaged, whole_file, write_text
+
+FORMAT = 2  # of all that is written here; 1 had no checksum in an evaluator
+
+
+def write(path, facts, tensors, beside=None):
+    """Write {name: tensor on the host}, if there are any, and then the facts, to `path` (.json).
+
+    Args:
+        beside: the name of the tensors' file; None: that of `path`.
+
+    Raises:
+        OSError: it could not be written; what was there before is there still.
+    """
+    data = Path(path).with_name(beside or f"{Path(path).stem}.safetensors")
+    facts = {"format": FORMAT} | facts
+    if tensors:
+        with whole_file(data) as temporary:
+            try:
+                save_file(tensors, temporary)
+            except SafetensorError as error:
+                raise OSError(f"{data}: {error}") from None
+        facts |= {"tensors": data.name, "tensors_sha256": file_sha256(data)}
+    write_text(path, dump(facts | {"sha256": sha256(facts)}))
+
+
+def read(path):
+    """(facts, tensors) as they were written.
+
+    Raises:
+        Damaged: for any file that is not as it was written.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+        facts = json.loads(text)
+        if facts["format"] != FORMAT:
+            raise ValueError(f"its format is {facts['format']}, not {FORMAT}")
+        digest = facts.pop("sha256")
+        if digest != sha256(facts) or dump(facts | {"sha256": digest}).encode() != text:
+            raise ValueError("its checksum is wrong")
+        if "tensors" not in facts:
+            return facts, {}
+        data = path.with_name(facts.pop("tensors"))
+        if facts.pop("tensors_sha256") != file_sha256(data):
+            raise ValueError(f"the checksum of {data.name} is wrong")
+        return facts, load_file(data)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            SafetensorError) as error:  # fmt: skip
+        raise Damaged(f"{path} is damaged: {error}") from None
+
+
+def dump(facts):
+    """The one way to write facts, so that no byte of them can change unseen."""
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def sha256(facts):
+    return hashlib.sha256(dump(facts).encode()).hexdigest()
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,347 @@
+"""The loop, in reading order: plan, state, optimizer, step, epoch, all epochs.
+
+A training is one `State`: its plan says what it works on, the rest is all that changes on the way.
+Every function here takes it and leaves it one step, or epoch, further; a checkpoint writes it.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from bitfit.data import Batch, Tokens, batch_of, gather, micro_batches, overhead_tokens, to_device
+from bitfit.models import Forward
+from bitfit.predict import Limit, predict_runs
+from bitfit.reports import best_epochs, frame_of, one_line_scores
+from bitfit.runs import Rows, Run, Stack, clip_, rows_of
+from bitfit.tasks import Task, row_losses, score
+from utils import Diverged, Stopped, generator
+
+LOGGER = logging.getLogger("bitfit")
+MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
+LOOK_SECONDS = 0.5  # how often the loss is read, for which the host waits for the device
+SPENT = ("training", "evaluation", "checkpoints")
+
+
+class Split(NamedTuple):
+    """Rows to train on, or to score."""
+
+    tokens: Tokens
+    rows_of_seed: dict  # {seed: its rows of `tokens`, as many for each}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training works on, and how."""
+
+    task: Task
+    forward: Forward
+    train: Split
+    scored: dict  # {split: Split}
+    limit: Limit
+    batch_size: int  # rows of each run in a step
+    epochs: int
+    lr_schedule: str = "constant"  # or "linear" down to 0
+    warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
+    evaluation_frequency: int = 1  # score every so many epochs, and after the last
+
+    @cached_property
+    def overhead(self):
+        return overhead_tokens(self.forward.model, self.train.tokens.ids.device)
+
+    @property
+    def rows_per_run(self):
+        return len(next(iter(self.train.rows_of_seed.values())))
+
+    @property
+    def steps_per_epoch(self):
+        return math.ceil(self.rows_per_run / self.batch_size)
+
+    @cached_property
+    def factors(self):
+        steps = self.epochs * self.steps_per_epoch
+        return schedule(self.lr_schedule, round(self.warmup_ratio * steps), steps)
+
+    def order(self, run, epoch):
+        """A run's own order of its rows in an epoch, the same whatever else happens."""
+        rows = self.train.rows_of_seed[run.seed]
+        return rows[generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
+
+
+def schedule(kind, warmup_steps, total_steps):
+    """The learning rate's factor at each step, (total_steps,): warm-up, then constant or linear."""
+    step = np.arange(total_steps, dtype=np.float64)
+    falling = (total_steps - step) / max(1, total_steps - warmup_steps)
+    factor = falling if kind == "linear" else np.ones(total_steps)
+    return np.where(step < warmup_steps, (step + 1) / max(1, warmup_steps), factor)
+
+
+@dataclass
+class Record:
+    """What one run measured beside its scores."""
+
+    run: Run
+    train_loss: list = field(default_factory=list)  # per epoch
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(SPENT, 0.0))  # its share
+    diverged: str | None = None  # where the loss or gradient was not finite
+
+
+@dataclass
+class State:
+    """One training: what it works on, and all that changes on the way."""
+
+    plan: Plan
+    stack: Stack  # what trains: values, gradients, which runs went bad
+    optimizer: torch.optim.Optimizer
+    rates: torch.Tensor  # (K,) the learning rates of this step, which the optimizer reads
+    records: list  # of each run
+    scores: list  # rows (run's name, epoch, split, metric, value) of the one table of scores
+    best: torch.Tensor | None  # (K, n) values at each run's best evaluation, if those are kept
+    loss_sum: torch.Tensor  # (K,) over the rows of this epoch
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next one
+    seconds: float = 0.0  # of training in this epoch
+
+
+def start(plan, stack, optimizer="adamw", keep="last"):
+    """A `State` before its first step."""
+    # The fused optimizer multiplies in float64 on a CPU, and on a GPU reads float32 alone.
+    on_cpu = stack.values.device.type == "cpu"
+    rates = torch.zeros_like(stack.values[:, 0], dtype=torch.float64 if on_cpu else torch.float32)
+    return State(
+        plan=plan,
+        stack=stack,
+        optimizer=make_optimizer(optimizer, stack, rates),
+        rates=rates,
+        records=[Record(run) for run in stack.runs],
+        scores=[],
+        best=stack.values.clone() if keep == "best" else None,
+        loss_sum=torch.zeros_like(stack.values[:, 0]),
+    )
+
+
+def make_optimizer(name, stack, rates):
+    """One optimizer, a group for each run's row, whose learning rate is its entry of `rates`.
+
+    AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had.
+    """
+    groups = []
+    for values, grads, rate in zip(stack.values, stack.grads, rates, strict=True):
+        row = torch.nn.Parameter(values)  # shares the row's storage
+        row.grad = grads
+        groups.append({"params": [row], "lr": rate})
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-6, fused=True)
+    return torch.optim.Adam(groups, fused=True)
+
+
+class Part(NamedTuple):
+    """A micro-batch: arrays as the host plans them, then tensors on the device."""
+
+    batch: Batch
+    rows: Rows
+
+
+class Step(NamedTuple):
+    """All of a step that changes from one to the next: arrays of the host, then tensors."""
+
+    parts: list
+    number: np.ndarray  # () int64, counted over all epochs
+    count: np.ndarray  # () float32, rows of each run
+    rates: np.ndarray  # (K,) float64, the schedule's learning rates
+
+
+def plan_step(state, alive, rows):
+    """The host's share of a step: whose rows, in which micro-batches. A `Step` of arrays.
+
+    Args:
+        alive: (R,) the runs that take part.
+        rows: (R, B) row numbers, B of each.
+    """
+    plan, runs = state.plan, state.stack.runs
+    owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
+    lengths = plan.train.tokens.lengths[flat]
+    number = state.epoch * plan.steps_per_epoch + state.step
+    return Step(
+        parts=[
+            Part(batch_of(plan.train.tokens, flat[part]), rows_of(owner[part], len(runs)))
+            for part in micro_batches(lengths, plan.overhead, plan.limit.tokens)
+        ],
+        number=np.array(number),
+        count=np.array(rows.shape[1], np.float32),
+        rates=np.array([run.learning_rate for run in runs]) * plan.factors[number],
+    )
+
+
+def take_step(state, alive, rows):
+    """One step of all runs: forward, backward, clip, step. Nothing in it waits for the device.
+
+    A run whose loss or gradient is not finite is held at its last good values from then on, and
+    `stack.bad_step` says since which step.
+    """
+    stack, device = state.stack, state.stack.values.device
+
+    def attempt():
+        step = to_device(plan_step(state, alive, rows), device)
+        return step, forward_backward(state.plan, stack, step)
+
+    step, losses = state.plan.limit.hold(attempt)
+    norms = clip_(stack.grads, MAX_GRAD_NORM)
+    stack.note_bad(~(norms + losses).isfinite(), step.number)
+    bad = stack.bad_step >= 0
+    stack.grads.masked_fill_(bad[:, None], 0.0)
+    state.rates.copy_(step.rates.where(~bad, 0.0))
+    state.optimizer.step()
+    stack.write_back()
+    state.loss_sum += losses * step.count
+    return losses
+
+
+def forward_backward(plan, stack, step):
+    """The losses of one `Step` of tensors, (K,), and in `stack.grads` their gradients."""
+    stack.grads.zero_()
+    losses = torch.zeros_like(stack.values[:, 0])
+    for batch, rows in step.parts:
+        with stack.computing(rows):
+            logits = plan.forward(gather(plan.train.tokens, batch))
+        each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
+        part_losses = torch.zeros_like(losses).index_add(0, rows.owner, each / step.count)
+        part_losses.sum().backward()
+        losses += part_losses.detach()
+    return losses
+
+
+def train_epoch(state, saver, bar):
+    """The steps that are left of an epoch. A run that went bad is left out from the next one on."""
+    plan, stack = state.plan, state.stack
+    plan.forward.model.train()
+    steps = plan.steps_per_epoch
+    alive = stack.alive(state.epoch * steps)
+    orders = np.stack([plan.order(stack.runs[k], state.epoch) for k in alive])  # (R, rows)
+    looked = begin = time.perf_counter()
+    while state.step < steps:
+        first = state.step * plan.batch_size
+        rows = orders[:, first : first + plan.batch_size]  # the last are fewer
+        losses = take_step(state, alive, rows)
+        state.step += 1
+        bar.update(rows.size)
+        if time.perf_counter() - looked > LOOK_SECONDS:
+            if not len(stack.alive()):
+                break
+            loss = losses[stack.bad_step < 0].mean().item()
+            bar.set_postfix(epoch=state.epoch + 1, loss=f"{loss:.3f}", refresh=False)
+            looked = time.perf_counter()
+        state.seconds += time.perf_counter() - begin
+        saver.after_step(state)
+        begin = time.perf_counter()
+    # A last step may have been finite, and what it led to not.
+    last = torch.full_like(stack.bad_step[0], (state.epoch + 1) * steps - 1)
+    stack.note_bad(~stack.values.isfinite().all(1), last)
+    stack.alive()  # waits for the device: its work is training too
+    state.seconds += time.perf_counter() - begin
+
+
+def fit(state, write, saver):
+    """Train the epochs that are left; score those that are due, and the last.
+
+    Args:
+        write: called after each evaluation.
+        saver: writes the checkpoints, and raises Stopped where a signal asks for it.
+
+    Raises:
+        Diverged: no run is left whose losses and gradients are finite.
+    """
+    plan = state.plan
+    rows, runs = plan.rows_per_run, len(state.records)
+    done = min(rows, state.step * plan.batch_size) + state.epoch * rows
+    bar = tqdm(total=plan.epochs * rows * runs, initial=done * runs, unit="ex", disable=None,
+               desc=plan.task.name)  # fmt: skip
+    with logging_redirect_tqdm(), bar:
+        while state.epoch < plan.epochs:
+            train_epoch(state, saver, bar)
+            ended = state.epoch + 1
+            due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
+            scores = evaluate(state, saver) if due else []
+            note_losses(state)
+            note_scores(state, scores)
+            state.loss_sum = torch.zeros_like(state.loss_sum)
+            state.epoch, state.step, state.seconds = ended, 0, 0.0
+            if scores:
+                write()
+            if not len(state.stack.alive()):
+                raise Diverged(all_diverged(state.records))
+            saver.after_epoch(state, last=ended == plan.epochs)
+    return state
+
+
+def evaluate(state, saver):
+    """The scores of the runs that are alive, as they stand: rows like those of `State.scores`.
+
+    A signal is not kept waiting: the checkpoint it leaves is that before the evaluation.
+    """
+    plan, stack, scores = state.plan, state.stack, []
+    begin, alive = time.perf_counter(), stack.alive()
+    try:
+        with saver.at_once():
+            for name, split in plan.scored.items() if len(alive) else ():
+                labels = split.tokens.labels.cpu().numpy()
+                rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in alive}
+                for k, logits in predict_runs(plan.forward, stack, split.tokens, plan.limit, rows):
+                    for metric, value in score(plan.task, logits, labels[rows[k]]).items():
+                        scores.append((stack.runs[k].name, state.epoch + 1, name, metric, value))
+    except Stopped:
+        saver.save(state)
+        raise
+    for k in alive:
+        state.records[k].seconds["evaluation"] += (time.perf_counter() - begin) / len(alive)
+    return scores
+
+
+def note_losses(state):
+    """Each run's loss and share of the time, and whether it went bad in this epoch."""
+    first = state.epoch * state.plan.steps_per_epoch
+    losses = (state.loss_sum / state.plan.rows_per_run).tolist()
+    bad_step, alive = state.stack.bad_step.tolist(), state.stack.alive(first)
+    for k in alive:
+        record = state.records[k]
+        record.seconds["training"] += state.seconds / len(alive)
+        if bad_step[k] < 0:
+            record.train_loss.append(losses[k])
+            continue
+        record.diverged = (
+            f"the loss or its gradient was not finite at epoch {state.epoch + 1}, "
+            f"step {bad_step[k] - first + 1}"
+        )
+        if len(state.records) > 1:
+            LOGGER.warning("%s diverged: %s", record.run.name, record.diverged)
+
+
+def note_scores(state, scores):
+    """Put an evaluation into the state, with the values that are a run's best, and the log."""
+    if not scores:
+        return
+    state.scores += scores
+    best = best_epochs(frame_of(state.scores), state.plan.task)
+    for k in state.stack.alive() if state.best is not None else ():
+        if best[state.stack.runs[k].name] == state.epoch + 1:
+            state.best[k] = state.stack.values[k]
+    loss = mean(state.records[k].train_loss[-1] for k in state.stack.alive())
+    said = one_line_scores(frame_of(scores), state.plan.task, loss)
+    LOGGER.info("epoch %d  %s", state.epoch + 1, said)
+
+
+def all_diverged(records):
+    """What to say when no run is left."""
+    what = records[0].diverged if len(records) == 1 else f"all {len(records)} runs diverged"
+    return (
+        f"{what}; training stopped there: try a lower --learning-rate, or --lr-schedule linear "
+        "with --warmup-ratio"
+    )

@@ -1,0 +1,74 @@
+"""What a checkpoint holds; how training goes on from one is tested in test_resume.py."""
+
+import pytest
+import torch
+import transformers
+from conftest import TINY_BERT, load_model
+
+from bitfit.checkpoints import Saver, capture, restore
+from bitfit.predict import Limit
+from bitfit.runs import Run, Stack
+from bitfit.tasks import TASKS
+from bitfit.train import Plan, Split, start
+from bitfit.trainable import select
+from utils import Damaged
+
+
+def new_state(runs, model, keep="last"):
+    stack = Stack(model, select(model, "bitfit", ["bias"]), runs)
+    rows = {run.seed: [0] for run in runs}
+    return start(Plan(TASKS["rte"], None, Split(None, rows), {}, Limit(9), 8, 2), stack, keep=keep)
+
+
+def some_steps(state):
+    """Change all that changes."""
+    state.rates.fill_(1e-3)
+    state.stack.grads.normal_()
+    state.optimizer.step()
+    state.best.normal_()
+    state.stack.bad_step[1] = 3
+    state.loss_sum += 0.5
+    state.epoch, state.step, state.seconds = 3, 5, 1.5
+    state.plan.limit.tokens = 7
+    state.records[0].train_loss.append(0.7)
+    state.records[1].diverged = "somewhere"
+    state.scores.append((state.stack.runs[0].name, 3, "validation", "Accuracy", 0.5))
+
+
+def test_all_that_changes_comes_back():
+    runs = [Run(1e-3, 0), Run(1e-3, 1)]
+    state, fresh = (new_state(runs, load_model(TINY_BERT, TASKS["rte"]), "best") for _ in range(2))
+    some_steps(state)
+    torch.manual_seed(5)
+    facts, tensors = capture(state)
+    expected = torch.rand(3)
+    restore(fresh, facts, {name: tensor.clone() for name, tensor in tensors.items()})
+    assert torch.equal(torch.rand(3), expected)
+    again, again_tensors = capture(fresh)
+    assert again == facts
+    for name in tensors.keys() - {"random.0"}:
+        assert torch.equal(again_tensors[name], tensors[name]), name
+    assert sum(name.startswith("optimizer.") for name in tensors) == 2 * 3
+    for one in (state, fresh):  # and the next step is the same
+        one.stack.grads.fill_(0.1)
+        one.rates.fill_(1e-3)
+        one.optimizer.step()
+    assert torch.equal(state.stack.values, fresh.stack.values)
+
+
+def test_other_runs_are_refused():
+    model = load_model(TINY_BERT, TASKS["rte"])
+    facts, tensors = capture(new_state([Run(1e-3, 0), Run(1e-3, 1)], model))
+    with pytest.raises(Damaged, match="it is of other runs or another model"):
+        restore(new_state([Run(1e-3, 0), Run(2e-3, 1)], model), facts, tensors)
+
+
+def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
+    """The words do not train: a small vocabulary is enough for the size."""
+    config = transformers.BertConfig(vocab_size=30, num_labels=2)
+    model = transformers.BertForSequenceClassification(config)
+    state = new_state([Run(1e-3, seed) for seed in range(20)], model)
+    state.optimizer.step()
+    Saver(tmp_path).save(state)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 3 * 20 * 4 * 104_450 < size < 30e6

@@ -1,0 +1,75 @@
+"""Facts and tensors: as they were written, or one clear error."""
+
+import random
+import stat
+
+import pytest
+import torch
+
+from bitfit import store
+from utils import Damaged
+
+FACTS = {"name": "é\u2028", "numbers": [1, 0.1, 1e-300, None], "inner": {"a": True}}
+
+
+@pytest.fixture
+def entry(tmp_path):
+    tensors = {"a": torch.randn(30, 4), "b": torch.arange(7)}
+    store.write(tmp_path / "entry.json", FACTS, tensors)
+    return tmp_path / "entry.json", tensors
+
+
+def test_what_is_read_is_what_was_written(entry):
+    path, tensors = entry
+    facts, found = store.read(path)
+    assert facts == {"format": store.FORMAT} | FACTS
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_tensors_may_have_a_name_of_their_own_or_be_none(tmp_path):
+    store.write(tmp_path / "facts.json", FACTS, {"a": torch.ones(2)}, "delta.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta.safetensors", "facts.json"]
+    assert torch.equal(store.read(tmp_path / "facts.json")[1]["a"], torch.ones(2))
+    store.write(tmp_path / "alone.json", FACTS, {})
+    assert store.read(tmp_path / "alone.json") == ({"format": store.FORMAT} | FACTS, {})
+
+
+def damages(data):
+    """A file cut at every kind of place, and with a flipped bit here and there."""
+    rng = random.Random(0)
+    cuts = [0, 1, 7, 8, 9, 50, len(data) // 2, len(data) - 1]
+    yield from (data[:cut] for cut in cuts)
+    yield data + b"\n"
+    yield bytes(len(data))
+    for place in [*range(20), len(data) - 1, *(rng.randrange(len(data)) for _ in range(150))]:
+        yield data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_nothing_damaged_is_accepted(entry, suffix):
+    path, _ = entry
+    file = path.with_suffix(suffix)
+    for damaged in damages(file.read_bytes()):
+        file.write_bytes(damaged)
+        with pytest.raises(Damaged, match=r"entry\.json is damaged: "):
+            store.read(path)
+    file.unlink()
+    with pytest.raises(Damaged):
+        store.read(path)
+
+
+def test_another_format_says_so(entry):
+    path, _ = entry
+    path.write_text(path.read_text().replace(f'"format": {store.FORMAT}', '"format": 1'))
+    with pytest.raises(Damaged, match=f"its format is 1, not {store.FORMAT}"):
+        store.read(path)
+
+
+def test_a_group_may_read_what_the_umask_lets_it(entry):
+    """safetensors makes its files 0600: others could not read a colleague's results."""
+    path, _ = entry
+    plain = path.with_name("plain")
+    plain.touch()
+    for file in (path, path.with_suffix(".safetensors")):
+        assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
