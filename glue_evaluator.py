@@ -11,46 +11,20 @@ With several seeds, or several learning rates, it holds a run for each pair.
 """
 
 import logging
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from bitfit import models, outputs, predict, reports, runs, sources, store, trainable
+from bitfit import models, outputs, predict, reports, runs, saved, trainable
 from bitfit.checkpoints import Saver
-from bitfit.data import MAX_TOKENS, draw_rows, tokenize
+from bitfit.data import MAX_TOKENS, Dataset
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS, predictions, score
-from bitfit.train import Plan, Record, Split, fit, start
-from utils import (
-    Damaged,
-    Diverged,
-    UserError,
-    as_list,
-    choose_device,
-    default_precision,
-    generator,
-    set_seed,
-)
-
-__all__ = ["GLUEvaluator", "set_seed"]
+from bitfit.train import Plan, Record, fit, start
+from utils import Diverged, UserError, as_list, choose_device, default_precision, generator
+from utils import set_seed as set_seed  # a name of the released code
 
 LOGGER = logging.getLogger("bitfit")
-FACTS = "evaluator.json"
-POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
-SAVED = (  # attributes that are facts of a saved evaluator
-    "task_name", "model_name", "data_dir", "base_name", "fine_tune_type", "components",
-    "precision", "random_encoder", "max_sequence_len", "pad_to_max", "batch_size", "train_size",
-    "encoder_sha256",
-)  # fmt: skip
-
-
-def check_choices(num_epochs, evaluation_frequency, lr_schedule, keep):
-    if min(num_epochs, evaluation_frequency) < 1:
-        raise UserError("num_epochs and evaluation_frequency are at least 1")
-    if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
-        raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
 
 
 class GLUEvaluator:
@@ -84,23 +58,20 @@ class GLUEvaluator:
         """
         if task_name not in TASKS:
             raise UserError(f"unknown task {task_name!r}; known: {', '.join(TASKS)}")
+        if precision not in (None, "fp32", "bf16"):
+            raise UserError(f"unknown precision {precision!r}; known: fp32, bf16")
         self.task, self.task_name = TASKS[task_name], task_name
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
         self.torch_device = choose_device(device)
         self.base_name = Path(model_name).name  # for captions
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
-        if precision not in (None, "fp32", "bf16"):
-            raise UserError(f"unknown precision {precision!r}; known: fp32, bf16")
         self.precision = precision or default_precision(self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
-        self._tokens = {}
 
     def _need(self, attribute, call):
         if not hasattr(self, attribute):
             raise UserError(f"call {call} first")
-
-    # Data
 
     def preprocess_dataset(
         self, padding, max_sequence_len, batch_size, train_size=None, test_splits=False
@@ -108,8 +79,8 @@ class GLUEvaluator:
         """Read and tokenize the train and validation splits; test splits when first needed.
 
         Args:
-            padding: "max_length" pads every row to `max_sequence_len` as the released code did;
-                "longest" (or True) pads to the longest row of a micro-batch: the same results.
+            padding: "longest" or "max_length", as in the released code; either way rows are padded
+                to the longest of their micro-batch, which gives the same results.
             max_sequence_len: rows are cut to so many tokens.
             batch_size: rows per optimizer step.
             train_size: train on so many rows, drawn by the run's seed; None: all.
@@ -117,62 +88,38 @@ class GLUEvaluator:
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        models.check_length_early(self.model_name, self.task, max_sequence_len)
-        self._tokens = {}
-        self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
-        self.pad_to_max, self.train_size = padding == "max_length", train_size
+        models.check_length(self.model_name, self.task, max_sequence_len)
+        self._set_data(max_sequence_len, batch_size, train_size)
         tests = self.task.server_files if test_splits else ()
         for split in ("train", *self.task.validation_splits, *tests):
             self.tokens(split)
 
-    @cached_property
-    def tokenizer(self):
-        return models.load_tokenizer(self.model_name)
+    def _set_data(self, max_sequence_len, batch_size, train_size):
+        self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
+        self.train_size, self.tokenizer = train_size, models.load_tokenizer(self.model_name)
+        self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
+                            train_size, self.torch_device)  # fmt: skip
 
     def tokens(self, split):
         """The `Tokens` of a split, read once; None for an optional split that is not there."""
-        self._need("max_sequence_len", "preprocess_dataset")
-        if split not in self._tokens:
-            texts = sources.read_split(self.task, split, self.data_dir)
-            if split == "train":
-                kept, self.rows_of_seed = draw_rows(self.seeds, len(texts), self.train_size)
-                texts = texts.take(kept)
-            self._tokens[split] = texts and tokenize(
-                texts, self.tokenizer, self.max_sequence_len, self.pad_to_max
-            ).to(self.torch_device)
-        return self._tokens[split]
-
-    def _scored(self):
-        """{split: Split} of the splits with labels."""
-        rows = {"train": self.rows_of_seed}
-        for split in self.task.validation_splits:
-            rows[split] = dict.fromkeys(self.seeds, np.arange(len(self.tokens(split).lengths)))
-        return {
-            split: Split(self.tokens(split), {s: predict.thin(r) for s, r in of_seed.items()})
-            for split, of_seed in rows.items()
-        }
+        self._need("data", "preprocess_dataset")
+        return self.data.split(split).tokens
 
     # Model
 
-    @staticmethod
-    def convert_to_actual_components(components):
-        """Terms of `--bias-terms` -> names of parameters, relative to their layer."""
-        return trainable.actual_components(components)
+    # Terms of `--bias-terms` -> names of parameters, relative to their layer.
+    convert_to_actual_components = staticmethod(trainable.actual_components)
 
     def training_preparation(
         self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True,
         seed=None,
     ):  # fmt: skip
-        """Load the model and choose what trains.
+        """Load the model and choose what trains, in the released code's words; see `prepare`.
 
         Args:
-            learning_rate: of the optimizer, before any schedule; a list: runs for each.
-            optimizer: "adamw" or "adam".
             encoder_trainable: True for full fine-tuning, and before a random mask is set.
             trainable_components: what `convert_to_actual_components` gives, for BitFit; with none
                 the encoder is frozen and the classifier alone trains.
-            verbose: print the trained tensors.
-            seed: one of the evaluator's seeds; None: all of them.
         """
         if encoder_trainable and trainable_components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
@@ -184,15 +131,20 @@ class GLUEvaluator:
         self, fine_tune_type, learning_rate, optimizer="adamw", components=(), mask_size=None,
         verbose=True, seed=None,
     ):  # fmt: skip
-        """The same for a fine-tune type by its name, one of `trainable.FINE_TUNE_TYPES`.
+        """Load the model and choose what trains.
 
         Args:
+            fine_tune_type: one of `trainable.FINE_TUNE_TYPES`.
+            learning_rate: of the optimizer, before any schedule; a list: runs for each.
+            optimizer: "adamw" or "adam".
             components: for bitfit, as in `training_preparation`.
-            mask_size: for rand_uniform, as in `set_uniform_mask`.
+            mask_size: for rand_uniform; None: the paper's for its models, else as many as bitfit.
+            verbose: print the trained tensors.
+            seed: one of the evaluator's seeds; None: all of them.
         """
         if optimizer not in ("adamw", "adam"):
             raise UserError(f"unknown optimizer {optimizer!r}; known: adamw, adam")
-        self._need("max_sequence_len", "preprocess_dataset")
+        self._need("data", "preprocess_dataset")
         if seed is not None and seed not in self.seeds:
             raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
         seeds = self.seeds if seed is None else [seed]
@@ -204,23 +156,22 @@ class GLUEvaluator:
         self.components, self.selected = list(components), 0
         self.records, self.scores = [Record(run) for run in pairs], reports.frame_of([])
         self._choose(fine_tune_type, mask_size)
-        self._find_forward("train")
+        self._forward("train")
 
     def _load_model(self, random_encoder):
         self.model, needs_head = models.load(self.model_name, self.task, random_encoder)
         self._draw = models.draw_head if needs_head else None
-        models.check_length(self.model, self.max_sequence_len)
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.limit = predict.Limit(self.max_tokens, self.torch_device)
-        for outdated in ("stack", "forward"):
+        for outdated in ("stack", "_found"):
             vars(self).pop(outdated, None)
 
-    def _find_forward(self, split):
+    def _forward(self, split):
         """The model's `Forward`, found on the rows of the first split that it meets."""
-        if not hasattr(self, "forward"):
-            self.forward = models.find_forward(self.model, self.model_name, self.tokens(split))
-        return self.forward
+        if not hasattr(self, "_found"):
+            self._found = models.find_forward(self.model, self.model_name, self.tokens(split))
+        return self._found
 
     def _choose(self, fine_tune_type, mask_size=None):
         rng = generator(self.runs[0].seed, "mask")
@@ -231,10 +182,7 @@ class GLUEvaluator:
             print(trainable.describe(self.model, self.chosen))
 
     def set_uniform_mask(self, mask_size=None):
-        """Train `mask_size` parameters drawn uniformly from the encoder, and the classifier.
-
-        None: the paper's size for its models, else as many as BitFit trains.
-        """
+        """Train so many parameters drawn uniformly from the encoder, and the classifier."""
         self._set_mask("rand_uniform", mask_size)
 
     def set_row_and_column_random_mask(self):
@@ -250,7 +198,7 @@ class GLUEvaluator:
     def fingerprints(self):
         """What results depend on beside flags: hashes of the data, the base model, what trains."""
         scored = ("train", *self.task.validation_splits)
-        data = [array for split in scored for array in self.tokens(split)[:5]]  # not how padded
+        data = [array for split in scored for array in self.tokens(split)[:5]]
         return {
             "data_sha256": models.sha256(data),
             "encoder_sha256": self.encoder_sha256,
@@ -265,19 +213,18 @@ class GLUEvaluator:
 
     def why_not_stackable(self):
         """Why several runs cannot be trained in one pass, or None if they can."""
-        self._need("chosen", "training_preparation")
         if not hasattr(self, "_reason"):
-            forward, tokens = self._find_forward("train"), self.tokens("train")
-            self._reason = runs.why_not_stackable(forward, self.chosen, tokens)
+            tokens = self.tokens("train")
+            self._reason = runs.why_not_stackable(self._forward("train"), self.chosen, tokens)
         return self._reason
 
     def passes(self):
-        """The runs that train together: all of them, or one after the other where they cannot."""
-        if len(self.runs) == 1:
-            return [self.runs]
-        reason = self.why_not_stackable()
-        how = f"one after the other: {reason}" if reason else "in one pass"
-        LOGGER.info("%d runs %s", len(self.runs), how)
+        """[[run, ...]]: all together, or one after the other where they cannot share a pass."""
+        self._need("chosen", "training_preparation")
+        reason = self.why_not_stackable() if len(self.runs) > 1 else None
+        if len(self.runs) > 1:
+            how = f"one after the other: {reason}" if reason else "in one pass"
+            LOGGER.info("%d runs %s", len(self.runs), how)
         return [[run] for run in self.runs] if reason else [self.runs]
 
     # Training
@@ -289,11 +236,10 @@ class GLUEvaluator:
         """Train all runs together, score them, write their metrics and learning curves.
 
         Args:
-            num_epochs: passes over the training rows.
-            output_path: folder for metrics.json, metrics.csv and the learning curves; with
-                several runs each has a folder in it, named `Run.name`. Or {run: its folder}.
-            evaluation_frequency: score every so many epochs and after the last; scoring more or
-                less often changes no trained value.
+            output_path: folder for metrics and curves; with several runs each has a folder in it,
+                named `Run.name`. Or {run: its folder}.
+            evaluation_frequency: score every so many epochs and after the last; how often changes
+                no trained value.
             lr_schedule: "constant", or "linear" down to 0.
             warmup_ratio: the share of all steps over which the learning rate first rises.
             keep: "last", or "best": keep of each run the values of its best evaluation.
@@ -303,14 +249,22 @@ class GLUEvaluator:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
                 values (with `keep` its best), and what was measured is kept and written.
         """
-        check_choices(num_epochs, evaluation_frequency, lr_schedule, keep)
-        self._check_trainable()
+        if min(num_epochs, evaluation_frequency) < 1:
+            raise UserError("num_epochs and evaluation_frequency are at least 1")
+        if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
+            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
+        self._need("chosen", "training_preparation")
+        if hasattr(self, "stack"):
+            raise UserError("this evaluator has been trained: prepare it again to train again")
+        if len(self.runs) > 1 and self.why_not_stackable():
+            raise UserError(f"{len(self.runs)} runs cannot train in one pass, "
+                            f"{self._reason}: prepare and train one after the other")  # fmt: skip
         folders = output_path or {}
         if output_path and not isinstance(output_path, dict):
             folders = outputs.folders_of(output_path, self.runs)
         plan = Plan(
-            self.task, self._find_forward("train"), Split(self.tokens("train"), self.rows_of_seed),
-            self._scored(), self.limit, self.batch_size, num_epochs, lr_schedule, warmup_ratio,
+            self.task, self._forward("train"), self.data.split("train"), self.data.scored(),
+            self.limit, self.batch_size, num_epochs, lr_schedule, warmup_ratio,
             evaluation_frequency,
         )  # fmt: skip
         set_seed(self.runs[0].seed)
@@ -322,34 +276,24 @@ class GLUEvaluator:
         saver.load(state)
         try:
             with self._precision(), saver.held():
-                fit(state, lambda: self._write_metrics(state, folders), saver)
+                fit(state, lambda: self._note(state, folders), saver)
         except Diverged as error:
             diverged = error
         finally:
             self.stack.release(state.best)
-        self._write_metrics(state, folders)
+        self._note(state, folders)
         for run, folder in folders.items():
-            if len(self._scores_of(run)):
-                self._plot_learning_curves(run, folder)
+            self._curves(run, folder)
         if diverged:
             raise diverged
 
-    def _write_metrics(self, state, folders):
-        """Take what a training measured so far, and write it."""
+    def _note(self, state, folders):
+        """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
+        facts = reports.facts(self)
         for record in state.records if folders else ():
-            run = record.run
-            facts, scores = reports.facts(self, run), self._scores_of(run)
-            reports.write_metrics(folders[run], self.task, record, scores, facts)
-
-    def _check_trainable(self):
-        self._need("chosen", "training_preparation")
-        if hasattr(self, "stack"):
-            raise UserError("this evaluator has been trained: prepare it again to train again")
-        reason = len(self.runs) > 1 and self.why_not_stackable()
-        if reason:
-            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
-                            "prepare and train one after the other")  # fmt: skip
+            scores = self._scores_of(record.run)
+            reports.write_metrics(folders[record.run], self.task, record, scores, facts)
 
     def _precision(self):
         return predict.precision_of(self.model, self.precision, self.torch_device)
@@ -359,10 +303,9 @@ class GLUEvaluator:
     def select(self, run):
         """Let the model and all results below be those of run number `run`, counted from 0."""
         self._need("stack", "train_and_evaluate")
-        if not 0 <= run < len(self.runs):
-            raise UserError(
-                f"there is no run {run}: they are numbered from 0 to {len(self.runs) - 1}"
-            )
+        last = len(self.runs) - 1
+        if not 0 <= run <= last:
+            raise UserError(f"there is no run {run}: they are numbered from 0 to {last}")
         self.stack.put(run)
         self.selected = run
 
@@ -382,9 +325,8 @@ class GLUEvaluator:
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
-        forward = self._find_forward(split)
         with self._precision():
-            return predict.predict(forward, self.tokens(split), self.limit)
+            return predict.predict(self._forward(split), self.tokens(split), self.limit)
 
     def evaluate(self, split):
         """{metric: value} of a split with labels, all its rows."""
@@ -421,24 +363,23 @@ class GLUEvaluator:
     @property
     def caption(self):
         """One line that says what the selected run was."""
-        return self._caption(self.record.run)
-
-    def _caption(self, run):
-        return f"{self.method_caption}, learning rate {run.learning_rate:g}, seed {run.seed}"
+        return f"{self.method_caption}, {self.record.run.caption}"
 
     def score_table(self):
         """The last and best scores as text."""
-        scores = self._scores_of(self.record.run)
-        return f"{self.caption}\n{reports.score_table(scores, self.task)}"
+        table = reports.score_table(self._scores_of(self.record.run), self.task)
+        return f"{self.caption}\n{table}"
 
     def plot_learning_curves(self, output_path=None):
         """{metric: figure}; in the folder `output_path` each as learning_curves_<metric>.png."""
-        if not len(self._scores_of(self.record.run)):
+        figures = self._curves(self.record.run, output_path)
+        if not figures:
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        return self._plot_learning_curves(self.record.run, output_path)
+        return figures
 
-    def _plot_learning_curves(self, run, folder):
-        return reports.learning_curves(self._scores_of(run), self.task, self._caption(run), folder)
+    def _curves(self, run, folder):
+        caption = f"{self.method_caption}, {run.caption}"
+        return reports.learning_curves(self._scores_of(run), self.task, caption, folder)
 
     @property
     def trains_only_biases(self):
@@ -450,34 +391,16 @@ class GLUEvaluator:
         self._need("stack", "train_and_evaluate")
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
-        start = self.stack.named_values(self.selected, self.stack.start)
-        figure = reports.bias_heatmap(start, self.stack.named_values(self.selected), self.caption)
+        before = self.stack.named_values(self.selected, self.stack.start)
+        figure = reports.bias_heatmap(before, self.stack.named_values(self.selected), self.caption)
         if output_path:
             reports.save_figure(figure, Path(output_path).with_suffix(".png"))
         return figure
 
-    # On disk
-
     def save(self, output_path):
-        """Write the evaluator to a folder: JSON, and what trained (if all did, the whole model)."""
+        """Write the selected run: JSON, and what trained (if all did, the whole model)."""
         self._need("stack", "train_and_evaluate")
-        folder, run = Path(output_path), self.record.run
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {name: getattr(self, name) for name in SAVED}
-        for name in ("model_name", "data_dir"):
-            if facts[name] is not None and Path(facts[name]).is_dir():
-                facts[name] = str(Path(facts[name]).resolve())
-        facts |= run._asdict() | {"train_loss": self.record.train_loss}
-        facts |= {"scores": self._scores_of(run).values.tolist(), "model_sha256": None}
-        if trainable.trains_all(self.model, self.chosen):
-            self.export_model(folder / "model")
-            facts |= {"model_sha256": models.fingerprint(self.model, head=True)}
-            store.write(folder / FACTS, facts, {})
-            return
-        values = self.stack.named_values(self.selected)
-        tensors = {name: value.cpu().contiguous() for name, value in values.items()}
-        tensors |= {n + POSITIONS: p.cpu() for n, p in self.stack.positions.items()}
-        store.write(folder / FACTS, facts, tensors, "delta.safetensors")
+        saved.write(self, Path(output_path))
 
     @staticmethod
     def load(path, gpu_device, model_name=None, data_dir=None):
@@ -487,50 +410,5 @@ class GLUEvaluator:
             path: the folder given to `save`.
             gpu_device: GPU number; None for the CPU.
             model_name, data_dir: where base model and data are now, if they have moved.
-
-        Raises:
-            UserError: damaged files, or a base model that is not the one of the evaluator.
         """
-        folder = Path(path)
-        if not (folder / FACTS).exists():
-            raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
-        try:
-            facts, tensors = store.read(folder / FACTS)
-        except Damaged as error:
-            raise UserError(f"{error}; save the evaluator again") from None
-        whole = facts["model_sha256"]
-        facts |= {"model_name": str(model_name or facts["model_name"])}
-        facts |= {"data_dir": data_dir or facts["data_dir"]}
-        built_from = ("task_name", "seed", "data_dir", "precision", "random_encoder")
-        evaluator = GLUEvaluator(
-            model_name=str(folder / "model") if whole else facts["model_name"],
-            device=gpu_device, **{name: facts[name] for name in built_from},
-        )  # fmt: skip
-        for name in set(SAVED) - {*built_from, "model_name", "encoder_sha256"}:
-            setattr(evaluator, name, facts[name])
-        evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
-        evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
-        evaluator.scores = reports.frame_of(facts["scores"])
-        evaluator._load_model(evaluator.random_encoder and not whole)
-        evaluator._take(tensors, facts, folder)
-        return evaluator
-
-    def _take(self, tensors, facts, folder):
-        """Put what was saved into the model."""
-        if facts["model_sha256"]:
-            found, wanted = models.fingerprint(self.model, head=True), facts["model_sha256"]
-            self.chosen = trainable.whole(n for n, _ in self.model.named_parameters())
-        else:
-            found, wanted = self.encoder_sha256, facts["encoder_sha256"]
-            names = [n for n, _ in self.model.named_parameters() if n in tensors]
-            positions = {n: tensors.get(n + POSITIONS) for n in names}
-            self.chosen = {n: None if p is None else p.numpy() for n, p in positions.items()}
-        if found != wanted:
-            raise UserError(
-                f"{folder} was trained on another base model than {self.model_name}: "
-                "give the one it was trained on as model_name"
-            )
-        self.stack = Stack(self.model, self.chosen, self.runs)
-        for name, (a, b) in self.stack.slices.items() if tensors else ():
-            self.stack.values[0, a:b] = tensors[name].flatten()
-        self.stack.release()
+        return saved.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)

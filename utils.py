@@ -176,6 +176,17 @@ def is_fault(error):
     return full or is_out_of_memory(error)
 
 
+@contextmanager
+def blaming(make):
+    """What others' code raises within becomes the UserError `make(error)`; faults stay faults."""
+    try:
+        yield
+    except Exception as error:
+        if is_fault(error):
+            raise
+        raise make(error) from None
+
+
 def one_line(error):
     """The first line of an error's text, without its final stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

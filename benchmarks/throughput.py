@@ -26,11 +26,11 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from bitfit import models, sources  # noqa: E402
 from bitfit.checkpoints import Saver  # noqa: E402
-from bitfit.data import MAX_TOKENS, micro_batches, overhead_tokens, tokenize  # noqa: E402
+from bitfit.data import MAX_TOKENS, Split, micro_batches, overhead_tokens, tokenize  # noqa: E402
 from bitfit.predict import Limit, precision_of  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.train import Plan, Split, start, train_epoch  # noqa: E402
+from bitfit.train import Plan, start, train_epoch  # noqa: E402
 from bitfit.trainable import select  # noqa: E402
 
 LENGTH = 128

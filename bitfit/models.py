@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from bitfit.data import gather_rows
 from bitfit.trainable import head_names, in_encoder, is_bias
-from utils import UserError, is_fault, one_line, whole_folder
+from utils import UserError, blaming, is_fault, one_line, whole_folder
 
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -29,12 +29,8 @@ def load_tokenizer(model_name):
         # transformers would make an empty vocabulary without a word
         raise UserError(f"the model folder {folder} has no tokenizer: save one there with "
                         "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`")  # fmt: skip
-    try:
+    with blaming(lambda error: cannot_load(model_name, error)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_name)
-    except Exception as error:
-        if is_fault(error):
-            raise
-        raise cannot_load(model_name, error) from None
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
     return tokenizer
@@ -49,20 +45,24 @@ def load(model_name, task, random_encoder=False):
     Raises:
         UserError: nothing there, no weights, or weights of another architecture.
     """
-    import transformers
+    from transformers import AutoModelForSequenceClassification as Auto
 
-    try:
+    with blaming(lambda error: cannot_load(model_name, error)), torch.random.fork_rng(devices=[]):
         config = load_config(model_name, task)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(ENCODER_SEED)
-            model, info = build(transformers, model_name, config, random_encoder)
-    except Exception as error:
-        if is_fault(error):
-            raise
-        raise cannot_load(model_name, error) from None
+        torch.manual_seed(ENCODER_SEED)
+        if random_encoder:
+            return Auto.from_config(config, dtype=torch.float32), True
+        model, info = Auto.from_pretrained(
+            model_name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,  # never unpickle
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     check_encoder(model, model_name, absent)
-    return model, random_encoder or not absent.isdisjoint(head_names(model))
+    return model, not absent.isdisjoint(head_names(model))
 
 
 def load_config(model_name, task):
@@ -80,21 +80,6 @@ def load_config(model_name, task):
     )
 
 
-def build(transformers, model_name, config, random_encoder):
-    auto = transformers.AutoModelForSequenceClassification
-    if random_encoder:
-        model = auto.from_config(config, dtype=torch.float32)
-        return model, {"missing_keys": set(), "mismatched_keys": []}
-    return auto.from_pretrained(
-        model_name,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,  # never unpickle
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-
-
 def check_encoder(model, model_name, absent):
     """A pooler may be absent (MLM checkpoints have none); any other encoder weight may not."""
     absent = sorted(n for n in absent if in_encoder(model, n) and ".pooler." not in n)
@@ -106,8 +91,6 @@ def check_encoder(model, model_name, absent):
 
 
 def cannot_load(model_name, error):
-    if isinstance(error, UserError):
-        return error
     name = str(model_name)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         return UserError(f"there is no model folder {name}: check --model-name")
@@ -130,6 +113,24 @@ def draw_head(model, seed):
             torch.nn.init.zeros_(parameter)
 
 
+def check_length(model_name, task, max_length):
+    """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    with blaming(lambda error: cannot_load(model_name, error)):
+        config = load_config(model_name, task)
+    try:
+        with torch.device("meta"):
+            limit = position_limit(Auto.from_config(config))
+    except Exception:  # not all can be made without weights; `find_forward` tries the longest row
+        return
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"--max-seq-length {max_length} is above the model's {limit} positions: "
+            f"give at most {limit}"
+        )
+
+
 def position_limit(model):
     """The longest row the position embeddings allow, or None."""
     for name, module in model.named_modules():
@@ -138,31 +139,6 @@ def position_limit(model):
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - skipped
     return None
-
-
-def check_length_early(model_name, task, max_length):
-    """`check_length` before any weight is loaded and any row tokenized, where that is possible."""
-    import transformers
-
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForSequenceClassification.from_config(
-                load_config(model_name, task)
-            )
-    except Exception as error:  # what is wrong with it, if anything, is said when it is loaded
-        if is_fault(error):
-            raise
-        return
-    check_length(model, max_length)
-
-
-def check_length(model, max_length):
-    limit = position_limit(model)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"--max-seq-length {max_length} is above the model's {limit} positions: "
-            f"give at most {limit}"
-        )
 
 
 def fingerprint(model, head=False):
@@ -218,39 +194,34 @@ def find_forward(model, model_name, tokens):
     Raises:
         UserError: the model cannot run on the rows, in its own words.
     """
-    model.eval()
     plain, full = Forward(model, False), Forward(model, True)
     longest, shortest = np.argsort(tokens.lengths, kind="stable")[[-1, 0]]
-    try:
-        with torch.random.fork_rng():
-            plain(gather_rows(tokens, np.array([shortest])))
-            inputs = gather_rows(tokens, np.array([longest, shortest]))
-            if inputs["attention_mask"] is None:
-                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-            expected = plain(inputs)
-    except Exception as error:
-        if is_fault(error):
-            raise
-        width = tokens.lengths[longest]
-        raise UserError(
-            f"the model {model_name} cannot run on these rows of up to {width} tokens: "
-            f"{type(error).__name__}: {one_line(error)}; give another --model-name"
-        ) from None
-    return full if takes(full, inputs, expected) else plain
+    inputs = gather_rows(tokens, np.array([longest, shortest]))
+    if inputs["attention_mask"] is None:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
 
+    def cannot_run(error):
+        return UserError(
+            f"the model {model_name} cannot run on these rows of up to {tokens.lengths[longest]} "
+            f"tokens: {type(error).__name__}: {one_line(error)}; give another --model-name"
+        )
 
-def takes(full, inputs, expected):
-    """Whether a model computes with a (B, 1, T, T) mask what it computes with (B, T)."""
-    config = full.model.config
+    with blaming(cannot_run), torch.random.fork_rng():
+        model.train()  # some are strict in training alone (Reformer)
+        plain(gather_rows(tokens, np.array([shortest])))
+        model.eval()
+        expected = plain(inputs)
+    config = model.config
     windowed = any(getattr(config, n, None) for n in ("sliding_window", "local_attention"))
     if config._attn_implementation != "sdpa" or windowed:  # other masks for other layers
-        return False
+        return plain
     try:
-        return torch.allclose(full(inputs), expected, rtol=1e-3, atol=1e-3)
+        same = torch.allclose(full(inputs), expected, rtol=1e-3, atol=1e-3)
     except Exception as error:  # it makes its own from (B, T): LayoutLM, ESM
         if is_fault(error):
             raise
-        return False
+        same = False
+    return full if same else plain
 
 
 def write_model(model, tokenizer, folder):

@@ -10,9 +10,6 @@ from bitfit.data import evaluation_batches, gather_rows
 from utils import is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
-# Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
-# No validation split is left short: the largest has 40,430 rows.
-MOST_ROWS_SCORED = 50_000
 
 
 @contextmanager
@@ -97,12 +94,6 @@ def predict(forward, tokens, limit, rows=None):
     logits = torch.empty_like(together)
     logits[..., torch.from_numpy(np.concatenate(parts)).to(logits.device), :] = together
     return logits.cpu().numpy()
-
-
-def thin(rows):
-    """At most 50,000 of some rows, evenly spaced."""
-    picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS_SCORED))
-    return rows[picked.astype(np.int64)]
 
 
 def predict_runs(forward, stack, tokens, limit, rows):

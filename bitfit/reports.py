@@ -44,29 +44,27 @@ def best_epochs(scores, task):
 
 
 def summary(scores, task):
-    """The last and the best evaluation: {"last"|"best": {"epoch", split: {metric: value}}}"""
+    """The last and the best evaluation of one run: {"last"|"best": {"epoch", split: {...}}}"""
     if scores.empty:
         return {}
     epochs = {"last": scores["epoch"].iloc[-1], "best": best_epochs(scores, task).iloc[0]}
     return {
         name: {"epoch": int(epoch)} | {
-            split: dict(zip(of["metric"], of["value"], strict=True))
-            for split, of in scores[scores["epoch"] == epoch].groupby("split", sort=False)
+            split: {metric: values[0] for metric, values in of.items()}
+            for split, of in evaluations(scores[scores["epoch"] == epoch]).items()
         }
         for name, epoch in epochs.items()
     }  # fmt: skip
 
 
-def facts(evaluator, run):
-    """What metrics.json says of a run beside what it measured."""
+def facts(evaluator):
+    """What metrics.json says of every run beside what it measured."""
     return {
         "task": evaluator.task_name,
         "model": str(evaluator.model_name),
         "random_encoder": evaluator.random_encoder,
         "fine_tune_type": evaluator.fine_tune_type,
         "bias_terms": term_names(evaluator.components),
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
         "runs_in_one_pass": len(evaluator.runs),
         "trained_parameters": count(evaluator.model, evaluator.chosen),
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
@@ -75,14 +73,18 @@ def facts(evaluator, run):
 
 def write_metrics(folder, task, record, scores, facts):
     """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
-    content = facts | {
-        "diverged": record.diverged,
-        "train_loss": record.train_loss,
-        "seconds": {name: round(value, 2) for name, value in record.seconds.items()},
-        "epochs": scores["epoch"].unique().tolist(),
-        "evaluations": evaluations(scores),
-        "main_metric": task.metrics[0],
-    }
+    content = (
+        facts
+        | record.run._asdict()
+        | {
+            "diverged": record.diverged,
+            "train_loss": record.train_loss,
+            "seconds": {name: round(value, 2) for name, value in record.seconds.items()},
+            "epochs": scores["epoch"].unique().tolist(),
+            "evaluations": evaluations(scores),
+            "main_metric": task.metrics[0],
+        }
+    )
     content |= summary(scores, task)
     write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     curve = scores.groupby(["split", "metric"], sort=False).ngroup()
@@ -105,14 +107,14 @@ def score_table(scores, task):
     """The scores of one run as text, x 100 as the paper prints them: a row per split and metric."""
     if scores.empty:
         return "nothing was evaluated"
-    last, best = scores["epoch"].iloc[-1], best_epochs(scores, task).iloc[0]
+    table = summary(scores, task)
+    last, best = table["last"], table["best"]
     rows = [
-        (split, metric, *(f"{100 * of.loc[epoch, 'value']:.1f}" for epoch in (last, best)))
-        for (split, metric), of in scores.set_index("epoch").groupby(
-            ["split", "metric"], sort=False
-        )
+        (split, metric, f"{100 * value:.1f}", f"{100 * best[split][metric]:.1f}")
+        for split in scores["split"].unique()
+        for metric, value in last[split].items()
     ]
-    columns = ["split", "metric", f"last (epoch {last})", f"best (epoch {best})"]
+    columns = ["split", "metric", f"last (epoch {last['epoch']})", f"best (epoch {best['epoch']})"]
     return pd.DataFrame(rows, columns=columns).to_string(index=False)
 
 
@@ -156,16 +158,17 @@ def save_curves(figures, folder):
 
 def learning_curves(scores, task, caption, folder=None):
     """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
-    figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics}
+    figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics if len(scores)}
     if folder:
         save_curves(figures, folder)
     return figures
 
 
 def learning_curve(scores, task, caption, metric):
-    figure = new_figure(7, 5, caption)
-    axes = figure.subplots()
     best = best_epochs(scores, task).iloc[0]
+    main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
+    x = f"epoch (grey line: best {main}, epoch {best})"
+    figure, axes = curve_figure(caption, x, f"{metric} x 100")
     for split, of in scores[scores["metric"] == metric].groupby("split", sort=False):
         values = 100 * of.set_index("epoch")["value"]
         last = f"last {values.iloc[-1]:.1f}, best epoch {values[best]:.1f}"
@@ -175,20 +178,21 @@ def learning_curve(scores, task, caption, metric):
         axes.plot(values.index, values, "o-", ms=3.5, linewidth=width, color=color, label=label)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
     axes.axvline(best, color="0.8", linewidth=1, zorder=0)
-    main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
-    label_axes(axes, f"epoch (grey line: best {main}, epoch {best})", f"{metric} x 100")
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
-def label_axes(axes, x, y):
-    """Of any figure with scores over epochs."""
+def curve_figure(caption, x, y):
+    """A figure and its axes for scores over epochs."""
     from matplotlib.ticker import MaxNLocator
 
+    figure = new_figure(7, 5, caption)
+    axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def bias_changes(start, end):

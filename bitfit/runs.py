@@ -39,6 +39,10 @@ class Run(NamedTuple):
     def name(self):
         return f"lr{self.learning_rate}_seed{self.seed}"
 
+    @property
+    def caption(self):
+        return f"learning rate {self.learning_rate:g}, seed {self.seed}"
+
 
 class Rows(NamedTuple):
     """Which run each row of a micro-batch belongs to; arrays on the host, then tensors."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import UserError, is_fault, one_line
+from utils import UserError, blaming, one_line
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
@@ -89,7 +89,7 @@ def read_tsv(task, path, labelled):
     names = task.tsv_names if labelled and task.tsv_names else None
     first = 1 if names else 2  # the number of the first line that holds a row
     names = names or (lines.pop(0).split("\t") if lines else ())
-    wanted = task.tsv_texts + ((task.tsv_label,) if labelled else ())
+    wanted = task.tsv_columns + ((task.tsv_label,) if labelled else ())
     missing = [name for name in wanted if name not in names]
     if missing:
         raise UserError(f"{path}:1: no column {missing[0]!r} among {', '.join(names) or 'none'}")
@@ -149,12 +149,11 @@ def decode_labels(task, values, known, place):
 def read_parquet(paths):
     import pandas as pd
 
-    try:
+    def unreadable(error):
+        return UserError(f"{paths[0]}: not a readable Parquet file: {one_line(error)}")
+
+    with blaming(unreadable):  # pyarrow raises several kinds of its own
         return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
-    except Exception as error:  # pyarrow raises several kinds of its own
-        if is_fault(error):
-            raise
-        raise UserError(f"{paths[0]}: not a readable Parquet file: {one_line(error)}") from None
 
 
 def read_hub(task, split):
@@ -162,17 +161,20 @@ def read_hub(task, split):
 
     config, name = ("ax", "test") if split == "ax" else (task.name, split)
     datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(HUB_DATASET, config, split=name).to_pandas()
-    except Exception as error:  # network, cache and parser faults have no common class
-        if is_fault(error):
-            raise
-        if split == "ax":
-            return None
-        raise UserError(
+
+    def unreachable(error):
+        return UserError(
             f"cannot load {HUB_DATASET} ({config}) from the Hub or its cache: {one_line(error)}; "
             "give local copies: --data-dir <folder> and --model-name <folder>"
-        ) from None
+        )
+
+    try:
+        with blaming(unreachable):  # network, cache and parser faults have no common class
+            return datasets.load_dataset(HUB_DATASET, config, split=name).to_pandas()
+    except UserError:
+        if split == "ax":
+            return None
+        raise
 
 
 def from_frame(task, split, frame, source):

@@ -9,14 +9,7 @@ import shutil
 import numpy as np
 import pandas as pd
 
-from bitfit.reports import (
-    frame_of,
-    label_axes,
-    main_scores,
-    new_figure,
-    read_metrics,
-    save_curves,
-)
+from bitfit.reports import curve_figure, frame_of, main_scores, read_metrics, save_curves
 from utils import Diverged, write_text
 
 
@@ -30,17 +23,15 @@ def read(folders):
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
             content, table = read_metrics(folder)
-            ended = content["train_loss"]
+            scores += [table.assign(run=run.name)] * bool(len(table))
             facts.append({
                 "run": run.name,
                 "learning_rate": run.learning_rate,
                 "seed": run.seed,
-                "train_loss": ended[-1] if ended else None,
+                "train_loss": next(reversed(content["train_loss"]), None),
                 "seconds": round(sum(content["seconds"].values()), 2),
                 "diverged": content["diverged"] or "",
             })  # fmt: skip
-            if len(table):
-                scores.append(table.assign(run=run.name))
     return pd.DataFrame(facts), pd.concat(scores[1:] or scores)
 
 
@@ -61,28 +52,25 @@ def results_rows(facts, scores, task):
     """The rows of results.csv, one per run, scores x 100."""
     rows, main = [], 100 * main_scores(scores, task)
     for fact in facts.to_dict("records"):
-        values = main[fact["run"]].dropna() if fact["run"] in main else pd.Series([np.nan])
         some = fact["run"] in main
-        rows.append({
-            **{name: fact[name] for name in ("run", "learning_rate", "seed")},
-            "metric": task.metrics[0],
-            "last_epoch": int(values.index[-1]) if some else None,
-            "last": round(values.iloc[-1], 2),
-            "best_epoch": int(values.idxmax()) if some else None,
-            "best": round(values.max(), 2),
-            **{name: fact[name] for name in ("train_loss", "seconds", "diverged")},
-        })  # fmt: skip
+        values = main[fact["run"]].dropna() if some else pd.Series([np.nan])
+        row = {name: fact[name] for name in ("run", "learning_rate", "seed")}
+        row |= {"metric": task.metrics[0]}
+        row |= {"last_epoch": int(values.index[-1]) if some else None}
+        row |= {"last": round(values.iloc[-1], 2)}
+        row |= {"best_epoch": int(values.idxmax()) if some else None}
+        row |= {"best": round(values.max(), 2)}
+        rows.append(row | {name: fact[name] for name in ("train_loss", "seconds", "diverged")})
     return rows
 
 
 def by_learning_rate(facts, scores, task):
     """{learning rate: the main scores x 100 of its runs that count, (epochs, runs)}, rising."""
-    scores = counted(facts, scores)
-    main = 100 * main_scores(scores, task)
-    groups = {}
-    for rate, of in facts.groupby("learning_rate"):
-        groups[rate] = main[[run for run in of["run"] if run in main]]
-    return groups
+    main = 100 * main_scores(counted(facts, scores), task)
+    return {
+        rate: main[[run for run in of["run"] if run in main]]
+        for rate, of in facts.groupby("learning_rate")
+    }
 
 
 def learning_rate_table(facts, groups):
@@ -133,20 +121,18 @@ def warnings_of(groups):
 
 def sweep_curves(facts, scores, task, caption):
     """{metric: figure}: a line per learning rate, the mean over its seeds, with their range."""
-    scores = counted(facts, scores)
+    scores = counted(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
-    scores = scores.merge(facts[["run", "learning_rate"]], on="run")
-    return {
-        metric: sweep_curve(scores[scores["metric"] == metric], task, metric, caption)
-        for metric in task.metrics
-    }
+    by_metric = scores.groupby("metric", sort=False)
+    return {metric: sweep_curve(of, task, metric, caption) for metric, of in by_metric}
 
 
 def sweep_curve(scores, task, metric, caption):
     from matplotlib import colormaps
 
-    figure = new_figure(7, 5, caption)
-    axes = figure.subplots()
+    x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
+    y = f"{task.validation_splits[0].replace('_', ' ')} {metric} x 100"
+    figure, axes = curve_figure(caption, x, y)
     rates = scores.groupby("learning_rate")
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(rates)))
     for color, (rate, of) in zip(colors, rates, strict=True):
@@ -154,11 +140,8 @@ def sweep_curve(scores, task, metric, caption):
         count = of["run"].nunique()
         seeds = f"{count} seed" + "s" * (count > 1)
         label = f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
-        epochs = curve.index
-        axes.plot(epochs, curve["mean"], marker="o", markersize=3.5, color=color, label=label)
-        axes.fill_between(epochs, curve["min"], curve["max"], color=color, alpha=0.15)
-    x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
-    label_axes(axes, x, f"{task.validation_splits[0].replace('_', ' ')} {metric} x 100")
+        axes.plot(curve["mean"], marker="o", markersize=3.5, color=color, label=label)
+        axes.fill_between(curve.index, curve["min"], curve["max"], color=color, alpha=0.15)
     figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(rates) < 4 else 2)
     return figure
 

@@ -17,13 +17,17 @@ class Task:
     folder: str  # GLUE's own folder, and the stem of the server's file
     texts: tuple[str, ...]  # columns of nyu-mll/glue: one sentence, or two
     labels: tuple[str, ...]  # in nyu-mll/glue's order; none means a score to regress on
-    metrics: tuple[str, ...]  # the main one first
-    tsv_texts: tuple[str, ...]  # the same columns in GLUE's TSV files
+    metrics: tuple[str, ...] = ("Accuracy",)  # the main one first
+    tsv_texts: tuple[str, ...] = ()  # the same columns in GLUE's TSV files; (): so named there too
     tsv_label: str = "label"
     tsv_names: tuple[str, ...] = ()  # the columns of a train or dev file that has no header line
     labels_by_name: bool = False  # TSV and server files hold names, not numbers
     skips_short_rows: bool = False  # the published file has broken rows, which all readers skip
     splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
+
+    @property
+    def tsv_columns(self):
+        return self.tsv_texts or self.texts
 
     @property
     def is_regression(self):
@@ -62,93 +66,23 @@ ENTAILMENT = ("entailment", "not_entailment")
 PAIR = ("sentence1", "sentence2")
 QUESTIONS = ("question1", "question2")
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            name="cola",
-            folder="CoLA",
-            texts=("sentence",),
-            labels=("unacceptable", "acceptable"),
-            metrics=("MCC",),
-            tsv_texts=("sentence",),
-            tsv_names=("source", "label", "annotation", "sentence"),
-        ),
-        Task(
-            name="mnli",
-            folder="MNLI",
-            texts=("premise", "hypothesis"),
-            labels=("entailment", "neutral", "contradiction"),
-            metrics=("Accuracy",),
-            tsv_texts=PAIR,
-            tsv_label="gold_label",
-            labels_by_name=True,
-            splits=MNLI_SPLITS,
-        ),
-        Task(
-            name="mrpc",
-            folder="MRPC",
-            texts=PAIR,
-            labels=("not_equivalent", "equivalent"),
-            metrics=("F1", "Accuracy"),
-            tsv_texts=("#1 String", "#2 String"),
-            tsv_label="Quality",
-        ),
-        Task(
-            name="qnli",
-            folder="QNLI",
-            texts=("question", "sentence"),
-            labels=ENTAILMENT,
-            metrics=("Accuracy",),
-            tsv_texts=("question", "sentence"),
-            labels_by_name=True,
-        ),
-        Task(
-            name="qqp",
-            folder="QQP",
-            texts=QUESTIONS,
-            labels=("not_duplicate", "duplicate"),
-            metrics=("F1", "Accuracy"),
-            tsv_texts=QUESTIONS,
-            tsv_label="is_duplicate",
-            skips_short_rows=True,
-        ),
-        Task(
-            name="rte",
-            folder="RTE",
-            texts=PAIR,
-            labels=ENTAILMENT,
-            metrics=("Accuracy",),
-            tsv_texts=PAIR,
-            labels_by_name=True,
-        ),
-        Task(
-            name="sst2",
-            folder="SST-2",
-            texts=("sentence",),
-            labels=("negative", "positive"),
-            metrics=("Accuracy",),
-            tsv_texts=("sentence",),
-        ),
-        Task(
-            name="stsb",
-            folder="STS-B",
-            texts=PAIR,
-            labels=(),
-            metrics=("Spearman", "Pearson"),
-            tsv_texts=PAIR,
-            tsv_label="score",
-        ),
-        Task(
-            name="wnli",
-            folder="WNLI",
-            texts=PAIR,
-            labels=("not_entailment", "entailment"),
-            metrics=("Accuracy",),
-            tsv_texts=PAIR,
-        ),
-    )
-}
+NAMED = {"labels_by_name": True}
+RECORDS = (
+    Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("MCC",),
+         tsv_names=("source", "label", "annotation", "sentence")),
+    Task("mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+         tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, **NAMED),
+    Task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent"), ("F1", "Accuracy"),
+         tsv_texts=("#1 String", "#2 String"), tsv_label="Quality"),
+    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, **NAMED),
+    Task("qqp", "QQP", QUESTIONS, ("not_duplicate", "duplicate"), ("F1", "Accuracy"),
+         tsv_label="is_duplicate", skips_short_rows=True),
+    Task("rte", "RTE", PAIR, ENTAILMENT, **NAMED),
+    Task("sst2", "SST-2", ("sentence",), ("negative", "positive")),
+    Task("stsb", "STS-B", PAIR, (), ("Spearman", "Pearson"), tsv_label="score"),
+    Task("wnli", "WNLI", PAIR, ("not_entailment", "entailment")),
+)  # fmt: skip
+TASKS = {task.name: task for task in RECORDS}
 
 
 def row_losses(task, logits, labels):

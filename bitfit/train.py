@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bitfit.data import Batch, Tokens, batch_of, gather, micro_batches, overhead_tokens, to_device
+from bitfit.data import Split, batch_of, gather, micro_batches, overhead_tokens, to_device
 from bitfit.models import Forward
 from bitfit.predict import Limit, predict_runs
 from bitfit.reports import best_epochs, frame_of, one_line_scores
-from bitfit.runs import Rows, Run, Stack, clip_, rows_of
+from bitfit.runs import Run, Stack, clip_, rows_of
 from bitfit.tasks import Task, row_losses, score
 from utils import Diverged, Stopped, generator
 
@@ -29,13 +29,6 @@ LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
 LOOK_SECONDS = 0.5  # how often the loss is read, for which the host waits for the device
 SPENT = ("training", "evaluation", "checkpoints")
-
-
-class Split(NamedTuple):
-    """Rows to train on, or to score."""
-
-    tokens: Tokens
-    rows_of_seed: dict  # {seed: its rows of `tokens`, as many for each}
 
 
 @dataclass(frozen=True)
@@ -112,14 +105,27 @@ class State:
 
 
 def start(plan, stack, optimizer="adamw", keep="last"):
-    """A `State` before its first step."""
-    # The fused optimizer multiplies in float64 on a CPU, and on a GPU reads float32 alone.
-    on_cpu = stack.values.device.type == "cpu"
-    rates = torch.zeros_like(stack.values[:, 0], dtype=torch.float64 if on_cpu else torch.float32)
+    """A `State` before its first step.
+
+    One fused optimizer has a group for each run's row, whose learning rate is an entry of `rates`.
+    AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had.
+    """
+    # On a CPU the optimizer multiplies by rates in float64; on a GPU it reads float32 alone.
+    dtype = torch.float64 if stack.values.device.type == "cpu" else torch.float32
+    rates = torch.zeros_like(stack.bad_step, dtype=dtype)
+    groups = []
+    for values, grads, rate in zip(stack.values, stack.grads, rates, strict=True):
+        row = torch.nn.Parameter(values)  # shares the row's storage
+        row.grad = grads
+        groups.append({"params": [row], "lr": rate})
+    make, settings = {
+        "adamw": (torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-6}),
+        "adam": (torch.optim.Adam, {}),
+    }[optimizer]
     return State(
         plan=plan,
         stack=stack,
-        optimizer=make_optimizer(optimizer, stack, rates),
+        optimizer=make(groups, fused=True, **settings),
         rates=rates,
         records=[Record(run) for run in stack.runs],
         scores=[],
@@ -128,32 +134,10 @@ def start(plan, stack, optimizer="adamw", keep="last"):
     )
 
 
-def make_optimizer(name, stack, rates):
-    """One optimizer, a group for each run's row, whose learning rate is its entry of `rates`.
-
-    AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had.
-    """
-    groups = []
-    for values, grads, rate in zip(stack.values, stack.grads, rates, strict=True):
-        row = torch.nn.Parameter(values)  # shares the row's storage
-        row.grad = grads
-        groups.append({"params": [row], "lr": rate})
-    if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-6, fused=True)
-    return torch.optim.Adam(groups, fused=True)
-
-
-class Part(NamedTuple):
-    """A micro-batch: arrays as the host plans them, then tensors on the device."""
-
-    batch: Batch
-    rows: Rows
-
-
 class Step(NamedTuple):
     """All of a step that changes from one to the next: arrays of the host, then tensors."""
 
-    parts: list
+    parts: list  # its micro-batches, each (Batch, Rows)
     number: np.ndarray  # () int64, counted over all epochs
     count: np.ndarray  # () float32, rows of each run
     rates: np.ndarray  # (K,) float64, the schedule's learning rates
@@ -172,7 +156,7 @@ def plan_step(state, alive, rows):
     number = state.epoch * plan.steps_per_epoch + state.step
     return Step(
         parts=[
-            Part(batch_of(plan.train.tokens, flat[part]), rows_of(owner[part], len(runs)))
+            (batch_of(plan.train.tokens, flat[part]), rows_of(owner[part], len(runs)))
             for part in micro_batches(lengths, plan.overhead, plan.limit.tokens)
         ],
         number=np.array(number),
@@ -259,10 +243,10 @@ def fit(state, write, saver):
     Raises:
         Diverged: no run is left whose losses and gradients are finite.
     """
-    plan = state.plan
-    rows, runs = plan.rows_per_run, len(state.records)
-    done = min(rows, state.step * plan.batch_size) + state.epoch * rows
-    bar = tqdm(total=plan.epochs * rows * runs, initial=done * runs, unit="ex", disable=None,
+    plan, runs = state.plan, len(state.records)
+    each = plan.rows_per_run
+    done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
+    bar = tqdm(total=plan.epochs * each * runs, initial=done, unit="ex", disable=None,
                desc=plan.task.name)  # fmt: skip
     with logging_redirect_tqdm(), bar:
         while state.epoch < plan.epochs:
@@ -270,16 +254,16 @@ def fit(state, write, saver):
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
             scores = evaluate(state, saver) if due else []
-            note_losses(state)
-            note_scores(state, scores)
+            note(state, scores)
             state.loss_sum = torch.zeros_like(state.loss_sum)
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:
                 write()
             if not len(state.stack.alive()):
-                raise Diverged(all_diverged(state.records))
+                what = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
+                raise Diverged(f"{what}; training stopped there: try a lower --learning-rate, or "
+                               "--lr-schedule linear with --warmup-ratio")  # fmt: skip
             saver.after_epoch(state, last=ended == plan.epochs)
-    return state
 
 
 def evaluate(state, saver):
@@ -305,43 +289,28 @@ def evaluate(state, saver):
     return scores
 
 
-def note_losses(state):
-    """Each run's loss and share of the time, and whether it went bad in this epoch."""
-    first = state.epoch * state.plan.steps_per_epoch
-    losses = (state.loss_sum / state.plan.rows_per_run).tolist()
-    bad_step, alive = state.stack.bad_step.tolist(), state.stack.alive(first)
-    for k in alive:
+def note(state, scores):
+    """What an epoch gave: each run's loss and time, whether it went bad, scores, best values."""
+    stack, first = state.stack, state.epoch * state.plan.steps_per_epoch
+    losses, bad_step = (state.loss_sum / state.plan.rows_per_run).tolist(), stack.bad_step.tolist()
+    trained, alive = stack.alive(first), stack.alive()
+    for k in trained:
         record = state.records[k]
-        record.seconds["training"] += state.seconds / len(alive)
+        record.seconds["training"] += state.seconds / len(trained)
         if bad_step[k] < 0:
             record.train_loss.append(losses[k])
             continue
-        record.diverged = (
-            f"the loss or its gradient was not finite at epoch {state.epoch + 1}, "
-            f"step {bad_step[k] - first + 1}"
-        )
+        where = f"epoch {state.epoch + 1}, step {bad_step[k] - first + 1}"
+        record.diverged = f"the loss or its gradient was not finite at {where}"
         if len(state.records) > 1:
             LOGGER.warning("%s diverged: %s", record.run.name, record.diverged)
-
-
-def note_scores(state, scores):
-    """Put an evaluation into the state, with the values that are a run's best, and the log."""
     if not scores:
         return
     state.scores += scores
     best = best_epochs(frame_of(state.scores), state.plan.task)
-    for k in state.stack.alive() if state.best is not None else ():
-        if best[state.stack.runs[k].name] == state.epoch + 1:
-            state.best[k] = state.stack.values[k]
-    loss = mean(state.records[k].train_loss[-1] for k in state.stack.alive())
+    for k in alive if state.best is not None else ():
+        if best[stack.runs[k].name] == state.epoch + 1:
+            state.best[k] = stack.values[k]
+    loss = mean(losses[k] for k in alive)
     said = one_line_scores(frame_of(scores), state.plan.task, loss)
     LOGGER.info("epoch %d  %s", state.epoch + 1, said)
-
-
-def all_diverged(records):
-    """What to say when no run is left."""
-    what = records[0].diverged if len(records) == 1 else f"all {len(records)} runs diverged"
-    return (
-        f"{what}; training stopped there: try a lower --learning-rate, or --lr-schedule linear "
-        "with --warmup-ratio"
-    )

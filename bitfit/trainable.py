@@ -173,8 +173,12 @@ def select(model, kind, components=(), mask_size=None, rng=None):
         rng: NumPy generator, for the random masks.
 
     Raises:
-        UserError: the model has no such bias, or fewer parameters than the mask.
+        UserError: the model has no such bias, no classifier, or fewer parameters than the mask.
     """
+    if not head_names(model):
+        raise UserError(
+            f"this {model.config.model_type} model has no classifier beside its encoder"
+        )
     return CHOICES[kind](model, components=components, mask_size=mask_size, rng=rng)
 
 

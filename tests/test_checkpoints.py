@@ -6,10 +6,11 @@ import transformers
 from conftest import TINY_BERT, load_model
 
 from bitfit.checkpoints import Saver, capture, restore
+from bitfit.data import Split
 from bitfit.predict import Limit
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
-from bitfit.train import Plan, Split, start
+from bitfit.train import Plan, start
 from bitfit.trainable import select
 from utils import Damaged
 

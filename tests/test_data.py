@@ -29,13 +29,6 @@ def test_a_gather_is_what_the_tokenizer_pads(tokenizer, rows):
     )  # fmt: skip
 
 
-def test_padding_to_the_full_length(tokenizer):
-    inputs = gather_rows(tokenize(TEXTS, tokenizer, 32, pad_to_max=True), np.array([0, 2]))
-    expected = tokenizer(*TEXTS.take([0, 2]).columns, padding="max_length", max_length=32)
-    assert inputs["input_ids"].tolist() == expected["input_ids"]
-    assert inputs["attention_mask"].long().tolist() == expected["attention_mask"]
-
-
 def test_long_rows_are_cut_as_the_tokenizer_cuts_them(tokenizer):
     texts = Texts((["a b c d e f g"], ["h"]), None)
     inputs = gather_rows(tokenize(texts, tokenizer, 8), np.array([0]))

@@ -35,7 +35,7 @@ def masks(model):
 
 TOKENS = Tokens(
     ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=torch.tensor([0, 10]),
-    labels=torch.tensor([0, 1]), counts=np.array([10, 20]), lengths=np.array([10, 20]), pad_id=0,
+    labels=torch.tensor([0, 1]), lengths=np.array([10, 20]), pad_id=0,
 )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ from conftest import GLUE, forward_of, load_model, set_dropout
 
 from bitfit import data, models, sources, train
 from bitfit.checkpoints import Saver
-from bitfit.data import gather_rows, tokenize
+from bitfit.data import Split, gather_rows, tokenize
 from bitfit.predict import Limit, precision_of, predict, predict_runs
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
-from bitfit.train import Plan, Split, schedule, start, train_epoch
+from bitfit.train import Plan, schedule, start, train_epoch
 from bitfit.trainable import select
 from utils import generator
 
@@ -34,9 +34,9 @@ def folder(request):
     return request.getfixturevalue(request.param)
 
 
-def tokens_of(folder, rows=44, task=COLA, pad_to_max=False):
+def tokens_of(folder, rows=44, task=COLA):
     texts = sources.read_split(task, "train", GLUE).take(range(rows))
-    return tokenize(texts, models.load_tokenizer(folder), 48, pad_to_max)
+    return tokenize(texts, models.load_tokenizer(folder), 48)
 
 
 def new_model(folder, dropout=0.0, task=COLA):
@@ -139,7 +139,7 @@ def test_micro_batches_equal_one_padded_batch(tiny_bert, monkeypatch, overhead):
     """As many micro-batches as pay, or one: the same losses and trained values."""
     one = new_model(tiny_bert)
     monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)
-    expected, losses = trained(one, tokens_of(tiny_bert, pad_to_max=True), choose(one, "partial"))
+    expected, losses = trained(one, tokens_of(tiny_bert), choose(one, "partial"))
     many = new_model(tiny_bert)
     monkeypatch.setitem(data.OVERHEAD, "cpu", overhead)
     stack, found = trained(many, tokens_of(tiny_bert), choose(many, "partial"))

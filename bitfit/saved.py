@@ -1,0 +1,94 @@
+"""A trained evaluator on disk: evaluator.json, and what trained in delta.safetensors.
+
+The delta holds only the values that trained (about 0.4 MB for BitFit on bert-base). The hash of
+the base model's encoder guards it: it is never put on another one. Where everything trained, the
+whole model is kept instead, in `model/`.
+"""
+
+from pathlib import Path
+
+from bitfit import models, reports, store, trainable
+from bitfit.runs import Run, Stack
+from bitfit.train import Record
+from utils import Damaged, UserError
+
+FACTS = "evaluator.json"
+POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
+BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
+DATA = ("max_sequence_len", "batch_size", "train_size")
+SETTINGS = ("base_name", "fine_tune_type", "components")
+
+
+def write(evaluator, folder):
+    """Write the selected run; the folder is an evaluator when its facts are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = evaluator.record.run
+    names = ("encoder_sha256", *DATA, *SETTINGS, *(name for name in BUILT_FROM if name != "seed"))
+    facts = {name: getattr(evaluator, name) for name in names}
+    for name in ("model_name", "data_dir"):
+        if facts[name] is not None and Path(facts[name]).is_dir():
+            facts[name] = str(Path(facts[name]).resolve())
+    facts |= run._asdict() | {"train_loss": evaluator.record.train_loss}
+    scores = evaluator.scores[evaluator.scores["run"] == run.name]
+    facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
+    tensors = {}
+    if trainable.trains_all(evaluator.model, evaluator.chosen):
+        evaluator.export_model(folder / "model")
+        facts["model_sha256"] = models.fingerprint(evaluator.model, head=True)
+    else:
+        values = evaluator.stack.named_values(evaluator.selected)
+        tensors = {name: value.cpu().contiguous() for name, value in values.items()}
+        tensors |= {n + POSITIONS: p.cpu() for n, p in evaluator.stack.positions.items()}
+    store.write(folder / FACTS, facts, tensors, "delta.safetensors")
+
+
+def read(make, folder, gpu_device, model_name=None, data_dir=None):
+    """What `GLUEvaluator.load` does; `make` is that class.
+
+    Raises:
+        UserError: damaged files, or a base model that is not the one of the delta.
+    """
+    if not (folder / FACTS).exists():
+        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
+    try:
+        facts, tensors = store.read(folder / FACTS)
+    except Damaged as error:
+        raise UserError(f"{error}; save the evaluator again") from None
+    facts["model_name"] = str(model_name or facts["model_name"])
+    facts["data_dir"] = data_dir or facts["data_dir"]
+    if facts["model_sha256"]:
+        facts["model_name"] = str(folder / "model")
+    evaluator = make(device=gpu_device, **{name: facts[name] for name in BUILT_FROM})
+    evaluator._set_data(*(facts[name] for name in DATA))
+    for name in SETTINGS:
+        setattr(evaluator, name, facts[name])
+    evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
+    evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
+    evaluator.scores = reports.frame_of(facts["scores"])
+    evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
+    evaluator.chosen = chosen(evaluator, facts, tensors, folder)
+    evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
+    for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
+        evaluator.stack.values[0, a:b] = tensors[name].flatten()
+    evaluator.stack.release()
+    return evaluator
+
+
+def chosen(evaluator, facts, tensors, folder):
+    """What trained, as for `Stack`; the model must be the one that it trained on."""
+    model = evaluator.model
+    if facts["model_sha256"]:
+        same = models.fingerprint(model, head=True) == facts["model_sha256"]
+        what = f"{folder / 'model'} is not as it was written: save the evaluator again"
+    else:
+        same = evaluator.encoder_sha256 == facts["encoder_sha256"]
+        what = (f"{folder} was trained on another base model than {facts['model_name']}: "
+                "give the one it was trained on as model_name")  # fmt: skip
+    if not same:
+        raise UserError(what)
+    positions = {n: tensors.get(n + POSITIONS) for n, _ in model.named_parameters()}
+    return {
+        name: None if own is None else own.numpy()
+        for name, own in positions.items()
+        if name in tensors or not tensors
+    }
