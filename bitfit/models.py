@@ -134,7 +134,7 @@ def check_length(model_name, task, max_length):
 def position_limit(model):
     """The longest row the position embeddings allow, or None."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+        if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding):
             # RoBERTa counts positions from padding_idx + 1
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - skipped

@@ -228,7 +228,8 @@ def bias_heatmap(start, end, caption):
     changes = np.column_stack([changes, np.nanmean(changes, axis=1)])
     layers = changes.shape[1] - 1
     symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}
-    width = max(6.0, 2.5 + 0.62 * changes.shape[1])
+    longest = max((len(name) for name in names if name not in symbols), default=0)
+    width = max(6.0, 2.5 + 0.62 * changes.shape[1] + 0.11 * longest)
     figure = new_figure(width, 2 + 0.5 * len(names), caption)
     axes = figure.subplots()
     heatmap(

@@ -5,7 +5,7 @@ import pytest
 from conftest import GLUE, TINY_BERT, set_dropout
 from scipy.stats import ks_2samp
 
-from bitfit import models
+from bitfit import models, train
 from bitfit.reports import main_scores
 from glue_evaluator import GLUEvaluator
 from utils import Diverged, UserError
@@ -103,6 +103,16 @@ def test_memory_does_not_grow_with_the_runs(monkeypatch):
 def test_all_diverged_is_one_error_and_keeps_the_last_good_values():
     with pytest.raises(Diverged, match="all 2 runs diverged; training stopped there"):
         trained([0, 1], rates=1e38, epochs=3)
+
+
+def test_when_all_have_diverged_an_epoch_is_not_finished(monkeypatch):
+    """Off a terminal too, where the bar does not draw."""
+    monkeypatch.setattr(train, "LOOK_SECONDS", 0.0)
+    steps, plain = [], train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *args: steps.append(1) or plain(*args))
+    with pytest.raises(Diverged):
+        trained([0, 1], rates=1e38, epochs=1, rows=150)  # 19 steps
+    assert len(steps) < 5
 
 
 def test_runs_that_cannot_share_a_pass_say_so():

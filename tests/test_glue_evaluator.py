@@ -1,4 +1,5 @@
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -228,7 +229,8 @@ def test_an_exported_model_leaves_the_rest_of_the_folder_alone(tmp_path, tiny_be
     for _ in range(2):
         evaluator.export_model(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "model.safetensors").exists()
+    mode = stat.S_IMODE((tmp_path / "notes.txt").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
     assert not list(tmp_path.glob(".*"))
 
 
@@ -258,6 +260,19 @@ def test_edited_facts(saved, tmp_path, change, message):
     change(facts)
     (tmp_path / "evaluator.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=message):
+        GLUEvaluator.load(tmp_path, None)
+
+
+def test_a_changed_weight_of_a_whole_model_is_found_out(tmp_path, tiny_bert):
+    evaluator = prepared(tiny_bert, "full_ft")
+    evaluator.train_and_evaluate(1)
+    evaluator.save(tmp_path)
+    GLUEvaluator.load(tmp_path, None)
+    model = evaluator.model
+    with torch.no_grad():
+        model.classifier.weight[0, 0] += 1e-3
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="model is not as it was written: save the evaluator"):
         GLUEvaluator.load(tmp_path, None)
 
 

@@ -75,6 +75,23 @@ def test_bias_changes_are_the_papers():
     assert changes.tolist() == [[0.0, 1.0], [0.5, 0.0]]
 
 
+def test_layers_of_one_number_in_several_stacks():
+    """CANINE has three stacks, each with a layer 0."""
+    start = {
+        f"canine.{stack}.layer.{layer}.output.dense.bias": torch.zeros(4)
+        for stack, layers in (("initial", 1), ("encoder", 2))
+        for layer in range(layers)
+    }
+    end = {name: values + 0.5 for name, values in start.items()}
+    names, changes = reports.bias_changes(start, end)
+    assert names == [
+        "canine.encoder.layer: output.dense.bias",
+        "canine.initial.layer: output.dense.bias",
+    ]
+    assert np.array_equal(changes, [[0.5, 0.5], [0.5, np.nan]], equal_nan=True)
+    reports.bias_heatmap(start, end, "a caption").canvas.draw()
+
+
 @pytest.mark.parametrize("layers", [1, 12, 24])
 def test_nothing_is_cut_off(layers):
     """All that is drawn lies inside the picture, long captions and names included."""

@@ -310,6 +310,12 @@ def test_bad_flags(tmp_path, case, capsys, monkeypatch):
     expect_error([*flags(tmp_path / "out"), *more], message, tmp_path / "out", capsys)
 
 
+def test_the_length_is_refused_before_any_row_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bitfit.data.read_split", None)  # a call would fail
+    argv = [*flags(tmp_path / "out"), "--max-seq-length", "129"]
+    expect_error(argv, "above the model's 128 positions", tmp_path / "out", capsys)
+
+
 def test_missing_flags(tmp_path, capsys):
     argv = ["-o", str(tmp_path / "out")]
     expect_error(argv, "--task-name/-t, --fine-tune-type/-f", tmp_path / "out", capsys)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GLUE, forward_of, load_model, set_dropout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit import data, models, sources, train
 from bitfit.checkpoints import Saver
@@ -10,7 +11,7 @@ from bitfit.predict import Limit, precision_of, predict, predict_runs
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.train import Plan, schedule, start, train_epoch
-from bitfit.trainable import select
+from bitfit.trainable import FINE_TUNE_TYPES, select
 from utils import generator
 
 COLA = TASKS["cola"]
@@ -409,3 +410,117 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
     assert torch.equal(values, expected_values)
     with pytest.raises(torch.OutOfMemoryError):
         run(2048, room=0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on whatever makes the host wait for a device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        assert function.overloadpacket.__name__ not in self.WAITS, function
+        if function.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
+            masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+            assert not masks, f"{function} with a mask asks how many there are"
+        return function(*args, **(kwargs or {}))
+
+
+def forbid(monkeypatch, *names):
+    """What takes a tensor to the host without any operation that a dispatch mode sees."""
+
+    def taken(self, *args, **options):
+        raise AssertionError("a tensor is taken to the host")
+
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, taken)
+
+
+@pytest.mark.parametrize("runs", [1, 5])
+@pytest.mark.parametrize("method", FINE_TUNE_TYPES)
+def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, monkeypatch):
+    """The second step, so that the optimizer has its state; ragged rows in several parts."""
+    model = new_model(folder, dropout=0.1)
+    chosen = choose(model, method)
+    grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
+    state = new_state(model, tokens_of(folder), chosen, grid, lr_schedule="linear")
+    model.train()
+    alive = state.stack.alive()
+    rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
+    train.take_step(state, alive, rows)
+    state.step += 1
+    before = state.stack.values.clone()
+    with monkeypatch.context() as patch, NoWaiting() as mode:
+        forbid(patch, "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__")
+        train.take_step(state, alive, rows)
+    assert mode.calls > 100
+    assert (state.stack.values != before).any(dim=1).all()
+
+
+def test_the_watch_sees_what_waits():
+    for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], torch.nonzero, lambda x: bool(x[0])):
+        with pytest.raises(AssertionError), NoWaiting():
+            wait(torch.ones(3))
+
+
+def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, monkeypatch):
+    """And what changes from step to step reaches the device as tensors, no number as a constant."""
+    monkeypatch.setitem(data.OVERHEAD, "cpu", 0.0)  # several micro-batches
+    model = new_model(tiny_bert)
+    state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID)
+    rows = np.stack([np.arange(16) + k for k in range(4)])
+    step = train.plan_step(state, np.arange(4), rows)
+
+    def leaves(value):
+        if isinstance(value, (tuple, list)):
+            return [leaf for inside in value for leaf in leaves(inside)]
+        return [value]
+
+    assert all(leaf is None or isinstance(leaf, np.ndarray) for leaf in leaves(step))
+    assert len(step.parts) > 1
+    moved = leaves(data.to_device(step, CPU))
+    assert all(leaf is None or torch.is_tensor(leaf) for leaf in moved)
+    numbers = np.concatenate([batch.rows for batch, _ in step.parts])
+    owners = np.concatenate([of.owner for _, of in step.parts])
+    found = {(run, row) for run, row in zip(owners.tolist(), numbers.tolist(), strict=True)}
+    assert found == {(run, row) for run in range(4) for row in rows[run].tolist()}
+    assert (step.number, step.count, step.rates.tolist()) == (
+        0,
+        16,
+        [r.learning_rate for r in GRID],
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_without_a_gradient_nothing_moves(tiny_bert, optimizer):
+    """No weight decay: it would move what has no gradient."""
+    model = new_model(tiny_bert)
+    state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, optimizer)
+    state.rates.fill_(1.0)
+    state.optimizer.step()
+    assert torch.equal(state.stack.values, state.stack.start)
+
+
+@pytest.mark.parametrize(("optimizer", "eps"), [("adamw", 1e-6), ("adam", 1e-8)])
+def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps):
+    """Adam's moments, bias correction and eps, in float64, on gradients of every size."""
+    model = new_model(tiny_bert)
+    state = new_state(model, tokens_of(tiny_bert), choose(model, "frozen"), ONE, optimizer)
+    start = state.stack.start[0].double().numpy()
+    grad = np.logspace(-12, 0, len(start)) * np.where(np.arange(len(start)) % 2, 1, -1)
+    value, first, second = start.copy(), 0.0, 0.0
+    for step, rate in ((1, 1e-2), (2, 3e-3)):
+        state.rates.fill_(rate)
+        state.stack.grads.copy_(torch.from_numpy(step * grad))
+        state.optimizer.step()
+        first = 0.9 * first + 0.1 * step * grad
+        second = 0.999 * second + 0.001 * (step * grad) ** 2
+        root = np.sqrt(second / (1 - 0.999**step)) + eps
+        value -= rate * first / (1 - 0.9**step) / root
+    moved = np.abs(value - start)
+    assert moved.min() < 1e-3 * moved.max()  # eps decides for the smallest
+    assert np.allclose(state.stack.values[0].numpy(), value, rtol=1e-5, atol=1e-8)
