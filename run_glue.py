@@ -17,23 +17,14 @@ from bitfit.flags import parse_args
 from utils import Damaged, Diverged, Stopped, UserError
 
 
-def pick_device(choice):
-    """--gpu-device -> GPU number or None for the CPU."""
-    import torch
-
-    if choice is None:
-        return 0 if torch.cuda.is_available() else None
-    return None if choice == "cpu" else choice
-
-
-def prepare(args, device):
+def prepare(args):
     """Read data and model and choose what trains; everything that can be wrong is found here."""
     from glue_evaluator import GLUEvaluator, set_seed
 
     set_seed(args.seed[0])
     evaluator = GLUEvaluator(
-        args.task_name, args.model_name, device, args.seed, args.data_dir, args.precision,
-        args.random_encoder, args.max_tokens,
+        args.task_name, args.model_name, utils.gpu_of(args.gpu_device), args.seed, args.data_dir,
+        args.precision, args.random_encoder, args.max_tokens,
     )  # fmt: skip
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
@@ -46,15 +37,8 @@ def choose(evaluator, args, learning_rate, seed=None, verbose=False):
     """Load the model and choose what trains, for all runs or one."""
     terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
     components = evaluator.convert_to_actual_components(terms)
-    evaluator.prepare(
-        args.fine_tune_type,
-        learning_rate,
-        args.optimizer,
-        components,
-        args.mask_size,
-        verbose,
-        seed,
-    )
+    kind, size = args.fine_tune_type, args.mask_size
+    evaluator.prepare(kind, learning_rate, args.optimizer, components, size, verbose, seed)
 
 
 def run(args, signals):
@@ -67,7 +51,7 @@ def run(args, signals):
 
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    evaluator = prepare(args, pick_device(args.gpu_device))
+    evaluator = prepare(args)
     facts = outputs.facts_of(args, evaluator)
     with outputs.held(output):
         if outputs.is_finished(output, facts, args.resume):  # another process may have been faster
@@ -84,7 +68,7 @@ def train_all(args, evaluator, output, facts, signals):
     folders = outputs.folders_of(output, evaluator.runs)
     for runs in evaluator.passes():
         together = {run: folders[run] for run in runs}
-        home = output if len(together) == len(folders) else folders[runs[0]]
+        home = output if together == folders else folders[runs[0]]
         if home != output and outputs.is_done(home):
             continue
         if evaluator.runs != runs:
@@ -101,32 +85,38 @@ def train_all(args, evaluator, output, facts, signals):
                 raise
             who = runs[0].name if len(runs) == 1 else "no run is left"
             utils.LOGGER.warning("%s: %s", who, error)
-        best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
-        for number, run in enumerate(runs):
-            evaluator.select(number)
-            leave(args, evaluator, folders[run], args.keep == "last" or run.name == best)
-        if args.keep == "best":
-            sweeps.drop_beaten(folders, best)
-        chosen = evaluator.fingerprints()["chosen_sha256"]
-        for run in runs:
-            outputs.finish(folders[run], facts | {"chosen_sha256": chosen} | run._asdict())
-    if len(folders) == 1:
+        settle(args, evaluator, runs, folders, facts)
+    if output in folders.values():
         print(evaluator.score_table())
-        return
-    print(sweeps.report(output, evaluator.task, folders, evaluator.method_caption))
-    outputs.finish(output, facts)
+    else:
+        print(sweeps.report(output, evaluator.task, folders, evaluator.method_caption))
+        outputs.finish(output, facts)
 
 
-def leave(args, evaluator, folder, results):
-    """What the selected run leaves beside its metrics; `results`: also what was asked for."""
-    if evaluator.trains_only_biases:
-        evaluator.plot_terms_changes(folder / "bias_term_changes")
-    if results and args.save_evaluator:
-        evaluator.save(folder / "evaluator")
-    if results and args.export_model:
-        evaluator.export_model(folder / "model")
-    if results and args.predict_test:
-        evaluator.export_model_test_set_predictions(folder)
+def settle(args, evaluator, runs, folders, facts):
+    """What trained runs leave beside their metrics; with --keep best only the best so far leaves
+    what was asked for."""
+    from bitfit import sweeps
+
+    best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
+    for number, run in enumerate(runs):
+        evaluator.select(number)
+        folder = folders[run]
+        if evaluator.trains_only_biases:
+            evaluator.plot_terms_changes(folder / "bias_term_changes")
+        if args.keep == "best" and run.name != best:
+            continue
+        if args.save_evaluator:
+            evaluator.save(folder / "evaluator")
+        if args.export_model:
+            evaluator.export_model(folder / "model")
+        if args.predict_test:
+            evaluator.export_model_test_set_predictions(folder)
+    if args.keep == "best":
+        sweeps.drop_beaten(folders, best)
+    chosen = {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
+    for run in runs:
+        outputs.finish(folders[run], facts | chosen | run._asdict())
 
 
 def main(argv=None):

@@ -108,6 +108,14 @@ def generator(seed, purpose):
     return np.random.default_rng([seed, *purpose.encode()])
 
 
+def gpu_of(choice):
+    """--gpu-device -> GPU number, or None for the CPU; without a choice the first GPU, if any."""
+    import torch
+
+    first = 0 if torch.cuda.is_available() else None
+    return {None: first, "cpu": None}.get(choice, choice)
+
+
 def choose_device(gpu):
     """The torch device for GPU number `gpu`; None means the CPU.
 

@@ -18,7 +18,7 @@ from conftest import GLUE, ROOT, TINY_BERT
 import run_glue
 import utils
 from bitfit import flags as flags_of_program
-from bitfit import models, outputs, reports, store, train
+from bitfit import models, outputs, reports, saved, store, train
 from bitfit.checkpoints import found
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -121,12 +121,12 @@ def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kin
         (signal.SIGUSR1, "train", "forward_backward", 2),
         (signal.SIGINT, "train", "predict_runs", 3),  # in the second evaluation
         (signal.SIGTERM, "store", "write", 1),  # while a checkpoint is written
-        (signal.SIGUSR1, "run_glue", "leave", 2),  # while the results are
+        (signal.SIGUSR1, "saved", "write", 2),  # while the results are
         (signal.SIGTERM, "run_glue", "prepare", 1),  # before anything is
     ],
 )
 def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where, name, call):
-    modules = {"train": train, "store": store, "run_glue": run_glue}
+    modules = {"train": train, "store": store, "saved": saved, "run_glue": run_glue}
     with monkeypatch.context() as patch:
         at_call(patch, modules[where], name, call, send(number))
         assert run_glue.main(flags(tmp_path / "out")) == 128 + number
@@ -392,8 +392,8 @@ def test_another_process_was_faster(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     plain = run_glue.prepare
 
-    def slow(args, device):
-        evaluator = plain(args, device)
+    def slow(args):
+        evaluator = plain(args)
         monkeypatch.setattr(run_glue, "prepare", plain)
         assert run_glue.main([*flags(folder), "--resume"]) == 0
         return evaluator
