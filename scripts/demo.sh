@@ -21,6 +21,6 @@ run full_ft --fine-tune-type full_ft --learning-rate 3e-4 --epochs 8
 run frozen --fine-tune-type frozen --learning-rate 1e-2 --epochs 24
 run random_encoder --fine-tune-type bitfit --learning-rate 3e-3 --epochs 8 --random-encoder
 
-set -- scripts/compare.py out/demo/{full_ft,bitfit,frozen,random_encoder}
+set -- scripts/compare.py out/demo/{full_ft,bitfit,frozen,random_encoder} --plot out/demo/methods.png
 printf '\n$ python %s\n' "$*"
 $PYTHON "$@"

@@ -73,7 +73,7 @@ def trained(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=
     return state.stack, losses
 
 
-def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3):
+def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3, factor=lambda step: 1.0):
     """The obvious loop: the tokenizer pads each batch, one forward a step, no flat rows."""
     texts = sources.read_split(COLA, "train", GLUE).take(range(44))
     tokenizer = models.load_tokenizer(folder)
@@ -85,6 +85,7 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3):
     }[optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make(trained)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     losses = []
     for epoch in range(epochs):
@@ -99,6 +100,7 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            scheduler.step()
             total += loss.item() * len(rows)
         losses.append(total / 44)
     return losses
@@ -124,6 +126,23 @@ def test_the_loop_is_the_plain_one(folder, method, optimizer):
     ):
         if not name.endswith("key.bias"):  # its gradient is rounding noise, which Adam magnifies
             assert torch.allclose(parameter, wanted, rtol=1e-3, atol=2e-4), name
+
+
+def test_the_schedule_is_the_plain_one(tiny_bert):
+    """Two epochs of three steps: up over two of them, then down; every step counts."""
+
+    def factor(step):
+        return (step + 1) / 2 if step < 2 else max(0, 6 - step) / 4
+
+    expected, model = new_model(tiny_bert), new_model(tiny_bert)
+    chosen = choose(model, "frozen")
+    wanted = plain_loop(expected, tiny_bert, set(chosen), 2, "adamw", 1e-2, factor)
+    options = {"epochs": 2, "lr_schedule": "linear", "warmup_ratio": 1 / 3}
+    state = new_state(model, tokens_of(tiny_bert), chosen, [Run(1e-2, 0)], **options)
+    assert [next_epoch(state)[0] for _ in range(2)] == pytest.approx(wanted, rel=1e-5)
+    for name in chosen:
+        found = model.get_parameter(name)
+        assert torch.allclose(found, expected.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
 def test_the_order_of_the_rows_is_the_runs_own():
