@@ -1,4 +1,4 @@
-"""Every command and every line of Python in README.md is run here."""
+"""Every command and every line of Python in README.md and docs/ is run here."""
 
 import os
 import re
@@ -15,15 +15,17 @@ import run_glue
 from bitfit import flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXT = "\n".join([README, *(path.read_text(encoding="utf-8") for path in PAGES)])
 SMALL = ["--data-dir", str(GLUE), "--epochs", "1", "--train-size", "16", "--gpu-device", "cpu"]
 CONDA = ("conda env create", "conda activate")  # conda is not here; see test_environment_yml
 
 
 def commands():
     """Each command of the bash blocks as one line, without comments."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
     lines = (line.split("#")[0].strip() for line in text.splitlines())
-    return [" ".join(line.split()) for line in lines if line]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if line))
 
 
 def plain(prefix):
@@ -46,23 +48,25 @@ def checkout(tmp_path_factory):
 
 
 def test_every_command_is_known_to_these_tests():
-    scripts = (
-        "bash scripts/demo.sh",
-        "bash scripts/test.sh",
-        "bash scripts/sweep_learning_rates.sh",
+    known = (
+        *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py "),
+        *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
+        *("python benchmarks/", "python scripts/compare.py ", *CONDA),
     )
-    known = ("python run_glue.py ", *scripts, *CONDA)
-    assert len(plain("python run_glue.py ")) >= 7
+    assert len(RUN_GLUE) >= 10
     assert [command for command in commands() if not command.startswith(known)] == []
 
 
-@pytest.mark.parametrize("command", plain("python run_glue.py "))
+RUN_GLUE = plain("python run_glue.py ") + plain("OMP_NUM_THREADS=1 python run_glue.py ")
+
+
+@pytest.mark.parametrize("command", RUN_GLUE)
 def test_run_glue_commands(command, tmp_path, monkeypatch):
-    words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))[2:]
+    words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)).split("run_glue.py")[1])
     words[words.index("--output-path") + 1] = str(tmp_path / "out")
     monkeypatch.chdir(ROOT)
     assert run_glue.main([*words, *SMALL]) == 0
-    result = "results.csv" if "sweep" in command else "metrics.json"
+    result = "results.csv" if "--seed 0 1" in command else "metrics.json"
     assert (tmp_path / "out" / result).exists()
 
 
@@ -77,6 +81,7 @@ def test_the_demo(checkout):
     assert "--epochs 1 --train-size 16" in printed[0]
     table = result.stdout.split(printed[-1])[1].split()
     assert table.count("cola") == 4
+    assert (checkout / "out/demo/methods.png").stat().st_size > 10_000
     assert not (checkout / ".venv").exists()  # the active environment was used
 
 
@@ -109,10 +114,17 @@ def test_the_sweep_script(checkout):
     assert nothing.stderr.startswith("The paper's grid on one task: bash scripts/sweep")
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(138, True), (0, False), (1, False)])
-def test_the_slurm_job(tmp_path, status, requeued):
-    """With a stand-in for SLURM: the flags are ours, and only SIGUSR1's status requeues."""
-    (job,) = re.findall(r"```sbatch\n(.*?)```", README, re.DOTALL)
+ARRAY = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("status", "array", "requeued"),
+    [(138, {}, "requeue 17\n"), (138, ARRAY, "requeue 16_3\n"), (0, {}, None), (1, ARRAY, None)],
+)
+def test_the_slurm_job(tmp_path, status, array, requeued):
+    """With a stand-in for SLURM: the flags are ours, only SIGUSR1's status requeues, and of a job
+    array one task alone."""
+    (job,) = re.findall(r"```sbatch\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "job").write_text(job)
     for name, body in {
         "srun": f'printf "%s\\n" "$@" >srun.log; exit {status}',
@@ -121,21 +133,50 @@ def test_the_slurm_job(tmp_path, status, requeued):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "job"], cwd=tmp_path, env=os.environ | {"PATH": path, "SLURM_JOB_ID": "17"}
-    )
+    environment = os.environ | {"PATH": path, "SLURM_JOB_ID": "17"} | array
+    result = subprocess.run(["bash", "job"], cwd=tmp_path, env=environment)
     assert result.returncode == status
-    assert (tmp_path / "scontrol.log").exists() == requeued
+    log = tmp_path / "scontrol.log"
+    assert (log.read_text() if log.exists() else None) == requeued
     words = (tmp_path / "srun.log").read_text().split()
     assert words[:2] == ["python", "run_glue.py"]
     assert flags.parse_args("", words[2:]).resume
     assert status != 138 or status == 128 + signal.SIGUSR1
 
 
+@pytest.mark.parametrize("command", plain("python benchmarks/"))
+def test_the_benchmarks(command, checkout):
+    """Smaller than shown: that they run, not what they measure."""
+    small = {
+        "kill_and_resume": ["--kills", "1", "--cases", "single"],
+        "throughput": ["--rows", "16", "--rounds", "1", "--precision", "fp32"],
+        "stacking": ["--rows", "16", "--rounds", "1", "--runs", "2"],
+    }
+    (more,) = (flags for name, flags in small.items() if name in command)
+    result = subprocess.run(
+        [sys.executable, *command.split()[1:], *more], cwd=checkout, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"ratio|differences found: 0", result.stdout)
+
+
+def test_compare(checkout, tmp_path, monkeypatch):
+    (command,) = plain("python scripts/compare.py ")
+    monkeypatch.chdir(ROOT)
+    for name, kind in (("rte-bitfit", "bitfit"), ("rte-full", "full_ft")):
+        argv = ["-o", str(tmp_path / "out" / name), "-t", "rte", "-f", kind, "-m", str(TINY_BERT)]
+        assert run_glue.main([*argv, *SMALL]) == 0
+    script = [sys.executable, str(ROOT / "scripts/compare.py"), *command.split()[2:]]
+    result = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("rte") == 2
+    assert (tmp_path / "out/methods.png").stat().st_size > 10_000
+
+
 def test_compare_says_what_is_wrong(checkout):
     script = [sys.executable, "scripts/compare.py"]
     result = subprocess.run([*script, "nowhere"], cwd=checkout, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("compare.py: error: nowhere holds no results of run_glue.py")
 
 
@@ -160,10 +201,24 @@ def test_the_python_example(tmp_path):
 
 
 def test_every_flag_is_explained():
-    """Those the README names exist, and -h explains all."""
-    ours = re.sub(r"#SBATCH.*|`python benchmarks.*?`", "", README)
+    """Those that the README and docs name exist, and -h explains all."""
+    ours = re.sub(r"#SBATCH.*|python (benchmarks|scripts)/.*", "", TEXT)
     named = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", ours)) - {"--help"}
     parser = flags.make_parser("")
     known = {name for action in parser._actions for name in action.option_strings}
     assert named <= known
     assert all(action.help for action in parser._actions)
+
+
+def test_every_link_leads_somewhere():
+    for path in (ROOT / "README.md", *PAGES):
+        links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+        for link in (link for link in links if "://" not in link):
+            assert (path.parent / link).exists(), (path, link)
+    assert len(README.splitlines()) < 200
+
+
+def test_the_layout_is_that_of_the_tree():
+    text = (ROOT / "docs/developing.md").read_text()
+    for path in (ROOT / "bitfit").glob("[a-z]*.py"):
+        assert f"{path.name}`" in text, path.name
