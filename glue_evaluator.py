@@ -37,7 +37,6 @@ class GLUEvaluator:
         model: the plain Hugging Face classifier.
         scores: one table of all runs' scores: run, epoch, split, metric, value.
         records: what else each run measured; `record` is the selected one.
-        num_labels: classes, or 1 for a regression.
     """
 
     def __init__(
@@ -49,8 +48,7 @@ class GLUEvaluator:
             task_name: a key of `bitfit.tasks.TASKS`.
             model_name: a name on the Hub, or a folder.
             device: GPU number; None for the CPU.
-            seed: draws the classifier, data order, dropout and masks; None: that of `set_seed`;
-                a list: runs for each.
+            seed: draws classifier, data order, dropout, masks; None: set_seed's; a list: many runs.
             data_dir: GLUE's TSV folders or Parquet files; None: the Hub.
             precision: "fp32" or "bf16"; None: bf16 on a GPU that has it, else fp32.
             random_encoder: draw the encoder's weights at random (a control).
@@ -76,7 +74,7 @@ class GLUEvaluator:
     def preprocess_dataset(
         self, padding, max_sequence_len, batch_size, train_size=None, test_splits=False
     ):
-        """Read and tokenize the train and validation splits; test splits when first needed.
+        """Read and tokenize the train and validation splits.
 
         Args:
             padding: "longest" or "max_length", as in the released code; either way rows are padded
@@ -84,7 +82,7 @@ class GLUEvaluator:
             max_sequence_len: rows are cut to so many tokens.
             batch_size: rows per optimizer step.
             train_size: train on so many rows, drawn by the run's seed; None: all.
-            test_splits: read the test splits now.
+            test_splits: read the test splits now, not when they are first needed.
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
@@ -105,27 +103,23 @@ class GLUEvaluator:
         self._need("data", "preprocess_dataset")
         return self.data.split(split).tokens
 
-    # Model
-
-    # Terms of `--bias-terms` -> names of parameters, relative to their layer.
     convert_to_actual_components = staticmethod(trainable.actual_components)
 
     def training_preparation(
         self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True,
         seed=None,
     ):  # fmt: skip
-        """Load the model and choose what trains, in the released code's words; see `prepare`.
+        """`prepare` in the released code's words.
 
         Args:
             encoder_trainable: True for full fine-tuning, and before a random mask is set.
-            trainable_components: what `convert_to_actual_components` gives, for BitFit; with none
-                the encoder is frozen and the classifier alone trains.
+            trainable_components: for BitFit; with none the classifier alone trains.
         """
         if encoder_trainable and trainable_components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
         kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
-        components = trainable_components or ()
-        self.prepare(kind, learning_rate, optimizer, components, verbose=verbose, seed=seed)
+        terms = trainable_components or ()
+        self.prepare(kind, learning_rate, optimizer, terms, None, verbose, seed)
 
     def prepare(
         self, fine_tune_type, learning_rate, optimizer="adamw", components=(), mask_size=None,
@@ -136,8 +130,7 @@ class GLUEvaluator:
         Args:
             fine_tune_type: one of `trainable.FINE_TUNE_TYPES`.
             learning_rate: of the optimizer, before any schedule; a list: runs for each.
-            optimizer: "adamw" or "adam".
-            components: for bitfit, as in `training_preparation`.
+            components: for bitfit, what `convert_to_actual_components` gives.
             mask_size: for rand_uniform; None: the paper's for its models, else as many as bitfit.
             verbose: print the trained tensors.
             seed: one of the evaluator's seeds; None: all of them.
@@ -197,8 +190,7 @@ class GLUEvaluator:
 
     def fingerprints(self):
         """What results depend on beside flags: hashes of the data, the base model, what trains."""
-        scored = ("train", *self.task.validation_splits)
-        data = [array for split in scored for array in self.tokens(split)[:5]]
+        data = [array for split in self.data.scored().values() for array in split.tokens[:5]]
         return {
             "data_sha256": models.sha256(data),
             "encoder_sha256": self.encoder_sha256,
@@ -213,21 +205,19 @@ class GLUEvaluator:
 
     def why_not_stackable(self):
         """Why several runs cannot be trained in one pass, or None if they can."""
-        if not hasattr(self, "_reason"):
+        self._need("chosen", "training_preparation")
+        if len(self.runs) > 1 and not hasattr(self, "_reason"):
             tokens = self.tokens("train")
             self._reason = runs.why_not_stackable(self._forward("train"), self.chosen, tokens)
-        return self._reason
+        return self._reason if len(self.runs) > 1 else None
 
     def passes(self):
         """[[run, ...]]: all together, or one after the other where they cannot share a pass."""
-        self._need("chosen", "training_preparation")
-        reason = self.why_not_stackable() if len(self.runs) > 1 else None
+        reason = self.why_not_stackable()
         if len(self.runs) > 1:
             how = f"one after the other: {reason}" if reason else "in one pass"
             LOGGER.info("%d runs %s", len(self.runs), how)
         return [[run] for run in self.runs] if reason else [self.runs]
-
-    # Training
 
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
@@ -238,10 +228,7 @@ class GLUEvaluator:
         Args:
             output_path: folder for metrics and curves; with several runs each has a folder in it,
                 named `Run.name`. Or {run: its folder}.
-            evaluation_frequency: score every so many epochs and after the last; how often changes
-                no trained value.
-            lr_schedule: "constant", or "linear" down to 0.
-            warmup_ratio: the share of all steps over which the learning rate first rises.
+            evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.train.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
             saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
 
@@ -249,63 +236,51 @@ class GLUEvaluator:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
                 values (with `keep` its best), and what was measured is kept and written.
         """
-        if min(num_epochs, evaluation_frequency) < 1:
-            raise UserError("num_epochs and evaluation_frequency are at least 1")
-        if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
-            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
-        self._need("chosen", "training_preparation")
+        choices = lr_schedule in ("constant", "linear") and keep in ("last", "best")
+        if not choices or min(num_epochs, evaluation_frequency) < 1:
+            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best', "
+                            "num_epochs and evaluation_frequency are at least 1")  # fmt: skip
+        reason = self.why_not_stackable()
         if hasattr(self, "stack"):
             raise UserError("this evaluator has been trained: prepare it again to train again")
-        if len(self.runs) > 1 and self.why_not_stackable():
-            raise UserError(f"{len(self.runs)} runs cannot train in one pass, "
-                            f"{self._reason}: prepare and train one after the other")  # fmt: skip
-        folders = output_path or {}
-        if output_path and not isinstance(output_path, dict):
-            folders = outputs.folders_of(output_path, self.runs)
-        plan = Plan(
-            self.task, self._forward("train"), self.data.split("train"), self.data.scored(),
-            self.limit, self.batch_size, num_epochs, lr_schedule, warmup_ratio,
-            evaluation_frequency,
-        )  # fmt: skip
+        if reason:
+            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
+                            "prepare and train one after the other")  # fmt: skip
+        folders = outputs.folders_of(output_path, self.runs)
+        plan = Plan(self.task, self._forward("train"), self.data.split("train"),
+                    self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
+                    warmup_ratio, evaluation_frequency)  # fmt: skip
         set_seed(self.runs[0].seed)
         self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
         state = start(plan, self.stack, self.optimizer, keep)
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
-        saver, diverged = saver or Saver(), None
+        saver = saver or Saver()
         saver.load(state)
         try:
-            with self._precision(), saver.held():
-                fit(state, lambda: self._note(state, folders), saver)
-        except Diverged as error:
-            diverged = error
+            with predict.precision_of(self.model, self.precision, self.torch_device), saver.held():
+                diverged = fit(state, lambda: self._note(state, folders), saver)
         finally:
             self.stack.release(state.best)
         self._note(state, folders)
         for run, folder in folders.items():
-            self._curves(run, folder)
+            if len(self._scores_of(run)):
+                self.plot_learning_curves(folder, run)
         if diverged:
-            raise diverged
+            raise Diverged(diverged)
 
     def _note(self, state, folders):
         """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
-        facts = reports.facts(self)
         for record in state.records if folders else ():
-            scores = self._scores_of(record.run)
-            reports.write_metrics(folders[record.run], self.task, record, scores, facts)
-
-    def _precision(self):
-        return predict.precision_of(self.model, self.precision, self.torch_device)
-
-    # Results: of the selected run
+            folder, scores = folders[record.run], self._scores_of(record.run)
+            reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
 
     def select(self, run):
         """Let the model and all results below be those of run number `run`, counted from 0."""
         self._need("stack", "train_and_evaluate")
-        last = len(self.runs) - 1
-        if not 0 <= run <= last:
-            raise UserError(f"there is no run {run}: they are numbered from 0 to {last}")
+        if not 0 <= run < len(self.runs):
+            raise UserError(f"there is no run {run}: there are {len(self.runs)}, counted from 0")
         self.stack.put(run)
         self.selected = run
 
@@ -325,7 +300,7 @@ class GLUEvaluator:
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
-        with self._precision():
+        with predict.precision_of(self.model, self.precision, self.torch_device):
             return predict.predict(self._forward(split), self.tokens(split), self.limit)
 
     def evaluate(self, split):
@@ -336,8 +311,8 @@ class GLUEvaluator:
 
     def export_model_test_set_predictions(self, output_path):
         """Write the test predictions as files for the GLUE server; returns their paths."""
-        written = []
         Path(output_path).mkdir(parents=True, exist_ok=True)
+        written = []
         for split, name in self.task.server_files.items():
             if self.tokens(split) is None:
                 LOGGER.info("there is no %s set: %s is not written", split, name)
@@ -370,16 +345,13 @@ class GLUEvaluator:
         table = reports.score_table(self._scores_of(self.record.run), self.task)
         return f"{self.caption}\n{table}"
 
-    def plot_learning_curves(self, output_path=None):
+    def plot_learning_curves(self, output_path=None, run=None):
         """{metric: figure}; in the folder `output_path` each as learning_curves_<metric>.png."""
-        figures = self._curves(self.record.run, output_path)
-        if not figures:
+        run = run or self.record.run
+        if not len(self._scores_of(run)):
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        return figures
-
-    def _curves(self, run, folder):
         caption = f"{self.method_caption}, {run.caption}"
-        return reports.learning_curves(self._scores_of(run), self.task, caption, folder)
+        return reports.learning_curves(self._scores_of(run), self.task, caption, output_path)
 
     @property
     def trains_only_biases(self):
@@ -404,11 +376,5 @@ class GLUEvaluator:
 
     @staticmethod
     def load(path, gpu_device, model_name=None, data_dir=None):
-        """An evaluator as it was saved: it predicts, evaluates, plots and exports.
-
-        Args:
-            path: the folder given to `save`.
-            gpu_device: GPU number; None for the CPU.
-            model_name, data_dir: where base model and data are now, if they have moved.
-        """
+        """As it was saved; `model_name`, `data_dir`: where base model and data are now."""
         return saved.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)

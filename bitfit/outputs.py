@@ -32,7 +32,9 @@ NAMES = {
 
 
 def folders_of(output, runs):
-    """{run: where its files go}: one run needs no folder of its own."""
+    """{run: where its files go}: one run needs no folder of its own; or what the caller says."""
+    if output is None or isinstance(output, dict):
+        return output or {}
     return {run: Path(output) / run.name if len(runs) > 1 else Path(output) for run in runs}
 
 

@@ -158,7 +158,7 @@ def save_curves(figures, folder):
 
 def learning_curves(scores, task, caption, folder=None):
     """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
-    figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics if len(scores)}
+    figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics}
     if folder:
         save_curves(figures, folder)
     return figures

@@ -23,7 +23,7 @@ from bitfit.predict import Limit, predict_runs
 from bitfit.reports import best_epochs, frame_of, one_line_scores
 from bitfit.runs import Run, Stack, clip_, rows_of
 from bitfit.tasks import Task, row_losses, score
-from utils import Diverged, Stopped, generator
+from utils import Stopped, generator
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
@@ -240,8 +240,8 @@ def fit(state, write, saver):
         write: called after each evaluation.
         saver: writes the checkpoints, and raises Stopped where a signal asks for it.
 
-    Raises:
-        Diverged: no run is left whose losses and gradients are finite.
+    Returns:
+        None, or what to say when no run is left whose losses and gradients are finite.
     """
     plan, runs = state.plan, len(state.records)
     each = plan.rows_per_run
@@ -261,9 +261,10 @@ def fit(state, write, saver):
                 write()
             if not len(state.stack.alive()):
                 what = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
-                raise Diverged(f"{what}; training stopped there: try a lower --learning-rate, or "
-                               "--lr-schedule linear with --warmup-ratio")  # fmt: skip
+                return (f"{what}; training stopped there: try a lower --learning-rate, or "
+                        "--lr-schedule linear with --warmup-ratio")  # fmt: skip
             saver.after_epoch(state, last=ended == plan.epochs)
+    return None
 
 
 def evaluate(state, saver):
