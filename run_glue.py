@@ -56,7 +56,7 @@ def run(args, signals):
     with outputs.held(output):
         if outputs.is_finished(output, facts, args.resume):  # another process may have been faster
             return
-        outputs.begin(output, facts)
+        outputs.write_args(output, facts, finished=False)
         train_all(args, evaluator, output, facts, signals)
 
 
@@ -90,7 +90,7 @@ def train_all(args, evaluator, output, facts, signals):
         print(evaluator.score_table())
     else:
         print(sweeps.report(output, evaluator.task, folders, evaluator.method_caption))
-        outputs.finish(output, facts)
+        outputs.write_args(output, facts, finished=True)
 
 
 def settle(args, evaluator, runs, folders, facts):
@@ -116,7 +116,7 @@ def settle(args, evaluator, runs, folders, facts):
         sweeps.drop_beaten(folders, best)
     chosen = {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
     for run in runs:
-        outputs.finish(folders[run], facts | chosen | run._asdict())
+        outputs.write_args(folders[run], facts | chosen | run._asdict(), finished=True)
 
 
 def main(argv=None):

@@ -69,7 +69,8 @@ class Signals:
         LOGGER.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
 
     @contextmanager
-    def _waiting(self, waits):
+    def held(self, waits=True):
+        """Within: a signal waits to be asked for, or raises `Stopped` at once."""
         before, self.waits = self.waits, waits
         try:
             if self.received and not waits:
@@ -79,12 +80,6 @@ class Signals:
             self.waits = before
         if self.received and not before:
             raise Stopped(self.received)  # it came too late for anybody inside to ask
-
-    def held(self):
-        return self._waiting(True)
-
-    def at_once(self):
-        return self._waiting(False)
 
 
 def setup_logging(level=logging.INFO):
@@ -117,11 +112,7 @@ def gpu_of(choice):
 
 
 def choose_device(gpu):
-    """The torch device for GPU number `gpu`; None means the CPU.
-
-    Raises:
-        UserError: if there is no such GPU.
-    """
+    """The torch device for GPU number `gpu`; None means the CPU; UserError where there is none."""
     import torch
 
     if gpu is None:
@@ -171,11 +162,11 @@ def is_out_of_memory(error):
     """Whether an exception says that a device, or the machine, has no memory left."""
     import torch
 
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
     # Not all of torch says it with a class: its CPU allocator and CUDA's libraries do not.
     said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def is_fault(error):

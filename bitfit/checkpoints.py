@@ -35,30 +35,22 @@ class Saver:
         self.every, self.minutes, self.signals = every, minutes, signals
         self.written, self.saved = time.monotonic(), None
 
-    def held(self):
-        """A signal waits for `after_step`."""
-        return self.signals.held() if self.signals else nullcontext()
-
-    def at_once(self):
-        """A signal raises Stopped at once."""
-        return self.signals.at_once() if self.signals else nullcontext()
+    def held(self, waits=True):
+        """Within: a signal waits for `after_step`, or does not."""
+        return self.signals.held(waits) if self.signals else nullcontext()
 
     def after_step(self, state):
-        waited = time.monotonic() - self.written
-        if self.minutes and waited > 60 * self.minutes:
-            self.save(state)
-        self.stop_if_asked(state)
+        self.visit(state, self.minutes and time.monotonic() - self.written > 60 * self.minutes)
 
     def after_epoch(self, state, last):
-        if self.every and (last or state.epoch % self.every == 0):
-            self.save(state)
-        self.stop_if_asked(state)
+        self.visit(state, self.every and (last or state.epoch % self.every == 0))
 
-    def stop_if_asked(self, state):
-        """On a signal: write a checkpoint, if it is not there yet, and raise Stopped."""
-        if self.signals and self.signals.received:
-            if self.saved != (state.epoch, state.step):
-                self.save(state)
+    def visit(self, state, due):
+        """Write a checkpoint that is due; on a signal write one anyway, and raise Stopped."""
+        stops = self.signals and self.signals.received
+        if due or (stops and self.saved != (state.epoch, state.step)):
+            self.save(state)
+        if stops:
             raise Stopped(self.signals.received)
 
     def save(self, state):
@@ -74,11 +66,7 @@ class Saver:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(state.records)
 
     def load(self, state):
-        """Put the newest good checkpoint into `state`, if there ever was one.
-
-        Raises:
-            Damaged: there are some, and none is good.
-        """
+        """Put the newest good checkpoint into `state`; Damaged where there are some and none is."""
         numbers = found(self.folder) if self.folder and self.folder.is_dir() else []
         for number in reversed(numbers):
             try:
@@ -89,9 +77,8 @@ class Saver:
             LOGGER.info("resumed after %d epochs and %d steps", state.epoch, state.step)
             return
         if numbers:
-            raise Damaged(
-                f"no checkpoint in {self.folder} can be used: remove that folder to start over"
-            )
+            what = "can be used: remove that folder to start over"
+            raise Damaged(f"no checkpoint in {self.folder} {what}")
 
 
 def path_of(folder, number):
@@ -129,11 +116,7 @@ def capture(state):
 
 
 def restore(state, facts, tensors):
-    """Put a checkpoint into a state that was set up by the same command.
-
-    Raises:
-        Damaged: it is of other runs, or of another model.
-    """
+    """Put a checkpoint into a state of the same runs on the same model; else Damaged."""
     stack, device = state.stack, state.stack.values.device
     records = [Record(**record | {"run": Run(*record["run"])}) for record in facts["records"]]
     if [r.run for r in records] != stack.runs or tensors["values"].shape != stack.values.shape:

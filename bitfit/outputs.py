@@ -1,7 +1,6 @@
 """An output folder: new, held by one process, resumed, finished; args.json says which.
 
-args.json holds all flags and what else the numbers depend on. `finished` is false from the first
-moment, so that what was interrupted is known, and true when nothing is left to do.
+`finished` is false from the first moment, so that what was interrupted is known.
 """
 
 import errno
@@ -24,11 +23,7 @@ HARMLESS = {
     "max_tokens", "data_dir", "model_name", "finished",
 }  # fmt: skip
 WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
-NAMES = {
-    "data_sha256": "the data",
-    "encoder_sha256": "the base model",
-    "chosen_sha256": "what trains",
-}
+NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
 
 
 def folders_of(output, runs):
@@ -51,14 +46,12 @@ def is_finished(output, facts, resume):
         raise UserError(f"--output-path {output} is a file: give a folder")
     if output.is_dir() and any(inside.name != ".lock" for inside in output.iterdir()):
         if not resume:
-            raise UserError(
-                f"--output-path {output} is not empty: give a new folder, nothing is replaced; or "
-                "--resume to go on with what was interrupted there"
-            )
+            what = "give a new folder, nothing is replaced; or --resume to go on with what was"
+            raise UserError(f"--output-path {output} is not empty: {what} interrupted there")
         old = read_args(output)
         check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
         if old["finished"]:
-            drop_checkpoints(output)
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             print(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     nearest = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
@@ -69,11 +62,7 @@ def is_finished(output, facts, resume):
 
 @contextmanager
 def held(output):
-    """Make and hold a folder: no other process can work in it. The system lets go at the end.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold a folder until the end of this process; UserError where another one holds it."""
     import filelock
 
     output.mkdir(parents=True, exist_ok=True)
@@ -81,9 +70,8 @@ def held(output):
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        raise UserError(
-            f"--output-path {output} is in use by another process: give another folder"
-        ) from None
+        what = f"{output} is in use by another process: give another folder"
+        raise UserError(f"--output-path {what}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
@@ -97,21 +85,15 @@ def held(output):
 
 
 def read_args(folder):
-    """The args.json in a folder.
-
-    Raises:
-        UserError: it is not there or not ours.
-    """
+    """The args.json in a folder; UserError where it is not there or not ours."""
     try:
         facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
             raise ValueError("it is not of run_glue.py")
         return facts
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"--resume: {folder} holds no run that could go on (args.json: {error}); give a new "
-            "folder"
-        ) from None
+        what = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
+        raise UserError(f"--resume: {what}") from None
 
 
 def check_same(old, new):
@@ -130,18 +112,16 @@ def check_same(old, new):
     differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
     for name in sorted(WARNED.intersection(differ)):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
-    differ = sorted(set(differ) - WARNED)
-    if differ:
-        said = [
-            f"{NAMES[n]} changed" if n in NAMES
-            else f"--{n.replace('_', '-')} was {words(old[n])} and is now {words(new[n])}"
-            for n in differ
-        ]  # fmt: skip
+    said = [difference(name, old[name], new[name]) for name in sorted(set(differ) - WARNED)]
+    if said:
         raise UserError(f"--resume: this is not the interrupted run: {'; '.join(said)}")
 
 
-def words(value):
-    return " ".join(map(str, as_list(value)))
+def difference(name, old, new):
+    if name.endswith("_sha256"):
+        return f"{NAMES[name.removesuffix('_sha256')]} changed"
+    old, new = (" ".join(map(str, as_list(value))) for value in (old, new))
+    return f"--{name.replace('_', '-')} was {old} and is now {new}"
 
 
 def facts_of(args, evaluator):
@@ -180,16 +160,8 @@ def is_done(folder):
     return (folder / "args.json").exists() and read_args(folder)["finished"]
 
 
-def begin(folder, facts):
-    """Say that work in this folder has begun."""
-    write_text(folder / "args.json", json.dumps(facts | {"finished": False}, indent=2) + "\n")
-
-
-def finish(folder, facts):
-    """Say that nothing is left to do, and drop the checkpoints."""
-    write_text(folder / "args.json", json.dumps(facts | {"finished": True}, indent=2) + "\n")
-    drop_checkpoints(folder)
-
-
-def drop_checkpoints(folder):
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+def write_args(folder, facts, finished):
+    """Write args.json; when nothing is left to do the checkpoints go."""
+    write_text(folder / "args.json", json.dumps(facts | {"finished": finished}, indent=2) + "\n")
+    if finished:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -275,7 +275,7 @@ def evaluate(state, saver):
     plan, stack, scores = state.plan, state.stack, []
     begin, alive = time.perf_counter(), stack.alive()
     try:
-        with saver.at_once():
+        with saver.held(waits=False):
             for name, split in plan.scored.items() if len(alive) else ():
                 labels = split.tokens.labels.cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in alive}

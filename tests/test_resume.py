@@ -456,9 +456,7 @@ def test_a_folder_that_is_not_ours(tmp_path, content, capsys):
 def test_when_checkpoints_are_written(tmp_path, monkeypatch, every, minutes, numbers):
     """Every so many epochs and after the last; by minutes within one; two are kept."""
     kept = []
-    monkeypatch.setattr(
-        outputs, "finish", lambda folder, facts: kept.append(found(folder / "checkpoints"))
-    )
+    monkeypatch.setattr("shutil.rmtree", lambda path, **options: kept.append(found(path)))
     more = ["--checkpoint-every", str(every)]
     more += ["--checkpoint-minutes", str(minutes or 1e9)]
     assert run_glue.main([*flags(tmp_path / "out", "bitfit"), *more]) == 0
