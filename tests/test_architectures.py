@@ -64,6 +64,10 @@ REFUSED = {
         {"num_landmarks": 8, "segment_means_seq_len": 64},
         "RuntimeError: shape '[-1, 2, 8, 8, 16]' is invalid",
     ),
+    "reformer": (  # in training alone
+        {"axial_pos_shape": [16, 8], "axial_pos_embds_dim": [16, 16], "is_decoder": False},
+        "ValueError: If training, make sure that config.axial_pos_shape factors",
+    ),
     "modernbert": ({}, "no biases at all, so bitfit cannot train it"),
 }
 
