@@ -157,7 +157,7 @@ class GLUEvaluator:
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.limit = predict.Limit(self.max_tokens, self.torch_device)
-        for outdated in ("stack", "_found"):
+        for outdated in ("stack", "chosen", "_found"):
             vars(self).pop(outdated, None)
 
     def _forward(self, split):
@@ -184,7 +184,7 @@ class GLUEvaluator:
 
     def _set_mask(self, fine_tune_type, mask_size=None):
         self._need("chosen", "training_preparation")
-        if not trainable.trains_matrices(self.model, self.chosen):
+        if hasattr(self, "stack") or not trainable.trains_matrices(self.model, self.chosen):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
         self._choose(fine_tune_type, mask_size)
 
@@ -262,6 +262,7 @@ class GLUEvaluator:
                 diverged = fit(state, lambda: self._note(state, folders), saver)
         finally:
             self.stack.release(state.best)
+            self._note(state, {})
         self._note(state, folders)
         for run, folder in folders.items():
             if len(self._scores_of(run)):

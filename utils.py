@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 LOGGER = logging.getLogger("bitfit")
+FORMAT = 2  # of args.json, checkpoints and saved evaluators
 
 
 class UserError(Exception):
@@ -118,10 +119,9 @@ def choose_device(gpu):
     if gpu is None:
         return torch.device("cpu")
     if not 0 <= gpu < torch.cuda.device_count():
-        raise UserError(
-            f"there is no GPU {gpu}: torch sees {torch.cuda.device_count()} (numbered from 0); "
-            "leave --gpu-device out, or give `--gpu-device cpu`"
-        )
+        seen = f"torch sees {torch.cuda.device_count()} (numbered from 0)"
+        what = "leave --gpu-device out, or give `--gpu-device cpu`"
+        raise UserError(f"there is no GPU {gpu}: {seen}; {what}")
     return torch.device("cuda", gpu)
 
 

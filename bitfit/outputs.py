@@ -13,7 +13,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils import UserError, as_list, remove_temporaries, write_text
+from utils import FORMAT, UserError, as_list, remove_temporaries, write_text
 
 LOGGER = logging.getLogger("bitfit")
 CHECKPOINTS = "checkpoints"
@@ -49,6 +49,9 @@ def is_finished(output, facts, resume):
             what = "give a new folder, nothing is replaced; or --resume to go on with what was"
             raise UserError(f"--output-path {output} is not empty: {what} interrupted there")
         old = read_args(output)
+        if not old["finished"] and old.get("format") != FORMAT:
+            what = "was begun by another version of this program: give a new folder"
+            raise UserError(f"--resume: {output} {what}")
         check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
         if old["finished"]:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
@@ -132,6 +135,7 @@ def facts_of(args, evaluator):
 
     on_gpu = evaluator.torch_device.type == "cuda"
     return vars(args) | {
+        "format": FORMAT,
         "precision": evaluator.precision,
         "max_tokens": evaluator.limit.tokens,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",

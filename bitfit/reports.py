@@ -32,10 +32,15 @@ def evaluations(scores):
     }
 
 
-def main_scores(scores, task):
-    """The main metric of the first validation split, (epochs, runs)."""
+def main_rows(scores, task):
+    """The rows of the main metric of the first validation split."""
     main = (scores["split"] == task.validation_splits[0]) & (scores["metric"] == task.metrics[0])
-    return scores[main].pivot(index="epoch", columns="run", values="value")
+    return scores[main]
+
+
+def main_scores(scores, task):
+    """The same, (epochs, runs)."""
+    return main_rows(scores, task).pivot(index="epoch", columns="run", values="value")
 
 
 def best_epochs(scores, task):
@@ -73,19 +78,11 @@ def facts(evaluator):
 
 def write_metrics(folder, task, record, scores, facts):
     """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
-    content = (
-        facts
-        | record.run._asdict()
-        | {
-            "diverged": record.diverged,
-            "train_loss": record.train_loss,
-            "seconds": {name: round(value, 2) for name, value in record.seconds.items()},
-            "epochs": scores["epoch"].unique().tolist(),
-            "evaluations": evaluations(scores),
-            "main_metric": task.metrics[0],
-        }
-    )
-    content |= summary(scores, task)
+    content = facts | record.run._asdict()
+    content |= {"diverged": record.diverged, "train_loss": record.train_loss}
+    content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
+    content |= {"epochs": scores["epoch"].unique().tolist(), "evaluations": evaluations(scores)}
+    content |= {"main_metric": task.metrics[0]} | summary(scores, task)
     write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     curve = scores.groupby(["split", "metric"], sort=False).ngroup()
     table = scores.iloc[curve.argsort(kind="stable")][["epoch", "split", "metric", "value"]]
@@ -93,14 +90,9 @@ def write_metrics(folder, task, record, scores, facts):
 
 
 def read_metrics(folder):
-    """(the content of metrics.json, the scores of metrics.csv) of a run's folder.
-
-    Raises:
-        OSError, ValueError: they are not there, or not whole.
-    """
+    """(metrics.json, the table metrics.csv) of a run; OSError, ValueError where there is none."""
     content = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-    table = pd.read_csv(Path(folder) / "metrics.csv")
-    return content, table
+    return content, pd.read_csv(Path(folder) / "metrics.csv")
 
 
 def score_table(scores, task):
@@ -232,15 +224,10 @@ def bias_heatmap(start, end, caption):
     width = max(6.0, 2.5 + 0.62 * changes.shape[1] + 0.11 * longest)
     figure = new_figure(width, 2 + 0.5 * len(names), caption)
     axes = figure.subplots()
-    heatmap(
-        changes,
-        ax=axes,
-        cmap="Blues",
-        vmin=0,
-        xticklabels=[*map(str, range(1, layers + 1)), "Avg."],
-        yticklabels=[symbols.get(name, name) for name in names],
-        cbar_kws={"label": "mean absolute change"},
-    )
+    columns, rows = [*range(1, layers + 1), "Avg."], [symbols.get(name, name) for name in names]
+    bar = {"label": "mean absolute change"}
+    heatmap(changes, ax=axes, cmap="Blues", vmin=0, xticklabels=columns, yticklabels=rows,
+            cbar_kws=bar)  # fmt: skip
     axes.axvline(layers, color="white", linewidth=4)
     axes.tick_params(axis="y", rotation=0, labelsize=13)
     axes.tick_params(axis="x", rotation=0)
@@ -255,10 +242,8 @@ def write_predictions(path, task, predicted):
     Raises:
         OSError: what the disk holds is not a line per prediction.
     """
-    if task.is_regression:
-        words = [f"{value:.4f}" for value in predicted]
-    else:
-        words = [task.written_labels[number] for number in predicted]
+    labels = task.written_labels
+    words = [f"{own:.4f}" if task.is_regression else labels[own] for own in predicted]
     lines = ["index\tprediction", *(f"{i}\t{word}" for i, word in enumerate(words))]
     write_text(path, "\n".join(lines) + "\n")
     count = Path(path).read_text(encoding="utf-8").count("\n")

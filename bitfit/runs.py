@@ -74,6 +74,8 @@ class AllRuns(NamedTuple):
 
 def rows_of(owner, runs):
     """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K)."""
+    if runs == 1:  # nothing is stacked
+        return Rows(owner, None, None)
     counts = np.bincount(owner, minlength=runs)
     most, order = int(counts.max()), np.argsort(owner, kind="stable")
     place = np.empty_like(owner)

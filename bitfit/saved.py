@@ -53,7 +53,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     try:
         facts, tensors = store.read(folder / FACTS)
     except Damaged as error:
-        raise UserError(f"{error}; save the evaluator again") from None
+        raise UserError(f"{error}; train and save it again") from None
     facts["model_name"] = str(model_name or facts["model_name"])
     facts["data_dir"] = data_dir or facts["data_dir"]
     if facts["model_sha256"]:
@@ -79,7 +79,7 @@ def chosen(evaluator, facts, tensors, folder):
     model = evaluator.model
     if facts["model_sha256"]:
         same = models.fingerprint(model, head=True) == facts["model_sha256"]
-        what = f"{folder / 'model'} is not as it was written: save the evaluator again"
+        what = f"{folder / 'model'} is not as it was written: train and save it again"
     else:
         same = evaluator.encoder_sha256 == facts["encoder_sha256"]
         what = (f"{folder} was trained on another base model than {facts['model_name']}: "

@@ -4,6 +4,7 @@ Every reader answers with `Texts`; every fault is a `UserError` that names file 
 """
 
 import logging
+import numbers
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,24 +127,24 @@ def split_rows(lines, width, path, first, skips_short_rows):
     return [(number, row) for number, row in rows if len(row) == width]
 
 
-def decode_labels(task, values, known, place):
+def decode_labels(task, values, known, place, number=float):
     """Labels as files write them -> numbers, float32 for a regression.
 
     Args:
-        known: {a label as it is written: its number}; a score is a number from 0 to 5.
+        known: {a label as it is written: its number}
         place: row number -> where that row stands.
+        number: a score as it is written -> that from 0 to 5.
     """
     expected = "a score from 0 to 5" if task.is_regression else ", ".join(map(str, known))
-    numbers = []
+    labels = []
     for row, value in enumerate(values):
         try:
-            number = float(value) if task.is_regression else known[value]
+            labels.append(number(value) if task.is_regression else known[value])
+            if task.is_regression and not 0 <= labels[-1] <= 5:
+                raise ValueError
         except (ValueError, TypeError, LookupError):
-            number = float("nan")
-        if not 0 <= number <= (5.0 if task.is_regression else len(known)):
-            raise UserError(f"{place(row)}: unknown label {value!r}; expected {expected}")
-        numbers.append(number)
-    return np.array(numbers, np.float32 if task.is_regression else np.int64)
+            raise UserError(f"{place(row)}: unknown label {value!r}; expected {expected}") from None
+    return np.array(labels, np.float32 if task.is_regression else np.int64)
 
 
 def read_parquet(paths):
@@ -192,5 +193,11 @@ def from_frame(task, split, frame, source):
     if not labelled:
         return Texts(columns, None)
     known = {number: number for number in range(len(task.labels))}
-    labels = decode_labels(task, frame["label"], known, lambda row: f"{source}: row {row}")
+    labels = decode_labels(task, frame["label"], known, lambda i: f"{source}: row {i}", real)
     return Texts(columns, labels)
+
+
+def real(value):
+    if not isinstance(value, numbers.Real):
+        raise TypeError
+    return value

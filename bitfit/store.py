@@ -12,9 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils import Damaged, whole_file, write_text
-
-FORMAT = 2  # of all that is written here; 1 had no checksum in an evaluator
+from utils import FORMAT, Damaged, whole_file
 
 
 def write(path, facts, tensors, beside=None):
@@ -24,18 +22,21 @@ def write(path, facts, tensors, beside=None):
         beside: the name of the tensors' file; None: that of `path`.
 
     Raises:
-        OSError: it could not be written; what was there before is there still.
+        OSError: it could not be written.
     """
     data = Path(path).with_name(beside or f"{Path(path).stem}.safetensors")
     facts = {"format": FORMAT} | facts
-    if tensors:
-        with whole_file(data) as temporary:
+    with whole_file(path) as new_facts:
+        if not tensors:
+            new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
+            return
+        with whole_file(data) as new_data:  # both are written before either gets its name
             try:
-                save_file(tensors, temporary)
+                save_file(tensors, new_data)
             except SafetensorError as error:
                 raise OSError(f"{data}: {error}") from None
-        facts |= {"tensors": data.name, "tensors_sha256": file_sha256(data)}
-    write_text(path, dump(facts | {"sha256": sha256(facts)}))
+            facts |= {"tensors": data.name, "tensors_sha256": file_sha256(new_data)}
+            new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
 
 
 def read(path):
@@ -49,7 +50,8 @@ def read(path):
         text = path.read_bytes()
         facts = json.loads(text)
         if facts["format"] != FORMAT:
-            raise ValueError(f"its format is {facts['format']}, not {FORMAT}")
+            other = f"(format {facts['format']}, not {FORMAT})"
+            raise Damaged(f"{path} was written by another version of this program {other}")
         digest = facts.pop("sha256")
         if digest != sha256(facts) or dump(facts | {"sha256": digest}).encode() != text:
             raise ValueError("its checksum is wrong")

@@ -9,7 +9,14 @@ import shutil
 import numpy as np
 import pandas as pd
 
-from bitfit.reports import curve_figure, frame_of, main_scores, read_metrics, save_curves
+from bitfit.reports import (
+    curve_figure,
+    frame_of,
+    main_rows,
+    main_scores,
+    read_metrics,
+    save_curves,
+)
 from utils import Diverged, write_text
 
 
@@ -45,21 +52,21 @@ def best_run(facts, scores, task):
     scores = counted(facts, scores)
     if scores.empty:
         return None
-    return main_scores(scores, task)[scores["run"].unique()].max().idxmax()
+    best = main_scores(scores, task)[scores["run"].unique()].max()
+    return best.fillna(-np.inf).idxmax()
 
 
 def results_rows(facts, scores, task):
     """The rows of results.csv, one per run, scores x 100."""
-    rows, main = [], 100 * main_scores(scores, task)
+    rows, main = [], main_rows(scores, task)
     for fact in facts.to_dict("records"):
-        some = fact["run"] in main
-        values = main[fact["run"]].dropna() if some else pd.Series([np.nan])
+        own = 100 * main[main["run"] == fact["run"]].set_index("epoch")["value"]
         row = {name: fact[name] for name in ("run", "learning_rate", "seed")}
         row |= {"metric": task.metrics[0]}
-        row |= {"last_epoch": int(values.index[-1]) if some else None}
-        row |= {"last": round(values.iloc[-1], 2)}
-        row |= {"best_epoch": int(values.idxmax()) if some else None}
-        row |= {"best": round(values.max(), 2)}
+        row |= {"last_epoch": int(own.index[-1]) if len(own) else None}
+        row |= {"last": round(own.iloc[-1], 2) if len(own) else np.nan}
+        row |= {"best_epoch": int(own.fillna(-np.inf).idxmax()) if len(own) else None}
+        row |= {"best": round(own.max(), 2)}
         rows.append(row | {name: fact[name] for name in ("train_loss", "seconds", "diverged")})
     return rows
 
@@ -82,10 +89,10 @@ def learning_rate_table(facts, groups):
         if ended < tried:
             row["seeds"] += f" ({tried - ended} diverged)"
         if ended:
-            top = scores.max().idxmax()
-            row["last epoch"] = mean_and_std(scores.iloc[-1])
-            row["best epoch of each"] = mean_and_std(scores.max())
-            where = f"seed {seeds[top]}, epoch {scores[top].idxmax()}"
+            top = scores.max().fillna(-np.inf).idxmax()
+            row["last epoch"] = mean_and_std(scores.iloc[-1].to_numpy())
+            row["best epoch of each"] = mean_and_std(scores.max().to_numpy())
+            where = f"seed {seeds[top]}, epoch {scores[top].fillna(-np.inf).idxmax()}"
             row["best seed"] = f"{scores[top].max():.1f} ({where})"
         rows.append(row)
     return pd.DataFrame(rows).fillna("-").to_string(index=False)
@@ -100,7 +107,8 @@ def mean_and_std(values):
 def warnings_of(groups):
     """The two ways to go wrong unnoticed: a grid too narrow, a training too short."""
     tried, warnings = list(groups), []
-    curves = pd.DataFrame({rate: of.mean(axis=1) for rate, of in groups.items() if of.shape[1]})
+    means = {rate: of.mean(axis=1, skipna=False) for rate, of in groups.items() if of.shape[1]}
+    curves = pd.DataFrame(means).fillna(-np.inf)
     if curves.empty:
         return []
     last = curves.iloc[-1]

@@ -173,8 +173,14 @@ def select(model, kind, components=(), mask_size=None, rng=None):
         rng: NumPy generator, for the random masks.
 
     Raises:
-        UserError: the model has no such bias, no classifier, or fewer parameters than the mask.
+        UserError: no such type; the model has no such bias, no classifier, or fewer parameters
+            than the mask.
     """
+    if kind not in CHOICES:
+        raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(CHOICES)}")
+    if bool(components) != (kind == "bitfit"):
+        raise UserError(f"bitfit needs components, and no other type takes any: {kind} got "
+                        f"{', '.join(components) or 'none'}")  # fmt: skip
     if not head_names(model):
         raise UserError(
             f"this {model.config.model_type} model has no classifier beside its encoder"
@@ -188,7 +194,8 @@ def trains_matrices(model, chosen):
 
 
 def trains_all(model, chosen):
-    return chosen == whole(n for n, _ in model.named_parameters())
+    """Whether every parameter trains, and all of it."""
+    return all(n in chosen and chosen[n] is None for n, _ in model.named_parameters())
 
 
 def trains_only_biases(model, chosen):

@@ -114,12 +114,16 @@ def test_evaluator_of_any_bytes(saved, tmp_path, content):
 @few
 @given(data=st.data())
 def test_evaluator_of_any_facts(saved, tmp_path, data):
-    """One fact after the other is anything JSON can say, and the rest is right."""
+    """One fact after the other is anything JSON can say: an edited file is refused."""
     facts = json.loads((saved / "evaluator.json").read_text())
-    facts[data.draw(st.sampled_from(sorted(facts)))] = data.draw(values)
+    name, value = data.draw(st.sampled_from(sorted(facts))), data.draw(values)
     shutil.copytree(saved, tmp_path / "e", dirs_exist_ok=True)
-    (tmp_path / "e" / "evaluator.json").write_text(json.dumps(facts))
-    load(tmp_path / "e")
+    (tmp_path / "e" / "evaluator.json").write_text(store.dump(facts | {name: value}))
+    if store.dump(facts) == store.dump(facts | {name: value}):
+        return load(tmp_path / "e")
+    with pytest.raises(UserError) as error:
+        GLUEvaluator.load(tmp_path / "e", None)
+    assert "\n" not in str(error.value)
 
 
 @many

@@ -248,8 +248,11 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.clear(), "is damaged: 'format'; save the evaluator again"),
-        (lambda f: f.update(format=1), "its format is 1, not 2; save the evaluator again"),
+        (lambda f: f.clear(), "is damaged: 'format'; train and save it again"),
+        (
+            lambda f: f.update(format=1),
+            "written by another version of this program .format 1, not 2.; train",
+        ),
         (lambda f: f.pop("seed"), "its checksum is wrong"),
         (lambda f: f.update(task_name="sst2"), "its checksum is wrong"),
         (lambda f: f.update(encoder_sha256="0"), "its checksum is wrong"),
@@ -263,6 +266,44 @@ def test_edited_facts(saved, tmp_path, change, message):
         GLUEvaluator.load(tmp_path, None)
 
 
+def test_a_mask_that_meets_every_parameter_is_saved_too(tmp_path, tiny_bert):
+    evaluator = prepared(tiny_bert)
+    evaluator.training_preparation(1e-3, "adamw", True, verbose=False)
+    evaluator.set_uniform_mask(20_000)
+    assert all(name in evaluator.chosen for name, _ in evaluator.model.named_parameters())
+    evaluator.train_and_evaluate(1)
+    evaluator.save(tmp_path)
+    loaded = GLUEvaluator.load(tmp_path, None)
+    assert np.array_equal(loaded.predict("validation"), evaluator.predict("validation"))
+    with pytest.raises(UserError, match="a random mask needs training_preparation"):
+        loaded.set_uniform_mask(5)
+
+
+def test_what_prepare_refuses(tiny_bert):
+    evaluator = prepared(tiny_bert)
+    for arguments, message in {
+        ("bitfat", 1e-3): "unknown fine-tune type 'bitfat'; known: full_ft, bitfit",
+        ("bitfit", 1e-3): "bitfit needs components, and no other type takes any: bitfit got none",
+        ("full_ft", 1e-3, "adamw", ("bias",)): "no other type takes any: full_ft got bias",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            evaluator.prepare(*arguments, verbose=False)
+        with pytest.raises(UserError, match="call training_preparation first"):
+            evaluator.train_and_evaluate(1)  # not what was prepared before
+
+
+def test_what_was_measured_outlives_an_interruption(tiny_bert, monkeypatch):
+    evaluator = prepared(tiny_bert)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitfit.train.predict_runs", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.train_and_evaluate(3, evaluation_frequency=3)
+    assert len(evaluator.record.train_loss) == 2
+
+
 def test_a_changed_weight_of_a_whole_model_is_found_out(tmp_path, tiny_bert):
     evaluator = prepared(tiny_bert, "full_ft")
     evaluator.train_and_evaluate(1)
@@ -272,7 +313,7 @@ def test_a_changed_weight_of_a_whole_model_is_found_out(tmp_path, tiny_bert):
     with torch.no_grad():
         model.classifier.weight[0, 0] += 1e-3
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="model is not as it was written: save the evaluator"):
+    with pytest.raises(UserError, match="model is not as it was written: train and save"):
         GLUEvaluator.load(tmp_path, None)
 
 

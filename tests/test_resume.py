@@ -277,7 +277,7 @@ def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
 
 
 def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
-    """Also if the first was killed, or ends while the second waits for its lock."""
+    """Also if the first was killed."""
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
         at_call(patch, train, "clip_", 2, send(signal.SIGTERM))
@@ -382,9 +382,28 @@ def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "args.json").write_text('{"finished": false, "precision": "fp32"}')
     (tmp_path / ".notes.tmp").write_text("mine")
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
+    assert "was begun by another version of this program" in capsys.readouterr().err
+    (tmp_path / "args.json").write_text('{"finished": false, "precision": "fp32", "format": 2}')
+    assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "args.json there does not say " in capsys.readouterr().err.splitlines()[-1]
     utils.remove_temporaries(tmp_path)
     assert (tmp_path / ".notes.tmp").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def fails(self, **options):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fails)
+    with outputs.held(tmp_path):
+        assert "cannot be locked here: start no second process on it" in caplog.text
+
+
+def test_what_another_version_began_is_refused(interrupted, capsys):
+    args = json.loads((interrupted / "args.json").read_text())
+    (interrupted / "args.json").write_text(json.dumps(args | {"format": 1}))
+    assert run_glue.main([*flags(interrupted), "--resume"]) == 2
+    assert "was begun by another version of this program" in capsys.readouterr().err
 
 
 def test_another_process_was_faster(tmp_path, monkeypatch, capsys):

@@ -30,7 +30,8 @@ def loss(model):
 
 def masks(model):
     rng = np.random.default_rng(0)
-    return {kind: select(model, kind, ["bias"], 5_000, rng) for kind in FINE_TUNE_TYPES}
+    components = dict.fromkeys(FINE_TUNE_TYPES, ()) | {"bitfit": ["bias"]}
+    return {kind: select(model, kind, components[kind], 5_000, rng) for kind in FINE_TUNE_TYPES}
 
 
 TOKENS = Tokens(

@@ -62,8 +62,22 @@ def test_nothing_damaged_is_accepted(entry, suffix):
 def test_another_format_says_so(entry):
     path, _ = entry
     path.write_text(path.read_text().replace(f'"format": {store.FORMAT}', '"format": 1'))
-    with pytest.raises(Damaged, match=f"its format is 1, not {store.FORMAT}"):
+    with pytest.raises(
+        Damaged, match=rf"another version of this program \(format 1, not {store.FORMAT}\)"
+    ):
         store.read(path)
+
+
+def test_what_was_there_stays_when_there_is_no_room(entry, monkeypatch):
+    """The disk is full while the facts are written over others: both files are the old ones."""
+    path, tensors = entry
+    monkeypatch.setattr(store, "dump", lambda facts: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError):
+        store.write(path, {"name": "new"}, {"a": torch.zeros(3)})
+    monkeypatch.undo()
+    assert store.read(path)[0]["name"] == FACTS["name"]
+    assert torch.equal(store.read(path)[1]["a"], tensors["a"])
+    assert not list(path.parent.glob(".*"))
 
 
 def test_a_group_may_read_what_the_umask_lets_it(entry):

@@ -75,6 +75,25 @@ def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
         sweeps.report(lonely, RTE, write(lonely, results[1:]), "a caption")
 
 
+def test_a_score_that_is_no_number_hides_nothing(tmp_path):
+    """STS-B's correlation after a last step that blew up but stayed finite."""
+    nan = float("nan")
+    results = [
+        result(1e-3, 0, [0.5, 0.6]),
+        result(1e-3, 1, [0.5, nan]),
+        result(1e-1, 0, [nan, nan]),
+    ]
+    folders = write(tmp_path, results)
+    lines = sweeps.report(tmp_path, RTE, folders, "a caption").splitlines()
+    assert lines[2].split()[:3] == ["0.001", "2", "nan"]
+    table = pd.read_csv(tmp_path / "results.csv").set_index("run")
+    assert table["last_epoch"].tolist() == [4, 4, 4]
+    assert table["last"].isna().tolist() == [False, True, True]
+    assert "best of 3 trials: 60.0 (lr0.001_seed0, epoch 4)" in lines[4]
+    alone = {run: folder for run, folder in folders.items() if run.learning_rate == 0.1}
+    assert sweeps.best_run(*sweeps.read(alone), RTE) == "lr0.1_seed0"
+
+
 @pytest.mark.parametrize(
     ("curves", "expected"),
     [

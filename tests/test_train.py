@@ -109,7 +109,8 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3, factor=lambda
 def choose(model, method):
     if method == "partial":
         return select(model, "bitfit", ["intermediate.dense.bias"])
-    return select(model, method, ["bias"], 3000, np.random.default_rng(0))
+    components = ["bias"] if method == "bitfit" else []
+    return select(model, method, components, 3000, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("method", ["bitfit", "partial", "frozen", "full_ft"])
