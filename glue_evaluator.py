@@ -35,8 +35,7 @@ class GLUEvaluator:
 
     Attributes:
         model: the plain Hugging Face classifier.
-        scores: one table of all runs' scores: run, epoch, split, metric, value.
-        records: what else each run measured; `record` is the selected one.
+        scores: one table of all runs' scores; `records`: what else each of them measured.
     """
 
     def __init__(
@@ -236,10 +235,10 @@ class GLUEvaluator:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
                 values (with `keep` its best), and what was measured is kept and written.
         """
-        choices = lr_schedule in ("constant", "linear") and keep in ("last", "best")
-        if not choices or min(num_epochs, evaluation_frequency) < 1:
-            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best', "
-                            "num_epochs and evaluation_frequency are at least 1")  # fmt: skip
+        if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
+            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
+        if min(num_epochs, evaluation_frequency) < 1:
+            raise UserError("num_epochs and evaluation_frequency are at least 1")
         reason = self.why_not_stackable()
         if hasattr(self, "stack"):
             raise UserError("this evaluator has been trained: prepare it again to train again")
@@ -262,7 +261,7 @@ class GLUEvaluator:
                 diverged = fit(state, lambda: self._note(state, folders), saver)
         finally:
             self.stack.release(state.best)
-            self._note(state, {})
+            self._note(state)
         self._note(state, folders)
         for run, folder in folders.items():
             if len(self._scores_of(run)):
@@ -270,7 +269,7 @@ class GLUEvaluator:
         if diverged:
             raise Diverged(diverged)
 
-    def _note(self, state, folders):
+    def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
         for record in state.records if folders else ():
@@ -318,9 +317,9 @@ class GLUEvaluator:
             if self.tokens(split) is None:
                 LOGGER.info("there is no %s set: %s is not written", split, name)
                 continue
-            predicted = predictions(self.task, self.predict(split))
             written.append(Path(output_path) / name)
-            reports.write_predictions(written[-1], self.task, predicted)
+            own = predictions(self.task, self.predict(split))
+            reports.write_predictions(written[-1], self.task, own)
         return written
 
     def export_model(self, output_path):
@@ -349,10 +348,10 @@ class GLUEvaluator:
     def plot_learning_curves(self, output_path=None, run=None):
         """{metric: figure}; in the folder `output_path` each as learning_curves_<metric>.png."""
         run = run or self.record.run
-        if not len(self._scores_of(run)):
+        scores, caption = self._scores_of(run), f"{self.method_caption}, {run.caption}"
+        if scores.empty:
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        caption = f"{self.method_caption}, {run.caption}"
-        return reports.learning_curves(self._scores_of(run), self.task, caption, output_path)
+        return reports.learning_curves(scores, self.task, caption, output_path)
 
     @property
     def trains_only_biases(self):
@@ -371,7 +370,7 @@ class GLUEvaluator:
         return figure
 
     def save(self, output_path):
-        """Write the selected run: JSON, and what trained (if all did, the whole model)."""
+        """Write the selected run: facts, and what trained (if all did, the whole model)."""
         self._need("stack", "train_and_evaluate")
         saved.write(self, Path(output_path))
 
