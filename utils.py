@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -55,11 +56,19 @@ class Signals:
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        self.hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *exception):
+        sys.unraisablehook = self.hook
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received and kind is None:
+            raise Stopped(self.received)  # a destructor swallowed it, and nobody asked since
+
+    def _swallowed(self, unraisable):
+        if unraisable.exc_type is not Stopped:
+            self.hook(unraisable)
 
     def _handle(self, number, frame):
         if self.received == number == signal.SIGINT:

@@ -79,7 +79,7 @@ def tokenize(texts, tokenizer, max_length):
     specials = tokenizer.num_special_tokens_to_add(pair=len(texts.columns) > 1)
     if max_length <= specials:
         what = f"leaves no room for text: this tokenizer adds {specials} special tokens a row"
-        raise UserError(f"--max-seq-length {max_length} {what}")
+        raise UserError(f"--max-seq-length {max_length} {what}; give more")
     rows = tokenizer(*texts.columns, truncation=True, max_length=max_length)
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
     cut = int((lengths >= max_length).sum())

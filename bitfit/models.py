@@ -91,7 +91,8 @@ def check_encoder(model, model_name, absent):
 
 def cannot_load(model_name, error):
     name = str(model_name)
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not Path(name).is_dir() and (local or ("/" in name and Path(name).parent.is_dir())):
         return UserError(f"there is no model folder {name}: check --model-name")
     return UserError(
         f"cannot load the model {name}: {one_line(error)}; give a name on the Hub (network "

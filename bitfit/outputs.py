@@ -117,7 +117,8 @@ def check_same(old, new):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
     said = [difference(name, old[name], new[name]) for name in sorted(set(differ) - WARNED)]
     if said:
-        raise UserError(f"--resume: this is not the interrupted run: {'; '.join(said)}")
+        what = f"{'; '.join(said)}: give that again, or a new folder"
+        raise UserError(f"--resume: this is not the interrupted run: {what}")
 
 
 def difference(name, old, new):

@@ -159,7 +159,7 @@ def learning_curves(scores, task, caption, folder=None):
 def learning_curve(scores, task, caption, metric):
     best = best_epochs(scores, task).iloc[0]
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
-    x = f"epoch (grey line: best {main}, epoch {best})"
+    x = f"epoch (vertical line: best {main}, epoch {best})"
     figure, axes = curve_figure(caption, x, f"{metric} x 100")
     for split, of in scores[scores["metric"] == metric].groupby("split", sort=False):
         values = 100 * of.set_index("epoch")["value"]
@@ -174,11 +174,11 @@ def learning_curve(scores, task, caption, metric):
     return figure
 
 
-def curve_figure(caption, x, y):
-    """A figure and its axes for scores over epochs."""
+def curve_figure(caption, x, y, height=5):
+    """A figure, so many inches high, and its axes for scores over epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(7, 5, caption)
+    figure = new_figure(7, height, caption)
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -112,7 +112,7 @@ def uniform_positions(model, mask_size, rng):
     encoder = [(n, p.numel()) for n, p in model.named_parameters() if in_encoder(model, n)]
     ends = np.cumsum([size for _, size in encoder])
     if not 1 <= mask_size <= ends[-1]:
-        raise UserError(f"--mask-size {mask_size}: the encoder has {ends[-1]:,} parameters")
+        raise UserError(f"--mask-size {mask_size}: the encoder has {ends[-1]} parameters to draw")
     drawn = np.sort(rng.choice(ends[-1], size=mask_size, replace=False, shuffle=False))
     cuts = np.searchsorted(drawn, ends)
     starts = [0, *cuts[:-1]]

@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 rm -rf out/demo
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # so small a model gains nothing from more
 extra=("$@")
 
 run() { # name of the output folder, then the flags that differ

@@ -8,11 +8,16 @@ import signal
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
 from bitfit import flags
+from bitfit.trainable import TERMS
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import compare
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -173,11 +178,48 @@ def test_compare(checkout, tmp_path, monkeypatch):
     assert (tmp_path / "out/methods.png").stat().st_size > 10_000
 
 
-def test_compare_says_what_is_wrong(checkout):
-    script = [sys.executable, "scripts/compare.py"]
-    result = subprocess.run([*script, "nowhere"], cwd=checkout, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("compare.py: error: nowhere holds no results of run_glue.py")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere holds no scores of run_glue.py: FileNotFoundError: "),
+        (["sweep"], "sweep is a sweep: give its runs, sweep/lr*"),
+        (["empty"], "empty holds no scores of run_glue.py: KeyError: 'main_metric'"),
+        (["nowhere", "--plot", "x.pdf"], "nowhere holds no scores"),
+    ],
+)
+def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    for name, file in (("sweep", "results.csv"), ("empty", "metrics.csv")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("epoch,split,metric,value\n")
+    (tmp_path / "empty/metrics.json").write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith(f"compare.py: error: {message}")
+    assert said.err.count("\n") == 1
+
+
+def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
+    """Long names and 24 runs: all that is drawn lies inside (a warning would be an error)."""
+    facts = {
+        "task": "rte", "model": "bert", "main_metric": "Accuracy", "fine_tune_type": "bitfit",
+        "bias_terms": [*TERMS], "random_encoder": False, "learning_rate": 1e-3, "seconds": {},
+        "trained_parameters": 1, "all_parameters": 2, "finished": True,
+    }  # fmt: skip
+    rows = [(e, s, "Accuracy", e / 9) for e in (1, 2) for s in ("train", "validation")]
+    scores = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
+    figures = []
+    monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
+    compare.picture([(facts | {"seed": seed}, scores) for seed in range(24)], tmp_path / "x.png")
+    figures[0].canvas.draw()
+    drawn, canvas = figures[0].get_tightbbox(), figures[0].get_size_inches()
+    assert min(drawn.x0, drawn.y0) >= 0
+    assert drawn.x1 <= canvas[0]
+    assert drawn.y1 <= canvas[1]
 
 
 def test_environment_yml_installs_the_same_pins():

@@ -142,6 +142,23 @@ def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch, quiet, capsys):
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
+class Sends:
+    """Gets a signal in its destructor, where Python swallows what a handler raises."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_a_destructor_is_not_lost(capfd):
+    after = []
+    with pytest.raises(utils.Stopped), utils.Signals():
+        sends = Sends()
+        del sends
+        after.append("nobody asks")
+    assert after
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
 def test_the_callers_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with utils.Signals():
@@ -334,7 +351,11 @@ def test_resume_refuses_other_data_and_another_base(interrupted, tmp_path, capsy
     dev.write_text(dev.read_text().replace("\t1\t", "\t0\t", 1))
     other = ["--data-dir", str(tmp_path / "glue")]
     assert run_glue.main([*flags(interrupted), "--resume", *other]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("run: the data changed")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("run: the data changed: give that again, or a new folder")
+    )
     model = transformers.AutoModel.from_pretrained(TINY_BERT)
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight[0, 0] += 1e-3
