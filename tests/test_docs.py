@@ -92,7 +92,7 @@ def test_the_demo(checkout):
 
 def test_the_test_command(checkout):
     result = subprocess.run(
-        ["bash", "scripts/test.sh", "tests/test_tasks.py"],
+        ["bash", "scripts/test.sh", "tests/test_tasks.py", "-n", "0"],
         cwd=checkout, env=active_environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -101,7 +101,7 @@ def test_the_test_command(checkout):
 
 def test_the_sweep_script(checkout):
     (command,) = plain("bash scripts/sweep_learning_rates.sh")
-    small = [*SMALL, "--model-name", str(TINY_BERT), "--learning-rate", "1e-3", "4e-3"]
+    small = [*SMALL, "--model-name", str(TINY_BERT), "--learning-rate", "1e-3", "--seed", "0", "1"]
     result = subprocess.run(
         [*command.split(), *small], cwd=checkout, env=active_environment(),
         capture_output=True, text=True,
@@ -111,7 +111,7 @@ def test_the_sweep_script(checkout):
     assert first.startswith("$ python run_glue.py --task-name rte --output-path out/sweep-rte ")
     assert "--learning-rate 1e-4 4e-4 7e-4 1e-3 --seed 0 1 2 3 4 --batch-size 16" in first
     rows = (checkout / "out/sweep-rte/results.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 5
+    assert len(rows) == 1 + 2
     nothing = subprocess.run(
         ["bash", "scripts/sweep_learning_rates.sh"], cwd=checkout, capture_output=True, text=True
     )
