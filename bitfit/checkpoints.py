@@ -6,7 +6,6 @@ damaged later.
 
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from bitfit import store
 from bitfit.predict import random_state, set_random_state
 from bitfit.runs import Run
 from bitfit.train import Record
-from utils import Damaged, Stopped
+from utils import Damaged, Signals, Stopped
 
 LOGGER = logging.getLogger("bitfit")
 KEPT = 2
@@ -32,12 +31,12 @@ class Saver:
             signals: `utils.Signals`; None: nothing stops the training.
         """
         self.folder = folder and Path(folder)
-        self.every, self.minutes, self.signals = every, minutes, signals
+        self.every, self.minutes, self.signals = every, minutes, signals or Signals()
         self.written, self.saved = time.monotonic(), None
 
     def held(self, waits=True):
         """Within: a signal waits for `after_step`, or does not."""
-        return self.signals.held(waits) if self.signals else nullcontext()
+        return self.signals.held(waits)
 
     def after_step(self, state):
         self.visit(state, self.minutes and time.monotonic() - self.written > 60 * self.minutes)
@@ -47,11 +46,11 @@ class Saver:
 
     def visit(self, state, due):
         """Write a checkpoint that is due; on a signal write one anyway, and raise Stopped."""
-        stops = self.signals and self.signals.received
+        stops = self.signals.received
         if due or (stops and self.saved != (state.epoch, state.step)):
             self.save(state)
         if stops:
-            raise Stopped(self.signals.received)
+            raise Stopped(stops)
 
     def save(self, state):
         if not self.folder:

@@ -140,11 +140,7 @@ def position_limit(model):
 
 
 def fingerprint(model, head=False):
-    """SHA-256 over the encoder's names and values: which base model a delta belongs to.
-
-    Args:
-        head: over the classifier's too.
-    """
+    """SHA-256 over the encoder's (and the head's) names and values: which model it is."""
     return sha256(
         value
         for name, parameter in model.named_parameters()

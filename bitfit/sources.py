@@ -73,10 +73,8 @@ def read_local(task, split, data_dir):
         return read_tsv(task, found[0], is_labelled(split))
     if split == "ax":
         return None
-    raise UserError(
-        f"no {split} split of {task.name} in {data_dir}: "
-        f"expected {names[0]} or {config}/{stem}-*.parquet"
-    )
+    expected = f"{names[0]} or {config}/{stem}-*.parquet"
+    raise UserError(f"no {split} split of {task.name} in {data_dir}: expected {expected}")
 
 
 def tsv_names(task, split):

@@ -9,14 +9,8 @@ import shutil
 import numpy as np
 import pandas as pd
 
-from bitfit.reports import (
-    curve_figure,
-    frame_of,
-    main_rows,
-    main_scores,
-    read_metrics,
-    save_curves,
-)
+from bitfit import reports
+from bitfit.reports import frame_of, main_rows, main_scores
 from utils import Diverged, write_text
 
 
@@ -29,7 +23,7 @@ def read(folders):
     facts, scores = [], [frame_of([])]
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
-            content, table = read_metrics(folder)
+            content, table = reports.read_metrics(folder)
             scores += [table.assign(run=run.name)] * bool(len(table))
             facts.append({
                 "run": run.name,
@@ -140,7 +134,7 @@ def sweep_curve(scores, task, metric, caption):
 
     x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
     y = f"{task.validation_splits[0].replace('_', ' ')} {metric} x 100"
-    figure, axes = curve_figure(caption, x, y)
+    figure, axes = reports.curve_figure(caption, x, y)
     rates = scores.groupby("learning_rate")
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(rates)))
     for color, (rate, of) in zip(colors, rates, strict=True):
@@ -181,7 +175,7 @@ def report(output, task, folders, caption):
     warnings = warnings_of(groups)
     content = {"trials": len(facts), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
-    save_curves(sweep_curves(facts, scores, task, f"{caption}, {len(facts)} runs"), output)
+    reports.save_curves(sweep_curves(facts, scores, task, f"{caption}, {len(facts)} runs"), output)
     lines = [
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} x 100",
         learning_rate_table(facts, groups),

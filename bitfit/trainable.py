@@ -27,11 +27,7 @@ MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_0
 
 
 def actual_components(terms):
-    """Terms of `--bias-terms` -> parameter names relative to their layer; all -> "bias".
-
-    Raises:
-        UserError: for an unknown term.
-    """
+    """Terms of `--bias-terms` -> parameter names relative to their layer; all -> "bias"."""
     unknown = [term for term in terms if term != "all" and term not in TERMS]
     if unknown:
         raise UserError(f"unknown bias term {unknown[0]!r}; known: {', '.join(TERMS)}, all")
@@ -104,11 +100,7 @@ def default_mask_size(model):
 
 
 def uniform_positions(model, mask_size, rng):
-    """Exactly `mask_size` distinct positions, uniform over all the encoder's parameters.
-
-    Raises:
-        UserError: if the encoder has fewer parameters.
-    """
+    """Exactly `mask_size` distinct positions, uniform over all the encoder's parameters."""
     encoder = [(n, p.numel()) for n, p in model.named_parameters() if in_encoder(model, n)]
     ends = np.cumsum([size for _, size in encoder])
     if not 1 <= mask_size <= ends[-1]:
