@@ -25,6 +25,7 @@ from utils import Diverged, UserError, as_list, choose_device, default_precision
 from utils import set_seed as set_seed  # a name of the released code
 
 LOGGER = logging.getLogger("bitfit")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class GLUEvaluator:
@@ -55,8 +56,8 @@ class GLUEvaluator:
         """
         if task_name not in TASKS:
             raise UserError(f"unknown task {task_name!r}; known: {', '.join(TASKS)}")
-        if precision not in (None, "fp32", "bf16"):
-            raise UserError(f"unknown precision {precision!r}; known: fp32, bf16")
+        if precision not in (None, *DTYPES):
+            raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
         self.task, self.task_name = TASKS[task_name], task_name
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
@@ -257,10 +258,12 @@ class GLUEvaluator:
         saver = saver or Saver()
         saver.load(state)
         try:
-            with predict.precision_of(self.model, self.precision, self.torch_device), saver.held():
+            with self.stack.bound(DTYPES[self.precision]), saver.held():
                 diverged = fit(state, lambda: self._note(state, folders), saver)
         finally:
-            self.stack.release(state.best)
+            if state.best is not None:
+                self.stack.values.copy_(state.best)
+                self.stack.put(0)
             self._note(state)
         self._note(state, folders)
         for run, folder in folders.items():
@@ -300,7 +303,7 @@ class GLUEvaluator:
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
-        with predict.precision_of(self.model, self.precision, self.torch_device):
+        with predict.computing_in(self.model, DTYPES[self.precision]):
             return predict.predict(self._forward(split), self.tokens(split), self.limit)
 
     def evaluate(self, split):

@@ -26,14 +26,15 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from bitfit import models, sources  # noqa: E402
 from bitfit.checkpoints import Saver  # noqa: E402
-from bitfit.data import MAX_TOKENS, Split, micro_batches, overhead_tokens, tokenize  # noqa: E402
-from bitfit.predict import Limit, precision_of  # noqa: E402
+from bitfit.data import MAX_TOKENS, Split, tokenize  # noqa: E402
+from bitfit.predict import Limit  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
 from bitfit.train import Plan, start, train_epoch  # noqa: E402
 from bitfit.trainable import select  # noqa: E402
 
 LENGTH = 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {  # hidden size, layers, heads, intermediate size
     "minilm": (384, 6, 12, 1536),
     "bert-base": (768, 12, 12, 3072),
@@ -152,7 +153,7 @@ def one_epoch(model, stack, tokens, task, batch_size, rows, max_tokens=None):
 def timed_epoch(state, precision):
     """The seconds of training it."""
     device = state.stack.values.device
-    with precision_of(state.plan.forward.model, precision, device):
+    with state.stack.bound(DTYPES[precision]):
         synchronize(device)
         begin = time.perf_counter()
         train_epoch(state, Saver(), tqdm(disable=True))
@@ -173,17 +174,10 @@ def timed(train, count, batch_size, device):
     return time.perf_counter() - begin
 
 
-def padding_shares(texts, tokenizer, model, batch_size, device):
-    """The share of padding among the tokens that each loop multiplies."""
+def padding_share(texts, tokenizer):
+    """The share of padding among the tokens that the released loop multiplies."""
     lengths = tokenize(texts, tokenizer, LENGTH).lengths
-    order = np.random.default_rng(0).permutation(len(lengths))
-    overhead = overhead_tokens(model, device)
-    padded = 0
-    for first in range(0, len(order), batch_size):
-        step = lengths[order[first : first + batch_size]]
-        parts = micro_batches(step, overhead, MAX_TOKENS[device.type])
-        padded += sum(len(part) * step[part].max() for part in parts)
-    return 1 - lengths.sum() / (LENGTH * len(lengths)), 1 - lengths.sum() / padded
+    return 1 - lengths.sum() / (LENGTH * len(lengths))
 
 
 def machine(device):
@@ -215,11 +209,10 @@ def main():
     tokenizer, make_model = load(args, task)
     texts, _ = pick_rows(args, task)
     released = make_released(make_model, tokenizer, texts, device)
-    shares = padding_shares(texts, tokenizer, make_model(), args.batch_size, device)
     print(
         f"{task.name}, {len(texts)} rows, batch {args.batch_size}, {args.rounds} rounds, "
         f"{machine(device)}\n"
-        f"padding: released {shares[0]:.0%}, ours {shares[1]:.0%}"
+        f"padding: released {padding_share(texts, tokenizer):.0%}, ours none"
     )
     for precision in args.precision:
         ours = make_ours(make_model, tokenizer, texts, device, task, precision)

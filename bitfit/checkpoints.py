@@ -122,7 +122,6 @@ def restore(state, facts, tensors):
         raise Damaged("it is of other runs or another model")
     stack.values.copy_(tensors["values"])
     stack.bad_step.copy_(tensors["bad_step"])
-    stack.write_back()
     if state.best is not None:
         state.best.copy_(tensors["best"])
     for k, group in enumerate(state.optimizer.param_groups):

@@ -9,17 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bitfit.packing import SPARE, Packing, packing_of
 from bitfit.sources import read_split
 from utils import UserError, generator
 
 LOGGER = logging.getLogger("bitfit")
-# What one micro-batch costs beside its tokens (launching its kernels), in multiplications per
-# layer and by device; divided by a layer's size it is a number of tokens.
-OVERHEAD = {"cpu": 35e6, "cuda": 14e9}
 # Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
 # No validation split is left short: the largest has 40,430 rows.
 MOST_ROWS_SCORED = 50_000
-# The most tokens in one micro-batch: activations stay in cache on a CPU, in memory on a GPU.
+# The most tokens in one pass: activations stay in cache on a CPU, in memory on a GPU.
 MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
@@ -28,7 +26,7 @@ class Tokens(NamedTuple):
 
     ids: torch.Tensor  # (all tokens,) int32
     types: torch.Tensor | None  # (all tokens,) int32, for models that take token types
-    starts: torch.Tensor  # (rows,) int64
+    starts: np.ndarray  # (rows,) int64, where each row begins
     labels: torch.Tensor | None  # (rows,) int64, or float32 for a regression
     lengths: np.ndarray  # (rows,) int64 tokens in each row
     pad_id: int
@@ -46,26 +44,33 @@ class Split(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some rows and their width: arrays as the host plans them, then tensors on the device."""
+    """Some rows for one pass, packed or padded: arrays as the host plans them, then tensors."""
 
     rows: np.ndarray  # (B,) int64
-    column: np.ndarray  # (T,) int64: 0, 1, ... T - 1
-    lengths: np.ndarray | None  # (B,) int64 tokens in each row; None: no row is padded
+    index: np.ndarray  # (1, N) or (B, T) int64, which of the split's tokens
+    mask: np.ndarray | None  # (B, T) bool; None: no row is padded
+    packing: Packing | None  # None: padded
 
 
-def batch_of(tokens, rows):
-    """What the host knows of a batch of rows (B,), padded to the longest of them."""
-    lengths = tokens.lengths[rows]
-    width = int(lengths.max())
-    return Batch(rows, np.arange(width), lengths if lengths.min() < width else None)
+def batch_of(tokens, rows, packed):
+    """What the host knows of a batch of rows (B,)."""
+    lengths, starts = tokens.lengths[rows], tokens.starts[rows]
+    if packed:
+        packing = packing_of(lengths, SPARE[tokens.ids.device.type])
+        index = np.repeat(starts, lengths) + packing.positions
+        return Batch(rows, index[None], None, packing)
+    column = np.arange(lengths.max())
+    real = column < lengths[:, None]
+    index = starts[:, None] + np.where(real, column, 0)
+    return Batch(rows, index, None if real.all() else real, None)
 
 
 def to_device(value, device):
     """The same (named) tuple or list, its arrays as tensors; nothing waits for the device."""
-    if value is None:
-        return None
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value).to(device, non_blocking=True)
+    if not isinstance(value, (list, tuple)):
+        return value
     make = getattr(type(value), "_make", type(value))
     return make(to_device(inside, device) for inside in value)
 
@@ -89,7 +94,7 @@ def tokenize(texts, tokenizer, max_length):
     return Tokens(
         ids=flat(rows["input_ids"]),
         types=flat(rows["token_type_ids"]) if "token_type_ids" in rows else None,
-        starts=torch.from_numpy(np.cumsum(lengths) - lengths),
+        starts=np.cumsum(lengths) - lengths,
         labels=None if texts.labels is None else torch.from_numpy(texts.labels),
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
@@ -101,34 +106,26 @@ def flat(rows):
 
 
 def gather(tokens, batch):
-    """The model's inputs for a `Batch` on the device, padded to its width.
+    """The model's inputs for a `Batch` on the device.
 
     Returns:
-        {"input_ids", "attention_mask", "token_type_ids"}, each (B, T). Without padding the mask is
-        None: attention can skip it.
+        {"input_ids", "token_type_ids", "attention_mask"}, each (1, N) or (B, T); without padding
+        there is no mask: attention can skip it.
     """
-    index, mask = tokens.starts[batch.rows, None] + batch.column, None  # (B, T)
-    if batch.lengths is not None:
-        mask = batch.column < batch.lengths[:, None]
-        index = index.clamp(max=len(tokens.ids) - 1)
-    inputs = {"attention_mask": mask}
+    inputs = {}
     for name, flat, padding in (("input_ids", tokens.ids, tokens.pad_id),
                                 ("token_type_ids", tokens.types, 0)):  # fmt: skip
         if flat is not None:
-            inputs[name] = flat[index] if mask is None else flat[index].where(mask, padding)
-    return inputs
+            own = flat[batch.index]
+            inputs[name] = own if batch.mask is None else own.where(batch.mask, padding)
+    return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask}
 
 
-def gather_rows(tokens, rows):
-    """The same for row numbers (B,) on the host."""
-    return gather(tokens, to_device(batch_of(tokens, rows), tokens.ids.device))
+def passes_of(lengths, max_tokens, packed):
+    """Cut a step's rows into passes of at most `max_tokens` tokens; one row always fits.
 
-
-def micro_batches(lengths, overhead, max_tokens):
-    """Cut a step's rows, sorted by length, into the micro-batches that cost least.
-
-    A micro-batch costs its padded tokens plus `overhead` tokens. Dynamic programming over the
-    sorted lengths: best[end] is the least cost of the rows before `end`.
+    Packed rows stay in their order, run after run, in passes of like size; padded ones go by
+    length, so that little is padding.
 
     Args:
         lengths: (rows,) tokens in each row.
@@ -136,23 +133,15 @@ def micro_batches(lengths, overhead, max_tokens):
     Returns:
         A list of position arrays; together they hold each position once.
     """
-    order = np.argsort(lengths, kind="stable")
-    ordered = lengths[order]
-    best, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
-    for end in range(1, len(order) + 1):
-        padded = np.arange(end, 0, -1) * ordered[end - 1]  # tokens of rows [start, end)
-        cost = best[:end] + padded + overhead
-        cost[:-1][padded[:-1] > max_tokens] = np.inf  # one row always fits
-        cut[end] = cost.argmin()
-        best[end] = cost[cut[end]]
-    parts, end = [], len(order)
-    while end:
-        parts.append(order[cut[end] : end])
-        end = cut[end]
-    return parts[::-1]
+    if not packed:
+        return list(batches_by_length(lengths, max_tokens))
+    total, longest = int(lengths.sum()), int(lengths.max())
+    count = 1 if total <= max_tokens else -(-total // max(1, max_tokens - longest))
+    number = (lengths.cumsum() - lengths) * count // total
+    return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(number)) + 1)
 
 
-def evaluation_batches(lengths, max_tokens):
+def batches_by_length(lengths, max_tokens):
     """All rows, the longest first, in batches of at most `max_tokens` padded tokens."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
@@ -160,13 +149,6 @@ def evaluation_batches(lengths, max_tokens):
         stop = start + max(1, int(max_tokens // lengths[order[start]]))
         yield order[start:stop]
         start = stop
-
-
-def overhead_tokens(model, device):
-    """What a micro-batch costs beside its tokens, in tokens of this model on this device."""
-    layers = getattr(model.config, "num_hidden_layers", 1)
-    sizes = (p.numel() for n, p in model.named_parameters() if ".embeddings." not in n)
-    return OVERHEAD[device.type] * layers / sum(sizes)
 
 
 class Dataset:

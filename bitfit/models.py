@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from bitfit.data import gather_rows
+from bitfit.data import batch_of, gather, to_device
+from bitfit.packing import Packer, packer_of
 from bitfit.trainable import head_names, in_encoder, is_bias
-from utils import UserError, blaming, one_line, whole_folder
+from utils import UserError, blaming, is_fault, one_line, whole_folder
 
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -131,12 +132,20 @@ def check_length(model_name, task, max_length):
 
 def position_limit(model):
     """The longest row the position embeddings allow, or None."""
+    embedding = position_embedding(model)
+    return None if embedding is None else embedding.num_embeddings - first_position(embedding)
+
+
+def position_embedding(model):
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - skipped
+            return module
     return None
+
+
+def first_position(embedding):
+    """RoBERTa counts positions from padding_idx + 1."""
+    return 0 if getattr(embedding, "padding_idx", None) is None else embedding.padding_idx + 1
 
 
 def fingerprint(model, head=False):
@@ -164,58 +173,82 @@ def sha256(values):
 
 
 class Forward(NamedTuple):
-    """The one forward pass: inputs as `data.gather` makes them -> logits (B, C) in float32."""
+    """The one forward pass: a `Batch` of a split's rows -> logits (B, C) in float32."""
 
     model: torch.nn.Module
-    full_mask: bool  # hand over a (B, 1, T, T) mask in place of (B, T)
+    packer: Packer | None = None  # how it runs on packed rows; None: on padded ones
+    full_mask: bool = False  # hand over a (B, 1, T, T) mask in place of (B, T)
 
-    def __call__(self, inputs):
-        mask = inputs["attention_mask"]
+    def batch(self, tokens, rows):
+        """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
+        return batch_of(tokens, rows, self.packer is not None)
+
+    def __call__(self, tokens, batch):
+        inputs = gather(tokens, batch)
+        if self.packer:
+            return self.packer(self.model, inputs, batch.packing).logits.float()
+        mask = inputs.get("attention_mask")
         if mask is not None:
             width = mask.shape[1]
             full = self.full_mask and mask[:, None, None].expand(-1, 1, width, width)
-            inputs = inputs | {"attention_mask": full if self.full_mask else mask.long()}
+            inputs["attention_mask"] = full if self.full_mask else mask.long()
         return self.model(**inputs).logits.float()
+
+    def rows(self, tokens, rows):
+        """The same for row numbers (B,) on the host."""
+        return self(tokens, to_device(self.batch(tokens, rows), tokens.ids.device))
 
 
 @torch.no_grad()
-def find_forward(model, model_name, tokens):
-    """The `Forward` of a model, tried on the longest and the shortest of some rows.
+def find_forward(model, model_name, tokens, dtype=torch.float32):
+    """The fastest `Forward` that a model can take, tried on the longest and the shortest rows.
 
-    With a (B, T) mask transformers asks the device whether any row is padded, and waits; most
-    models take the (B, 1, T, T) mask that it would make itself, and then nothing waits.
+    Packed where that gives what the model gives on padded rows. Else, with a (B, T) mask
+    transformers asks the device whether any row is padded, and waits; most models take the
+    (B, 1, T, T) mask that it would make itself, and then nothing waits.
 
     Raises:
         UserError: the model cannot run on the rows, in its own words.
     """
-    plain, full = Forward(model, False), Forward(model, True)
-    longest, shortest = np.argsort(tokens.lengths, kind="stable")[[-1, 0]]
-    inputs = gather_rows(tokens, np.array([longest, shortest]))
-    if inputs["attention_mask"] is None:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    order, device = np.argsort(tokens.lengths, kind="stable"), tokens.ids.device
+    rows = order[[-1, 0, len(order) // 2]]
 
     def cannot_run(error):
         return UserError(
-            f"the model {model_name} cannot run on these rows of up to {tokens.lengths[longest]} "
+            f"the model {model_name} cannot run on these rows of up to {tokens.lengths[rows[0]]} "
             f"tokens: {type(error).__name__}: {one_line(error)}; give another --model-name"
         )
 
-    device = tokens.ids.device
+    def logits(forward):
+        if forward.packer:  # more tokens than a row of this model may have
+            times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
+            return forward.rows(tokens, np.tile(rows, times)).view(times, len(rows), -1)
+        batch = forward.batch(tokens, rows)
+        if batch.mask is None:  # all of one length
+            batch = batch._replace(mask=np.ones_like(batch.index, dtype=bool))
+        return forward(tokens, to_device(batch, device))
+
+    def same(forward):
+        try:
+            return (logits(forward) - expected).abs().max() < 1e-4 * expected.abs().max()
+        except Exception as error:
+            if is_fault(error):
+                raise
+            return False
+
+    plain = Forward(model)
     with blaming(cannot_run), torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.train()  # some are strict in training alone (Reformer)
-        plain(gather_rows(tokens, np.array([shortest])))
+        plain.rows(tokens, rows[1:2])
         model.eval()
-        expected = plain(inputs)
+        expected = logits(plain)
     config = model.config
     windowed = any(getattr(config, n, None) for n in ("sliding_window", "local_attention"))
     if config._attn_implementation != "sdpa" or windowed:  # other masks for other layers
         return plain
-    try:
-        with blaming(cannot_run):  # it makes its own from (B, T): LayoutLM, ESM
-            same = torch.allclose(full(inputs), expected, rtol=1e-3, atol=1e-3)
-    except UserError:
-        same = False
-    return full if same else plain
+    packer = packer_of(model, first_position(position_embedding(model)))
+    candidates = [Forward(model, packer)] if packer else []
+    return next(filter(same, [*candidates, Forward(model, full_mask=True)]), plain)
 
 
 def write_model(model, tokenizer, folder):

@@ -6,41 +6,31 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from bitfit.data import evaluation_batches, gather_rows
+from bitfit.data import batches_by_length
 from utils import is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
 
 
 @contextmanager
-def precision_of(model, precision, device):
-    """Run in "fp32" or "bf16".
+def computing_in(model, dtype):
+    """Within: the model's weights are of `dtype`, and so is all that it computes.
 
-    Under bf16 the frozen matrices are held in bf16: autocast alone would cast them again at each
-    step. On leaving, the model has its own frozen values back, bit for bit.
+    LayerNorm and softmax sum in float32 inside their kernels. On leaving, the model has its own
+    values back, bit for bit, in their own storage.
     """
-    if precision == "fp32":
-        yield
-        return
-    frozen = [
-        m.weight
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad
-    ]
-    own = [weight.data for weight in frozen]
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
-        for weight in frozen:
-            weight.data = weight.data.bfloat16()
-        # Without its cache: that would hold the trained values as they were at first use.
-        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
-            yield
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        yield
     finally:
-        for weight, data in zip(frozen, own, strict=True):
-            weight.data = data
+        for parameter, data in own:
+            parameter.data = data
 
 
 class Limit:
-    """The most padded tokens in one micro-batch; a device out of memory halves it."""
+    """The most tokens in one pass; a device out of memory halves it."""
 
     def __init__(self, tokens, device=None):
         self.tokens, self.device = tokens, device or torch.device("cpu")
@@ -86,8 +76,8 @@ def predict(forward, tokens, limit, rows=None):
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
 
     def batches():
-        parts = list(evaluation_batches(tokens.lengths[rows], limit.tokens))
-        return parts, [forward(gather_rows(tokens, rows[part])) for part in parts]
+        parts = list(batches_by_length(tokens.lengths[rows], limit.tokens))
+        return parts, [forward.rows(tokens, rows[part]) for part in parts]
 
     parts, outputs = limit.hold(batches)
     together = torch.cat(outputs, dim=-2)

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bitfit.data import gather_rows, to_device
+from bitfit.data import to_device
+from bitfit.packing import drop_forward
+from bitfit.predict import computing_in
 from bitfit.trainable import in_encoder, trains_matrices
 from utils import is_out_of_memory
 
@@ -44,17 +46,34 @@ class Run(NamedTuple):
         return f"learning rate {self.learning_rate:g}, seed {self.seed}"
 
 
+class Owned(NamedTuple):
+    """Which run each token of packed rows belongs to, and the tokens of each run."""
+
+    owner: torch.Tensor  # (N,) its run
+    present: torch.Tensor  # (k,) the runs from the first to the last that have any
+    places: torch.Tensor  # (k, most) the tokens of each run; some of its own where it has no more
+    real: torch.Tensor  # (k, 1, most) 0 there
+
+
 class Rows(NamedTuple):
-    """Which run each row of a micro-batch belongs to; arrays on the host, then tensors."""
+    """Which run each row of a pass belongs to; arrays on the host, then tensors."""
 
     owner: torch.Tensor  # (B,) its run
     seats: torch.Tensor  # (K, most) the rows of each run; B where a run has no more
     place: torch.Tensor  # (B,) where a row sits among the K * most seats
+    packed: Owned | None
 
     def own(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
         shape = (len(self.owner), *[1] * (like.dim() - 2), -1)
         return values.index_select(0, self.owner).view(shape)
+
+    def add(self, bias, x, weight=None):
+        """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
+        if self.packed and len(x) == 1 and x.shape[1] == len(self.packed.owner):
+            return OwnBias.apply(x[0], weight, bias, self.packed)[None]
+        x = x if weight is None else F.linear(x, weight)
+        return x + self.own(bias, x)
 
     def matmul(self, x, weight):
         """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
@@ -68,14 +87,57 @@ class AllRuns(NamedTuple):
     def own(self, values, like):
         return values[:, None]
 
+    def add(self, bias, x, weight=None):
+        return (x if weight is None else F.linear(x, weight)) + bias[:, None]
+
     def matmul(self, x, weight):
         return torch.matmul(x, weight.mT)
 
 
-def rows_of(owner, runs):
-    """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K)."""
+class OwnBias(torch.autograd.Function):
+    """x @ weight.T + bias[owner], or x + bias[owner], for packed tokens (N, i), biases (K, o).
+
+    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed):
+        ctx.save_for_backward(weight)
+        ctx.packed, ctx.shape = packed, bias.shape
+        own = bias.index_select(0, packed.owner)
+        return own.add_(x) if weight is None else own.addmm_(x, weight.t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,), packed = ctx.saved_tensors, ctx.packed
+        seated = grad.index_select(0, packed.places.flatten()).view(*packed.places.shape, -1)
+        sums = torch.bmm(packed.real, seated)[:, 0]
+        if len(sums) < ctx.shape[0]:
+            sums = grad.new_zeros(ctx.shape).index_copy_(0, packed.present, sums)
+        return grad if weight is None else grad @ weight, None, sums, None
+
+
+def rows_of(owner, runs, lengths=None):
+    """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
+
+    Args:
+        lengths: (B,) tokens of the rows, if they are packed.
+    """
     if runs == 1:  # nothing is stacked
-        return Rows(owner, None, None)
+        return Rows(owner, None, None, None)
+    seats, place, counts = seats_of(owner, runs)
+    packed = None
+    if lengths is not None:
+        own, present = np.repeat(owner, lengths), np.arange(owner.min(), owner.max() + 1)
+        places, _, counts = seats_of(own - present[0], len(present))
+        real = np.arange(places.shape[1]) < counts[:, None]
+        places = np.where(real, places, places[:, :1] % len(own))
+        packed = Owned(own, present, places, real[:, None].astype(np.float32))
+    return Rows(owner, seats, place, packed)
+
+
+def seats_of(owner, runs):
+    """(seats, place) as in `Rows`, and how many each run has (K,)."""
     counts = np.bincount(owner, minlength=runs)
     most, order = int(counts.max()), np.argsort(owner, kind="stable")
     place = np.empty_like(owner)
@@ -83,7 +145,7 @@ def rows_of(owner, runs):
     place += owner * most
     seats = np.full(runs * most, len(owner))
     seats[place] = np.arange(len(owner))
-    return Rows(owner, seats.reshape(runs, most), place)
+    return seats.reshape(runs, most), place, counts
 
 
 class Stack:
@@ -97,14 +159,14 @@ class Stack:
     """
 
     def __init__(self, model, chosen, runs, draw=None):
-        """Bind the model to this stack: what is not chosen is frozen.
-
+        """
         Args:
             chosen: {parameter name: None, or the flat positions that train}.
             runs: a list of `Run`; more than one only where `why_not_stackable` is None.
             draw: a function (model, seed) that draws what a run's seed decides of its start.
         """
-        self.chosen, self.runs, self.rows = chosen, runs, None
+        self.model, self.chosen, self.runs, self.rows = model, chosen, runs, None
+        self.leaves, self.gathered, self.work = {}, {}, None
         self.parameters = parameters = dict(model.named_parameters())
         device = next(model.parameters()).device
         self.positions = {
@@ -128,47 +190,81 @@ class Stack:
                 values = parameters[name].data.flatten()
                 row[a:b] = values[self.positions[name]] if name in self.positions else values
         self.start = self.values.clone()
-        self._bind(model)
 
-    def _bind(self, model):
-        self.hooks, self.stacked = [], []
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in self.chosen)
-        if len(self.runs) > 1:
-            self._stack_modules(model)
-            return
+    @contextmanager
+    def bound(self, dtype=torch.float32):
+        """Within: the model computes in `dtype` with what trains, and all else is frozen.
+
+        On leaving, it is as plain as it was, in its own storage, and holds the values of run 0.
+        """
+        hooks, patched = [], []
+        try:
+            with computing_in(self.model, dtype):
+                self.work = self.values if dtype == self.values.dtype else self.values.to(dtype)
+                for name, parameter in self.parameters.items():
+                    parameter.requires_grad_(name in self.chosen)
+                for name, positions in self.positions.items():
+                    hooks.append(self._gather(name, positions))
+                patched += self._patch()
+                self.write_back()
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in patched:
+                del module.forward
+            self.forget()
+            self.work, self.leaves = None, {}
+            self.put(0)
+
+    def _patch(self):
+        """Let modules compute with what trains, and draw dropout fast; yields those changed."""
+        self.leaves, stacked = {}, {}
         for name, (a, b) in self.slices.items():
             parameter = self.parameters[name]
             if name in self.positions:
-                self._gather(parameter, self.grads[0, a:b], self.positions[name])
+                self.leaves[name] = parameter
+            elif len(self.runs) == 1:
+                parameter.data = self.work[0, a:b].view_as(parameter)
+                self.leaves[name] = parameter
             else:
-                parameter.data = self.values[0, a:b].view_as(parameter)
-                parameter.grad = self.grads[0, a:b].view_as(parameter)
+                leaf = self.work[:, a:b].view(len(self.runs), *parameter.shape).requires_grad_()
+                self.leaves[name] = leaf
+                module, _, kind = name.rpartition(".")
+                stacked.setdefault(module, {})[kind] = leaf
+        for name, module in self.model.named_modules():
+            if name in stacked:
+                module.forward = partial(stacked_forward, self, module, **stacked[name])
+                yield module
+            elif type(module) is torch.nn.Dropout:
+                module.forward = partial(drop_forward, module)
+                yield module
 
-    def _gather(self, leaf, gathered, positions):
-        """Add the gradient's chosen entries to `gathered` as soon as it is there, and drop it."""
+    def _gather(self, name, positions):
+        """Keep the chosen entries of a gradient as soon as it is there, and drop the rest."""
 
         def gather(leaf):
-            try:
-                gathered.add_(leaf.grad.flatten()[positions].view_as(gathered))
-            finally:  # also without memory, or the step's second try would add to it
-                leaf.grad = None
+            self.gathered[name] = leaf.grad.flatten()[positions]
+            leaf.grad = None
 
-        self.hooks.append(leaf.register_post_accumulate_grad_hook(gather))
+        return self.parameters[name].register_post_accumulate_grad_hook(gather)
 
-    def _stack_modules(self, model):
-        """Let each module that trains compute with the values of all runs."""
-        trained = {}
-        for name, (a, b) in self.slices.items():
-            shape = (len(self.runs), *self.parameters[name].shape)
-            leaf = self.values[:, a:b].view(shape).requires_grad_()
-            self._gather(leaf, self.grads[:, a:b], slice(None))
-            module, _, kind = name.rpartition(".")
-            trained.setdefault(module, {})[kind] = leaf
-        for name, leaves in trained.items():
-            module = model.get_submodule(name)
-            module.forward = partial(stacked_forward, self, module, **leaves)
-            self.stacked.append(module)
+    def forget(self):
+        """Drop the gradients of a backward pass that `collect` has not taken."""
+        self.gathered = {}
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def collect(self):
+        """Add the gradients of one backward pass to `grads`."""
+        whole = {n: leaf.grad for n, leaf in self.leaves.items() if leaf.grad is not None}
+        parts = self.gathered | whole
+        own = [
+            parts[n].reshape(len(self.runs), -1) if n in parts else self.work[:, a:b] * 0
+            for n, (a, b) in self.slices.items()
+        ]
+        self.grads += torch.cat(own, dim=1)
+        self.forget()
 
     @contextmanager
     def computing(self, rows=None):
@@ -178,6 +274,9 @@ class Stack:
             rows: `Rows` on the device. None: each row is computed for every run, logits (K, B, C);
                 possible where only the classifier trains, so that the encoder is run once for all.
         """
+        if rows is not None and rows.packed:
+            real = rows.packed.real.to(self.work.dtype)
+            rows = rows._replace(packed=rows.packed._replace(real=real))
         self.rows = AllRuns() if rows is None else rows
         try:
             yield
@@ -197,17 +296,19 @@ class Stack:
         self.bad_step.copy_(self.bad_step.where(~bad | (self.bad_step >= 0), step))
 
     def write_back(self):
-        """Put the values of partly trained parameters into them (one run: the rest are views)."""
+        """Put the values where the model computes with them."""
+        if self.work is not self.values:
+            self.work.copy_(self.values)
         for name, positions in self.positions.items():
             a, b = self.slices[name]
-            self.parameters[name].data.view(-1)[positions] = self.values[0, a:b]
+            self.parameters[name].data.view(-1)[positions] = self.work[0, a:b]
 
     def put(self, run):
         """Let the model's own parameters hold one run's values."""
         row = self.values[run]
         for name, (a, b) in self.slices.items():
             into = self.parameters[name].data.view(-1)
-            into[self.positions.get(name, slice(None))] = row[a:b]
+            into[self.positions.get(name, slice(None))] = row[a:b].to(into.dtype)
 
     def named_values(self, run=0, values=None):
         """{name: what run `run` trains of it}: the parameter's shape, or flat at its positions."""
@@ -216,25 +317,6 @@ class Stack:
             n: row[a:b] if n in self.positions else row[a:b].view_as(self.parameters[n])
             for n, (a, b) in self.slices.items()
         }
-
-    def release(self, values=None):
-        """Leave the model plain, with storage of its own and no hooks; it holds run 0.
-
-        Args:
-            values: (K, n), to take in place of those trained last.
-        """
-        if values is not None:
-            self.values.copy_(values)
-        for hook in self.hooks:
-            hook.remove()
-        for module in self.stacked:
-            del module.forward
-        self.hooks, self.stacked = [], []
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            if name in self.chosen and name not in self.positions:
-                parameter.data = parameter.data.clone()
-        self.put(0)
 
 
 def stacked_forward(stack, module, x, weight=None, bias=None):
@@ -246,15 +328,17 @@ def stacked_forward(stack, module, x, weight=None, bias=None):
     rows = stack.rows
     if rows is None:
         return type(module).forward(module, x)
-    if isinstance(module, torch.nn.Linear):
-        out = F.linear(x, module.weight) if weight is None else rows.matmul(x, weight)
+    if isinstance(module, torch.nn.LayerNorm):
+        gain = module.weight if weight is None else None
+        x = F.layer_norm(x, module.normalized_shape, gain, None, module.eps)
+        x = x if weight is None else x * rows.own(weight, x)
+    elif weight is None:
+        return rows.add(bias, x, module.weight)
     else:
-        shared = module.weight if weight is None else None
-        out = F.layer_norm(x, module.normalized_shape, shared, None, module.eps)
-        out = out if weight is None else out * rows.own(weight, out)
-    if bias is None:
-        return out if module.bias is None else out + module.bias
-    return out.add_(rows.own(bias, out))
+        x = rows.matmul(x, weight)
+    if bias is not None:
+        return rows.add(bias, x)
+    return x if module.bias is None else x + module.bias
 
 
 def why_not_stackable(forward, chosen, tokens):
@@ -283,25 +367,29 @@ def stacked_pass_differs(forward, chosen, tokens):
     stack = Stack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
     stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
-    inputs = gather_rows(tokens, np.arange(2) % len(tokens.lengths))
+    batch = forward.batch(tokens, np.arange(2) % len(tokens.lengths))
+    rows = rows_of(np.arange(2), 2, batch.packing and tokens.lengths[batch.rows])
+    batch, rows = to_device((batch, rows), stack.values.device)
     tf32 = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with stack.computing(to_device(rows_of(np.arange(2), 2), stack.values.device)):
-            together = forward(inputs)
-        for run in range(2):
-            stack.put(run)
-            alone = forward(inputs)[run]
-            if not (together[run] - alone).abs().max() < 2e-3 * together.abs().max():
-                return True
-        return False
+        with stack.bound():
+            with stack.computing(rows):
+                together = forward(tokens, batch)
+            for run in range(2):
+                stack.put(run)
+                alone = forward(tokens, batch)[run]
+                if not (together[run] - alone).abs().max() < 2e-3 * together.abs().max():
+                    return True
+            return False
     except RuntimeError as error:  # shapes that do not meet
         if is_out_of_memory(error):
             raise
         return True
     finally:
         torch.set_float32_matmul_precision(tf32)
-        stack.release(stack.start)
+        stack.values.copy_(stack.start)
+        stack.put(0)
 
 
 def clip_(grads, max_norm=1.0):

@@ -70,7 +70,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
     for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
         evaluator.stack.values[0, a:b] = tensors[name].flatten()
-    evaluator.stack.release()
+    evaluator.stack.put(0)
     return evaluator
 
 

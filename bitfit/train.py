@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bitfit.data import Split, batch_of, gather, micro_batches, overhead_tokens, to_device
+from bitfit.data import Split, passes_of, to_device
 from bitfit.models import Forward
 from bitfit.predict import Limit, predict_runs
 from bitfit.reports import best_epochs, frame_of, one_line_scores
@@ -45,10 +45,6 @@ class Plan:
     lr_schedule: str = "constant"  # or "linear" down to 0
     warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
     evaluation_frequency: int = 1  # score every so many epochs, and after the last
-
-    @cached_property
-    def overhead(self):
-        return overhead_tokens(self.forward.model, self.train.tokens.ids.device)
 
     @property
     def rows_per_run(self):
@@ -94,7 +90,8 @@ class State:
     plan: Plan
     stack: Stack  # what trains: values, gradients, which runs went bad
     optimizer: torch.optim.Optimizer
-    rates: torch.Tensor  # (K,) the learning rates of this step, which the optimizer reads
+    rates: torch.Tensor  # (K,) the learning rates of this step
+    update: torch.Tensor | None  # (K, n) what the optimizer moves in place of many runs' values
     records: list  # of each run
     scores: list  # rows (run's name, epoch, split, metric, value) of the one table of scores
     best: torch.Tensor | None  # (K, n) values at each run's best evaluation, if those are kept
@@ -107,17 +104,17 @@ class State:
 def start(plan, stack, optimizer="adamw", keep="last"):
     """A `State` before its first step.
 
-    One fused optimizer has a group for each run's row, whose learning rate is an entry of `rates`.
-    AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had.
+    AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had. One
+    fused optimizer takes all runs in one kernel: it knows one learning rate, but without decay its
+    step is proportional to that. So for many runs it moves zeros, at rate 1, and each run's values
+    then go its own rate times as far.
     """
-    # On a CPU the optimizer multiplies by rates in float64; on a GPU it reads float32 alone.
+    one = len(stack.runs) == 1
+    # On a CPU the optimizer multiplies by a tensor in float64; on a GPU it reads float32 alone.
     dtype = torch.float64 if stack.values.device.type == "cpu" else torch.float32
     rates = torch.zeros_like(stack.bad_step, dtype=dtype)
-    groups = []
-    for values, grads, rate in zip(stack.values, stack.grads, rates, strict=True):
-        row = torch.nn.Parameter(values)  # shares the row's storage
-        row.grad = grads
-        groups.append({"params": [row], "lr": rate})
+    moved = torch.nn.Parameter(stack.values if one else torch.zeros_like(stack.values))
+    moved.grad = stack.grads
     make, settings = {
         "adamw": (torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-6}),
         "adam": (torch.optim.Adam, {}),
@@ -125,8 +122,9 @@ def start(plan, stack, optimizer="adamw", keep="last"):
     return State(
         plan=plan,
         stack=stack,
-        optimizer=make(groups, fused=True, **settings),
+        optimizer=make([moved], lr=rates[0] if one else 1.0, fused=True, **settings),
         rates=rates,
+        update=None if one else moved.detach(),
         records=[Record(run) for run in stack.runs],
         scores=[],
         best=stack.values.clone() if keep == "best" else None,
@@ -137,14 +135,14 @@ def start(plan, stack, optimizer="adamw", keep="last"):
 class Step(NamedTuple):
     """All of a step that changes from one to the next: arrays of the host, then tensors."""
 
-    parts: list  # its micro-batches, each (Batch, Rows)
+    parts: list  # its passes, each (Batch, Rows)
     number: np.ndarray  # () int64, counted over all epochs
     count: np.ndarray  # () float32, rows of each run
     rates: np.ndarray  # (K,) float64, the schedule's learning rates
 
 
 def plan_step(state, alive, rows):
-    """The host's share of a step: whose rows, in which micro-batches. A `Step` of arrays.
+    """The host's share of a step: whose rows, in which passes. A `Step` of arrays.
 
     Args:
         alive: (R,) the runs that take part.
@@ -154,10 +152,14 @@ def plan_step(state, alive, rows):
     owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
+    packed = plan.forward.packer is not None
     return Step(
         parts=[
-            (batch_of(plan.train.tokens, flat[part]), rows_of(owner[part], len(runs)))
-            for part in micro_batches(lengths, plan.overhead, plan.limit.tokens)
+            (
+                plan.forward.batch(plan.train.tokens, flat[part]),
+                rows_of(owner[part], len(runs), lengths[part] if packed else None),
+            )
+            for part in passes_of(lengths, plan.limit.tokens, packed)
         ],
         number=np.array(number),
         count=np.array(rows.shape[1], np.float32),
@@ -183,22 +185,33 @@ def take_step(state, alive, rows):
     bad = stack.bad_step >= 0
     stack.grads.masked_fill_(bad[:, None], 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
-    state.optimizer.step()
-    stack.write_back()
+    move(state)
     state.loss_sum += losses * step.count
     return losses
 
 
+def move(state):
+    """One step of the optimizer, at `state.rates`."""
+    values = state.stack.values
+    state.optimizer.step()
+    if state.update is not None:
+        values.addcmul_(state.update, state.rates[:, None].to(values.dtype))
+        state.update.zero_()
+    state.stack.write_back()
+
+
 def forward_backward(plan, stack, step):
     """The losses of one `Step` of tensors, (K,), and in `stack.grads` their gradients."""
+    stack.forget()
     stack.grads.zero_()
     losses = torch.zeros_like(stack.values[:, 0])
     for batch, rows in step.parts:
         with stack.computing(rows):
-            logits = plan.forward(gather(plan.train.tokens, batch))
+            logits = plan.forward(plan.train.tokens, batch)
         each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
         part_losses = torch.zeros_like(losses).index_add(0, rows.owner, each / step.count)
         part_losses.sum().backward()
+        stack.collect()
         losses += part_losses.detach()
     return losses
 

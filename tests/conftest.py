@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from bitfit import models
+from bitfit.packing import packer_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
@@ -35,9 +36,12 @@ def load_model(folder, task, seed=0, random_encoder=False):
     return model
 
 
-def forward_of(model):
-    """The model's `Forward`; BERT and RoBERTa take the full mask."""
-    return models.Forward(model, True)
+def forward_of(model, packed=True):
+    """The model's `Forward` on packed rows, or on padded ones."""
+    if not packed:
+        return models.Forward(model, full_mask=True)
+    first = models.first_position(models.position_embedding(model))
+    return models.Forward(model, packer_of(model, first))
 
 
 @pytest.fixture

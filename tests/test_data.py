@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bitfit.data import evaluation_batches, gather_rows, micro_batches, tokenize
+from bitfit.data import batch_of, batches_by_length, gather, passes_of, to_device, tokenize
 from bitfit.sources import Texts
 from utils import UserError
 
@@ -15,23 +15,36 @@ def tokenizer(tiny_bert):
     return AutoTokenizer.from_pretrained(tiny_bert)
 
 
+def inputs_of(tokens, rows, packed=False):
+    return gather(tokens, to_device(batch_of(tokens, np.array(rows), packed), "cpu"))
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 1], [2], [1, 1, 0]])
 def test_a_gather_is_what_the_tokenizer_pads(tokenizer, rows):
     tokens = tokenize(TEXTS, tokenizer, 128)
-    inputs = gather_rows(tokens, np.array(rows))
+    inputs = inputs_of(tokens, rows)
     picked = TEXTS.take(rows)
     expected = tokenizer(*picked.columns, padding="longest", return_tensors="pt")
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["token_type_ids"], expected["token_type_ids"])
-    mask = inputs["attention_mask"]
+    mask = inputs.get("attention_mask")
     assert expected["attention_mask"].all() if mask is None else torch.equal(
         mask.long(), expected["attention_mask"]
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 1], [2], [1, 1, 0]])
+def test_packed_rows_are_what_the_tokenizer_gives_one_after_the_other(tokenizer, rows):
+    inputs = inputs_of(tokenize(TEXTS, tokenizer, 128), rows, packed=True)
+    expected = tokenizer(*TEXTS.take(rows).columns)
+    for name in ("input_ids", "token_type_ids"):
+        assert inputs[name].tolist() == [sum(expected[name], [])]
+    assert "attention_mask" not in inputs
+
+
 def test_long_rows_are_cut_as_the_tokenizer_cuts_them(tokenizer):
     texts = Texts((["a b c d e f g"], ["h"]), None)
-    inputs = gather_rows(tokenize(texts, tokenizer, 8), np.array([0]))
+    inputs = inputs_of(tokenize(texts, tokenizer, 8), [0])
     expected = tokenizer("a b c d e f g", "h", truncation=True, max_length=8)
     assert inputs["input_ids"][0].tolist() == expected["input_ids"]
 
@@ -41,37 +54,24 @@ def test_no_room_for_text(tokenizer):
         tokenize(TEXTS, tokenizer, 3)
 
 
-def cost(lengths, parts, overhead):
-    return sum(len(part) * lengths[part].max() + overhead for part in parts)
-
-
-def cheapest(lengths, overhead, max_tokens):
-    """The least cost over all ways to cut the sorted rows, tried one by one."""
-    ordered = np.sort(lengths)
-    best = np.inf
-    for cuts in range(2 ** (len(ordered) - 1)):
-        ends = [i + 1 for i in range(len(ordered) - 1) if cuts >> i & 1] + [len(ordered)]
-        parts = np.split(np.arange(len(ordered)), ends[:-1])
-        if all(len(p) == 1 or len(p) * ordered[p].max() <= max_tokens for p in parts):
-            best = min(best, cost(ordered, parts, overhead))
-    return best
-
-
-@pytest.mark.parametrize("overhead", [0, 5, 20, 1000])
-@pytest.mark.parametrize("max_tokens", [40, 10_000])
-def test_micro_batches_cost_least(overhead, max_tokens):
-    rng = np.random.default_rng(overhead)
-    for size in (1, 2, 5, 9):
-        lengths = rng.integers(1, 60, size)
-        parts = micro_batches(lengths, overhead, max_tokens)
-        assert sorted(np.concatenate(parts)) == list(range(size))
-        assert all(len(p) == 1 or len(p) * lengths[p].max() <= max_tokens for p in parts)
-        assert cost(lengths, parts, overhead) == cheapest(lengths, overhead, max_tokens)
-
-
-def test_evaluation_batches_hold_each_row_once():
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("cap", [1, 60, 200, 512, 10**9])
+def test_passes_hold_each_row_once_and_no_more_tokens_than_allowed(packed, cap):
     lengths = np.random.default_rng(0).integers(1, 128, 500)
-    parts = list(evaluation_batches(lengths, 512))
+    parts = passes_of(lengths, cap, packed)
+    assert sorted(np.concatenate(parts)) == list(range(500))
+    for part in parts:
+        tokens = lengths[part].sum() if packed else len(part) * lengths[part].max()
+        assert tokens <= cap or len(part) == 1
+    if packed:  # in their order, and of like size
+        assert np.array_equal(np.concatenate(parts), np.arange(500))
+        sizes = [lengths[part].sum() for part in parts]
+        assert max(sizes) - min(sizes) <= 2 * 127
+
+
+def test_batches_by_length_hold_each_row_once():
+    lengths = np.random.default_rng(0).integers(1, 128, 500)
+    parts = list(batches_by_length(lengths, 512))
     assert sorted(np.concatenate(parts)) == list(range(500))
     assert all(len(p) * lengths[p].max() <= 512 for p in parts)
-    assert [len(p) for p in evaluation_batches(np.array([900, 3]), 512)] == [1, 1]
+    assert [len(p) for p in batches_by_length(np.array([900, 3]), 512)] == [1, 1]

@@ -86,12 +86,12 @@ def test_each_run_keeps_its_own_best_epoch():
 
 
 def test_memory_does_not_grow_with_the_runs(monkeypatch):
-    """64 runs: whatever their number, no micro-batch is above the cap."""
+    """64 runs: whatever their number, no pass is above the cap."""
     sizes, plain = [], models.Forward.__call__
 
-    def watched(forward, inputs):
-        sizes.append(inputs["input_ids"].numel())
-        return plain(forward, inputs)
+    def watched(forward, tokens, batch):
+        sizes.append(np.prod(batch.index.shape))
+        return plain(forward, tokens, batch)
 
     monkeypatch.setattr(models.Forward, "__call__", watched)
     evaluator = trained(list(range(64)), epochs=1, rows=16)

@@ -9,6 +9,7 @@ from conftest import TINY_BERT, load_model
 
 from bitfit.data import Tokens
 from bitfit.models import (
+    Forward,
     check_length,
     find_forward,
     fingerprint,
@@ -131,25 +132,36 @@ def tokens(*lengths):
     counts = np.array(lengths)
     return Tokens(
         ids=torch.randint(5, 60, (counts.sum(),)), types=None, labels=None,
-        starts=torch.from_numpy(counts.cumsum() - counts), lengths=counts, pad_id=1,
+        starts=counts.cumsum() - counts, lengths=counts, pad_id=1,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
-def test_the_full_mask_is_the_one_transformers_makes(name):
+def random_model(name, **more):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     if name == "distilbert":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-    config = transformers.AutoConfig.for_model(name, vocab_size=60, pad_token_id=1, **sizes)
-    model = transformers.AutoModelForSequenceClassification.from_config(config)
-    forward = find_forward(model, name, tokens(9, 4, 6))
-    assert forward.full_mask == (name != "modernbert")
-    ids = torch.randint(5, 60, (3, 9))
+    config = transformers.AutoConfig.for_model(name, vocab_size=60, pad_token_id=1, **sizes, **more)
+    torch.manual_seed(0)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
+@pytest.mark.parametrize("kind", ["found", "full mask", "mask"])
+def test_each_forward_pass_is_transformers_own(name, kind):
+    model, own = random_model(name), tokens(9, 4, 6)
+    forward = find_forward(model, name, own)
+    assert (forward.packer is None) == (name == "modernbert")  # its layers see windows
+    if kind == "full mask" and name == "modernbert":
+        pytest.skip("it makes other masks for other layers")
+    if kind != "found":
+        forward = Forward(model, full_mask=kind == "full mask")
     mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
-    inputs = {"input_ids": ids.where(mask, 1), "attention_mask": mask}
+    ids = torch.full((3, 9), 1).masked_scatter(mask, own.ids)
     with torch.no_grad():
-        plain = model(input_ids=inputs["input_ids"], attention_mask=mask.long()).logits
-        assert torch.allclose(forward(inputs), plain, atol=1e-6)
+        plain = model(input_ids=ids, attention_mask=mask.long()).logits
+        assert torch.allclose(forward.rows(own, np.arange(3)), plain, atol=1e-6)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_hashes_know_where_one_value_ends():

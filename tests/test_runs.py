@@ -35,7 +35,7 @@ def masks(model):
 
 
 TOKENS = Tokens(
-    ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=torch.tensor([0, 10]),
+    ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=np.array([0, 10]),
     labels=torch.tensor([0, 1]), lengths=np.array([10, 20]), pad_id=0,
 )  # fmt: skip
 
@@ -45,7 +45,9 @@ def test_the_flat_gradient_is_autograds(model, method):
     expected, chosen = gradients(model), masks(model)[method]
     model.zero_grad()
     stack = Stack(model, chosen, [RUN])
-    loss(model).backward()
+    with stack.bound():
+        loss(model).backward()
+        stack.collect()
     for name, (start, stop) in stack.slices.items():
         wanted = expected[name].flatten()
         wanted = wanted if chosen[name] is None else wanted[torch.from_numpy(chosen[name])]
@@ -57,8 +59,8 @@ def test_only_what_is_chosen_moves(model, method):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     chosen = masks(model)[method]
     stack = Stack(model, chosen, [RUN])
-    stack.values += 1.0
-    stack.release()
+    with stack.bound():
+        stack.values += 1.0
     for name, parameter in model.named_parameters():
         expected = before[name].clone().view(-1)
         if name in chosen:
@@ -66,11 +68,16 @@ def test_only_what_is_chosen_moves(model, method):
         assert torch.equal(parameter.detach().view(-1), expected), name
 
 
-def test_a_released_model_is_plain(model, tmp_path):
-    stack = Stack(model, masks(model)["rand_uniform"], [RUN])
-    stack.release()
+@pytest.mark.parametrize(("method", "runs"), [("rand_uniform", 1), ("bitfit", 1), ("bitfit", 2)])
+def test_a_model_is_plain_afterwards(model, tmp_path, method, runs):
+    stack = Stack(model, masks(model)[method], [Run(1e-3, seed) for seed in range(runs)])
+    storage = {n: p.data_ptr() for n, p in model.named_parameters()}
+    with stack.bound(torch.bfloat16):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == storage
+    assert not any("forward" in vars(module) for module in model.modules())
     loss(model).backward()  # no hook gathers any more
-    assert any(p.grad is not None for p in model.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     stack.values.zero_()
     assert model.classifier.weight.abs().sum() > 0  # no storage is shared any more
     model.save_pretrained(tmp_path)
@@ -79,7 +86,9 @@ def test_a_released_model_is_plain(model, tmp_path):
 def test_the_key_bias_gets_no_gradient(model):
     """q.(k + b_k) adds one number to all scores of a row, and softmax removes it."""
     stack = Stack(model, masks(model)["bitfit"], [RUN])
-    loss(model).backward()
+    with stack.bound():
+        loss(model).backward()
+        stack.collect()
     scale = stack.grads.abs().max()
     for name, (start, stop) in stack.slices.items():
         largest = stack.grads[0, start:stop].abs().max() / scale
@@ -101,18 +110,19 @@ def test_no_memory_in_the_middle_of_a_gradient_leaves_nothing_behind(model, monk
     """The step is tried again: what the first try left must not count twice."""
     chosen = masks(model)["rand_uniform"]
     stack = Stack(model, chosen, [RUN])
-    loss(model).backward()
-    wanted = stack.grads.clone()
-    stack.grads.zero_()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "flatten", lambda *a: (_ for _ in ()).throw(MemoryError()))
-        with pytest.raises(MemoryError):
-            loss(model).backward()
-    stack.grads.zero_()
-    for parameter in model.parameters():
-        if parameter.grad is not None and parameter.grad.dim() > 1:
-            assert parameter is model.classifier.weight  # whole ones are views of the row
-    loss(model).backward()
+    with stack.bound():
+        loss(model).backward()
+        stack.collect()
+        wanted = stack.grads.clone()
+        stack.grads.zero_()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "flatten", lambda *a: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(MemoryError):
+                loss(model).backward()
+        assert any(p.grad is not None for p in model.parameters())
+        stack.forget()
+        loss(model).backward()
+        stack.collect()
     assert torch.allclose(stack.grads, wanted)
 
 

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit import data, models, sources, train
 from bitfit.checkpoints import Saver
-from bitfit.data import Split, gather_rows, tokenize
-from bitfit.predict import Limit, precision_of, predict, predict_runs
+from bitfit.data import Split, tokenize
+from bitfit.predict import Limit, computing_in, predict, predict_runs
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.train import Plan, schedule, start, train_epoch
@@ -18,6 +18,7 @@ COLA = TASKS["cola"]
 CPU = torch.device("cpu")
 LIMIT = Limit(2048)
 ONE = [Run(1e-3, 0)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NoBar:
@@ -47,29 +48,28 @@ def new_model(folder, dropout=0.0, task=COLA):
 
 
 def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
-              draw=None, limit=LIMIT, **options):  # fmt: skip
+              draw=None, limit=LIMIT, packed=True, **options):  # fmt: skip
     stack = Stack(model, chosen, list(runs), draw)
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
-    plan = Plan(
-        task, forward_of(model), Split(tokens, rows), {}, limit, 16, **{"epochs": 9} | options
-    )
+    forward = forward_of(model, packed)
+    plan = Plan(task, forward, Split(tokens, rows), {}, limit, 16, **{"epochs": 9} | options)
     return start(plan, stack, optimizer)
 
 
-def next_epoch(state):
+def next_epoch(state, precision="fp32"):
     """Train an epoch; the mean losses of the runs, NaN where one is bad."""
-    train_epoch(state, Saver(), NoBar())
+    with state.stack.bound(DTYPES[precision]):
+        train_epoch(state, Saver(), NoBar())
     losses = state.loss_sum / state.plan.rows_per_run
     state.loss_sum = torch.zeros_like(losses)
     state.epoch, state.step = state.epoch + 1, 0
     return losses.where(state.stack.bad_step < 0, torch.nan).tolist()
 
 
-def trained(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=1e-3):
+def trained(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=1e-3, **options):
     torch.manual_seed(0)
-    state = new_state(model, tokens, chosen, [Run(rate, 0)], optimizer, task)
+    state = new_state(model, tokens, chosen, [Run(rate, 0)], optimizer, task, **options)
     losses = [next_epoch(state)[0] for _ in range(epochs)]
-    state.stack.release()
     return state.stack, losses
 
 
@@ -114,13 +114,16 @@ def choose(model, method):
 
 
 @pytest.mark.parametrize("method", ["bitfit", "partial", "frozen", "full_ft"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
-def test_the_loop_is_the_plain_one(folder, method, optimizer):
-    """Micro-batches, flat rows and fused steps change no value beyond rounding."""
+@pytest.mark.parametrize(
+    ("optimizer", "packed", "cap"),
+    [("adamw", True, 2048), ("adam", True, 100), ("adamw", False, 2048), ("adam", False, 100)],
+)
+def test_the_loop_is_the_plain_one(folder, method, optimizer, packed, cap):
+    """Packed rows, passes, flat rows and fused steps change no value beyond rounding."""
     expected, model = new_model(folder), new_model(folder)
-    chosen = choose(model, method)
+    chosen, options = choose(model, method), {"packed": packed, "limit": Limit(cap)}
     expected_losses = plain_loop(expected, folder, set(chosen), 2, optimizer)
-    _, losses = trained(model, tokens_of(folder), chosen, 2, optimizer)
+    _, losses = trained(model, tokens_of(folder), chosen, 2, optimizer, **options)
     assert losses == pytest.approx(expected_losses, rel=2e-4)
     for (name, parameter), wanted in zip(
         model.named_parameters(), expected.parameters(), strict=True
@@ -155,19 +158,6 @@ def test_the_order_of_the_rows_is_the_runs_own():
     assert np.array_equal(orders[0], plan.order(Run(9.0, 0), 0))
 
 
-@pytest.mark.parametrize("overhead", [0.0, 1e12])
-def test_micro_batches_equal_one_padded_batch(tiny_bert, monkeypatch, overhead):
-    """As many micro-batches as pay, or one: the same losses and trained values."""
-    one = new_model(tiny_bert)
-    monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)
-    expected, losses = trained(one, tokens_of(tiny_bert), choose(one, "partial"))
-    many = new_model(tiny_bert)
-    monkeypatch.setitem(data.OVERHEAD, "cpu", overhead)
-    stack, found = trained(many, tokens_of(tiny_bert), choose(many, "partial"))
-    assert found == pytest.approx(losses, rel=1e-4)
-    assert torch.allclose(stack.values, expected.values, atol=1e-5)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["bitfit", "frozen", "rand_uniform", "rand_row_col"])
 def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
@@ -175,10 +165,8 @@ def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     chosen = choose(model, method)
     state = new_state(model, tokens_of(tiny_bert), chosen, [Run(1e-2, 0)])
-    with precision_of(model, precision, CPU):
-        next_epoch(state)
+    next_epoch(state, precision)
     stack = state.stack
-    stack.release()
     for name, parameter in model.named_parameters():
         moved = (parameter != before[name]).flatten()
         if name not in chosen:
@@ -205,9 +193,8 @@ def test_bf16_follows_fp32(tiny_bert):
     def run(precision):
         model = new_model(tiny_bert)
         state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"))
-        with precision_of(model, precision, CPU):
-            loss = next_epoch(state)
-            tokens = state.plan.train.tokens
+        loss, tokens = next_epoch(state, precision), state.plan.train.tokens
+        with computing_in(model, DTYPES[precision]):
             return loss[0], predict(state.plan.forward, tokens, LIMIT), state.stack
 
     loss, logits, _ = run("fp32")
@@ -222,11 +209,12 @@ def test_bf16_trains_on_the_values_of_now(tiny_bert, method):
     """No cast of a trained value outlives the step that changes it."""
     model, tokens = new_model(tiny_bert), tokens_of(tiny_bert, rows=8)
     stack = Stack(model, choose(model, method), [Run(1e-3, 0)])
-    forward, inputs = forward_of(model), gather_rows(tokens, np.arange(8))
-    with precision_of(model, "bf16", CPU):
-        first = forward(inputs).detach()
+    forward = forward_of(model)
+    with stack.bound(torch.bfloat16):
+        first = forward.rows(tokens, np.arange(8)).detach()
         stack.values += 0.05 * torch.randn(stack.values.shape)
-        second = forward(inputs).detach()
+        stack.write_back()
+        second = forward.rows(tokens, np.arange(8)).detach()
         assert np.allclose(second.numpy(), predict(forward, tokens, LIMIT), atol=0.02)
     assert (first - second).abs().max() > 0.05
 
@@ -265,7 +253,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, 
         return each * float("nan") if call == 1 else each
 
     monkeypatch.setattr(train, "row_losses", losses)
-    monkeypatch.setitem(data.OVERHEAD, "cpu", 1e18)  # one micro-batch a step
     (loss,) = next_epoch(state)
     assert np.isnan(loss)
     assert stack.bad_step.tolist() == [1]
@@ -289,12 +276,11 @@ def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precisi
     set_dropout(model, 0.0)
     tokens = tokens_of(folder, rows)
     state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=models.draw_head)
-    with precision_of(model, precision, CPU):
-        losses = [next_epoch(state) for _ in range(epochs)]
+    losses = [next_epoch(state, precision) for _ in range(epochs)]
+    with state.stack.bound(DTYPES[precision]):
         every = {k: np.arange(rows) for k in range(len(runs))}
         of_run = predict_runs(state.plan.forward, state.stack, tokens, LIMIT, every)
         logits = [own for _, own in of_run]
-    state.stack.release()
     return np.stack(logits), np.array(losses), state.stack
 
 
@@ -386,19 +372,22 @@ def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
     stack = Stack(model, choose(model, "frozen"), GRID, models.draw_head)
     forward, tokens = forward_of(model), tokens_of(folder)
     rows = {k: np.arange(44) for k in range(4)}
-    together = dict(predict_runs(forward, stack, tokens, LIMIT, rows))
-    for k in rows:
-        stack.put(k)
-        assert np.allclose(together[k], predict(forward, tokens, LIMIT), atol=1e-5)
-    passes = []
-    plain = type(model.base_model).forward
-    monkeypatch.setattr(
-        type(model.base_model), "forward", lambda *a, **k: passes.append(1) or plain(*a, **k)
-    )
-    list(predict_runs(forward, stack, tokens, LIMIT, rows))
-    shared = len(passes)
-    rows[0] = rows[0][::-1].copy()  # other rows: no sharing
-    list(predict_runs(forward, stack, tokens, LIMIT, rows))
+    passes, plain = [], type(model.base_model).forward
+
+    def watched(*args, **options):
+        passes.append(1)
+        return plain(*args, **options)
+
+    with stack.bound():
+        together = dict(predict_runs(forward, stack, tokens, LIMIT, rows))
+        for k in rows:
+            stack.put(k)
+            assert np.allclose(together[k], predict(forward, tokens, LIMIT), atol=1e-5)
+        monkeypatch.setattr(type(model.base_model), "forward", watched)
+        list(predict_runs(forward, stack, tokens, LIMIT, rows))
+        shared = len(passes)
+        rows[0] = rows[0][::-1].copy()  # other rows: no sharing
+        list(predict_runs(forward, stack, tokens, LIMIT, rows))
     assert len(passes) - shared == 4 * shared
 
 
@@ -413,11 +402,11 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
             model, tokens_of(tiny_bert), chosen, GRID, draw=models.draw_head, limit=limit
         )
 
-        def tight(forward, inputs):
+        def tight(forward, tokens, batch):
             torch.nn.functional.dropout(torch.ones(3))  # moves the generator before it fails
-            if inputs["input_ids"].numel() > room:
+            if batch.index.numel() > room:
                 raise torch.OutOfMemoryError("no room")
-            return plain(forward, inputs)
+            return plain(forward, tokens, batch)
 
         monkeypatch.setattr(models.Forward, "__call__", tight)
         torch.manual_seed(0)
@@ -471,12 +460,13 @@ def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, monkeypatc
     model.train()
     alive = state.stack.alive()
     rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
-    train.take_step(state, alive, rows)
-    state.step += 1
-    before = state.stack.values.clone()
-    with monkeypatch.context() as patch, NoWaiting() as mode:
-        forbid(patch, "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__")
+    with state.stack.bound():
         train.take_step(state, alive, rows)
+        state.step += 1
+        before = state.stack.values.clone()
+        with monkeypatch.context() as patch, NoWaiting() as mode:
+            forbid(patch, "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__")
+            train.take_step(state, alive, rows)
     assert mode.calls > 100
     assert (state.stack.values != before).any(dim=1).all()
 
@@ -487,11 +477,12 @@ def test_the_watch_sees_what_waits():
             wait(torch.ones(3))
 
 
-def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, monkeypatch):
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     """And what changes from step to step reaches the device as tensors, no number as a constant."""
-    monkeypatch.setitem(data.OVERHEAD, "cpu", 0.0)  # several micro-batches
-    model = new_model(tiny_bert)
-    state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID)
+    model, limit = new_model(tiny_bert), Limit(200)  # several passes
+    options = {"limit": limit, "packed": packed}
+    state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, **options)
     rows = np.stack([np.arange(16) + k for k in range(4)])
     step = train.plan_step(state, np.arange(4), rows)
 
@@ -521,26 +512,31 @@ def test_without_a_gradient_nothing_moves(tiny_bert, optimizer):
     model = new_model(tiny_bert)
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, optimizer)
     state.rates.fill_(1.0)
-    state.optimizer.step()
+    with state.stack.bound():
+        train.move(state)
     assert torch.equal(state.stack.values, state.stack.start)
 
 
+@pytest.mark.parametrize("runs", [ONE, [Run(0.0, 0), Run(0.0, 1)]])
 @pytest.mark.parametrize(("optimizer", "eps"), [("adamw", 1e-6), ("adam", 1e-8)])
-def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps):
+def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
     """Adam's moments, bias correction and eps, in float64, on gradients of every size."""
     model = new_model(tiny_bert)
-    state = new_state(model, tokens_of(tiny_bert), choose(model, "frozen"), ONE, optimizer)
-    start = state.stack.start[0].double().numpy()
-    grad = np.logspace(-12, 0, len(start)) * np.where(np.arange(len(start)) % 2, 1, -1)
+    state = new_state(model, tokens_of(tiny_bert), choose(model, "frozen"), runs, optimizer)
+    start = state.stack.start.double().numpy()
+    grad = np.logspace(-12, 0, start.shape[1]) * np.where(np.arange(start.shape[1]) % 2, 1, -1)
+    grad = np.stack([grad * (k + 1) for k in range(len(runs))])
     value, first, second = start.copy(), 0.0, 0.0
     for step, rate in ((1, 1e-2), (2, 3e-3)):
-        state.rates.fill_(rate)
+        rates = rate * (1 + np.arange(len(runs)))
+        state.rates.copy_(torch.from_numpy(rates))
         state.stack.grads.copy_(torch.from_numpy(step * grad))
-        state.optimizer.step()
+        with state.stack.bound():
+            train.move(state)
         first = 0.9 * first + 0.1 * step * grad
         second = 0.999 * second + 0.001 * (step * grad) ** 2
         root = np.sqrt(second / (1 - 0.999**step)) + eps
-        value -= rate * first / (1 - 0.9**step) / root
+        value -= rates[:, None] * first / (1 - 0.9**step) / root
     moved = np.abs(value - start)
     assert moved.min() < 1e-3 * moved.max()  # eps decides for the smallest
-    assert np.allclose(state.stack.values[0].numpy(), value, rtol=1e-5, atol=1e-8)
+    assert np.allclose(state.stack.values.numpy(), value, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,191 @@
+"""Packed rows beside the plain model: attention, gradients, dropout's masks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_models import random_model, tokens
+from torch.nn import functional as F
+
+from bitfit.data import batch_of, to_device
+from bitfit.models import find_forward
+from bitfit.packing import (
+    SPARE,
+    UNIT,
+    Attend,
+    attend,
+    drop,
+    groups_of,
+    keep_of,
+    layout_of,
+    packing_of,
+)
+from bitfit.runs import Run, Stack
+from bitfit.trainable import FINE_TUNE_TYPES, select
+
+LENGTHS = (9, 4, 40, 17, 6, 16)
+FAMILY = ["bert", "roberta", "electra", "distilbert"]
+
+
+def layout(lengths, heads=2, spare=500):
+    return layout_of(to_device(packing_of(np.array(lengths), spare), "cpu"), heads, torch.float32)
+
+
+def plain_logits(model, own):
+    """transformers' own pass on padded rows."""
+    mask = torch.arange(own.lengths.max()) < torch.from_numpy(own.lengths)[:, None]
+    ids = torch.full(mask.shape, 1).masked_scatter(mask, own.ids)
+    return model(input_ids=ids, attention_mask=mask.long()).logits
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", FINE_TUNE_TYPES)
+def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, monkeypatch):
+    """In float32 to rounding; in bf16 as near the exact gradient as plain bf16 comes."""
+    monkeypatch.setitem(SPARE, "cpu", 500)  # several groups
+    model, own = random_model(name), tokens(*LENGTHS)
+    forward = find_forward(model, name, own)
+    assert forward.packer
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    components = ["bias"] if method == "bitfit" else []
+    chosen = select(model, method, components, 3000, np.random.default_rng(0))
+
+    def loss_and_gradient(logits_of, dtype):
+        stack = Stack(model, chosen, [Run(1e-3, 0)])
+        model.eval()
+        with stack.bound(dtype):
+            logits = logits_of().float()
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            stack.collect()
+        return logits.detach(), loss.item(), stack.grads[0].clone()
+
+    def packed():
+        return forward.rows(own, np.arange(len(LENGTHS)))
+
+    exact = loss_and_gradient(lambda: plain_logits(model, own), torch.float32)
+    logits, loss, gradient = loss_and_gradient(packed, dtype)
+    if dtype == torch.float32:
+        assert torch.allclose(logits, exact[0], atol=1e-6)
+        assert loss == pytest.approx(exact[1], abs=1e-6)
+        assert torch.allclose(gradient, exact[2], rtol=1e-4, atol=1e-6)
+        return
+    rough = loss_and_gradient(lambda: plain_logits(model, own), dtype)
+    assert (logits - exact[0]).abs().max() < 0.01
+    assert loss == pytest.approx(exact[1], abs=0.01)
+    off, plain_off = ((g - exact[2]).norm() / exact[2].norm() for g in (gradient, rough[2]))
+    assert off < max(0.02, 1.5 * plain_off)
+
+
+@pytest.mark.parametrize("spare", [0, 500, math.inf])
+def test_rows_of_like_length_form_a_group(spare):
+    lengths = np.random.default_rng(0).integers(1, 100, 64)
+    groups = groups_of(lengths, spare)
+    assert sorted(np.concatenate(groups)) == list(range(64))
+    widths = [-(-lengths[rows] // UNIT) * UNIT for rows in groups]
+    for own in widths:
+        assert (own.max() ** 2 - own**2).sum() <= spare
+    joined = np.concatenate(widths)
+    assert (np.diff(joined) <= 0).all()
+    assert len(groups) == {0: len(set(joined)), math.inf: 1}.get(spare, len(groups))
+
+
+def test_no_padded_place_looks_at_another_row():
+    """Else what is not finite in one run would reach another."""
+    packing = packing_of(np.array(LENGTHS), 500)
+    owner = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    assert len(packing.groups) > 1
+    for group in packing.groups:
+        rows = owner[group.tokens]
+        assert (rows == rows[:, :1]).all()
+        assert (group.real.sum(1) == np.array(LENGTHS)[rows[:, 0]]).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_with_dropout_is_the_formula(dropout):
+    """Row by row, head by head, with the masks that it drew; its gradients are autograd's."""
+    own, heads, size = layout(LENGTHS), 2, 8
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(len(own.place), size, requires_grad=True) for _ in range(3))
+    torch.manual_seed(2)
+    out = Attend.apply(q, k, v, own.masks, 0.4, dropout)
+    torch.manual_seed(2)
+    begin, expected = 0, []
+    for mask in own.masks:
+        rows, width = mask.shape[0] * heads, mask.shape[3]
+        part = slice(begin, begin + rows * width)
+        a, b, c = (x[part].view(rows, width, size) for x in (q, k, v))
+        weights = (0.4 * a @ b.mT + mask.reshape(rows, 1, width)).softmax(-1)
+        weights = weights * keep_of(weights, dropout)
+        expected.append((weights @ c).reshape(-1, size))
+        begin = part.stop
+    expected = torch.cat(expected)
+    assert begin == len(q)
+    assert torch.allclose(out, expected, atol=1e-6)
+    if not dropout:
+        assert torch.allclose(attend(q, k, v, own.masks, 0.4), expected, atol=1e-6)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    for one, other in zip(
+        found, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropouts_rate_and_scale(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, dtype=dtype)
+    dropped = drop(x, p)
+    kept = dropped != 0
+    count = x.numel()
+    assert abs(kept.float().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
+    assert set(dropped[kept].tolist()) == {torch.tensor(1 / (1 - p), dtype=dtype).item()}
+    torch.manual_seed(0)
+    assert torch.equal(drop(x, p), dropped)
+
+
+def test_dropouts_masks_are_independent():
+    """Neighbours, the four numbers of one random word, rows, columns, and one mask and the next."""
+    torch.manual_seed(0)
+    p, shape = 0.25, (512, 1024)
+    first, second = ((keep_of(torch.empty(shape), p) > 0).double() - (1 - p) for _ in range(2))
+    pairs = [(first[:, lag:], first[:, :-lag]) for lag in (1, 2, 3, 4, 5, 8, 16, 512)]
+    pairs += [(first[lag:], first[:-lag]) for lag in (1, 2, 7)] + [(first, second)]
+    for a, b in pairs:
+        correlation = (a * b).mean().item() / (p * (1 - p))
+        assert abs(correlation) < 5 / math.sqrt(a.numel())
+    for sums, draws in ((first.sum(1), shape[1]), (first.sum(0), shape[0])):
+        ratio = sums.square().mean().item() / (draws * p * (1 - p))  # binomial variance
+        assert abs(ratio - 1) < 5 * math.sqrt(2 / len(sums))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_everything(p):
+    x = torch.randn(5, 7)
+    assert torch.equal(drop(x, p), x * (1 - p))
+
+
+PACKED = ["albert", "xlm-roberta", "esm", "layoutlm"]  # ESM's rotations only see differences
+
+
+@pytest.mark.parametrize("name", [*PACKED, "deberta-v2", "fnet", "mpnet", "roformer", "squeezebert"])
+def test_what_cannot_be_packed_is_found_out(name):
+    """Whatever is found, it gives what transformers' own pass gives."""
+    more = {
+        "deberta-v2": {"pos_att_type": ["c2p", "p2c"], "relative_attention": True},
+        "esm": {"mask_token_id": 4, "position_embedding_type": "rotary"},
+        "squeezebert": {"embedding_size": 32},
+    }.get(name, {})
+    model, own = random_model(name, intermediate_size=64, **more), tokens(*LENGTHS)
+    forward = find_forward(model, name, own)
+    assert bool(forward.packer) == (name in PACKED)
+    if name != "fnet":  # mixes along padding too: each width gives its own
+        model.eval()
+        with torch.no_grad():
+            expected = plain_logits(model, own)
+            assert torch.allclose(forward.rows(own, np.arange(6)), expected, atol=1e-5)
+            assert torch.allclose(forward.rows(own, np.array([4, 1])), expected[[4, 1]], atol=1e-5)
