@@ -52,7 +52,7 @@ class GLUEvaluator:
             data_dir: GLUE's TSV folders or Parquet files; None: the Hub.
             precision: "fp32" or "bf16"; None: bf16 on a GPU that has it, else fp32.
             random_encoder: draw the encoder's weights at random (a control).
-            max_tokens: the most padded tokens in a micro-batch; None: the device's default.
+            max_tokens: the most tokens in one pass; None: the device's default.
         """
         if task_name not in TASKS:
             raise UserError(f"unknown task {task_name!r}; known: {', '.join(TASKS)}")
@@ -77,8 +77,8 @@ class GLUEvaluator:
         """Read and tokenize the train and validation splits.
 
         Args:
-            padding: "longest" or "max_length", as in the released code; either way rows are padded
-                to the longest of their micro-batch, which gives the same results.
+            padding: "longest" or "max_length", as in the released code; either way rows are packed
+                without padding where the model can, which gives the same results.
             max_sequence_len: rows are cut to so many tokens.
             batch_size: rows per optimizer step.
             train_size: train on so many rows, drawn by the run's seed; None: all.
@@ -163,7 +163,8 @@ class GLUEvaluator:
     def _forward(self, split):
         """The model's `Forward`, found on the rows of the first split that it meets."""
         if not hasattr(self, "_found"):
-            self._found = models.find_forward(self.model, self.model_name, self.tokens(split))
+            tokens, dtype = self.tokens(split), DTYPES[self.precision]
+            self._found = models.find_forward(self.model, self.model_name, tokens, dtype)
         return self._found
 
     def _choose(self, fine_tune_type, mask_size=None):

@@ -4,84 +4,36 @@
 
 The released loop is re-created plainly: every row padded to 128, one batch at a time, float32,
 `.item()` and a print each step. Both train the same bias terms at the same batch size, in turn
-(A B A B ...), after a warm-up of one step each. The clock covers training alone: no loading,
-tokenizing or scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
+(A B A B ...), after a warm-up of each. The clock covers training alone: no loading, tokenizing or
+scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
 """
 
-import argparse
 import os
-import platform
-import statistics
-import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from common import (
+    LENGTH,
+    Ours,
+    examples,
+    heading,
+    load,
+    make_parser,
+    pick_device,
+    pick_rows,
+    ratio,
+    seconds,
+    spread,
+    train_biases,
+)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification  # noqa: E402
-
-from bitfit import models, sources  # noqa: E402
-from bitfit.checkpoints import Saver  # noqa: E402
-from bitfit.data import MAX_TOKENS, Split, tokenize  # noqa: E402
-from bitfit.predict import Limit  # noqa: E402
-from bitfit.runs import Run, Stack  # noqa: E402
-from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.train import Plan, start, train_epoch  # noqa: E402
-from bitfit.trainable import select  # noqa: E402
-
-LENGTH = 128
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = {  # hidden size, layers, heads, intermediate size
-    "minilm": (384, 6, 12, 1536),
-    "bert-base": (768, 12, 12, 3072),
-}
-
-
-def make_parser(description):
-    """The flags that both benchmarks have."""
-    parser = argparse.ArgumentParser(
-        description=description.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--task-name", default="cola", choices=TASKS)
-    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
-    parser.add_argument("--model-name", help="a folder; None: a random encoder")
-    parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    return parser
+from bitfit.data import tokenize
+from bitfit.tasks import TASKS
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, rows=256)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--rows", type=int, default=256, help="training rows in one pass")
     return parser.parse_args()
-
-
-def load(args, task):
-    """(tokenizer, a function that makes the same fresh model each time)"""
-    if args.model_name:
-        tokenizer = models.load_tokenizer(args.model_name)
-        return tokenizer, lambda: models.load(args.model_name, task)[0]
-    hidden, layers, heads, inner = SIZES[args.size]
-    config = BertConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        num_labels=task.num_labels,
-    )
-
-    def make():
-        torch.manual_seed(0)
-        return BertForSequenceClassification(config)
-
-    return AutoTokenizer.from_pretrained(ROOT / "examples/tiny_bert"), make
 
 
 def released_pass(model, rows, batch_size):
@@ -106,101 +58,22 @@ def released_pass(model, rows, batch_size):
             print(f"STEP {step} LOSS {loss_sum / (step + 1):.3f}\r", end="", file=screen)
 
 
-def make_released(make_model, tokenizer, texts, device):
-    """A function that trains so many rows in the released way."""
-    model = make_model().to(device)
-    names = select(model, "bitfit", ["bias"])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    rows = tokenizer(
-        *texts.columns,
-        padding="max_length",
-        max_length=LENGTH,
-        truncation=True,
-        return_tensors="pt",
-    )
-    rows = {k: v.to(device) for k, v in rows.items()}
-    rows["labels"] = torch.from_numpy(texts.labels).to(device)
-
-    def train(count, batch_size):
-        released_pass(model, {k: v[:count] for k, v in rows.items()}, batch_size)
-
-    return train
-
-
-def make_ours(make_model, tokenizer, texts, device, task, precision):
-    """A function that trains so many rows in our way."""
-    model = make_model().to(device)
-    tokens = tokenize(texts, tokenizer, LENGTH).to(device)
-    stack = Stack(model, select(model, "bitfit", ["bias"]), [Run(1e-3, 0)], models.draw_head)
-
-    def train(count, batch_size):
-        state = one_epoch(model, stack, tokens, task, batch_size, np.arange(count))
-        return timed_epoch(state, precision)
-
-    return train
-
-
-def one_epoch(model, stack, tokens, task, batch_size, rows, max_tokens=None):
-    """The `State` of an epoch over some rows, before its first step."""
+def make_released(model, tokens, batch_size):
+    """A function that trains an epoch in the released way and gives its seconds."""
     device = tokens.ids.device
-    forward = models.find_forward(model, "the model", tokens)
-    split = Split(tokens, {run.seed: rows for run in stack.runs})
-    limit = Limit(max_tokens or MAX_TOKENS[device.type], device)
-    return start(Plan(task, forward, split, {}, limit, batch_size, epochs=1), stack)
-
-
-def timed_epoch(state, precision):
-    """The seconds of training it."""
-    device = state.stack.values.device
-    with state.stack.bound(DTYPES[precision]):
-        synchronize(device)
-        begin = time.perf_counter()
-        train_epoch(state, Saver(), tqdm(disable=True))
-        synchronize(device)
-        return time.perf_counter() - begin
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(train, count, batch_size, device):
-    synchronize(device)
-    begin = time.perf_counter()
-    train(count, batch_size)
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
-def padding_share(texts, tokenizer):
-    """The share of padding among the tokens that the released loop multiplies."""
-    lengths = tokenize(texts, tokenizer, LENGTH).lengths
-    return 1 - lengths.sum() / (LENGTH * len(lengths))
-
-
-def machine(device):
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    threads = torch.get_num_threads()
-    return f"torch {torch.__version__}, {threads} threads, {device.type} {name}".rstrip()
-
-
-def spread(values, digits=1):
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
-def pick_rows(args, task):
-    """(the training rows to work on, how many there are in all)"""
-    texts = sources.read_split(task, "train", args.data_dir)
-    picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
-    return texts.take(picked), len(texts)
-
-
-def pick_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train_biases(model.to(device))
+    rows = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
+    for row in examples(tokens):
+        ids = row["input_ids"]
+        left = LENGTH - len(ids)
+        rows["input_ids"].append(ids + [tokens.pad_id] * left)
+        rows["attention_mask"].append([1] * len(ids) + [0] * left)
+        rows["token_type_ids"].append(row.get("token_type_ids", [0] * len(ids)) + [0] * left)
+    if tokens.types is None:
+        del rows["token_type_ids"]
+    rows = {name: torch.tensor(values, device=device) for name, values in rows.items()}
+    rows["labels"] = tokens.labels
+    return lambda: seconds(lambda: released_pass(model, rows, batch_size), device)
 
 
 def main():
@@ -208,28 +81,20 @@ def main():
     task, device = TASKS[args.task_name], pick_device()
     tokenizer, make_model = load(args, task)
     texts, _ = pick_rows(args, task)
-    released = make_released(make_model, tokenizer, texts, device)
-    print(
-        f"{task.name}, {len(texts)} rows, batch {args.batch_size}, {args.rounds} rounds, "
-        f"{machine(device)}\n"
-        f"padding: released {padding_share(texts, tokenizer):.0%}, ours none"
-    )
+    tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
+    released = make_released(make_model(), tokens, args.batch_size)
+    ours = Ours(make_model().to(device), tokens, task, args.batch_size, runs=1)
+    heading(args, task, count)
+    print(f"padding: released {1 - tokens.lengths.sum() / (LENGTH * count):.0%}, ours none")
+    released()
     for precision in args.precision:
-        ours = make_ours(make_model, tokenizer, texts, device, task, precision)
-        warm_up = min(args.batch_size, len(texts))
-        timed(released, warm_up, args.batch_size, device)
-        ours(warm_up, args.batch_size)
-        pairs = [
-            (
-                timed(released, len(texts), args.batch_size, device),
-                ours(len(texts), args.batch_size),
-            )
-            for _ in range(args.rounds)
-        ]
-        theirs = spread([len(texts) / a for a, _ in pairs])
-        mine = spread([len(texts) / b for _, b in pairs])
-        ratio = spread([a / b for a, b in pairs], 2)
-        print(f"released fp32 {theirs} ex/s | ours {precision} {mine} ex/s | ratio {ratio}")
+        ours.epoch(precision)
+        pairs = [(released(), ours.epoch(precision)) for _ in range(args.rounds)]
+        theirs, mine = (spread([count / pair[i] for pair in pairs]) for i in (0, 1))
+        print(
+            f"released fp32 {theirs} ex/s | ours {precision} {mine} ex/s | ratio {ratio(pairs)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def gather(tokens, batch):
         if flat is not None:
             own = flat[batch.index]
             inputs[name] = own if batch.mask is None else own.where(batch.mask, padding)
-    return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask}
+    return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask.long()}
 
 
 def passes_of(lengths, max_tokens, packed):

@@ -99,7 +99,7 @@ def add_machine(add):
         help="bf16 multiplies in bfloat16; what trains stays float32 "
              "[bf16 on a GPU that has it, else fp32]")
     add("--max-tokens", metavar="N", type=POSITIVE,
-        help="the most padded tokens computed at once, whatever the batch and the number of "
+        help="the most tokens computed at once, whatever the batch and the number of "
              "runs: less needs less memory [2048 on a CPU, 65536 on a GPU]")
     add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
 

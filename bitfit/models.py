@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from bitfit.data import batch_of, gather, to_device
 from bitfit.packing import Packer, packer_of
+from bitfit.predict import computing_in
 from bitfit.trainable import head_names, in_encoder, is_bias
 from utils import UserError, blaming, is_fault, one_line, whole_folder
 
@@ -177,7 +178,6 @@ class Forward(NamedTuple):
 
     model: torch.nn.Module
     packer: Packer | None = None  # how it runs on packed rows; None: on padded ones
-    full_mask: bool = False  # hand over a (B, 1, T, T) mask in place of (B, T)
 
     def batch(self, tokens, rows):
         """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
@@ -187,11 +187,6 @@ class Forward(NamedTuple):
         inputs = gather(tokens, batch)
         if self.packer:
             return self.packer(self.model, inputs, batch.packing).logits.float()
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            width = mask.shape[1]
-            full = self.full_mask and mask[:, None, None].expand(-1, 1, width, width)
-            inputs["attention_mask"] = full if self.full_mask else mask.long()
         return self.model(**inputs).logits.float()
 
     def rows(self, tokens, rows):
@@ -201,54 +196,49 @@ class Forward(NamedTuple):
 
 @torch.no_grad()
 def find_forward(model, model_name, tokens, dtype=torch.float32):
-    """The fastest `Forward` that a model can take, tried on the longest and the shortest rows.
+    """The `Forward` of a model: on packed rows, if those give what padded ones give.
 
-    Packed where that gives what the model gives on padded rows. Else, with a (B, T) mask
-    transformers asks the device whether any row is padded, and waits; most models take the
-    (B, 1, T, T) mask that it would make itself, and then nothing waits.
+    Tried on the longest, the shortest and a middling row.
 
     Raises:
-        UserError: the model cannot run on the rows, in its own words.
+        UserError: the model cannot run on the rows, or compute in `dtype`, in its own words.
     """
     order, device = np.argsort(tokens.lengths, kind="stable"), tokens.ids.device
     rows = order[[-1, 0, len(order) // 2]]
+    # Packed, they are more tokens than a row of this model may have.
+    times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
+    plain = Forward(model)
 
-    def cannot_run(error):
-        return UserError(
-            f"the model {model_name} cannot run on these rows of up to {tokens.lengths[rows[0]]} "
-            f"tokens: {type(error).__name__}: {one_line(error)}; give another --model-name"
+    def cannot(what, instead):
+        return lambda error: UserError(
+            f"the model {model_name} cannot {what}: {type(error).__name__}: {one_line(error)}; "
+            f"give {instead}"
         )
 
-    def logits(forward):
-        if forward.packer:  # more tokens than a row of this model may have
-            times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
-            return forward.rows(tokens, np.tile(rows, times)).view(times, len(rows), -1)
-        batch = forward.batch(tokens, rows)
-        if batch.mask is None:  # all of one length
-            batch = batch._replace(mask=np.ones_like(batch.index, dtype=bool))
-        return forward(tokens, to_device(batch, device))
-
-    def same(forward):
+    def same(packed):
         try:
-            return (logits(forward) - expected).abs().max() < 1e-4 * expected.abs().max()
+            logits = packed.rows(tokens, np.tile(rows, times)).view(times, *expected.shape)
         except Exception as error:
             if is_fault(error):
                 raise
             return False
+        return (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
-    plain = Forward(model)
-    with blaming(cannot_run), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    what = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
+    with (
+        blaming(cannot(what, "another --model-name")),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         model.train()  # some are strict in training alone (Reformer)
         plain.rows(tokens, rows[1:2])
         model.eval()
-        expected = logits(plain)
-    config = model.config
-    windowed = any(getattr(config, n, None) for n in ("sliding_window", "local_attention"))
-    if config._attn_implementation != "sdpa" or windowed:  # other masks for other layers
-        return plain
+        expected = plain.rows(tokens, rows)
     packer = packer_of(model, first_position(position_embedding(model)))
-    candidates = [Forward(model, packer)] if packer else []
-    return next(filter(same, [*candidates, Forward(model, full_mask=True)]), plain)
+    found = Forward(model, packer) if packer and same(Forward(model, packer)) else plain
+    if dtype != torch.float32:
+        with blaming(cannot("compute in bf16", "--precision fp32")), computing_in(model, dtype):
+            found.rows(tokens, rows)
+    return found
 
 
 def write_model(model, tokenizer, folder):

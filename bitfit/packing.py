@@ -1,4 +1,4 @@
-"""Rows without padding: all tokens of a batch in one row (1, N), on which an unchanged encoder runs.
+"""Rows without padding: all tokens of a batch in one row (1, N), through an unchanged encoder.
 
 Linear, LayerNorm, GELU and dropout do not care whose token is whose, and the position ids begin
 anew with each row. Attention alone cuts the row apart: rows of like length form a group, padded
@@ -23,13 +23,6 @@ UNIT = 16  # the attention's widths are multiples: of others softmax is up to te
 SPARE = {"cpu": 8192, "cuda": math.inf}
 
 
-class Group(NamedTuple):
-    """Rows that attend in one product, padded to the same width T."""
-
-    tokens: torch.Tensor  # (B, T) int64, which of the N; a row's first where it has no more
-    real: torch.Tensor  # (B, T) bool
-
-
 class Packing(NamedTuple):
     """How rows lie in one; arrays as the host plans them, then tensors on the device."""
 
@@ -37,7 +30,8 @@ class Packing(NamedTuple):
     first: torch.Tensor  # (R,) int64, where each row begins
     begins: torch.Tensor  # (N,) int64, where a token's row begins among the padded of all groups
     widths: torch.Tensor  # (N,) int64, of its group
-    groups: list
+    groups: list  # rows that attend in one product: (tokens, real), (B, T) each
+    # tokens: int64, which of the N; a row's first where it has no more; real: bool
 
 
 class Layout(NamedTuple):
@@ -47,7 +41,7 @@ class Layout(NamedTuple):
     place: torch.Tensor  # (P,) the row of (N * heads, d) that a padded place holds
     inverse: torch.Tensor  # (N * heads,) where it lies among the padded
     real: torch.Tensor  # (P, 1) 0 where a place is padding
-    masks: list  # (B, heads, 1, T) of each group, as the attention wants it
+    groups: list  # (slice of the P places, (B * heads, 1, T) 0 or -inf where there is padding)
 
 
 def packing_of(lengths, spare):
@@ -59,7 +53,7 @@ def packing_of(lengths, spare):
     for rows in groups_of(lengths, spare):
         column = np.arange(-(-lengths[rows[0]] // UNIT) * UNIT)
         real = column < lengths[rows, None]
-        groups.append(Group(starts[rows, None] + np.where(real, column, 0), real))
+        groups.append((starts[rows, None] + np.where(real, column, 0), real))
         begins[rows] = begin + np.arange(len(rows)) * len(column)
         widths[rows] = len(column)
         begin += real.size
@@ -81,92 +75,39 @@ def groups_of(lengths, spare):
 
 def layout_of(packing, heads, dtype):
     """The `Layout` of a `Packing` of tensors, for an attention that computes in `dtype`."""
-    head = torch.arange(heads, device=packing.first.device)
-    place, real, masks = [], [], []
-    for group in packing.groups:
-        shape = (len(group.tokens), heads, 1, group.tokens.shape[1])
-        place.append((group.tokens[:, None] * heads + head[:, None]).flatten())
-        mask = group.real[:, None, None].expand(shape)
-        real.append(mask.reshape(-1, 1))
-        masks.append(mask if mask.is_cuda else torch.where(mask, 0.0, -math.inf))
+    head, begin = torch.arange(heads, device=packing.first.device), 0
+    place, real, groups = [], [], []
+    for tokens, own in packing.groups:
+        own = own[:, None].expand(-1, heads, -1).flatten(0, 1)
+        place.append((tokens[:, None] * heads + head[:, None]).flatten())
+        real.append(own.reshape(-1, 1).to(dtype))
+        part, begin = slice(begin, begin + own.numel()), begin + own.numel()
+        groups.append((part, real[-1].log().view(len(own), 1, -1)))
     begins = packing.begins * heads + packing.positions
     inverse = (begins[:, None] + packing.widths[:, None] * head).flatten()
-    return Layout(heads, torch.cat(place), inverse, torch.cat(real).to(dtype), masks)
+    return Layout(heads, torch.cat(place), inverse, torch.cat(real), groups)
 
 
-class Pad(torch.autograd.Function):
-    """(N * heads, d) -> (P, d), each padded place a copy of some token of its row."""
-
-    @staticmethod
-    def forward(ctx, x, layout):
-        ctx.inverse = layout.inverse
-        return x.index_select(0, layout.place)
+class Attention(torch.autograd.Function):
+    """Attention within each row, with dropout: three (N * heads, d) -> (N * heads, d)."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.inverse), None
-
-
-class Unpad(torch.autograd.Function):
-    """(P, d) -> (N * heads, d); padding gets no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, layout):
-        ctx.layout = layout
-        return x.index_select(0, layout.inverse)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.layout.place).mul_(ctx.layout.real), None
-
-
-def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
-    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d)."""
-    _, heads, count, size = query.shape
-    if (heads, count * heads) != (layout.heads, len(layout.inverse)) or key.shape != query.shape:
-        raise ValueError("these are not the packed rows' heads")
-    q, k, v = (
-        Pad.apply(x.transpose(1, 2).reshape(-1, size).to(layout.real.dtype), layout)
-        for x in (query, key, value)
-    )
-    if dropout and not q.is_cuda:
-        out = Attend.apply(q, k, v, layout.masks, scaling, dropout)
-    else:
-        out = attend(q, k, v, layout.masks, scaling, dropout)
-    return Unpad.apply(out, layout).to(query.dtype).view(1, count, heads, size), None
-
-
-def attend(q, k, v, masks, scaling, dropout=0.0):
-    """Attention within each row, group after group: (P, d) -> (P, d)."""
-    sizes = [mask.shape[0] * mask.shape[1] * mask.shape[3] for mask in masks]
-    outs = [
-        F.scaled_dot_product_attention(
-            *(x.view(*mask.shape[:2], -1, x.shape[-1]) for x in own), mask, dropout, scale=scaling
-        ).reshape(-1, q.shape[-1])
-        for *own, mask in zip(*(x.split(sizes) for x in (q, k, v)), masks, strict=True)
-    ]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-class Attend(torch.autograd.Function):
-    """The same on a CPU, where torch's own has no fast dropout."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, masks, scaling, dropout):
-        ctx.scaling, ctx.groups, out, begin = scaling, [], torch.empty_like(q), 0
-        for mask in masks:
-            mask = mask.flatten(0, 1)
-            part = slice(begin, begin + mask.shape[0] * mask.shape[2])
+    def forward(ctx, q, k, v, layout, scaling, dropout):
+        ctx.layout, ctx.scaling, ctx.dtype, ctx.groups = layout, scaling, q.dtype, []
+        q, k, v = (x.to(layout.real.dtype).index_select(0, layout.place) for x in (q, k, v))
+        out = torch.empty_like(q)
+        for part, mask in layout.groups:
             own = [x[part].view(len(mask), -1, q.shape[-1]) for x in (q, k, v)]
             weights = torch.baddbmm(mask, own[0], own[1].mT, alpha=scaling).softmax(-1)
-            keep = keep_of(weights, dropout)
+            keep = keep_of(weights, dropout) if dropout else 1.0
             torch.bmm(weights * keep, own[2], out=out[part].view_as(own[2]))
             ctx.groups.append((part, own, weights, keep))
-            begin = part.stop
-        return out
+        return out.index_select(0, layout.inverse).to(ctx.dtype)
 
     @staticmethod
     def backward(ctx, grad):
+        layout = ctx.layout
+        grad = grad.to(layout.real.dtype).index_select(0, layout.place).mul_(layout.real)
         grads = [torch.empty_like(grad) for _ in range(3)]
         for part, (q, k, v), weights, keep in ctx.groups:
             dq, dk, dv, dout = (x[part].view_as(q) for x in (*grads, grad))
@@ -175,30 +116,39 @@ class Attend(torch.autograd.Function):
             scores = torch._softmax_backward_data(dropped, weights, -1, weights.dtype)
             torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scaling, out=dq)
             torch.baddbmm(dk, scores.mT, q, beta=0, alpha=ctx.scaling, out=dk)
+        ctx.groups = None  # or they would live until the next pass is through
+        grads = [x.index_select(0, layout.inverse).to(ctx.dtype) for x in grads]
         return *grads, None, None, None
 
 
-def drop(x, p):
-    """Dropout. On a CPU a number costs 16 random bits, so that p is right to 1e-5.
-
-    `bernoulli_`, of which torch's own is made there, takes six times as long.
-    """
-    if x.device.type != "cpu" or not 0 < p < 1:
-        return F.dropout(x, p)
-    return x * keep_of(x, p)
+def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
+    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d)."""
+    _, heads, count, size = query.shape
+    if (heads, count * heads) != (layout.heads, len(layout.inverse)) or key.shape != query.shape:
+        raise ValueError("these are not the packed rows' heads")
+    flat = (x.transpose(1, 2).reshape(-1, size) for x in (query, key, value))
+    return Attention.apply(*flat, layout, scaling, dropout).view(1, count, heads, size), None
 
 
 def keep_of(x, p):
-    """What dropout multiplies x with: 0 with probability p, else 1 / (1 - p)."""
+    """What dropout multiplies x with: 0 with probability p, else 1 / (1 - p).
+
+    On a CPU a number costs 16 random bits, so that p is right to 1e-5: `bernoulli_` takes six
+    times as long.
+    """
+    keep = torch.empty_like(x)
+    if x.device.type != "cpu" or not 0 < p < 1:
+        return keep.bernoulli_(1 - p).div_(1 - p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    keep = torch.ge(bits, round(2**16 * p) - 2**15, out=torch.empty_like(x))
-    return keep.mul_(1 / (1 - p))
+    return torch.ge(bits, round(2**16 * p) - 2**15, out=keep).mul_(1 / (1 - p))
 
 
-def drop_forward(module, x):
-    """A torch.nn.Dropout that draws its mask with `drop`."""
-    return drop(x, module.p) if module.training else x
+def drop(module, x):
+    """What a torch.nn.Dropout computes, with the masks of `keep_of` on a CPU."""
+    if module.training and x.device.type == "cpu" and 0 < module.p < 1:
+        return x * keep_of(x, module.p)
+    return F.dropout(x, module.p, module.training)
 
 
 class Packer(NamedTuple):
@@ -228,16 +178,17 @@ class Packer(NamedTuple):
 
 def pick_first(first, module, args, output):
     """(1, N, d) -> (R, 1, d): each row's first token, behind the last layer."""
-    output.last_hidden_state = output.last_hidden_state[0].index_select(0, first)[:, None]
+    output.last_hidden_state = output.last_hidden_state.squeeze(0).index_select(0, first)[:, None]
     return output
 
 
 def packer_of(model, first_position):
-    """The `Packer` to try on a model; None where it has no layers or heads to speak of."""
-    base = model.base_model
+    """The `Packer` to try on a model; None where its layers see windows, or there are none."""
+    config, base = model.config, model.base_model
+    windows = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
     lists = [(len(m), n) for n, m in base.named_modules() if isinstance(m, torch.nn.ModuleList)]
-    heads = getattr(model.config, "num_attention_heads", None)
-    if not lists or not isinstance(heads, int):
+    heads = getattr(config, "num_attention_heads", None)
+    if windows or not lists or not isinstance(heads, int):
         return None
     name = max(lists, key=lambda item: item[0])[1]
     return Packer(base.get_submodule(name.rpartition(".")[0]), heads, first_position)

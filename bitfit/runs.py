@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from bitfit.data import to_device
-from bitfit.packing import drop_forward
+from bitfit.packing import drop
 from bitfit.predict import computing_in
 from bitfit.trainable import in_encoder, trains_matrices
 from utils import is_out_of_memory
@@ -47,38 +47,38 @@ class Run(NamedTuple):
 
 
 class Owned(NamedTuple):
-    """Which run each token of packed rows belongs to, and the tokens of each run."""
+    """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
 
-    owner: torch.Tensor  # (N,) its run
+    owner: torch.Tensor  # (B,) its run
     present: torch.Tensor  # (k,) the runs from the first to the last that have any
-    places: torch.Tensor  # (k, most) the tokens of each run; some of its own where it has no more
-    real: torch.Tensor  # (k, 1, most) 0 there
+    places: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
+    real: torch.Tensor  # (k, 1, most) 0.0 there
+    place: torch.Tensor  # (B,) where a row sits among the k * most places
 
 
 class Rows(NamedTuple):
-    """Which run each row of a pass belongs to; arrays on the host, then tensors."""
+    """Whose the rows of a pass are, and the tokens if they are packed."""
 
-    owner: torch.Tensor  # (B,) its run
-    seats: torch.Tensor  # (K, most) the rows of each run; B where a run has no more
-    place: torch.Tensor  # (B,) where a row sits among the K * most seats
-    packed: Owned | None
+    rows: Owned
+    tokens: Owned | None
 
     def own(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
-        shape = (len(self.owner), *[1] * (like.dim() - 2), -1)
-        return values.index_select(0, self.owner).view(shape)
+        shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
+        return values.index_select(0, self.rows.owner).view(shape)
 
     def add(self, bias, x, weight=None):
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
-        if self.packed and len(x) == 1 and x.shape[1] == len(self.packed.owner):
-            return OwnBias.apply(x[0], weight, bias, self.packed)[None]
+        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
+            return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
         x = x if weight is None else F.linear(x, weight)
         return x + self.own(bias, x)
 
     def matmul(self, x, weight):
         """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
-        seated = F.pad(x, (0, 0, 0, 1))[self.seats]  # (K, most, i); nobody is a row of zeros
-        return torch.bmm(seated, weight.mT).flatten(0, 1)[self.place]
+        seated = x[self.rows.places]  # (k, most, i)
+        product = torch.bmm(seated, weight.index_select(0, self.rows.present).mT)
+        return product.flatten(0, 1)[self.rows.place]
 
 
 class AllRuns(NamedTuple):
@@ -101,19 +101,18 @@ class OwnBias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, packed):
-        ctx.save_for_backward(weight)
-        ctx.packed, ctx.shape = packed, bias.shape
-        own = bias.index_select(0, packed.owner)
+    def forward(ctx, x, weight, bias, tokens):
+        ctx.weight, ctx.tokens, ctx.shape = weight, tokens, bias.shape
+        own = bias.index_select(0, tokens.owner)
         return own.add_(x) if weight is None else own.addmm_(x, weight.t())
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,), packed = ctx.saved_tensors, ctx.packed
-        seated = grad.index_select(0, packed.places.flatten()).view(*packed.places.shape, -1)
-        sums = torch.bmm(packed.real, seated)[:, 0]
+        weight, tokens = ctx.weight, ctx.tokens
+        seated = grad.index_select(0, tokens.places.flatten()).view(*tokens.places.shape, -1)
+        sums = torch.bmm(tokens.real, seated)[:, 0]
         if len(sums) < ctx.shape[0]:
-            sums = grad.new_zeros(ctx.shape).index_copy_(0, packed.present, sums)
+            sums = grad.new_zeros(ctx.shape).index_copy_(0, tokens.present, sums)
         return grad if weight is None else grad @ weight, None, sums, None
 
 
@@ -124,28 +123,24 @@ def rows_of(owner, runs, lengths=None):
         lengths: (B,) tokens of the rows, if they are packed.
     """
     if runs == 1:  # nothing is stacked
-        return Rows(owner, None, None, None)
-    seats, place, counts = seats_of(owner, runs)
-    packed = None
-    if lengths is not None:
-        own, present = np.repeat(owner, lengths), np.arange(owner.min(), owner.max() + 1)
-        places, _, counts = seats_of(own - present[0], len(present))
-        real = np.arange(places.shape[1]) < counts[:, None]
-        places = np.where(real, places, places[:, :1] % len(own))
-        packed = Owned(own, present, places, real[:, None].astype(np.float32))
-    return Rows(owner, seats, place, packed)
+        return Rows(Owned(owner, None, None, None, None), None)
+    tokens = None if lengths is None else owned(np.repeat(owner, lengths))
+    return Rows(owned(owner), tokens)
 
 
-def seats_of(owner, runs):
-    """(seats, place) as in `Rows`, and how many each run has (K,)."""
-    counts = np.bincount(owner, minlength=runs)
-    most, order = int(counts.max()), np.argsort(owner, kind="stable")
+def owned(owner):
+    """The `Owned` of arrays for the runs (B,) that rows, or tokens, belong to."""
+    present = np.arange(owner.min(), owner.max() + 1)
+    run, order = owner - present[0], np.argsort(owner, kind="stable")
+    counts = np.bincount(run)
+    begins = counts.cumsum() - counts
+    column = np.arange(counts.max())
+    real = column < counts[:, None]
+    places = order[np.where(real, begins[:, None] + column, begins[:, None] % len(order))]
     place = np.empty_like(owner)
-    place[order] = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
-    place += owner * most
-    seats = np.full(runs * most, len(owner))
-    seats[place] = np.arange(len(owner))
-    return seats.reshape(runs, most), place, counts
+    place[order] = np.arange(len(owner)) - np.repeat(begins, counts)
+    return Owned(owner, present, places, real[:, None].astype(np.float32),
+                 place + run * len(column))  # fmt: skip
 
 
 class Stack:
@@ -237,7 +232,7 @@ class Stack:
                 module.forward = partial(stacked_forward, self, module, **stacked[name])
                 yield module
             elif type(module) is torch.nn.Dropout:
-                module.forward = partial(drop_forward, module)
+                module.forward = partial(drop, module)
                 yield module
 
     def _gather(self, name, positions):
@@ -274,9 +269,9 @@ class Stack:
             rows: `Rows` on the device. None: each row is computed for every run, logits (K, B, C);
                 possible where only the classifier trains, so that the encoder is run once for all.
         """
-        if rows is not None and rows.packed:
-            real = rows.packed.real.to(self.work.dtype)
-            rows = rows._replace(packed=rows.packed._replace(real=real))
+        if rows is not None and rows.tokens:
+            real = rows.tokens.real.to(self.work.dtype)
+            rows = rows._replace(tokens=rows.tokens._replace(real=real))
         self.rows = AllRuns() if rows is None else rows
         try:
             yield

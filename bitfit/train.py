@@ -209,7 +209,7 @@ def forward_backward(plan, stack, step):
         with stack.computing(rows):
             logits = plan.forward(plan.train.tokens, batch)
         each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
-        part_losses = torch.zeros_like(losses).index_add(0, rows.owner, each / step.count)
+        part_losses = torch.zeros_like(losses).index_add(0, rows.rows.owner, each / step.count)
         part_losses.sum().backward()
         stack.collect()
         losses += part_losses.detach()

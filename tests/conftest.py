@@ -39,7 +39,7 @@ def load_model(folder, task, seed=0, random_encoder=False):
 def forward_of(model, packed=True):
     """The model's `Forward` on packed rows, or on padded ones."""
     if not packed:
-        return models.Forward(model, full_mask=True)
+        return models.Forward(model)
     first = models.first_position(models.position_embedding(model))
     return models.Forward(model, packer_of(model, first))
 

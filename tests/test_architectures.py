@@ -72,6 +72,17 @@ REFUSED = {
 }
 
 
+def test_what_cannot_compute_in_bf16_is_refused_before_training(tmp_path, capsys):
+    """FNet's Fourier transform cannot; in float32 it trains."""
+    model = folder_of(tmp_path / "model", "fnet")
+    assert run(tmp_path, model, "--precision", "bf16") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot compute in bf16: RuntimeError: Unsupported dtype BFloat16" in last
+    assert last.endswith("give --precision fp32")
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, model) == 0
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_in_its_own_words(tmp_path, name, capsys):
     more, words = REFUSED[name]

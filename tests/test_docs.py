@@ -1,5 +1,6 @@
 """Every command and every line of Python in README.md and docs/ is run here."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -156,13 +157,31 @@ def test_the_benchmarks(command, checkout):
         "kill_and_resume": ["--kills", "1", "--cases", "single"],
         "throughput": ["--rows", "16", "--rounds", "1", "--precision", "fp32"],
         "stacking": ["--rows", "16", "--rounds", "1", "--runs", "2"],
+        "peers": ["--rows", "16", "--rounds", "1", "--runs", "2", "--precision", "bf16"],
+        "commands": [
+            "--train-size",
+            "16",
+            "--epochs",
+            "1",
+            "--seeds",
+            "0",
+            "--learning-rates",
+            "1e-3",
+        ],
+        "gpu": [],
     }
     (more,) = (flags for name, flags in small.items() if name in command)
     result = subprocess.run(
         [sys.executable, *command.split()[1:], *more], cwd=checkout, capture_output=True, text=True
     )
+    if "peers" in command and importlib.util.find_spec("accelerate") is None:
+        assert result.returncode == 2
+        assert result.stderr.splitlines() == [
+            "peers.py: error: Trainer needs accelerate: pip install accelerate"
+        ]
+        return
     assert result.returncode == 0, result.stderr
-    assert re.search(r"ratio|differences found: 0", result.stdout)
+    assert re.search(r"ratio|differences found: 0|times the released loop", result.stdout)
 
 
 def test_compare(checkout, tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
     ids=["cuda", "cpu", "cuda library", "python"],
 )
 def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
-    """Where halving the micro-batches does not help: one line, and the checkpoint before it."""
+    """Where halving the passes does not help: one line, and the checkpoint before it."""
 
     def fail():
         def always(*args):
@@ -404,7 +404,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / ".notes.tmp").write_text("mine")
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "was begun by another version of this program" in capsys.readouterr().err
-    (tmp_path / "args.json").write_text('{"finished": false, "precision": "fp32", "format": 2}')
+    (tmp_path / "args.json").write_text('{"finished": false, "precision": "fp32", "format": 3}')
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "args.json there does not say " in capsys.readouterr().err.splitlines()[-1]
     utils.remove_temporaries(tmp_path)

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import GLUE, forward_of, load_model, set_dropout
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfit import data, models, sources, train
+from bitfit import data, models, packing, sources, train
 from bitfit.checkpoints import Saver
 from bitfit.data import Split, tokenize
 from bitfit.predict import Limit, computing_in, predict, predict_runs
@@ -477,6 +478,53 @@ def test_the_watch_sees_what_waits():
             wait(torch.ones(3))
 
 
+class Kernels(TorchDispatchMode):
+    """Counts what a GPU would launch: all operations but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [value.alias_info for value in function._schema.returns]
+        name = function.overloadpacket.__name__
+        view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not view and not name.removeprefix("new_").startswith("empty"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of_a_step(runs, dtype):
+    """A second step at bert-base's depth; how many kernels does not depend on sizes."""
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=24, intermediate_size=48, max_position_embeddings=64
+    )
+    model = transformers.BertForSequenceClassification(config)
+    lengths = np.random.default_rng(0).integers(5, 40, 6)
+    tokens = data.Tokens(
+        ids=torch.randint(100, (lengths.sum(),)), types=None, labels=torch.arange(6) % 2,
+        starts=lengths.cumsum() - lengths, lengths=lengths, pad_id=0,
+    )  # fmt: skip
+    grid = [Run(1e-3, seed) for seed in range(runs)]
+    limit = Limit(data.MAX_TOKENS["cuda"])
+    state = new_state(model, tokens, choose(model, "bitfit"), grid, limit=limit)
+    model.train()
+    rows = np.stack([np.random.default_rng(k).permutation(6)[:4] for k in range(runs)])
+    with state.stack.bound(dtype):
+        train.take_step(state, np.arange(runs), rows)
+        with Kernels() as mode:
+            train.take_step(state, np.arange(runs), rows)
+    return mode.names
+
+
+def test_a_step_is_few_kernels_however_many_runs(monkeypatch):
+    """As on a GPU: there, launching them is what a step costs."""
+    monkeypatch.setitem(packing.SPARE, "cpu", packing.SPARE["cuda"])
+    count = {n: len(kernels_of_a_step(n, torch.bfloat16)) for n in (1, 5, 20, 50)}
+    assert count[1] <= 1000
+    assert count[5] == count[20] == count[50] <= 1300
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     """And what changes from step to step reaches the device as tensors, no number as a constant."""
@@ -496,7 +544,7 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     moved = leaves(data.to_device(step, CPU))
     assert all(leaf is None or torch.is_tensor(leaf) for leaf in moved)
     numbers = np.concatenate([batch.rows for batch, _ in step.parts])
-    owners = np.concatenate([of.owner for _, of in step.parts])
+    owners = np.concatenate([of.rows.owner for _, of in step.parts])
     found = {(run, row) for run, row in zip(owners.tolist(), numbers.tolist(), strict=True)}
     assert found == {(run, row) for run in range(4) for row in rows[run].tolist()}
     assert (step.number, step.count, step.rates.tolist()) == (

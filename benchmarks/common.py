@@ -1,0 +1,191 @@
+"""What the benchmarks share: a model, its rows, our loop on them, the machine's own speed."""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from bitfit import models, sources  # noqa: E402
+from bitfit.checkpoints import Saver  # noqa: E402
+from bitfit.data import MAX_TOKENS, Split  # noqa: E402
+from bitfit.predict import Limit  # noqa: E402
+from bitfit.runs import Run, Stack  # noqa: E402
+from bitfit.tasks import TASKS  # noqa: E402
+from bitfit.train import Plan, start, train_epoch  # noqa: E402
+from bitfit.trainable import in_encoder, select  # noqa: E402
+
+LENGTH = 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {  # hidden size, layers, heads, intermediate size
+    "tiny": (32, 2, 2, 64),
+    "minilm": (384, 6, 12, 1536),
+    "bert-base": (768, 12, 12, 3072),
+}
+
+
+class NoBar:
+    """In place of a tqdm bar."""
+
+    def update(self, count):
+        pass
+
+    def set_postfix(self, **words):
+        pass
+
+
+def make_parser(description, rows):
+    """The flags that the benchmarks of a task's rows have."""
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task-name", default="cola", choices=TASKS)
+    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
+    parser.add_argument("--model-name", help="a folder; None: a random encoder")
+    parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=rows, help="training rows of each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
+
+
+def pick_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random_model(size, labels=2):
+    """A BERT of one of SIZES, the same each time."""
+    hidden, layers, heads, inner = SIZES[size]
+    config = transformers.BertConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=inner, num_labels=labels,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config)
+
+
+def load(args, task):
+    """(tokenizer, a function that makes the same fresh model each time)"""
+    if args.model_name:
+        tokenizer = models.load_tokenizer(args.model_name)
+        return tokenizer, lambda: models.load(args.model_name, task)[0]
+    tokenizer = models.load_tokenizer(str(ROOT / "examples/tiny_bert"))
+    return tokenizer, lambda: random_model(args.size, task.num_labels)
+
+
+def pick_rows(args, task):
+    """(the training rows to work on, how many there are in all)"""
+    texts = sources.read_split(task, "train", args.data_dir)
+    picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
+    return texts.take(picked), len(texts)
+
+
+def examples(tokens):
+    """[{"input_ids", "token_type_ids", "labels"}]: a split's rows as lists, one by one."""
+    ids, labels = tokens.ids.cpu().numpy(), tokens.labels.tolist()
+    types = None if tokens.types is None else tokens.types.cpu().numpy()
+    rows = []
+    for begin, length, label in zip(tokens.starts, tokens.lengths, labels, strict=True):
+        row = {"input_ids": ids[begin : begin + length].tolist(), "labels": label}
+        if types is not None:
+            row["token_type_ids"] = types[begin : begin + length].tolist()
+        rows.append(row)
+    return rows
+
+
+def train_biases(model):
+    """Let plain autograd train what BitFit trains."""
+    names = select(model, "bitfit", ["bias"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return model
+
+
+class Ours:
+    """So many runs of BitFit on one model, trained an epoch at a time."""
+
+    def __init__(self, model, tokens, task, batch_size, runs, max_tokens=None):
+        self.device = tokens.ids.device
+        grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
+        forward = models.find_forward(model, "the model", tokens)
+        rows = dict.fromkeys(range(runs), np.arange(len(tokens.lengths)))
+        limit = Limit(max_tokens or MAX_TOKENS[self.device.type], self.device)
+        self.plan = Plan(task, forward, Split(tokens, rows), {}, limit, batch_size, epochs=1)
+        chosen = select(model, "bitfit", ["bias"])
+        self.stack = Stack(model, chosen, grid, models.draw_head)
+
+    def epoch(self, precision):
+        """The seconds of one epoch from the start, training alone."""
+        self.stack.values.copy_(self.stack.start)
+        self.stack.bad_step.fill_(-1)
+        state = start(self.plan, self.stack)
+        with self.stack.bound(DTYPES[precision]):
+            return seconds(lambda: train_epoch(state, Saver(), NoBar()), self.device)
+
+
+def seconds(work, device):
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def flop_of(model, tokens):
+    """Multiplications and additions that an epoch of one run of BitFit cannot do without.
+
+    Each weight of the encoder's matrices is multiplied with each token twice, in the forward pass
+    and in the backward pass of its inputs: 4 operations. Padding and attention are not counted.
+    """
+    weights = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if in_encoder(model, n) and p.dim() > 1 and ".embeddings." not in n
+    )
+    return 4 * weights * int(tokens.lengths.sum())
+
+
+def gemm_rate(precision, device, size=2048):
+    """FLOP/s of a square product: the median of seven."""
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    times = [seconds(lambda: a @ b, device) for _ in range(9)][2:]
+    return 2 * size**3 / statistics.median(times)
+
+
+def machine(device):
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{versions}, {torch.get_num_threads()} threads, {device.type} {name}".rstrip()
+
+
+def heading(args, task, count):
+    print(
+        f"{task.name}, {count} rows of each run, batch {args.batch_size}, {args.rounds} rounds: "
+        f"median (range), {machine(pick_device())}",
+        flush=True,
+    )
+
+
+def spread(values, digits=1):
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def ratio(pairs):
+    """How many times as long the first of each pair took."""
+    return spread([a / b for a, b in pairs], 2)

@@ -1,0 +1,120 @@
+"""Our training loop beside its strongest peer, on the same rows in one process.
+
+    pip install accelerate
+    python benchmarks/peers.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
+
+The peer is a user of Hugging Face's Trainer with its best flags: length grouping, bf16 autocast,
+the fused AdamW, no logging and no checkpoints. Both train the same parameters (all biases and the
+classifier) on the same rows at the same batch size and rate, in turn (A B A B ...), after a warm-up
+of each; K runs of ours in one pass beside K runs of Trainer. The clock covers training alone: no
+loading, tokenizing or scoring.
+
+Not the same: Trainer's length grouping batches rows of like length, which spares it padding. Ours
+draws batches at random, as the released code does, and has no padding to spare.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+
+import transformers
+from common import (
+    LENGTH,
+    Ours,
+    examples,
+    flop_of,
+    gemm_rate,
+    heading,
+    load,
+    make_parser,
+    pick_device,
+    pick_rows,
+    ratio,
+    spread,
+    train_biases,
+)
+
+from bitfit.data import tokenize
+from bitfit.tasks import TASKS
+
+
+def parse_args():
+    parser = make_parser(__doc__, rows=512)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, 8])
+    return parser.parse_args()
+
+
+def arguments(batch_size, precision, folder, device):
+    """Trainer's best flags for this."""
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    new = "train_sampling_strategy" in known
+    grouping = {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}
+    return transformers.TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=batch_size, num_train_epochs=1,
+        learning_rate=1e-4, weight_decay=0.0, adam_epsilon=1e-6, lr_scheduler_type="constant",
+        max_grad_norm=1.0, optim="adamw_torch_fused", bf16=precision == "bf16", report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda", **grouping,
+    )  # fmt: skip
+
+
+def make_trainer(model, tokens, tokenizer, batch_size):
+    """A function that trains an epoch of one run with Trainer and gives its seconds."""
+    rows, device = examples(tokens), tokens.ids.device
+    train_biases(model)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def epoch(precision):
+        for name, value in start.items():
+            model.get_parameter(name).data.copy_(value)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = transformers.Trainer(
+                model=model,
+                args=arguments(batch_size, precision, folder, device),
+                train_dataset=rows,
+                data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            return trainer.train().metrics["train_runtime"]
+
+    return epoch
+
+
+def main():
+    args = parse_args()
+    if importlib.util.find_spec("accelerate") is None:
+        print("peers.py: error: Trainer needs accelerate: pip install accelerate", file=sys.stderr)
+        return 2
+    transformers.logging.set_verbosity_error()
+    task, device = TASKS[args.task_name], pick_device()
+    tokenizer, make_model = load(args, task)
+    texts, _ = pick_rows(args, task)
+    tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
+    trainer = make_trainer(make_model(), tokens, tokenizer, args.batch_size)
+    flop = flop_of(make_model(), tokens)
+    heading(args, task, count)
+    for runs in args.runs:
+        ours = Ours(make_model().to(device), tokens, task, args.batch_size, runs)
+        for precision in args.precision:
+            ours.epoch(precision)
+            trainer(precision)
+            pairs, rates = [], []
+            for _ in range(args.rounds):
+                rates.append(gemm_rate(precision, device))
+                mine = ours.epoch(precision)
+                rates.append(gemm_rate(precision, device))
+                pairs.append((sum(trainer(precision) for _ in range(runs)), mine))
+            theirs, mine = (spread([runs * count / pair[i] for pair in pairs]) for i in (0, 1))
+            share = runs * flop / sorted(b for _, b in pairs)[len(pairs) // 2] / max(rates)
+            print(
+                f"{precision} {runs:>2} runs: Trainer {theirs} ex/s | ours {mine} ex/s, "
+                f"{share:.0%} of the GEMM rate | ratio {ratio(pairs)}",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
