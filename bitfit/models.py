@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from bitfit.data import batch_of, gather, to_device
 from bitfit.packing import Packer, packer_of
-from bitfit.predict import computing_in
+from bitfit.predict import computing_in, full_float32
 from bitfit.trainable import head_names, in_encoder, is_bias
 from utils import UserError, blaming, is_fault, one_line, whole_folder
 
@@ -195,6 +195,7 @@ class Forward(NamedTuple):
 
 
 @torch.no_grad()
+@full_float32()
 def find_forward(model, model_name, tokens, dtype=torch.float32):
     """The `Forward` of a model: on packed rows, if those give what padded ones give.
 

@@ -29,6 +29,17 @@ def computing_in(model, dtype):
             parameter.data = data
 
 
+@contextmanager
+def full_float32():
+    """Within: products of float32 are not cut to TF32, so that two ways can be compared."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Limit:
     """The most tokens in one pass; a device out of memory halves it."""
 

@@ -7,13 +7,7 @@ whatever the method.
 One run: the model's own parameters are views of the row; any method trains so.
 
 Many runs share every frozen matrix. A batch holds rows of all of them, and each row knows its run:
-
-    Linear     x @ W.T + b           becomes   x @ W.T + b[run of the row]
-    LayerNorm  g * norm(x) + b       becomes   g * norm(x) + b[run of the row]
-    classifier x @ W.T + b           becomes   x @ W[run].T + b[run], the rows of a run together
-
-Nothing else of the model changes, and no sum runs over rows of two runs: what one run does, even
-an infinite loss, cannot reach another.
+`stacked` says what a module then computes.
 """
 
 from contextlib import contextmanager
@@ -22,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from bitfit.data import to_device
 from bitfit.packing import drop
-from bitfit.predict import computing_in
+from bitfit.predict import computing_in, full_float32
+from bitfit.stacked import AllRuns, rows_of, stacked_forward
 from bitfit.trainable import in_encoder, trains_matrices
 from utils import is_out_of_memory
 
@@ -44,103 +38,6 @@ class Run(NamedTuple):
     @property
     def caption(self):
         return f"learning rate {self.learning_rate:g}, seed {self.seed}"
-
-
-class Owned(NamedTuple):
-    """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
-
-    owner: torch.Tensor  # (B,) its run
-    present: torch.Tensor  # (k,) the runs from the first to the last that have any
-    places: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
-    real: torch.Tensor  # (k, 1, most) 0.0 there
-    place: torch.Tensor  # (B,) where a row sits among the k * most places
-
-
-class Rows(NamedTuple):
-    """Whose the rows of a pass are, and the tokens if they are packed."""
-
-    rows: Owned
-    tokens: Owned | None
-
-    def own(self, values, like):
-        """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
-        shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
-        return values.index_select(0, self.rows.owner).view(shape)
-
-    def add(self, bias, x, weight=None):
-        """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
-        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
-            return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
-        x = x if weight is None else F.linear(x, weight)
-        return x + self.own(bias, x)
-
-    def matmul(self, x, weight):
-        """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
-        seated = x[self.rows.places]  # (k, most, i)
-        product = torch.bmm(seated, weight.index_select(0, self.rows.present).mT)
-        return product.flatten(0, 1)[self.rows.place]
-
-
-class AllRuns(NamedTuple):
-    """Every row belongs to every run: (B, i) becomes (K, B, o) where the runs first differ."""
-
-    def own(self, values, like):
-        return values[:, None]
-
-    def add(self, bias, x, weight=None):
-        return (x if weight is None else F.linear(x, weight)) + bias[:, None]
-
-    def matmul(self, x, weight):
-        return torch.matmul(x, weight.mT)
-
-
-class OwnBias(torch.autograd.Function):
-    """x @ weight.T + bias[owner], or x + bias[owner], for packed tokens (N, i), biases (K, o).
-
-    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, tokens):
-        ctx.weight, ctx.tokens, ctx.shape = weight, tokens, bias.shape
-        own = bias.index_select(0, tokens.owner)
-        return own.add_(x) if weight is None else own.addmm_(x, weight.t())
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, tokens = ctx.weight, ctx.tokens
-        seated = grad.index_select(0, tokens.places.flatten()).view(*tokens.places.shape, -1)
-        sums = torch.bmm(tokens.real, seated)[:, 0]
-        if len(sums) < ctx.shape[0]:
-            sums = grad.new_zeros(ctx.shape).index_copy_(0, tokens.present, sums)
-        return grad if weight is None else grad @ weight, None, sums, None
-
-
-def rows_of(owner, runs, lengths=None):
-    """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
-
-    Args:
-        lengths: (B,) tokens of the rows, if they are packed.
-    """
-    if runs == 1:  # nothing is stacked
-        return Rows(Owned(owner, None, None, None, None), None)
-    tokens = None if lengths is None else owned(np.repeat(owner, lengths))
-    return Rows(owned(owner), tokens)
-
-
-def owned(owner):
-    """The `Owned` of arrays for the runs (B,) that rows, or tokens, belong to."""
-    present = np.arange(owner.min(), owner.max() + 1)
-    run, order = owner - present[0], np.argsort(owner, kind="stable")
-    counts = np.bincount(run)
-    begins = counts.cumsum() - counts
-    column = np.arange(counts.max())
-    real = column < counts[:, None]
-    places = order[np.where(real, begins[:, None] + column, begins[:, None] % len(order))]
-    place = np.empty_like(owner)
-    place[order] = np.arange(len(owner)) - np.repeat(begins, counts)
-    return Owned(owner, present, places, real[:, None].astype(np.float32),
-                 place + run * len(column))  # fmt: skip
 
 
 class Stack:
@@ -161,7 +58,7 @@ class Stack:
             draw: a function (model, seed) that draws what a run's seed decides of its start.
         """
         self.model, self.chosen, self.runs, self.rows = model, chosen, runs, None
-        self.leaves, self.gathered, self.work = {}, {}, None
+        self.leaves, self.work = {}, None
         self.parameters = parameters = dict(model.named_parameters())
         device = next(model.parameters()).device
         self.positions = {
@@ -192,20 +89,16 @@ class Stack:
 
         On leaving, it is as plain as it was, in its own storage, and holds the values of run 0.
         """
-        hooks, patched = [], []
+        patched = []
         try:
             with computing_in(self.model, dtype):
                 self.work = self.values if dtype == self.values.dtype else self.values.to(dtype)
                 for name, parameter in self.parameters.items():
                     parameter.requires_grad_(name in self.chosen)
-                for name, positions in self.positions.items():
-                    hooks.append(self._gather(name, positions))
                 patched += self._patch()
                 self.write_back()
                 yield
         finally:
-            for hook in hooks:
-                hook.remove()
             for module in patched:
                 del module.forward
             self.forget()
@@ -214,19 +107,15 @@ class Stack:
 
     def _patch(self):
         """Let modules compute with what trains, and draw dropout fast; yields those changed."""
-        self.leaves, stacked = {}, {}
+        stacked, runs = {}, len(self.runs)
         for name, (a, b) in self.slices.items():
-            parameter = self.parameters[name]
-            if name in self.positions:
-                self.leaves[name] = parameter
-            elif len(self.runs) == 1:
+            parameter = self.leaves[name] = self.parameters[name]
+            module, _, kind = name.rpartition(".")
+            if runs > 1:
+                leaf = self.work[:, a:b].view(runs, *parameter.shape).requires_grad_()
+                self.leaves[name] = stacked.setdefault(module, {})[kind] = leaf
+            elif name not in self.positions:
                 parameter.data = self.work[0, a:b].view_as(parameter)
-                self.leaves[name] = parameter
-            else:
-                leaf = self.work[:, a:b].view(len(self.runs), *parameter.shape).requires_grad_()
-                self.leaves[name] = leaf
-                module, _, kind = name.rpartition(".")
-                stacked.setdefault(module, {})[kind] = leaf
         for name, module in self.model.named_modules():
             if name in stacked:
                 module.forward = partial(stacked_forward, self, module, **stacked[name])
@@ -235,30 +124,18 @@ class Stack:
                 module.forward = partial(drop, module)
                 yield module
 
-    def _gather(self, name, positions):
-        """Keep the chosen entries of a gradient as soon as it is there, and drop the rest."""
-
-        def gather(leaf):
-            self.gathered[name] = leaf.grad.flatten()[positions]
-            leaf.grad = None
-
-        return self.parameters[name].register_post_accumulate_grad_hook(gather)
-
     def forget(self):
         """Drop the gradients of a backward pass that `collect` has not taken."""
-        self.gathered = {}
         for leaf in self.leaves.values():
             leaf.grad = None
 
     def collect(self):
         """Add the gradients of one backward pass to `grads`."""
-        whole = {n: leaf.grad for n, leaf in self.leaves.items() if leaf.grad is not None}
-        parts = self.gathered | whole
-        own = [
-            parts[n].reshape(len(self.runs), -1) if n in parts else self.work[:, a:b] * 0
-            for n, (a, b) in self.slices.items()
-        ]
-        self.grads += torch.cat(own, dim=1)
+        own = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves.values()]
+        for i, name in enumerate(self.leaves):
+            if name in self.positions:
+                own[i] = own[i].flatten()[self.positions[name]]
+        self.grads += torch.cat([x.reshape(len(self.runs), -1) for x in own], dim=1)
         self.forget()
 
     @contextmanager
@@ -314,28 +191,6 @@ class Stack:
         }
 
 
-def stacked_forward(stack, module, x, weight=None, bias=None):
-    """What a Linear or LayerNorm computes when each row takes the values of its own run.
-
-    Args:
-        weight, bias: (K, ...) where they train; else the module's own is used.
-    """
-    rows = stack.rows
-    if rows is None:
-        return type(module).forward(module, x)
-    if isinstance(module, torch.nn.LayerNorm):
-        gain = module.weight if weight is None else None
-        x = F.layer_norm(x, module.normalized_shape, gain, None, module.eps)
-        x = x if weight is None else x * rows.own(weight, x)
-    elif weight is None:
-        return rows.add(bias, x, module.weight)
-    else:
-        x = rows.matmul(x, weight)
-    if bias is not None:
-        return rows.add(bias, x)
-    return x if module.bias is None else x + module.bias
-
-
 def why_not_stackable(forward, chosen, tokens):
     """Why several runs cannot share one pass through this model, or None if they can."""
     model = forward.model
@@ -365,10 +220,8 @@ def stacked_pass_differs(forward, chosen, tokens):
     batch = forward.batch(tokens, np.arange(2) % len(tokens.lengths))
     rows = rows_of(np.arange(2), 2, batch.packing and tokens.lengths[batch.rows])
     batch, rows = to_device((batch, rows), stack.values.device)
-    tf32 = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     try:
-        with stack.bound():
+        with full_float32(), stack.bound():
             with stack.computing(rows):
                 together = forward(tokens, batch)
             for run in range(2):
@@ -382,7 +235,6 @@ def stacked_pass_differs(forward, chosen, tokens):
             raise
         return True
     finally:
-        torch.set_float32_matmul_precision(tf32)
         stack.values.copy_(stack.start)
         stack.put(0)
 

@@ -21,7 +21,8 @@ from bitfit.data import Split, passes_of, to_device
 from bitfit.models import Forward
 from bitfit.predict import Limit, predict_runs
 from bitfit.reports import best_epochs, frame_of, one_line_scores
-from bitfit.runs import Run, Stack, clip_, rows_of
+from bitfit.runs import Run, Stack, clip_
+from bitfit.stacked import rows_of
 from bitfit.tasks import Task, row_losses, score
 from utils import Stopped, generator
 
@@ -105,14 +106,12 @@ def start(plan, stack, optimizer="adamw", keep="last"):
     """A `State` before its first step.
 
     AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had. One
-    fused optimizer takes all runs in one kernel: it knows one learning rate, but without decay its
-    step is proportional to that. So for many runs it moves zeros, at rate 1, and each run's values
-    then go its own rate times as far.
+    kernel moves all runs, but knows one learning rate. Without decay a step is proportional to it:
+    so zeros are moved at rate 1, and each run's values then go its own rate times as far.
     """
-    one = len(stack.runs) == 1
+    one, rates = len(stack.runs) == 1, torch.zeros_like(stack.values[:, 0])
     # On a CPU the optimizer multiplies by a tensor in float64; on a GPU it reads float32 alone.
-    dtype = torch.float64 if stack.values.device.type == "cpu" else torch.float32
-    rates = torch.zeros_like(stack.bad_step, dtype=dtype)
+    rates = rates.double() if rates.device.type == "cpu" else rates
     moved = torch.nn.Parameter(stack.values if one else torch.zeros_like(stack.values))
     moved.grad = stack.grads
     make, settings = {
@@ -138,33 +137,21 @@ class Step(NamedTuple):
     parts: list  # its passes, each (Batch, Rows)
     number: np.ndarray  # () int64, counted over all epochs
     count: np.ndarray  # () float32, rows of each run
-    rates: np.ndarray  # (K,) float64, the schedule's learning rates
+    rates: np.ndarray  # (K,) float64, the schedule's
 
 
 def plan_step(state, alive, rows):
-    """The host's share of a step: whose rows, in which passes. A `Step` of arrays.
-
-    Args:
-        alive: (R,) the runs that take part.
-        rows: (R, B) row numbers, B of each.
-    """
+    """The host's share of a step of the runs `alive` (R,): their `rows` (R, B) in passes."""
     plan, runs = state.plan, state.stack.runs
     owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
-    packed = plan.forward.packer is not None
-    return Step(
-        parts=[
-            (
-                plan.forward.batch(plan.train.tokens, flat[part]),
-                rows_of(owner[part], len(runs), lengths[part] if packed else None),
-            )
-            for part in passes_of(lengths, plan.limit.tokens, packed)
-        ],
-        number=np.array(number),
-        count=np.array(rows.shape[1], np.float32),
-        rates=np.array([run.learning_rate for run in runs]) * plan.factors[number],
-    )
+    packed, parts = plan.forward.packer is not None, []
+    for part in passes_of(lengths, plan.limit.tokens, packed):
+        own = rows_of(owner[part], len(runs), lengths[part] if packed else None)
+        parts.append((plan.forward.batch(plan.train.tokens, flat[part]), own))
+    rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
+    return Step(parts, np.array(number), np.array(rows.shape[1], np.float32), rates)
 
 
 def take_step(state, alive, rows):

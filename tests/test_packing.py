@@ -13,8 +13,7 @@ from bitfit.models import find_forward
 from bitfit.packing import (
     SPARE,
     UNIT,
-    Attend,
-    attend,
+    Attention,
     drop,
     groups_of,
     keep_of,
@@ -97,41 +96,46 @@ def test_no_padded_place_looks_at_another_row():
     packing = packing_of(np.array(LENGTHS), 500)
     owner = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     assert len(packing.groups) > 1
-    for group in packing.groups:
-        rows = owner[group.tokens]
+    for places, real in packing.groups:
+        rows = owner[places]
         assert (rows == rows[:, :1]).all()
-        assert (group.real.sum(1) == np.array(LENGTHS)[rows[:, 0]]).all()
+        assert (real.sum(1) == np.array(LENGTHS)[rows[:, 0]]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_attention_with_dropout_is_the_formula(dropout):
+def test_attention_with_dropout_is_the_formula(dropout, dtype):
     """Row by row, head by head, with the masks that it drew; its gradients are autograd's."""
     own, heads, size = layout(LENGTHS), 2, 8
     torch.manual_seed(1)
-    q, k, v = (torch.randn(len(own.place), size, requires_grad=True) for _ in range(3))
+    count = sum(LENGTHS) * heads
+    q, k, v = (torch.randn(count, size).to(dtype).requires_grad_() for _ in range(3))
     torch.manual_seed(2)
-    out = Attend.apply(q, k, v, own.masks, 0.4, dropout)
-    torch.manual_seed(2)
-    begin, expected = 0, []
-    for mask in own.masks:
-        rows, width = mask.shape[0] * heads, mask.shape[3]
-        part = slice(begin, begin + rows * width)
-        a, b, c = (x[part].view(rows, width, size) for x in (q, k, v))
-        weights = (0.4 * a @ b.mT + mask.reshape(rows, 1, width)).softmax(-1)
-        weights = weights * keep_of(weights, dropout)
-        expected.append((weights @ c).reshape(-1, size))
-        begin = part.stop
-    expected = torch.cat(expected)
-    assert begin == len(q)
-    assert torch.allclose(out, expected, atol=1e-6)
-    if not dropout:
-        assert torch.allclose(attend(q, k, v, own.masks, 0.4), expected, atol=1e-6)
+    out = Attention.apply(q, k, v, own, 0.4, dropout)
+    assert out.dtype == dtype
+    torch.manual_seed(2)  # group by group, as the masks are drawn
+    keep = {}
+    for rows in groups_of(np.array(LENGTHS), 500):
+        width = -(-LENGTHS[rows[0]] // UNIT) * UNIT
+        masks = keep_of(torch.empty(len(rows) * heads, width, width), dropout)
+        keep |= dict(zip(rows.tolist(), masks.view(len(rows), heads, width, width), strict=True))
+    starts = np.cumsum(LENGTHS) - LENGTHS
+    expected = torch.empty(sum(LENGTHS), heads, size)
+    for row, (start, length) in enumerate(zip(starts, LENGTHS, strict=True)):
+        for head in range(heads):
+            a, b, c = (
+                x.view(-1, heads, size)[start : start + length, head].float() for x in (q, k, v)
+            )
+            weights = (0.4 * a @ b.mT).softmax(-1) * keep[row][head, :length, :length]
+            expected[start : start + length, head] = weights @ c
+    expected = expected.view(-1, size).to(dtype)
+    close = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    assert torch.allclose(out, expected, **close)
     weight = torch.randn_like(out)
     found = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    for one, other in zip(
-        found, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True
-    ):
-        assert torch.allclose(one, other, atol=1e-5)
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, **close)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -139,13 +143,15 @@ def test_attention_with_dropout_is_the_formula(dropout):
 def test_dropouts_rate_and_scale(p, dtype):
     torch.manual_seed(0)
     x = torch.ones(1001, 1003, dtype=dtype)
-    dropped = drop(x, p)
+    module = torch.nn.Dropout(p)
+    dropped = drop(module, x)
     kept = dropped != 0
     count = x.numel()
     assert abs(kept.float().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
     assert set(dropped[kept].tolist()) == {torch.tensor(1 / (1 - p), dtype=dtype).item()}
     torch.manual_seed(0)
-    assert torch.equal(drop(x, p), dropped)
+    assert torch.equal(drop(module, x), dropped)
+    assert torch.equal(drop(module.eval(), x), x)
 
 
 def test_dropouts_masks_are_independent():
@@ -166,7 +172,7 @@ def test_dropouts_masks_are_independent():
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_everything(p):
     x = torch.randn(5, 7)
-    assert torch.equal(drop(x, p), x * (1 - p))
+    assert torch.equal(drop(torch.nn.Dropout(p), x), x * (1 - p))
 
 
 PADDED = ["deberta-v2", "fnet", "mpnet", "roformer", "squeezebert"]

@@ -1,0 +1,134 @@
+"""How modules compute when each row takes the values of its own run, out of K.
+
+    Linear     x @ W.T + b           becomes   x @ W.T + b[run of the row]
+    LayerNorm  g * norm(x) + b       becomes   g * norm(x) + b[run of the row]
+    classifier x @ W.T + b           becomes   x @ W[run].T + b[run], the rows of a run together
+
+Nothing else of the model changes, and no sum runs over rows of two runs: what one run does, even
+an infinite loss, cannot reach another.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+class Owned(NamedTuple):
+    """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
+
+    owner: torch.Tensor  # (B,) its run
+    present: torch.Tensor  # (k,) the runs from the first to the last that have any
+    places: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
+    real: torch.Tensor  # (k, 1, most) 0.0 there
+    place: torch.Tensor  # (B,) where a row sits among the k * most places
+
+
+class Rows(NamedTuple):
+    """Whose the rows of a pass are, and the tokens if they are packed."""
+
+    rows: Owned
+    tokens: Owned | None
+
+    def own(self, values, like):
+        """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
+        shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
+        return values.index_select(0, self.rows.owner).view(shape)
+
+    def add(self, bias, x, weight=None):
+        """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
+        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
+            return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
+        x = x if weight is None else F.linear(x, weight)
+        return x + self.own(bias, x)
+
+    def matmul(self, x, weight):
+        """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
+        seated = x[self.rows.places]  # (k, most, i)
+        product = torch.bmm(seated, weight.index_select(0, self.rows.present).mT)
+        return product.flatten(0, 1)[self.rows.place]
+
+
+class AllRuns(NamedTuple):
+    """Every row belongs to every run: (B, i) becomes (K, B, o) where the runs first differ."""
+
+    def own(self, values, like):
+        return values[:, None]
+
+    def add(self, bias, x, weight=None):
+        return (x if weight is None else F.linear(x, weight)) + bias[:, None]
+
+    def matmul(self, x, weight):
+        return torch.matmul(x, weight.mT)
+
+
+class OwnBias(torch.autograd.Function):
+    """x @ weight.T + bias[owner], or x + bias[owner], for packed tokens (N, i), biases (K, o).
+
+    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, tokens):
+        ctx.weight, ctx.tokens, ctx.shape = weight, tokens, bias.shape
+        own = bias.index_select(0, tokens.owner)
+        return own.add_(x) if weight is None else own.addmm_(x, weight.t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, tokens = ctx.weight, ctx.tokens
+        seated = grad.index_select(0, tokens.places.flatten()).view(*tokens.places.shape, -1)
+        sums = torch.bmm(tokens.real, seated)[:, 0]
+        if len(sums) < ctx.shape[0]:
+            sums = grad.new_zeros(ctx.shape).index_copy_(0, tokens.present, sums)
+        return grad if weight is None else grad @ weight, None, sums, None
+
+
+def rows_of(owner, runs, lengths=None):
+    """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
+
+    Args:
+        lengths: (B,) tokens of the rows, if they are packed.
+    """
+    if runs == 1:  # nothing is stacked
+        return Rows(Owned(owner, None, None, None, None), None)
+    tokens = None if lengths is None else owned(np.repeat(owner, lengths))
+    return Rows(owned(owner), tokens)
+
+
+def owned(owner):
+    """The `Owned` of arrays for the runs (B,) that rows, or tokens, belong to."""
+    present = np.arange(owner.min(), owner.max() + 1)
+    run, order = owner - present[0], np.argsort(owner, kind="stable")
+    counts = np.bincount(run)
+    begins = counts.cumsum() - counts
+    column = np.arange(counts.max())
+    real = column < counts[:, None]
+    places = order[np.where(real, begins[:, None] + column, begins[:, None] % len(order))]
+    place = np.empty_like(owner)
+    place[order] = np.arange(len(owner)) - np.repeat(begins, counts)
+    return Owned(owner, present, places, real[:, None].astype(np.float32),
+                 place + run * len(column))  # fmt: skip
+
+
+def stacked_forward(stack, module, x, weight=None, bias=None):
+    """What a Linear or LayerNorm computes when each row takes the values of its own run.
+
+    Args:
+        weight, bias: (K, ...) where they train; else the module's own is used.
+    """
+    rows = stack.rows
+    if rows is None:
+        return type(module).forward(module, x)
+    if isinstance(module, torch.nn.LayerNorm):
+        gain = module.weight if weight is None else None
+        x = F.layer_norm(x, module.normalized_shape, gain, None, module.eps)
+        x = x if weight is None else x * rows.own(weight, x)
+    elif weight is None:
+        return rows.add(bias, x, module.weight)
+    else:
+        x = rows.matmul(x, weight)
+    if bias is not None:
+        return rows.add(bias, x)
+    return x if module.bias is None else x + module.bias
