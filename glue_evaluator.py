@@ -304,8 +304,9 @@ class GLUEvaluator:
     def predict(self, split):
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
+        forward = self._forward(split)
         with predict.computing_in(self.model, DTYPES[self.precision]):
-            return predict.predict(self._forward(split), self.tokens(split), self.limit)
+            return predict.predict(forward, self.tokens(split), self.limit)
 
     def evaluate(self, split):
         """{metric: value} of a split with labels, all its rows."""

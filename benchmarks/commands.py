@@ -42,8 +42,10 @@ def command_seconds(args, rates, seeds):
             "--batch-size", args.batch_size, "--learning-rate", *rates, "--seed", *seeds,
         ]  # fmt: skip
         begin = time.perf_counter()
-        subprocess.run([sys.executable, str(ROOT / "run_glue.py"), *flags], check=True,
-                       capture_output=True)  # fmt: skip
+        command = [sys.executable, str(ROOT / "run_glue.py"), *flags]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(result.stderr.splitlines()[-1])
         return time.perf_counter() - begin
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from bitfit import models, sources  # noqa: E402
 from bitfit.checkpoints import Saver  # noqa: E402
@@ -30,16 +31,6 @@ SIZES = {  # hidden size, layers, heads, intermediate size
     "minilm": (384, 6, 12, 1536),
     "bert-base": (768, 12, 12, 3072),
 }
-
-
-class NoBar:
-    """In place of a tqdm bar."""
-
-    def update(self, count):
-        pass
-
-    def set_postfix(self, **words):
-        pass
 
 
 def make_parser(description, rows):
@@ -129,7 +120,7 @@ class Ours:
         self.stack.bad_step.fill_(-1)
         state = start(self.plan, self.stack)
         with self.stack.bound(DTYPES[precision]):
-            return seconds(lambda: train_epoch(state, Saver(), NoBar()), self.device)
+            return seconds(lambda: train_epoch(state, Saver(), tqdm(disable=True)), self.device)
 
 
 def seconds(work, device):

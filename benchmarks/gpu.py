@@ -15,7 +15,8 @@ No GPU was at hand when this was written: on one, nothing of it has run yet.
 import argparse
 import resource
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,8 @@ def steps(ours, dtype, count, state=None, watch=None):
     with ours.stack.bound(dtype):
         for _ in range(count):
             rows = orders[:, state.step * size : (state.step + 1) * size]
-            if watch and state.step:  # the first one makes the optimizer's state
-                with watch():
-                    take_step(state, np.arange(runs), rows)
-            else:
+            # The first one makes the optimizer's state.
+            with watch() if watch and state.step else nullcontext():
                 take_step(state, np.arange(runs), rows)
             state.step += 1
     return state
@@ -130,13 +129,13 @@ def forbid_waiting():
 
 
 def check_memory(args, tokens):
-    """With a fifth of the memory that a pass of all rows takes, it is halved until it fits."""
+    """With about a fifth of the memory that a step's one pass takes, it is halved until it fits."""
     device, config = tokens.ids.device, random_model(args.size).config
     ours = Ours(random_model(args.size).to(device), tokens, TASKS["cola"], args.batch_size, 20)
     limit = ours.plan.limit
     limit.tokens = 256
     steps(ours, torch.float32, 1)
-    limit.tokens = before = 20 * int(tokens.lengths.sum())
+    limit.tokens = before = 20 * int(tokens.lengths[: args.batch_size].sum()) * 2
     left = max(2**26, 20 * before * config.hidden_size * config.num_hidden_layers)  # bytes
     with little_memory(device, left):
         losses = steps(ours, torch.float32, 1).loss_sum
@@ -170,7 +169,8 @@ def little_memory(device, left):
 
 def check_resume(args, tokens):
     """Four steps, and two and two with a checkpoint between, dropout and all."""
-    model = random_model(args.size).to(tokens.ids.device)
+    device = tokens.ids.device
+    model = random_model(args.size).to(device)
     whole, first, second = (
         Ours(model, tokens, TASKS["cola"], args.batch_size, 3) for _ in range(3)
     )
@@ -182,6 +182,8 @@ def check_resume(args, tokens):
     state = start(second.plan, second.stack)
     restore(state, facts, {name: tensor.clone() for name, tensor in tensors.items()})
     found = steps(second, torch.bfloat16, 2, state).stack.values
+    if device.type == "cuda":  # its sums by index come in any order
+        return torch.allclose(found, expected, atol=1e-6), "to rounding"
     return torch.equal(found, expected), "bit by bit"
 
 
@@ -204,14 +206,16 @@ def measure(args, device):
     for kind in LENGTHS:
         tokens = random_tokens(kind, args.steps * args.batch_size, device)
 
-        def step(epoch, runs=1):
+        def step(epoch):
             epoch()
             return sorted(epoch() for _ in range(3))[1] / args.steps * 1e3
 
         released = step(make_released(random_model(args.size), tokens, args.batch_size))
+        train = partial(
+            make_trainer, tokens=tokens, tokenizer=tokenizer, batch_size=args.batch_size
+        )
         try:
-            train = make_trainer(random_model(args.size), tokens, tokenizer, args.batch_size)
-            trainer = step(lambda train=train: train("bf16"))
+            trainer = step(partial(train(random_model(args.size)), "bf16"))
         except ImportError as error:
             trainer = float("nan")
             print(f"Trainer is left out: {error}")
@@ -221,7 +225,7 @@ def measure(args, device):
                 torch.cuda.reset_peak_memory_stats()
             model = random_model(args.size).to(device)
             ours = Ours(model, tokens, TASKS["cola"], args.batch_size, runs)
-            mine = step(lambda ours=ours: ours.epoch("bf16"))
+            mine = step(partial(ours.epoch, "bf16"))
             share = runs * flop_of(model, tokens) / args.steps / (mine / 1e3) / rate
             print(
                 f"{kind} {runs:>3} runs: {mine:.1f} ms, {share:.0%} of the GEMM rate, "

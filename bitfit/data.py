@@ -87,6 +87,8 @@ def tokenize(texts, tokenizer, max_length):
         raise UserError(f"--max-seq-length {max_length} {what}; give more")
     rows = tokenizer(*texts.columns, truncation=True, max_length=max_length)
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
+    if not lengths.all():
+        raise UserError("a text has no tokens, not even special ones: give another --model-name")
     cut = int((lengths >= max_length).sum())
     if cut:
         LOGGER.info("%d of %d rows fill %d tokens; what was longer is cut", cut, len(lengths),
@@ -135,10 +137,13 @@ def passes_of(lengths, max_tokens, packed):
     """
     if not packed:
         return list(batches_by_length(lengths, max_tokens))
-    total, longest = int(lengths.sum()), int(lengths.max())
-    count = 1 if total <= max_tokens else -(-total // max(1, max_tokens - longest))
-    number = (lengths.cumsum() - lengths) * count // total
-    return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(number)) + 1)
+    ends, cuts = lengths.cumsum(), [0]
+    like = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
+    while cuts[-1] < len(lengths):
+        done = ends[cuts[-1] - 1] if cuts[-1] else 0
+        stop = np.searchsorted(ends, done + min(like, max_tokens), "right")
+        cuts.append(max(cuts[-1] + 1, int(stop)))
+    return np.split(np.arange(len(lengths)), cuts[1:-1])
 
 
 def batches_by_length(lengths, max_tokens):

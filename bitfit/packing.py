@@ -9,7 +9,6 @@ that a classifier of this family reads.
 on padded rows.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 UNIT = 16  # the attention's widths are multiples: of others softmax is up to ten times as slow
 # The padding, in squares of tokens, that a group of the attention may have before another group,
 # with its launches, costs less.
-SPARE = {"cpu": 8192, "cuda": math.inf}
+SPARE = {"cpu": 8192, "cuda": 1e7}  # on a GPU it is memory: 0.5 GB for twelve heads
 
 
 class Packing(NamedTuple):
@@ -73,14 +72,14 @@ def groups_of(lengths, spare):
     return np.split(order, cuts)
 
 
-def layout_of(packing, heads, dtype):
-    """The `Layout` of a `Packing` of tensors, for an attention that computes in `dtype`."""
+def layout_of(packing, heads):
+    """The `Layout` of a `Packing` of tensors."""
     head, begin = torch.arange(heads, device=packing.first.device), 0
     place, real, groups = [], [], []
     for tokens, own in packing.groups:
         own = own[:, None].expand(-1, heads, -1).flatten(0, 1)
         place.append((tokens[:, None] * heads + head[:, None]).flatten())
-        real.append(own.reshape(-1, 1).to(dtype))
+        real.append(own.reshape(-1, 1).float())
         part, begin = slice(begin, begin + own.numel()), begin + own.numel()
         groups.append((part, real[-1].log().view(len(own), 1, -1)))
     begins = packing.begins * heads + packing.positions
@@ -89,31 +88,38 @@ def layout_of(packing, heads, dtype):
 
 
 class Attention(torch.autograd.Function):
-    """Attention within each row, with dropout: three (N * heads, d) -> (N * heads, d)."""
+    """Attention within each row, with dropout: three (N * heads, d) -> (N * heads, d).
+
+    It computes in float32, whatever the model does: for short rows that is as fast.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, layout, scaling, dropout):
         ctx.layout, ctx.scaling, ctx.dtype, ctx.groups = layout, scaling, q.dtype, []
-        q, k, v = (x.to(layout.real.dtype).index_select(0, layout.place) for x in (q, k, v))
+        q, k, v = (x.float().index_select(0, layout.place) for x in (q, k, v))
         out = torch.empty_like(q)
         for part, mask in layout.groups:
             own = [x[part].view(len(mask), -1, q.shape[-1]) for x in (q, k, v)]
             weights = torch.baddbmm(mask, own[0], own[1].mT, alpha=scaling).softmax(-1)
-            keep = keep_of(weights, dropout) if dropout else 1.0
-            torch.bmm(weights * keep, own[2], out=out[part].view_as(own[2]))
-            ctx.groups.append((part, own, weights, keep))
+            keep = keep_of(weights, dropout) if dropout else None
+            dropped = weights * keep if dropout else weights
+            torch.bmm(dropped, own[2], out=out[part].view_as(own[2]))
+            if any(ctx.needs_input_grad):
+                ctx.groups.append((part, own, weights, keep))
         return out.index_select(0, layout.inverse).to(ctx.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         layout = ctx.layout
-        grad = grad.to(layout.real.dtype).index_select(0, layout.place).mul_(layout.real)
+        grad = grad.float().index_select(0, layout.place).mul_(layout.real)
         grads = [torch.empty_like(grad) for _ in range(3)]
         for part, (q, k, v), weights, keep in ctx.groups:
             dq, dk, dv, dout = (x[part].view_as(q) for x in (*grads, grad))
-            torch.bmm((weights * keep).mT, dout, out=dv)
-            dropped = torch.bmm(dout, v.mT).mul_(keep)
-            scores = torch._softmax_backward_data(dropped, weights, -1, weights.dtype)
+            dropped, scores = weights, torch.bmm(dout, v.mT)
+            if keep is not None:
+                dropped, scores = weights * keep, scores.mul_(keep)
+            torch.bmm(dropped.mT, dout, out=dv)
+            scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
             torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scaling, out=dq)
             torch.baddbmm(dk, scores.mT, q, beta=0, alpha=ctx.scaling, out=dk)
         ctx.groups = None  # or they would live until the next pass is through
@@ -137,16 +143,18 @@ def keep_of(x, p):
     times as long.
     """
     keep = torch.empty_like(x)
-    if x.device.type != "cpu" or not 0 < p < 1:
+    if p >= 1:
+        return keep.zero_()
+    if x.device.type != "cpu":
         return keep.bernoulli_(1 - p).div_(1 - p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.ge(bits, round(2**16 * p) - 2**15, out=keep).mul_(1 / (1 - p))
+    return torch.ge(bits, min(round(2**16 * p), 2**16 - 1) - 2**15, out=keep).mul_(1 / (1 - p))
 
 
 def drop(module, x):
     """What a torch.nn.Dropout computes, with the masks of `keep_of` on a CPU."""
-    if module.training and x.device.type == "cpu" and 0 < module.p < 1:
+    if module.training and module.p and x.device.type == "cpu":
         return x * keep_of(x, module.p)
     return F.dropout(x, module.p, module.training)
 
@@ -163,13 +171,11 @@ class Packer(NamedTuple):
         from transformers import AttentionInterface
 
         AttentionInterface.register("packed", attention)
-        before, model.config._attn_implementation = model.config._attn_implementation, "packed"
+        positions = packing.positions[None] + self.first_position
+        layout, before = layout_of(packing, self.heads), model.config._attn_implementation
         hook = self.layers.register_forward_hook(partial(pick_first, packing.first))
         try:
-            positions = packing.positions[None] + self.first_position
-            # On a CPU the attention computes in float32: as fast for short rows, and more exact.
-            dtype = model.dtype if packing.first.is_cuda else torch.float32
-            layout = layout_of(packing, self.heads, dtype)
+            model.config._attn_implementation = "packed"
             return model(**inputs, position_ids=positions, layout=layout)
         finally:
             hook.remove()

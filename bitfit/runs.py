@@ -89,7 +89,7 @@ class Stack:
 
         On leaving, it is as plain as it was, in its own storage, and holds the values of run 0.
         """
-        patched = []
+        patched, trained = [], {p: p.requires_grad for p in self.parameters.values()}
         try:
             with computing_in(self.model, dtype):
                 self.work = self.values if dtype == self.values.dtype else self.values.to(dtype)
@@ -102,6 +102,8 @@ class Stack:
             for module in patched:
                 del module.forward
             self.forget()
+            for parameter, flag in trained.items():
+                parameter.requires_grad_(flag)
             self.work, self.leaves = None, {}
             self.put(0)
 
@@ -146,10 +148,7 @@ class Stack:
             rows: `Rows` on the device. None: each row is computed for every run, logits (K, B, C);
                 possible where only the classifier trains, so that the encoder is run once for all.
         """
-        if rows is not None and rows.tokens:
-            real = rows.tokens.real.to(self.work.dtype)
-            rows = rows._replace(tokens=rows.tokens._replace(real=real))
-        self.rows = AllRuns() if rows is None else rows
+        self.rows = AllRuns() if rows is None else rows.to(self.work.dtype)
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ class Owned(NamedTuple):
     """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
 
     owner: torch.Tensor  # (B,) its run
-    present: torch.Tensor  # (k,) the runs from the first to the last that have any
+    present: torch.Tensor  # (k,) the runs that have any
     places: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
     real: torch.Tensor  # (k, 1, most) 0.0 there
     place: torch.Tensor  # (B,) where a row sits among the k * most places
@@ -31,6 +31,12 @@ class Rows(NamedTuple):
     rows: Owned
     tokens: Owned | None
 
+    def to(self, dtype):
+        """The same, for values of that type."""
+        if self.rows.real is None:
+            return self
+        return Rows(*(o and o._replace(real=o.real.to(dtype)) for o in self))
+
     def own(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
         shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
@@ -38,6 +44,8 @@ class Rows(NamedTuple):
 
     def add(self, bias, x, weight=None):
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
+        if x.dim() == 2:
+            return OwnBias.apply(x, weight, bias, self.rows)
         if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
             return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
         x = x if weight is None else F.linear(x, weight)
@@ -64,25 +72,27 @@ class AllRuns(NamedTuple):
 
 
 class OwnBias(torch.autograd.Function):
-    """x @ weight.T + bias[owner], or x + bias[owner], for packed tokens (N, i), biases (K, o).
+    """x @ weight.T + bias[owner], or x + bias[owner], for rows or tokens (N, i), biases (K, o).
 
     The gradient of a run's bias is a sum over its tokens alone: one product, whatever K.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, tokens):
-        ctx.weight, ctx.tokens, ctx.shape = weight, tokens, bias.shape
-        own = bias.index_select(0, tokens.owner)
+    def forward(ctx, x, weight, bias, owned):
+        ctx.weight, ctx.owned, ctx.shape = weight, owned, bias.shape
+        own = bias.index_select(0, owned.owner)
         return own.add_(x) if weight is None else own.addmm_(x, weight.t())
 
     @staticmethod
     def backward(ctx, grad):
-        weight, tokens = ctx.weight, ctx.tokens
-        seated = grad.index_select(0, tokens.places.flatten()).view(*tokens.places.shape, -1)
-        sums = torch.bmm(tokens.real, seated)[:, 0]
+        weight, owned = ctx.weight, ctx.owned
+        seated = grad.index_select(0, owned.places.flatten()).view(*owned.places.shape, -1)
+        sums = torch.bmm(owned.real, seated)[:, 0]
         if len(sums) < ctx.shape[0]:
-            sums = grad.new_zeros(ctx.shape).index_copy_(0, tokens.present, sums)
-        return grad if weight is None else grad @ weight, None, sums, None
+            sums = grad.new_zeros(ctx.shape).index_copy_(0, owned.present, sums)
+        if weight is not None:
+            grad = grad @ weight if ctx.needs_input_grad[0] else None
+        return grad, None, sums, None
 
 
 def rows_of(owner, runs, lengths=None):
@@ -99,17 +109,15 @@ def rows_of(owner, runs, lengths=None):
 
 def owned(owner):
     """The `Owned` of arrays for the runs (B,) that rows, or tokens, belong to."""
-    present = np.arange(owner.min(), owner.max() + 1)
-    run, order = owner - present[0], np.argsort(owner, kind="stable")
-    counts = np.bincount(run)
-    begins = counts.cumsum() - counts
+    present, run, counts = np.unique(owner, return_inverse=True, return_counts=True)
+    order, begins = np.argsort(owner, kind="stable"), counts.cumsum() - counts
     column = np.arange(counts.max())
     real = column < counts[:, None]
-    places = order[np.where(real, begins[:, None] + column, begins[:, None] % len(order))]
+    places = order[begins[:, None] + np.where(real, column, 0)]
     place = np.empty_like(owner)
     place[order] = np.arange(len(owner)) - np.repeat(begins, counts)
-    return Owned(owner, present, places, real[:, None].astype(np.float32),
-                 place + run * len(column))  # fmt: skip
+    place += run * len(column)
+    return Owned(owner, present, places, real[:, None].astype(np.float32), place)
 
 
 def stacked_forward(stack, module, x, weight=None, bias=None):

@@ -155,7 +155,10 @@ def plan_step(state, alive, rows):
 
 
 def take_step(state, alive, rows):
-    """One step of all runs: forward, backward, clip, step. Nothing in it waits for the device.
+    """One step of all runs: forward, backward, clip, step.
+
+    On packed rows nothing in it waits for the device; on padded ones transformers asks once a pass
+    whether there is padding.
 
     A run whose loss or gradient is not finite is held at its last good values from then on, and
     `stack.bad_step` says since which step.

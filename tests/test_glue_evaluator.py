@@ -41,10 +41,12 @@ def equal(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("model", ["tiny_bert", "tiny_roberta"])
+@pytest.mark.parametrize(
+    ("model", "precision"), [("tiny_bert", "fp32"), ("tiny_roberta", "fp32"), ("tiny_bert", "bf16")]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_save_load_same_everything(request, tmp_path, model, kind):
-    evaluator = prepared(request.getfixturevalue(model), kind)
+def test_save_load_same_everything(request, tmp_path, model, kind, precision):
+    evaluator = prepared(request.getfixturevalue(model), kind, precision=precision)
     evaluator.train_and_evaluate(1, tmp_path)
     evaluator.save(tmp_path / "evaluator")
     loaded = GLUEvaluator.load(tmp_path / "evaluator", None)

@@ -28,7 +28,7 @@ FAMILY = ["bert", "roberta", "electra", "distilbert"]
 
 
 def layout(lengths, heads=2, spare=500):
-    return layout_of(to_device(packing_of(np.array(lengths), spare), "cpu"), heads, torch.float32)
+    return layout_of(to_device(packing_of(np.array(lengths), spare), "cpu"), heads)
 
 
 def plain_logits(model, own):
@@ -169,10 +169,11 @@ def test_dropouts_masks_are_independent():
         assert abs(ratio - 1) < 5 * math.sqrt(2 / len(sums))
 
 
-@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize("p", [0.0, 1 - 1e-9, 1.0])
 def test_dropout_of_nothing_and_of_everything(p):
     x = torch.randn(5, 7)
-    assert torch.equal(drop(torch.nn.Dropout(p), x), x * (1 - p))
+    assert torch.equal(drop(torch.nn.Dropout(p), x), x if p == 0 else 0 * x)
+    assert torch.equal(keep_of(x, p), torch.full_like(x, float(p == 0)))
 
 
 PADDED = ["deberta-v2", "fnet", "mpnet", "roformer", "squeezebert"]
@@ -190,6 +191,9 @@ def test_what_cannot_be_packed_is_found_out(name):
     model, own = random_model(name, intermediate_size=64, **more), tokens(*LENGTHS)
     forward = find_forward(model, name, own)
     assert bool(forward.packer) == (name in PACKED)
+    with torch.no_grad():  # a head's bias, as trained ones have, must not hide any difference
+        [p for n, p in model.named_parameters() if n.endswith("bias")][-1].fill_(100.0)
+    assert bool(find_forward(model, name, own).packer) == (name in PACKED)
     if name != "fnet":  # mixes along padding too: each width gives its own
         model.eval()
         with torch.no_grad():

@@ -4,6 +4,7 @@ import torch
 import transformers
 from conftest import GLUE, forward_of, load_model, set_dropout
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from bitfit import data, models, packing, sources, train
 from bitfit.checkpoints import Saver
@@ -20,16 +21,6 @@ CPU = torch.device("cpu")
 LIMIT = Limit(2048)
 ONE = [Run(1e-3, 0)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class NoBar:
-    """In place of a tqdm bar."""
-
-    def update(self, count):
-        pass
-
-    def set_postfix(self, **words):
-        pass
 
 
 @pytest.fixture(params=["tiny_bert", "tiny_roberta"])
@@ -60,7 +51,7 @@ def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
 def next_epoch(state, precision="fp32"):
     """Train an epoch; the mean losses of the runs, NaN where one is bad."""
     with state.stack.bound(DTYPES[precision]):
-        train_epoch(state, Saver(), NoBar())
+        train_epoch(state, Saver(), tqdm(disable=True))
     losses = state.loss_sum / state.plan.rows_per_run
     state.loss_sum = torch.zeros_like(losses)
     state.epoch, state.step = state.epoch + 1, 0
@@ -335,12 +326,17 @@ def test_permuted_runs_give_permuted_results(folder):
     assert torch.allclose(again_stack.start, stack.start[order])
 
 
-def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch):
-    """Run 1's rows turn to infinity inside the model at its third step, and it stays as it was."""
+@pytest.mark.parametrize(("packed", "cap"), [(True, 2048), (True, 60), (False, 100), (True, 1)])
+def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed, cap):
+    """Run 1's rows turn to infinity inside the model at its third step, and it stays as it was.
+
+    In one pass or in many, which then hold rows of some runs only, the last of a single row.
+    """
     model, _ = models.load(folder, COLA)
     set_dropout(model, 0.0)
     chosen = choose(model, "bitfit")
-    state = new_state(model, tokens_of(folder), chosen, GRID, draw=models.draw_head)
+    options = {"draw": models.draw_head, "packed": packed, "limit": Limit(cap)}
+    state = new_state(model, tokens_of(folder), chosen, GRID, **options)
     stack, kept, steps = state.stack, [], iter(range(100))
     plain = train.forward_backward
 
@@ -452,16 +448,20 @@ def forbid(monkeypatch, *names):
 
 @pytest.mark.parametrize("runs", [1, 5])
 @pytest.mark.parametrize("method", FINE_TUNE_TYPES)
-def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, monkeypatch):
-    """The second step, so that the optimizer has its state; ragged rows in several parts."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, monkeypatch):
+    """The second step, so that the optimizer has its state; ragged rows in several passes."""
+    monkeypatch.setitem(packing.SPARE, "cpu", 0)  # and several groups of the attention in each
     model = new_model(folder, dropout=0.1)
     chosen = choose(model, method)
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
-    state = new_state(model, tokens_of(folder), chosen, grid, lr_schedule="linear")
+    options = {"lr_schedule": "linear", "limit": Limit(100)}
+    state = new_state(model, tokens_of(folder), chosen, grid, **options)
+    assert len(train.plan_step(state, state.stack.alive(), np.arange(16)[None]).parts) > 1
     model.train()
     alive = state.stack.alive()
     rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
-    with state.stack.bound():
+    with state.stack.bound(dtype):
         train.take_step(state, alive, rows)
         state.step += 1
         before = state.stack.values.clone()
