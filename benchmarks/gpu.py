@@ -215,7 +215,7 @@ def measure(args, device):
             make_trainer, tokens=tokens, tokenizer=tokenizer, batch_size=args.batch_size
         )
         try:
-            trainer = step(partial(train(random_model(args.size)), "bf16"))
+            trainer = step(partial(train(partial(random_model, args.size)), "bf16"))
         except ImportError as error:
             trainer = float("nan")
             print(f"Trainer is left out: {error}")

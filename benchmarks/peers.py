@@ -9,8 +9,9 @@ classifier) on the same rows at the same batch size and rate, in turn (A B A B .
 of each; K runs of ours in one pass beside K runs of Trainer. The clock covers training alone: no
 loading, tokenizing or scoring.
 
-Not the same: Trainer's length grouping batches rows of like length, which spares it padding. Ours
-draws batches at random, as the released code does, and has no padding to spare.
+Not the same: Trainer's length grouping batches rows of like length, which spares it padding (the
+more, the more --rows there are to group). Ours draws batches at random, as the released code does,
+and has no padding to spare.
 """
 
 import dataclasses
@@ -60,18 +61,17 @@ def arguments(batch_size, precision, folder, device):
     )  # fmt: skip
 
 
-def make_trainer(model, tokens, tokenizer, batch_size):
-    """A function that trains an epoch of one run with Trainer and gives its seconds."""
+def make_trainer(make_model, tokens, tokenizer, batch_size):
+    """A function that trains an epoch of one run with Trainer and gives its seconds.
+
+    Each on a fresh model: Trainer wraps the model's forward anew each time.
+    """
     rows, device = examples(tokens), tokens.ids.device
-    train_biases(model)
-    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     def epoch(precision):
-        for name, value in start.items():
-            model.get_parameter(name).data.copy_(value)
         with tempfile.TemporaryDirectory() as folder:
             trainer = transformers.Trainer(
-                model=model,
+                model=train_biases(make_model()),
                 args=arguments(batch_size, precision, folder, device),
                 train_dataset=rows,
                 data_collator=transformers.DataCollatorWithPadding(tokenizer),
@@ -92,7 +92,7 @@ def main():
     tokenizer, make_model = load(args, task)
     texts, _ = pick_rows(args, task)
     tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
-    trainer = make_trainer(make_model(), tokens, tokenizer, args.batch_size)
+    trainer = make_trainer(make_model, tokens, tokenizer, args.batch_size)
     flop = flop_of(make_model(), tokens)
     heading(args, task, count)
     for runs in args.runs:
