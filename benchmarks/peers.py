@@ -44,6 +44,9 @@ def parse_args():
     parser = make_parser(__doc__, rows=512)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--datasets", action="store_true",
+                        help="Trainer reads a datasets.Dataset, as in its examples, not a list: "
+                             "slower")  # fmt: skip
     return parser.parse_args()
 
 
@@ -61,12 +64,17 @@ def arguments(batch_size, precision, folder, device):
     )  # fmt: skip
 
 
-def make_trainer(make_model, tokens, tokenizer, batch_size):
+def make_trainer(make_model, tokens, tokenizer, batch_size, as_dataset=False):
     """A function that trains an epoch of one run with Trainer and gives its seconds.
 
     Each on a fresh model: Trainer wraps the model's forward anew each time.
     """
     rows, device = examples(tokens), tokens.ids.device
+    if as_dataset:
+        import datasets
+
+        rows = [row | {"length": len(row["input_ids"])} for row in rows]
+        rows = datasets.Dataset.from_list(rows)
 
     def epoch(precision):
         with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +100,7 @@ def main():
     tokenizer, make_model = load(args, task)
     texts, _ = pick_rows(args, task)
     tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
-    trainer = make_trainer(make_model, tokens, tokenizer, args.batch_size)
+    trainer = make_trainer(make_model, tokens, tokenizer, args.batch_size, args.datasets)
     flop = flop_of(make_model(), tokens)
     heading(args, task, count)
     for runs in args.runs:

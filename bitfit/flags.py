@@ -96,7 +96,7 @@ def add_machine(add):
     add("--gpu-device", "-d", metavar="GPU", type=gpu,
         help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
     add("--precision", choices=("fp32", "bf16"),
-        help="bf16 multiplies in bfloat16; what trains stays float32 "
+        help="bf16 computes in bfloat16; what trains is kept in float32 "
              "[bf16 on a GPU that has it, else fp32]")
     add("--max-tokens", metavar="N", type=POSITIVE,
         help="the most tokens computed at once, whatever the batch and the number of "
