@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 
 UNIT = 16  # the attention's widths are multiples: of others softmax is up to ten times as slow
-# The padding, in squares of tokens, that a group of the attention may have before another group,
-# with its launches, costs less.
-SPARE = {"cpu": 8192, "cuda": 1e7}  # on a GPU it is memory: 0.5 GB for twelve heads
+# The padding, in squares of tokens, that a group of the attention may have. A CPU is fastest with
+# none beyond UNIT; on a GPU launches cost more, and it is memory: 0.5 GB for twelve heads.
+SPARE = {"cpu": 0, "cuda": 1e7}
 
 
 class Packing(NamedTuple):
