@@ -57,7 +57,7 @@ def test_every_command_is_known_to_these_tests():
     known = (
         *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py "),
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
-        *("python benchmarks/", "python scripts/compare.py ", *CONDA),
+        *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
     )
     assert len(RUN_GLUE) >= 10
     assert [command for command in commands() if not command.startswith(known)] == []
