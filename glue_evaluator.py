@@ -263,8 +263,7 @@ class GLUEvaluator:
                 diverged = fit(state, lambda: self._note(state, folders), saver)
         finally:
             if state.best is not None:
-                self.stack.values.copy_(state.best)
-                self.stack.put(0)
+                self.stack.take(state.best)
             self._note(state)
         self._note(state, folders)
         for run, folder in folders.items():

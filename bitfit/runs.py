@@ -174,6 +174,11 @@ class Stack:
             a, b = self.slices[name]
             self.parameters[name].data.view(-1)[positions] = self.work[0, a:b]
 
+    def take(self, values):
+        """Hold these values (K, n), the model those of run 0."""
+        self.values.copy_(values)
+        self.put(0)
+
     def put(self, run):
         """Let the model's own parameters hold one run's values."""
         row = self.values[run]
@@ -234,8 +239,7 @@ def stacked_pass_differs(forward, chosen, tokens):
             raise
         return True
     finally:
-        stack.values.copy_(stack.start)
-        stack.put(0)
+        stack.take(stack.start)
 
 
 def clip_(grads, max_norm=1.0):
