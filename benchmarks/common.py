@@ -17,7 +17,7 @@ from tqdm import tqdm  # noqa: E402
 
 from bitfit import models, sources  # noqa: E402
 from bitfit.checkpoints import Saver  # noqa: E402
-from bitfit.data import MAX_TOKENS, Split  # noqa: E402
+from bitfit.data import MAX_TOKENS, Split, tokenize  # noqa: E402
 from bitfit.predict import Limit  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
@@ -164,12 +164,17 @@ def machine(device):
     return f"{versions}, {torch.get_num_threads()} threads, {device.type} {name}".rstrip()
 
 
-def heading(args, task, count):
+def setup(args):
+    """(task, tokenizer, function that makes the model, tokens, rows in all); says what is run."""
+    task, device = TASKS[args.task_name], pick_device()
+    tokenizer, make_model = load(args, task)
+    texts, total = pick_rows(args, task)
     print(
-        f"{task.name}, {count} rows of each run, batch {args.batch_size}, {args.rounds} rounds: "
-        f"median (range), {machine(pick_device())}",
+        f"{task.name}, {len(texts)} rows of each run, batch {args.batch_size}, {args.rounds} "
+        f"rounds: median (range), {machine(device)}",
         flush=True,
     )
+    return task, tokenizer, make_model, tokenize(texts, tokenizer, LENGTH).to(device), total
 
 
 def spread(values, digits=1):

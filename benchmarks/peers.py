@@ -21,23 +21,16 @@ import tempfile
 
 import transformers
 from common import (
-    LENGTH,
     Ours,
     examples,
     flop_of,
     gemm_rate,
-    heading,
-    load,
     make_parser,
-    pick_device,
-    pick_rows,
     ratio,
+    setup,
     spread,
     train_biases,
 )
-
-from bitfit.data import tokenize
-from bitfit.tasks import TASKS
 
 
 def parse_args():
@@ -96,13 +89,10 @@ def main():
         print("peers.py: error: Trainer needs accelerate: pip install accelerate", file=sys.stderr)
         return 2
     transformers.logging.set_verbosity_error()
-    task, device = TASKS[args.task_name], pick_device()
-    tokenizer, make_model = load(args, task)
-    texts, _ = pick_rows(args, task)
-    tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
+    task, tokenizer, make_model, tokens, _ = setup(args)
+    device, count = tokens.ids.device, len(tokens.lengths)
     trainer = make_trainer(make_model, tokens, tokenizer, args.batch_size, args.datasets)
     flop = flop_of(make_model(), tokens)
-    heading(args, task, count)
     for runs in args.runs:
         ours = Ours(make_model().to(device), tokens, task, args.batch_size, runs)
         for precision in args.precision:

@@ -15,21 +15,14 @@ from statistics import median
 
 import torch
 from common import (
-    LENGTH,
     Ours,
     flop_of,
     gemm_rate,
-    heading,
-    load,
     make_parser,
-    pick_device,
-    pick_rows,
     ratio,
+    setup,
     spread,
 )
-
-from bitfit.data import tokenize
-from bitfit.tasks import TASKS
 
 
 def parse_args():
@@ -49,12 +42,9 @@ def peak_gib(device):
 
 def main():
     args = parse_args()
-    task, device = TASKS[args.task_name], pick_device()
-    tokenizer, make_model = load(args, task)
-    texts, total = pick_rows(args, task)
-    tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
+    task, _, make_model, tokens, total = setup(args)
+    device, count = tokens.ids.device, len(tokens.lengths)
     flop = flop_of(make_model(), tokens)
-    heading(args, task, count)
     print(f"{'K':>3} {'together: s':>18} {'one by one: s':>18} {'ratio':>17} {'runs/hour':>9} "
           f"{'GEMM share':>10} {'peak GiB':>8}")  # fmt: skip
     one = Ours(make_model().to(device), tokens, task, args.batch_size, 1, args.max_tokens)

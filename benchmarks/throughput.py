@@ -15,19 +15,13 @@ from common import (
     LENGTH,
     Ours,
     examples,
-    heading,
-    load,
     make_parser,
-    pick_device,
-    pick_rows,
     ratio,
     seconds,
+    setup,
     spread,
     train_biases,
 )
-
-from bitfit.data import tokenize
-from bitfit.tasks import TASKS
 
 
 def parse_args():
@@ -78,13 +72,10 @@ def make_released(model, tokens, batch_size):
 
 def main():
     args = parse_args()
-    task, device = TASKS[args.task_name], pick_device()
-    tokenizer, make_model = load(args, task)
-    texts, _ = pick_rows(args, task)
-    tokens, count = tokenize(texts, tokenizer, LENGTH).to(device), len(texts)
+    task, _, make_model, tokens, _ = setup(args)
+    device, count = tokens.ids.device, len(tokens.lengths)
     released = make_released(make_model(), tokens, args.batch_size)
     ours = Ours(make_model().to(device), tokens, task, args.batch_size, runs=1)
-    heading(args, task, count)
     print(f"padding: released {1 - tokens.lengths.sum() / (LENGTH * count):.0%}, ours none")
     released()
     for precision in args.precision:
