@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from bitfit.data import batch_of, gather, to_device
-from bitfit.packing import Packer, packer_of
+from bitfit.packing import Packer, packers_of
 from bitfit.predict import computing_in, full_float32
 from bitfit.trainable import head_names, in_encoder, is_bias
 from utils import UserError, blaming, one_line, whole_folder
@@ -233,8 +233,8 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
         plain.rows(tokens, rows[1:2])
         model.eval()
         expected = plain.rows(tokens, rows)
-    packer = packer_of(model, first_position(position_embedding(model)))
-    found = Forward(model, packer) if packer and same(Forward(model, packer)) else plain
+    packers = packers_of(model, first_position(position_embedding(model)))
+    found = next((f for p in packers if same(f := Forward(model, p))), plain)
     if dtype != torch.float32:
         with blaming(cannot("compute in bf16", "--precision fp32")), computing_in(model, dtype):
             if not found.rows(tokens, rows).isfinite().all():

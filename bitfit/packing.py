@@ -2,8 +2,8 @@
 
 Linear, LayerNorm, GELU and dropout do not care whose token is whose, and the position ids begin
 anew with each row. Attention alone cuts the row apart: rows of like length form a group, padded
-inside the attention only. Behind the layers the first token of each row is picked, which is all
-that a classifier of this family reads.
+inside the attention only. Behind the last attention the first token of each row is picked,
+which is all that a classifier of this family reads.
 
 `models.find_forward` tries a model both ways; one that reads more, or attends in its own way, runs
 on padded rows.
@@ -29,18 +29,29 @@ class Packing(NamedTuple):
     first: torch.Tensor  # (R,) int64, where each row begins
     begins: torch.Tensor  # (N,) int64, where a token's row begins among the padded of all groups
     widths: torch.Tensor  # (N,) int64, of its group
+    order: torch.Tensor  # (R,) int64, the rows, group after group
+    seat: torch.Tensor  # (R,) int64, where each row is in that order
     groups: list  # rows that attend in one product: (tokens, real), (B, T) each
     # tokens: int64, which of the N; a row's first where it has no more; real: bool
 
 
-class Layout(NamedTuple):
-    """The same for one attention head after the other, made once a pass; P padded places."""
+class Side(NamedTuple):
+    """Where the queries, or the keys and values, of all groups lie: one head after the other."""
 
-    heads: int
     place: torch.Tensor  # (P,) the row of (N * heads, d) that a padded place holds
     inverse: torch.Tensor  # (N * heads,) where it lies among the padded
-    real: torch.Tensor  # (P, 1) 0 where a place is padding
-    groups: list  # (slice of the P places, (B * heads, 1, T) 0 or -inf where there is padding)
+    parts: list  # of each group, a slice of the P places
+
+
+class Layout(NamedTuple):
+    """A `Packing` for so many heads, made once a pass."""
+
+    first: torch.Tensor  # (R,) where each row begins
+    tokens: Side  # all
+    firsts: Side  # the first token of each row
+    real: torch.Tensor  # (P, 1) 0 where a place of `tokens` is padding
+    masks: list  # of each group, (B * heads, 1, T) 0 or -inf where there is padding
+    last: frozenset  # modules within which only first tokens need attend
 
 
 def packing_of(lengths, spare):
@@ -49,14 +60,17 @@ def packing_of(lengths, spare):
     row = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.arange(len(row)) - starts[row]
     begins, widths, groups, begin = np.empty_like(starts), np.empty_like(starts), [], 0
-    for rows in groups_of(lengths, spare):
+    parts = groups_of(lengths, spare)
+    for rows in parts:
         column = np.arange(-(-lengths[rows[0]] // UNIT) * UNIT)
         real = column < lengths[rows, None]
         groups.append((starts[rows, None] + np.where(real, column, 0), real))
         begins[rows] = begin + np.arange(len(rows)) * len(column)
         widths[rows] = len(column)
         begin += real.size
-    return Packing(positions, starts, begins[row], widths[row], groups)
+    order = np.concatenate(parts)
+    begins, widths = begins[row], widths[row]
+    return Packing(positions, starts, begins, widths, order, order.argsort(), groups)
 
 
 def groups_of(lengths, spare):
@@ -72,49 +86,68 @@ def groups_of(lengths, spare):
     return np.split(order, cuts)
 
 
-def layout_of(packing, heads):
+def layout_of(packing, heads, last=frozenset()):
     """The `Layout` of a `Packing` of tensors."""
-    head, begin = torch.arange(heads, device=packing.first.device), 0
-    place, real, groups = [], [], []
-    for tokens, own in packing.groups:
-        own = own[:, None].expand(-1, heads, -1).flatten(0, 1)
-        place.append((tokens[:, None] * heads + head[:, None]).flatten())
-        real.append(own.reshape(-1, 1).float())
-        part, begin = slice(begin, begin + own.numel()), begin + own.numel()
-        groups.append((part, real[-1].log().view(len(own), 1, -1)))
+    head = torch.arange(heads, device=packing.first.device)
+    sizes = [own.numel() * heads for _, own in packing.groups]
+    reals = [own[:, None].expand(-1, heads, -1).flatten(0, 1) for _, own in packing.groups]
+    place = [(tokens[:, None] * heads + head[:, None]).flatten() for tokens, _ in packing.groups]
     begins = packing.begins * heads + packing.positions
     inverse = (begins[:, None] + packing.widths[:, None] * head).flatten()
-    return Layout(heads, torch.cat(place), inverse, torch.cat(real), groups)
+    tokens = Side(torch.cat(place), inverse, slices(sizes))
+    order, seat = (rows[:, None] * heads + head for rows in (packing.order, packing.seat))
+    sizes = [len(own) for own in reals]
+    firsts = Side(order.flatten(), seat.flatten(), slices(sizes))
+    masks = [own.float().log()[:, None] for own in reals]
+    real = torch.cat([own.flatten() for own in reals]).float()[:, None]
+    return Layout(packing.first, tokens, firsts, real, masks, last)
+
+
+def slices(sizes):
+    ends = np.cumsum(sizes).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 class Attention(torch.autograd.Function):
-    """Attention within each row, with dropout: three (N * heads, d) -> (N * heads, d).
+    """Attention within each row, with dropout, of all tokens or of first ones.
 
-    It computes in float32, whatever the model does: for short rows that is as fast.
+    Queries (Q * heads, d), keys and values (N * heads, d) -> (Q * heads, d). It computes in
+    float32, whatever the model does: for short rows that is as fast.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, layout, scaling, dropout):
-        ctx.layout, ctx.scaling, ctx.dtype, ctx.groups = layout, scaling, q.dtype, []
-        q, k, v = (x.float().index_select(0, layout.place) for x in (q, k, v))
+    def forward(ctx, q, k, v, layout, side, scaling, dropout):
+        ctx.layout, ctx.side, ctx.scaling, ctx.dtype, ctx.groups = (
+            layout,
+            side,
+            scaling,
+            q.dtype,
+            [],
+        )
+        q = q.float().index_select(0, side.place)
+        k, v = (x.float().index_select(0, layout.tokens.place) for x in (k, v))
         out = torch.empty_like(q)
-        for part, mask in layout.groups:
-            own = [x[part].view(len(mask), -1, q.shape[-1]) for x in (q, k, v)]
-            weights = torch.baddbmm(mask, own[0], own[1].mT, alpha=scaling).softmax(-1)
+        for mask, own, other in zip(layout.masks, side.parts, layout.tokens.parts, strict=True):
+            size = len(mask), -1, q.shape[-1]
+            rows = q[own].view(size), k[other].view(size), v[other].view(size)
+            weights = torch.baddbmm(mask, rows[0], rows[1].mT, alpha=scaling).softmax(-1)
             keep = keep_of(weights, dropout) if dropout else None
             dropped = weights * keep if dropout else weights
-            torch.bmm(dropped, own[2], out=out[part].view_as(own[2]))
+            torch.bmm(dropped, rows[2], out=out[own].view(size))
             if any(ctx.needs_input_grad):
-                ctx.groups.append((part, own, weights, keep))
-        return out.index_select(0, layout.inverse).to(ctx.dtype)
+                ctx.groups.append((own, other, rows, weights, keep))
+        return out.index_select(0, side.inverse).to(ctx.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        layout = ctx.layout
-        grad = grad.float().index_select(0, layout.place).mul_(layout.real)
-        grads = [torch.empty_like(grad) for _ in range(3)]
-        for part, (q, k, v), weights, keep in ctx.groups:
-            dq, dk, dv, dout = (x[part].view_as(q) for x in (*grads, grad))
+        layout, side = ctx.layout, ctx.side
+        grad = grad.float().index_select(0, side.place)
+        if side is layout.tokens:
+            grad.mul_(layout.real)
+        grads = torch.empty_like(grad), *grad.new_empty(2, len(layout.real), grad.shape[-1])
+        for own, other, (q, k, v), weights, keep in ctx.groups:
+            dout, dq, dk, dv = grad[own], grads[0][own], grads[1][other], grads[2][other]
+            dout, dq, dk, dv = dout.view_as(q), dq.view_as(q), dk.view_as(k), dv.view_as(v)
             dropped, scores = weights, torch.bmm(dout, v.mT)
             if keep is not None:
                 dropped, scores = weights * keep, scores.mul_(keep)
@@ -123,17 +156,27 @@ class Attention(torch.autograd.Function):
             torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scaling, out=dq)
             torch.baddbmm(dk, scores.mT, q, beta=0, alpha=ctx.scaling, out=dk)
         ctx.groups = None  # or they would live until the next pass is through
-        grads = [x.index_select(0, layout.inverse).to(ctx.dtype) for x in grads]
-        return *grads, None, None, None
+        sides = side, layout.tokens, layout.tokens
+        pairs = zip(grads, sides, strict=True)
+        return *(x.index_select(0, s.inverse).to(ctx.dtype) for x, s in pairs), *[None] * 4
 
 
 def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
-    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d)."""
+    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d).
+
+    In the last layer it is 0 but for the first token of each row, if no other is read.
+    """
     _, heads, count, size = query.shape
-    if (heads, count * heads) != (layout.heads, len(layout.inverse)) or key.shape != query.shape:
+    if count * heads != len(layout.tokens.inverse) or key.shape != query.shape:
         raise ValueError("these are not the packed rows' heads")
+    side = layout.tokens
+    if module in layout.last:
+        side, query = layout.firsts, query.index_select(2, layout.first)
     flat = (x.transpose(1, 2).reshape(-1, size) for x in (query, key, value))
-    return Attention.apply(*flat, layout, scaling, dropout).view(1, count, heads, size), None
+    out = Attention.apply(*flat, layout, side, scaling, dropout).view(1, -1, heads, size)
+    if side is layout.firsts:
+        out = out.new_zeros(1, count, heads, size).index_copy(1, layout.first, out)
+    return out, None
 
 
 def keep_of(x, p):
@@ -163,6 +206,8 @@ class Packer(NamedTuple):
     """How to run one model on packed rows."""
 
     layers: torch.nn.Module  # runs the layers one after the other
+    last: frozenset  # the last layer's modules, if only first tokens need go through them all
+    rest: torch.nn.Module | None  # the one that follows the attention there
     heads: int
     first_position: int  # RoBERTa counts from padding_idx + 1
 
@@ -172,8 +217,12 @@ class Packer(NamedTuple):
 
         AttentionInterface.register("packed", attention)
         positions = packing.positions[None] + self.first_position
-        layout, before = layout_of(packing, self.heads), model.config._attn_implementation
-        hook = self.layers.register_forward_hook(partial(pick_first, packing.first))
+        layout = layout_of(packing, self.heads, self.last)
+        before = model.config._attn_implementation
+        if self.rest:
+            hook = self.rest.register_forward_pre_hook(partial(pick_inputs, packing.first))
+        else:
+            hook = self.layers.register_forward_hook(partial(pick_output, packing.first))
         try:
             model.config._attn_implementation = "packed"
             return model(**inputs, position_ids=positions, layout=layout)
@@ -182,19 +231,34 @@ class Packer(NamedTuple):
             model.config._attn_implementation = before
 
 
-def pick_first(first, module, args, output):
-    """(1, N, d) -> (R, 1, d): each row's first token, behind the last layer."""
-    output.last_hidden_state = output.last_hidden_state.squeeze(0).index_select(0, first)[:, None]
+def pick(first, x):
+    """(1, N, d) -> (R, 1, d): each row's first token."""
+    return x.squeeze(0).index_select(0, first)[:, None]
+
+
+def pick_inputs(first, module, args):
+    return tuple(pick(first, x) for x in args)
+
+
+def pick_output(first, module, args, output):
+    output.last_hidden_state = pick(first, output.last_hidden_state)
     return output
 
 
-def packer_of(model, first_position):
-    """The `Packer` to try on a model; None where its layers see windows, or there are none."""
+def packers_of(model, first_position):
+    """The `Packer`s to try on a model, the fastest first; none where its layers see windows.
+
+    After the last attention no token sees another, and the classifier reads the first of each row
+    alone: three quarters of the last layer's arithmetic need not be done for the others.
+    """
     config, base = model.config, model.base_model
     windows = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
     lists = [(len(m), n) for n, m in base.named_modules() if isinstance(m, torch.nn.ModuleList)]
     heads = getattr(config, "num_attention_heads", None)
     if windows or not lists or not isinstance(heads, int):
-        return None
+        return []
     name = max(lists, key=lambda item: item[0])[1]
-    return Packer(base.get_submodule(name.rpartition(".")[0]), heads, first_position)
+    layers, last = base.get_submodule(name.rpartition(".")[0]), base.get_submodule(name)[-1]
+    rests = [m for n, m in last.named_modules() if n in ("attention.output", "sa_layer_norm")]
+    pairs = [(frozenset(last.modules()), rest) for rest in rests] + [(frozenset(), None)]
+    return [Packer(layers, *pair, heads, first_position) for pair in pairs]

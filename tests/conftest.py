@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from bitfit import models
-from bitfit.packing import packer_of
+from bitfit.packing import packers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
@@ -41,7 +41,7 @@ def forward_of(model, packed=True):
     if not packed:
         return models.Forward(model)
     first = models.first_position(models.position_embedding(model))
-    return models.Forward(model, packer_of(model, first))
+    return models.Forward(model, packers_of(model, first)[0])
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
     monkeypatch.setitem(SPARE, "cpu", 500)  # several groups
     model, own = random_model(name), tokens(*LENGTHS)
     forward = find_forward(model, name, own)
-    assert forward.packer
+    assert forward.packer.rest  # all four go through the last layer with first tokens alone
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     components = ["bias"] if method == "bitfit" else []
     chosen = select(model, method, components, 3000, np.random.default_rng(0))
@@ -102,32 +102,36 @@ def test_no_padded_place_looks_at_another_row():
         assert (real.sum(1) == np.array(LENGTHS)[rows[:, 0]]).all()
 
 
+@pytest.mark.parametrize("only_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_attention_with_dropout_is_the_formula(dropout, dtype):
+def test_attention_with_dropout_is_the_formula(dropout, dtype, only_first):
     """Row by row, head by head, with the masks that it drew; its gradients are autograd's."""
     own, heads, size = layout(LENGTHS), 2, 8
     torch.manual_seed(1)
     count = sum(LENGTHS) * heads
-    q, k, v = (torch.randn(count, size).to(dtype).requires_grad_() for _ in range(3))
+    k, v = (torch.randn(count, size).to(dtype).requires_grad_() for _ in range(2))
+    queries = len(LENGTHS) * heads if only_first else count
+    q = torch.randn(queries, size).to(dtype).requires_grad_()
     torch.manual_seed(2)
-    out = Attention.apply(q, k, v, own, 0.4, dropout)
+    side = own.firsts if only_first else own.tokens
+    out = Attention.apply(q, k, v, own, side, 0.4, dropout)
     assert out.dtype == dtype
     torch.manual_seed(2)  # group by group, as the masks are drawn
     keep = {}
     for rows in groups_of(np.array(LENGTHS), 500):
         width = -(-LENGTHS[rows[0]] // UNIT) * UNIT
-        masks = keep_of(torch.empty(len(rows) * heads, width, width), dropout)
-        keep |= dict(zip(rows.tolist(), masks.view(len(rows), heads, width, width), strict=True))
+        masks = keep_of(torch.empty(len(rows) * heads, 1 if only_first else width, width), dropout)
+        keep |= dict(zip(rows.tolist(), masks.view(len(rows), heads, -1, width), strict=True))
     starts = np.cumsum(LENGTHS) - LENGTHS
-    expected = torch.empty(sum(LENGTHS), heads, size)
+    expected = torch.empty(queries // heads, heads, size)
     for row, (start, length) in enumerate(zip(starts, LENGTHS, strict=True)):
         for head in range(heads):
-            a, b, c = (
-                x.view(-1, heads, size)[start : start + length, head].float() for x in (q, k, v)
-            )
-            weights = (0.4 * a @ b.mT).softmax(-1) * keep[row][head, :length, :length]
-            expected[start : start + length, head] = weights @ c
+            asking = slice(row, row + 1) if only_first else slice(start, start + length)
+            a = q.view(-1, heads, size)[asking, head].float()
+            b, c = (x.view(-1, heads, size)[start : start + length, head].float() for x in (k, v))
+            weights = (0.4 * a @ b.mT).softmax(-1) * keep[row][head, : len(a), :length]
+            expected[asking, head] = weights @ c
     expected = expected.view(-1, size).to(dtype)
     close = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
     assert torch.allclose(out, expected, **close)
@@ -191,6 +195,8 @@ def test_what_cannot_be_packed_is_found_out(name):
     model, own = random_model(name, intermediate_size=64, **more), tokens(*LENGTHS)
     forward = find_forward(model, name, own)
     assert bool(forward.packer) == (name in PACKED)
+    # ALBERT's last layer is its first as well
+    assert bool(forward.packer and forward.packer.rest) == (name in PACKED and name != "albert")
     with torch.no_grad():  # a head's bias, as trained ones have, must not hide any difference
         [p for n, p in model.named_parameters() if n.endswith("bias")][-1].fill_(100.0)
     assert bool(find_forward(model, name, own).packer) == (name in PACKED)
