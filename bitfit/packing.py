@@ -131,11 +131,11 @@ class Attention(torch.autograd.Function):
             size = len(mask), -1, q.shape[-1]
             rows = q[own].view(size), k[other].view(size), v[other].view(size)
             weights = torch.baddbmm(mask, rows[0], rows[1].mT, alpha=scaling).softmax(-1)
-            keep = keep_of(weights, dropout) if dropout else None
-            dropped = weights * keep if dropout else weights
+            dropped = keep_of(weights, dropout).mul_(weights) if dropout else weights
             torch.bmm(dropped, rows[2], out=out[own].view(size))
             if any(ctx.needs_input_grad):
-                ctx.groups.append((own, other, rows, weights, keep))
+                ctx.groups.append((own, other, rows, weights, dropped))
+        ctx.out = out
         return out.index_select(0, side.inverse).to(ctx.dtype)
 
     @staticmethod
@@ -144,18 +144,18 @@ class Attention(torch.autograd.Function):
         grad = grad.float().index_select(0, side.place)
         if side is layout.tokens:
             grad.mul_(layout.real)
+        sums = (grad * ctx.out).sum(-1, keepdim=True)
         grads = torch.empty_like(grad), *grad.new_empty(2, len(layout.real), grad.shape[-1])
-        for own, other, (q, k, v), weights, keep in ctx.groups:
+        for own, other, (q, k, v), weights, dropped in ctx.groups:
             dout, dq, dk, dv = grad[own], grads[0][own], grads[1][other], grads[2][other]
             dout, dq, dk, dv = dout.view_as(q), dq.view_as(q), dk.view_as(k), dv.view_as(v)
-            dropped, scores = weights, torch.bmm(dout, v.mT)
-            if keep is not None:
-                dropped, scores = weights * keep, scores.mul_(keep)
             torch.bmm(dropped.mT, dout, out=dv)
-            scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
+            # of softmax behind dropout: a row's sum of weight x gradient is that of out x gradient
+            scores = torch.bmm(dout, v.mT).mul_(dropped)
+            scores.addcmul_(weights, sums[own].view(len(q), -1, 1), value=-1)
             torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scaling, out=dq)
             torch.baddbmm(dk, scores.mT, q, beta=0, alpha=ctx.scaling, out=dk)
-        ctx.groups = None  # or they would live until the next pass is through
+        ctx.groups = ctx.out = None  # or they would live until the next pass is through
         sides = side, layout.tokens, layout.tokens
         pairs = zip(grads, sides, strict=True)
         return *(x.index_select(0, s.inverse).to(ctx.dtype) for x, s in pairs), *[None] * 4
