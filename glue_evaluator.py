@@ -18,9 +18,10 @@ import torch
 from bitfit import models, outputs, predict, reports, runs, saved, trainable
 from bitfit.checkpoints import Saver
 from bitfit.data import MAX_TOKENS, Dataset
+from bitfit.plan import Plan
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS, predictions, score
-from bitfit.train import Plan, Record, fit, start
+from bitfit.train import Record, fit, start
 from utils import Diverged, UserError, as_list, choose_device, default_precision, generator
 from utils import set_seed as set_seed  # a name of the released code
 
@@ -229,7 +230,7 @@ class GLUEvaluator:
         Args:
             output_path: folder for metrics and curves; with several runs each has a folder in it,
                 named `Run.name`. Or {run: its folder}.
-            evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.train.Plan`.
+            evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.plan.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
             saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
 
@@ -275,9 +276,10 @@ class GLUEvaluator:
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
-        for record in state.records if folders else ():
+        for k, record in enumerate(state.records if folders else ()):
             folder, scores = folders[record.run], self._scores_of(record.run)
             reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
+            saved.write_logits(folder, state, k)
 
     def select(self, run):
         """Let the model and all results below be those of run number `run`, counted from 0."""
@@ -363,14 +365,17 @@ class GLUEvaluator:
         return trainable.trains_only_biases(self.model, self.chosen)
 
     def plot_terms_changes(self, output_path=None):
-        """The paper's figure 1, how far each bias term moved; saved to the file `output_path`."""
+        """The paper's figure 1, how far each bias term moved; its numbers too are saved to
+        `output_path`, with the endings .png and .csv."""
         self._need("stack", "train_and_evaluate")
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before = self.stack.named_values(self.selected, self.stack.start)
-        figure = reports.bias_heatmap(before, self.stack.named_values(self.selected), self.caption)
+        names, changes = reports.bias_changes(before, self.stack.named_values(self.selected))
+        figure = reports.bias_heatmap(names, changes, self.caption)
         if output_path:
             reports.save_figure(figure, Path(output_path).with_suffix(".png"))
+            reports.save_changes(names, changes, Path(output_path).with_suffix(".csv"))
         return figure
 
     def save(self, output_path):

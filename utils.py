@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 LOGGER = logging.getLogger("bitfit")
-FORMAT = 3  # of args.json, checkpoints and saved evaluators
+FORMAT = 4  # of args.json, checkpoints and saved evaluators
 
 
 class UserError(Exception):

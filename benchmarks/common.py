@@ -18,11 +18,12 @@ from tqdm import tqdm  # noqa: E402
 from bitfit import models, sources  # noqa: E402
 from bitfit.checkpoints import Saver  # noqa: E402
 from bitfit.data import MAX_TOKENS, Split, tokenize  # noqa: E402
+from bitfit.plan import Plan  # noqa: E402
 from bitfit.predict import Limit  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.train import Plan, start, train_epoch  # noqa: E402
-from bitfit.trainable import in_encoder, select  # noqa: E402
+from bitfit.train import start, train_epoch  # noqa: E402
+from bitfit.trainable import matrix_weights, select  # noqa: E402
 
 LENGTH = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -142,12 +143,7 @@ def flop_of(model, tokens):
     Each weight of the encoder's matrices is multiplied with each token twice, in the forward pass
     and in the backward pass of its inputs: 4 operations. Padding and attention are not counted.
     """
-    weights = sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if in_encoder(model, n) and p.dim() > 1 and ".embeddings." not in n
-    )
-    return 4 * weights * int(tokens.lengths.sum())
+    return 4 * matrix_weights(model) * int(tokens.lengths.sum())
 
 
 def gemm_rate(precision, device, size=2048):

@@ -9,10 +9,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from bitfit import store
 from bitfit.predict import random_state, set_random_state
 from bitfit.runs import Run
-from bitfit.train import Record
+from bitfit.train import Record, evaluations
 from utils import Damaged, Signals, Stopped
 
 LOGGER = logging.getLogger("bitfit")
@@ -106,6 +108,8 @@ def capture(state):
         tensors["best"] = state.best
     for k, own in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{k}.{name}": value for name, value in own.items()}
+    for split, logits in state.logits.items():
+        tensors[f"logits.{split}"] = torch.from_numpy(logits[: evaluations(state)])
     generators = random_state(state.stack.values.device)
     tensors |= {f"random.{i}": generator for i, generator in enumerate(generators)}
     facts = {name: getattr(state, name) for name in ("epoch", "step", "seconds", "scores")}
@@ -136,4 +140,7 @@ def restore(state, facts, tensors):
     state.plan.limit.tokens = min(state.plan.limit.tokens, facts["max_tokens"])
     state.records, state.loss_sum = records, tensors["loss_sum"].to(device)
     state.scores = [tuple(score) for score in facts["scores"]]
+    for split, logits in state.logits.items():
+        kept = tensors[f"logits.{split}"].numpy()
+        logits[: len(kept)] = kept
     state.epoch, state.step, state.seconds = facts["epoch"], facts["step"], facts["seconds"]

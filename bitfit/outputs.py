@@ -71,7 +71,7 @@ def held(output):
     output.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output / ".lock", fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=0.5)  # not at once: another may be looking whether it is held
     except filelock.Timeout:
         what = f"{output} is in use by another process: give another folder"
         raise UserError(f"--output-path {what}") from None

@@ -212,11 +212,20 @@ def bias_changes(start, end):
     return list(table.index), table.to_numpy()
 
 
-def bias_heatmap(start, end, caption):
-    """The paper's figure 1: how far each bias term moved, per layer, with the average."""
+def save_changes(names, changes, path):
+    """The same as a table: a row per term, a column per layer, counted from 1."""
+    columns = range(1, changes.shape[1] + 1)
+    write_text(path, pd.DataFrame(changes, index=names, columns=columns).to_csv(index_label="term"))
+
+
+def bias_heatmap(names, changes, caption):
+    """The paper's figure 1: how far each bias term moved, per layer, with the average.
+
+    Args:
+        names, changes: as from `bias_changes`.
+    """
     from seaborn import heatmap
 
-    names, changes = bias_changes(start, end)
     changes = np.column_stack([changes, np.nanmean(changes, axis=1)])
     layers = changes.shape[1] - 1
     symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}

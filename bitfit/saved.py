@@ -1,4 +1,5 @@
-"""A trained evaluator on disk: evaluator.json, and what trained in delta.safetensors.
+"""A trained evaluator on disk: evaluator.json, and what trained in delta.safetensors; the logits
+that a training keeps.
 
 The delta holds only the values that trained (about 0.4 MB for BitFit on bert-base). The hash of
 the base model's encoder guards it: it is never put on another one. Where everything trained, the
@@ -7,16 +8,33 @@ whole model is kept instead, in `model/`.
 
 from pathlib import Path
 
+import torch
+
 from bitfit import models, reports, store, trainable
 from bitfit.runs import Run, Stack
-from bitfit.train import Record
-from utils import Damaged, UserError
+from bitfit.train import Record, evaluations
+from utils import Damaged, UserError, whole_file
 
 FACTS = "evaluator.json"
+LOGITS = "validation_logits.safetensors"
 POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 DATA = ("max_sequence_len", "batch_size", "train_size")
 SETTINGS = ("base_name", "fine_tune_type", "components")
+
+
+def write_logits(folder, state, k):
+    """validation_logits.safetensors of run number k: what selection and tests need later.
+
+    For each validation split its logits (evaluations, rows, C) and `<split>.labels` (rows,).
+    """
+    tensors, done = {}, evaluations(state)
+    for split, logits in state.logits.items() if done else ():
+        tensors[split] = torch.from_numpy(logits[:done, k].copy())
+        tensors[f"{split}.labels"] = state.plan.scored[split].tokens.labels.cpu()
+    if tensors:
+        with whole_file(folder / LOGITS) as temporary:
+            store.save(tensors, temporary)
 
 
 def write(evaluator, folder):

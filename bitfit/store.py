@@ -31,12 +31,17 @@ def write(path, facts, tensors, beside=None):
             new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
             return
         with whole_file(data) as new_data:  # both are written before either gets its name
-            try:
-                save_file(tensors, new_data)
-            except SafetensorError as error:
-                raise OSError(f"{data}: {error}") from None
+            save(tensors, new_data)
             facts |= {"tensors": data.name, "tensors_sha256": file_sha256(new_data)}
             new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
+
+
+def save(tensors, path):
+    """safetensors' own function, whose errors are OSError here."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 def read(path):

@@ -1,14 +1,12 @@
-"""The loop, in reading order: plan, state, optimizer, step, epoch, all epochs.
+"""The loop, in reading order: state, optimizer, step, epoch, all epochs.
 
 A training is one `State`: its plan says what it works on, the rest is all that changes on the way.
 Every function here takes it and leaves it one step, or epoch, further; a checkpoint writes it.
 """
 
 import logging
-import math
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from statistics import mean
 from typing import NamedTuple
 
@@ -17,61 +15,19 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bitfit.data import Split, passes_of, to_device
-from bitfit.models import Forward
-from bitfit.predict import Limit, predict_runs
+from bitfit.data import passes_of, to_device
+from bitfit.plan import Plan
+from bitfit.predict import predict_runs
 from bitfit.reports import best_epochs, frame_of, one_line_scores
 from bitfit.runs import Run, Stack, clip_
 from bitfit.stacked import rows_of
-from bitfit.tasks import Task, row_losses, score
-from utils import Stopped, generator
+from bitfit.tasks import compact, row_losses, score
+from utils import Stopped
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
 LOOK_SECONDS = 0.5  # how often the loss is read, for which the host waits for the device
 SPENT = ("training", "evaluation", "checkpoints")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one training works on, and how."""
-
-    task: Task
-    forward: Forward
-    train: Split
-    scored: dict  # {split: Split}
-    limit: Limit
-    batch_size: int  # rows of each run in a step
-    epochs: int
-    lr_schedule: str = "constant"  # or "linear" down to 0
-    warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
-    evaluation_frequency: int = 1  # score every so many epochs, and after the last
-
-    @property
-    def rows_per_run(self):
-        return len(next(iter(self.train.rows_of_seed.values())))
-
-    @property
-    def steps_per_epoch(self):
-        return math.ceil(self.rows_per_run / self.batch_size)
-
-    @cached_property
-    def factors(self):
-        steps = self.epochs * self.steps_per_epoch
-        return schedule(self.lr_schedule, round(self.warmup_ratio * steps), steps)
-
-    def order(self, run, epoch):
-        """A run's own order of its rows in an epoch, the same whatever else happens."""
-        rows = self.train.rows_of_seed[run.seed]
-        return rows[generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
-
-
-def schedule(kind, warmup_steps, total_steps):
-    """The learning rate's factor at each step, (total_steps,): warm-up, then constant or linear."""
-    step = np.arange(total_steps, dtype=np.float64)
-    falling = (total_steps - step) / max(1, total_steps - warmup_steps)
-    factor = falling if kind == "linear" else np.ones(total_steps)
-    return np.where(step < warmup_steps, (step + 1) / max(1, warmup_steps), factor)
 
 
 @dataclass
@@ -95,6 +51,7 @@ class State:
     update: torch.Tensor | None  # (K, n) what the optimizer moves in place of many runs' values
     records: list  # of each run
     scores: list  # rows (run's name, epoch, split, metric, value) of the one table of scores
+    logits: dict  # {validation split: (evaluations, K, rows, C)}, NaN where there are none
     best: torch.Tensor | None  # (K, n) values at each run's best evaluation, if those are kept
     loss_sum: torch.Tensor  # (K,) over the rows of this epoch
     epoch: int = 0  # epochs done
@@ -126,9 +83,15 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         update=None if one else moved.detach(),
         records=[Record(run) for run in stack.runs],
         scores=[],
+        logits=plan.room_for_logits(len(stack.runs)),
         best=stack.values.clone() if keep == "best" else None,
         loss_sum=torch.zeros_like(stack.values[:, 0]),
     )
+
+
+def evaluations(state):
+    """How many there have been."""
+    return len({epoch for _, epoch, *_ in state.scores})
 
 
 class Step(NamedTuple):
@@ -273,6 +236,8 @@ def fit(state, write, saver):
 def evaluate(state, saver):
     """The scores of the runs that are alive, as they stand: rows like those of `State.scores`.
 
+    Their logits on validation splits go to `State.logits`.
+
     A signal is not kept waiting: the checkpoint it leaves is that before the evaluation.
     """
     plan, stack, scores = state.plan, state.stack, []
@@ -283,6 +248,9 @@ def evaluate(state, saver):
                 labels = split.tokens.labels.cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in alive}
                 for k, logits in predict_runs(plan.forward, stack, split.tokens, plan.limit, rows):
+                    if name in state.logits:
+                        kept = state.logits[name][state.epoch // plan.evaluation_frequency]
+                        kept[k] = compact(plan.task, logits)
                     for metric, value in score(plan.task, logits, labels[rows[k]]).items():
                         scores.append((stack.runs[k].name, state.epoch + 1, name, metric, value))
     except Stopped:

@@ -51,6 +51,15 @@ def in_encoder(model, name):
     return name.startswith(model.base_model_prefix + ".")
 
 
+def matrix_weights(model):
+    """How many weights of the encoder's matrices each token is multiplied with."""
+    return sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if in_encoder(model, n) and p.dim() > 1 and ".embeddings." not in n
+    )
+
+
 def is_bias(name):
     return name.rsplit(".", 1)[-1] == "bias"
 

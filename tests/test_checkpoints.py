@@ -7,10 +7,11 @@ from conftest import TINY_BERT, load_model
 
 from bitfit.checkpoints import Saver, capture, restore
 from bitfit.data import Split
+from bitfit.plan import Plan
 from bitfit.predict import Limit
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
-from bitfit.train import Plan, move, start
+from bitfit.train import move, start
 from bitfit.trainable import select
 from utils import Damaged
 

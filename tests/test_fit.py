@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 from conftest import GLUE, TINY_BERT, set_dropout
+from safetensors.numpy import load_file
 from scipy.stats import ks_2samp
 
 from bitfit import models, train
 from bitfit.reports import main_scores
+from bitfit.saved import LOGITS
+from bitfit.tasks import score
 from glue_evaluator import GLUEvaluator
 from utils import Diverged, UserError
 
@@ -53,6 +56,23 @@ def test_train_size_draws_rows_of_its_own_for_each_seed():
         assert together.record.train_loss == pytest.approx(alone.record.train_loss, rel=1e-4)
         scores = together.evaluations["train"]["MCC"]
         assert scores == pytest.approx(alone.evaluations["train"]["MCC"], abs=0.06)
+
+
+@pytest.mark.parametrize("task", ["cola", "stsb", "mnli"])
+def test_the_logits_of_every_evaluation_are_kept(tmp_path, task):
+    """The scores come out of them again; a run that diverged has none."""
+    evaluator = GLUEvaluator(task, TINY_BERT, None, seed=0, data_dir=GLUE)
+    evaluator.preprocess_dataset("longest", 128, 8, train_size=40)
+    evaluator.prepare("bitfit", [3e-3, 1e30], components=["bias"], verbose=False)
+    evaluator.train_and_evaluate(3, tmp_path)
+    kept, gone = (load_file(tmp_path / run.name / LOGITS) for run in evaluator.runs)
+    for split in evaluator.task.validation_splits:
+        labels = kept[f"{split}.labels"]
+        assert kept[split].shape == (3, len(labels), evaluator.num_labels)
+        assert np.isnan(gone[split]).all()
+        for metric, values in evaluator.evaluations[split].items():
+            again = [score(evaluator.task, own, labels)[metric] for own in kept[split]]
+            assert again == pytest.approx(values, abs=1e-6)
 
 
 def test_select_turns_every_result_to_that_run(tmp_path):

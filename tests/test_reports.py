@@ -89,7 +89,7 @@ def test_layers_of_one_number_in_several_stacks():
         "canine.initial.layer: output.dense.bias",
     ]
     assert np.array_equal(changes, [[0.5, 0.5], [0.5, np.nan]], equal_nan=True)
-    reports.bias_heatmap(start, end, "a caption").canvas.draw()
+    reports.bias_heatmap(names, changes, "a caption").canvas.draw()
 
 
 @pytest.mark.parametrize("layers", [1, 12, 24])
@@ -97,7 +97,8 @@ def test_nothing_is_cut_off(layers):
     """All that is drawn lies inside the picture, long captions and names included."""
     caption = "STS-B, a-model-with-quite-a-long-name, bitfit (query, key, value, output, " * 2
     start = {f"m.layer.{i}.attention.output.LayerNorm.bias": torch.zeros(2) for i in range(layers)}
-    heatmap = reports.bias_heatmap(start, {n: t + 0.1 for n, t in start.items()}, caption)
+    moved = reports.bias_changes(start, {n: t + 0.1 for n, t in start.items()})
+    heatmap = reports.bias_heatmap(*moved, caption)
     for figure in (heatmap, *reports.learning_curves(SCORES, MRPC, caption).values()):
         figure.canvas.draw()
         drawn, canvas = figure.get_tightbbox(), figure.get_size_inches()
@@ -111,7 +112,7 @@ def test_heatmap_labels():
     names = ["attention.output.LayerNorm.bias", "an.unheard.of.bias"]
     start = {f"m.layer.{i}.{name}": torch.zeros(2) for i in range(3) for name in names}
     end = {n: t + 0.1 for n, t in start.items()}
-    figure = reports.bias_heatmap(start, end, "a caption")
+    figure = reports.bias_heatmap(*reports.bias_changes(start, end), "a caption")
     axes = figure.axes[0]
     figure.canvas.draw()
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "3", "Avg."]

@@ -103,7 +103,8 @@ def test_all_outputs_of_one_run(tmp_path):
     assert run_glue.main(flags(output, *more, task="mnli")) == 0
     assert {path.name for path in output.iterdir()} == {
         "args.json", "metrics.json", "metrics.csv", "learning_curves_accuracy.png",
-        "bias_term_changes.png", "evaluator", "model", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv",
+        "bias_term_changes.png", "bias_term_changes.csv", "validation_logits.safetensors",
+        "evaluator", "model", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv",
     }  # fmt: skip
     table = pd.read_csv(output / "metrics.csv")
     assert set(table["split"]) == {"train", "validation_matched", "validation_mismatched"}
@@ -152,7 +153,7 @@ GRID = ["-l", "1e-3", "3e-3", "-s", "0", "4"]
 NAMES = ["lr0.001_seed0", "lr0.001_seed4", "lr0.003_seed0", "lr0.003_seed4"]
 WHAT_A_RUN_LEAVES = {
     "args.json", "metrics.json", "metrics.csv", "learning_curves_f1.png",
-    "learning_curves_accuracy.png", "evaluator", "MRPC.tsv",
+    "learning_curves_accuracy.png", "validation_logits.safetensors", "evaluator", "MRPC.tsv",
 }  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def test_a_sweep_leaves_what_its_single_runs_leave(tmp_path, kind, capsys, caplo
         *NAMES, "args.json", "results.csv", "results.json", "learning_curves_f1.png",
         "learning_curves_accuracy.png",
     }  # fmt: skip
-    changes = {"bias_term_changes.png"} if kind == "bitfit" else set()
+    changes = {"bias_term_changes.png", "bias_term_changes.csv"} if kind == "bitfit" else set()
     scores = []
     for name in NAMES:
         folder = tmp_path / "out" / name

@@ -9,10 +9,11 @@ from tqdm import tqdm
 from bitfit import data, models, packing, sources, train
 from bitfit.checkpoints import Saver
 from bitfit.data import Split, tokenize
+from bitfit.plan import Plan, schedule
 from bitfit.predict import Limit, computing_in, predict, predict_runs
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
-from bitfit.train import Plan, schedule, start, train_epoch
+from bitfit.train import start, train_epoch
 from bitfit.trainable import FINE_TUNE_TYPES, select
 from utils import generator
 

@@ -1,0 +1,1 @@
+"""The paper's study: cells, cost, ledger, workers, statistics, report."""

@@ -1,0 +1,202 @@
+"""What cells will cost: arithmetic from token counts and model sizes, rates from this machine.
+
+A rate is floating point operations per second of training and scoring together. It is that of the
+cells already done where there are any, else a short measurement (`--calibrate`).
+"""
+
+import json
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bitfit import models
+from bitfit.data import MAX_TOKENS, MOST_ROWS_SCORED, Split, tokenize
+from bitfit.plan import Plan
+from bitfit.predict import Limit
+from bitfit.reports import read_metrics
+from bitfit.runs import Run, Stack, why_not_stackable
+from bitfit.sources import read_split
+from bitfit.study import ledger
+from bitfit.study.cells import ROWS, slug
+from bitfit.tasks import TASKS
+from bitfit.train import start, take_step
+from bitfit.trainable import matrix_weights, select
+from utils import UserError, write_text
+
+RATES = "rates.json"
+SAMPLED = 2000  # rows whose tokens are counted, evenly spaced
+START_SECONDS = 10  # of a command: imports, model, data
+# Operations for each weight and token: forward, through the activations back, weights' gradients.
+OPERATIONS = {"frozen": 2, "bitfit": 4, "full_ft": 6, "rand_uniform": 6, "rand_row_col": 6}
+RUN_BYTES = 300_000  # pictures, metrics, args of a run
+CALIBRATIONS = {"stacked": ("bitfit", 4), "single": ("bitfit", 1), "full": ("full_ft", 1)}
+
+
+class Sizes(NamedTuple):
+    """What the cost of a cell follows from."""
+
+    weights: int  # of the encoder's matrices
+    rows: dict  # {split: rows}
+    tokens: dict  # {split: mean tokens of a row}
+    classes: int
+
+
+def sizes_of(cell):
+    """The `Sizes` of a cell's model and data; UserError where they cannot be had."""
+    args, task = cell.args, TASKS[cell.task]
+    tokenizer = models.load_tokenizer(cell.model)
+    rows, tokens = {}, {}
+    for split in ("train", *task.splits):
+        texts = read_split(task, split, args["data_dir"])
+        if texts is None:
+            continue
+        rows[split] = len(texts)
+        few = np.unique(np.linspace(0, len(texts) - 1, min(SAMPLED, len(texts))).astype(int))
+        few = tokenize(texts.take(few), tokenizer, args["max_seq_length"])
+        tokens[split] = float(few.lengths.mean())
+    return Sizes(weights_of(cell.model, task), rows, tokens, task.num_labels)
+
+
+def weights_of(model, task):
+    """The weights of the encoder's matrices, those that each token is multiplied with."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    config = models.load_config(model, task)
+    with torch.device("meta"):
+        empty = Auto.from_config(config)
+    return matrix_weights(empty)
+
+
+def operations(cell, sizes):
+    """Floating point operations of all runs of a cell: training, scoring, test predictions."""
+    args, task, row = cell.args, TASKS[cell.task], ROWS[cell.row]
+    own = min(args["train_size"] or sizes.rows["train"], sizes.rows["train"])
+    training = OPERATIONS[row.fine_tune_type] * args["epochs"] * own * sizes.tokens["train"]
+    scored = min(own, MOST_ROWS_SCORED) * sizes.tokens["train"]
+    scored += sum(sizes.rows[s] * sizes.tokens[s] for s in task.validation_splits)
+    tests = sum(sizes.rows[s] * sizes.tokens[s] for s in task.server_files if s in sizes.rows)
+    scoring = 2 * (args["epochs"] * scored + args["predict_test"] * tests)
+    return sizes.weights * cell.runs * (training + scoring)
+
+
+def disk_bytes(cell, sizes):
+    """What a cell leaves on disk, logits of all evaluations and test predictions included."""
+    task, args = TASKS[cell.task], cell.args
+    each = 4 if task.is_regression else 2
+    rows = sum(sizes.rows[s] for s in task.validation_splits)
+    tests = sum(sizes.rows.get(s, 0) for s in task.server_files) * args["predict_test"]
+    return cell.runs * (RUN_BYTES + args["epochs"] * rows * sizes.classes * each + 10 * tests)
+
+
+class Costs:
+    """Estimates for the cells of a study, from what is done and what was measured."""
+
+    def __init__(self, study):
+        self.study, self.sizes, self.unknown = study, {}, {}
+        self.measured = read_rates(study.output)
+        self.done = [
+            (cell, operations(cell, self.sizes_of(cell)), seconds)
+            for cell in study.cells
+            if (seconds := seconds_of(study, cell)) and self.sizes_of(cell)
+        ]
+
+    def sizes_of(self, cell):
+        """The cell's `Sizes`, or None; `unknown` then says why."""
+        key = cell.model, cell.task
+        if key not in self.sizes:
+            try:
+                self.sizes[key] = sizes_of(cell)
+            except UserError as error:
+                self.sizes[key], self.unknown[key] = None, str(error)
+        return self.sizes[key]
+
+    def rate(self, cell):
+        """FLOP/s of such a cell: that of done cells of its row, of its kind, or as measured."""
+        kind = kind_of(cell)
+        same = [item for item in self.done if item[0].model == cell.model]
+        for alike in ([i for i in same if i[0].row == cell.row],
+                      [i for i in same if kind_of(i[0]) == kind]):  # fmt: skip
+            if alike:
+                return sum(i[1] for i in alike) / sum(i[2] for i in alike)
+        return self.measured.get(slug(cell.model), {}).get(kind)
+
+    def seconds(self, cell):
+        """The estimate, or None where nothing is known."""
+        rate, sizes = self.rate(cell), self.sizes_of(cell)
+        starts = 1 if kind_of(cell) == "stacked" else cell.runs
+        return rate and sizes and operations(cell, sizes) / rate + START_SECONDS * starts
+
+    def seconds_apart(self, cell):
+        """The same with one command for each run."""
+        kind = "single" if ROWS[cell.row].stacks else "full"
+        rate, sizes = self.measured.get(slug(cell.model), {}).get(kind), self.sizes_of(cell)
+        return rate and sizes and operations(cell, sizes) / rate + START_SECONDS * cell.runs
+
+    def bytes(self, cell):
+        sizes = self.sizes_of(cell)
+        return sizes and disk_bytes(cell, sizes)
+
+
+def kind_of(cell):
+    return ("stacked" if cell.runs > 1 else "single") if ROWS[cell.row].stacks else "full"
+
+
+def seconds_of(study, cell):
+    """What a done cell took: all of its runs' seconds; None where it is not done."""
+    if ledger.state_of(study, cell) != "done":
+        return None
+    folder = ledger.folder_of(study, cell)
+    files = sorted(folder.rglob("metrics.json"))
+    return sum(sum(read_metrics(file.parent)[0]["seconds"].values()) for file in files)
+
+
+def read_rates(output):
+    try:
+        return json.loads((output / RATES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def calibrate(study, device, dtype):
+    """Measure the rates of the models whose cells need them, and write them to the study."""
+    rates = read_rates(study.output)
+    for cell in study.cells:
+        if slug(cell.model) not in rates:
+            rates[slug(cell.model)] = {
+                kind: measure(cell, method, runs, device, dtype)
+                for kind, (method, runs) in CALIBRATIONS.items()
+            }
+            write_text(study.output / RATES, json.dumps(rates, indent=2) + "\n")
+    return rates
+
+
+def measure(cell, method, runs, device, dtype):
+    """FLOP/s of three training steps of a cell's task and batch, after one to warm up."""
+    task, args = TASKS[cell.task], cell.args
+    texts = read_split(task, "train", args["data_dir"])
+    size = min(len(texts), args["batch_size"])
+    picked = np.linspace(0, len(texts) - 1, 4 * size).astype(int)
+    tokenizer = models.load_tokenizer(cell.model)
+    tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
+    model, _ = models.load(cell.model, task)
+    forward = models.find_forward(model.to(device), cell.model, tokens, dtype)
+    chosen = select(model, method, ["bias"] if method == "bitfit" else [])
+    if runs > 1 and why_not_stackable(forward, chosen, tokens):
+        return measure(cell, method, 1, device, dtype)
+    rows = dict.fromkeys(range(runs), np.arange(len(picked)))
+    limit = Limit(MAX_TOKENS[device.type], device)
+    plan = Plan(task, forward, Split(tokens, rows), {}, limit, size, epochs=1)
+    stack = Stack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], models.draw_head)
+    state, alive = start(plan, stack), np.arange(runs)
+    model.train()
+    with stack.bound(dtype):
+        for step in range(4):
+            own = np.arange(step * size, (step + 1) * size)
+            take_step(state, alive, np.tile(own, (runs, 1))).sum().item()
+            if step == 0:
+                begin = time.perf_counter()
+    count = int(tokens.lengths[size:].sum()) * runs
+    seconds = time.perf_counter() - begin
+    return OPERATIONS[method] * matrix_weights(model) * count / seconds

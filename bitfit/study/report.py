@@ -1,0 +1,244 @@
+"""`paper.py report`: tables.csv, .md, .tex, pictures, and all of it in one report.html."""
+
+import base64
+import html
+
+import numpy as np
+import pandas as pd
+
+from bitfit.reports import save_figure
+from bitfit.study import cost, figures, ledger, results
+from bitfit.study.cells import (
+    BATCH_SIZE,
+    EPOCHS,
+    OTHER_EPOCHS,
+    PAPERS_MODELS,
+    ROWS,
+    SEEDS,
+    papers_rates,
+)
+from bitfit.study.published import COLUMNS, NOTE, PUBLISHED, average
+from utils import UserError, write_text
+
+SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "frozen": "Frozen",
+           "rand_uniform": "Rand uniform", "rand_row_col": "Rand row/col"}  # fmt: skip
+LEGEND = (
+    "Scores x 100 on the validation set, mean ± sample standard deviation over the seeds. Learning "
+    "rate and epoch are chosen on one half of the validation rows and scored on the other, and the "
+    f"other way round (`split`). In brackets the paper's number ({NOTE}); `!` where the 95 % "
+    "interval of the mean has nothing in common with it ± its deviation; `...` where the cell is "
+    "not finished."
+)
+STATISTICS = (
+    "a - b, by `split`, paired by seed. The interval (95 %) is of a bootstrap over seeds and "
+    "validation rows together; `all` is the mean over the columns. p is of flipping the signs of "
+    "the seeds' differences, so it cannot be below `least p`, and p (Holm) is corrected for all "
+    "columns of a model's pairs, or for its pooled rows."
+)
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.2em .6em;"
+    "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,"
+    "th:first-child{text-align:left}img{max-width:100%;height:auto}figure{margin:1.5em 0}"
+    "pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:12px}figcaption{color:#555}"
+)
+
+
+def write(study, resamples=1000):
+    """Write the report of what there is; returns what to print.
+
+    Raises:
+        UserError: no run has been scored yet.
+    """
+    entries = results.entries(study)
+    if not entries:
+        raise UserError(f"{study.output} has no scores yet: `paper.py run` makes them")
+    rng = np.random.default_rng(0)
+    scores = results.score_frame(entries)
+    differences = results.comparisons(entries, rng, resamples)
+    headline = {model: table_of(scores, model) for model in dict.fromkeys(scores["model"])}
+    pictures = figures.all_of(study, entries)
+    folder = study.output / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, (figure, _) in pictures.items():
+        save_figure(figure, folder / f"{name}.png")
+    out = study.output
+    write_text(out / "tables.csv", scores.round(4).to_csv(index=False))
+    write_text(out / "differences.csv", differences.round(4).to_csv(index=False))
+    write_text(out / "tables.md", markdown(study, headline, differences))
+    write_text(out / "tables.tex", latex(headline))
+    write_text(out / "report.html", page(study, headline, scores, differences, pictures, folder))
+    shown = "\n\n".join(f"{name}\n{table.to_string()}" for name, table in headline.items())
+    return f"{shown}\n{out / 'report.html'}"
+
+
+def table_of(scores, model):
+    """Tables 2 and 3 in the paper's layout, as text: rows x columns."""
+    own = scores[(scores["model"] == model) & (scores["selection"] == "split")]
+    own = own[own["train_size"].isna()]
+    columns = [c for c in [*COLUMNS, *own["column"]] if c in set(own["column"])]
+    rows = {}
+    for row in ROWS:
+        of = own[own["row"] == row].set_index("column")
+        if len(of):
+            texts = {c: entry_text(of.loc[c]) if c in of.index else "" for c in columns}
+            mean = average({c: of["mean"].get(c) for c in COLUMNS})
+            paper = average({c: PUBLISHED.get((model, row, c), (None,))[0] for c in COLUMNS})
+            texts["Avg."] = "" if mean is None else f"{mean:.1f}"
+            texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
+            rows[SYMBOLS.get(row, row)] = texts
+    return pd.DataFrame(rows).T
+
+
+def entry_text(entry):
+    text = spread(entry["mean"], entry["std"])
+    if pd.notna(entry["published"]):
+        text += f" ({spread(entry['published'], entry['published_std'])})"
+    return text + "!" * (entry["off"] is True) + " ..." * (entry["state"] != "done")
+
+
+def spread(mean, std):
+    if pd.isna(mean):
+        return "diverged"
+    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+
+
+def difference_table(differences):
+    """The comparisons as text."""
+    shown = pd.DataFrame()
+    if differences.empty:
+        return shown
+    shown["a - b"] = differences["a"] + " - " + differences["b"]
+    shown["column"] = differences["column"]
+    for name in ("difference", "low", "high"):
+        shown[name] = differences[name].map("{:+.1f}".format)
+    shown["pairs"] = differences["pairs"]
+    for name, title in (("p", "p"), ("p_holm", "p (Holm)"), ("least_p", "least p")):
+        shown[title] = differences[name].map("{:.4f}".format)
+    several = differences["model"].nunique() > 1
+    return shown.assign(model=differences["model"]) if several else shown
+
+
+def selection_table(scores):
+    """The three selections side by side, with trials and learning rates."""
+    whole = scores[scores["train_size"].isna()]
+    keys = ["model", "row", "column"]
+    texts = whole.assign(text=[spread(*pair) for pair in zip(whole["mean"], whole["std"],
+                                                             strict=True)])  # fmt: skip
+    wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
+    wide.columns = ["last epoch", "best epoch (optimistic)", "split"]
+    more = whole[whole["selection"] == "split"].set_index(keys)[["seeds", "trials",
+                                                                 "learning_rate"]]  # fmt: skip
+    joined = wide.join(more)
+    order = [tuple(key) for key in whole[keys].drop_duplicates().to_numpy()]
+    return joined.loc[order].reset_index()
+
+
+def deviations(study):
+    """What of the plan is not the paper's, in words."""
+    said = []
+    for cell in study.cells:
+        if cell.model not in PAPERS_MODELS:
+            said.append(f"model {cell.model}")
+        if tuple(cell.rates) != tuple(papers_rates(cell.model, cell.row)):
+            rates = " ".join(f"{rate:g}" for rate in cell.rates)
+            said.append(f"learning rates of {cell.row}: {rates}")
+        if tuple(cell.seeds) != SEEDS:
+            said.append(f"seeds of {cell.row}: {' '.join(map(str, cell.seeds))}")
+        for name, papers in (("batch_size", BATCH_SIZE), ("max_seq_length", 128)):
+            if cell.args[name] != papers:
+                said.append(f"{name.replace('_', ' ')} {cell.args[name]}")
+        if cell.args["train_size"] and not cell.size:
+            said.append(f"{cell.args['train_size']} training rows, drawn by each seed")
+        if cell.args["epochs"] != EPOCHS.get(cell.task, OTHER_EPOCHS):
+            said.append(f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)")
+    return list(dict.fromkeys(said))
+
+
+def markdown(study, headline, differences):
+    parts = ["# Results", LEGEND]
+    for model, table in headline.items():
+        parts += [f"## {model}", pipes(table.reset_index(names=""))]
+    if len(differences):
+        parts += ["## Differences", STATISTICS, pipes(difference_table(differences))]
+    parts += ["## Not the paper's", "\n".join(f"- {text}" for text in deviations(study)) or "-"]
+    return "\n\n".join(parts) + "\n"
+
+
+def pipes(frame):
+    """A frame as a Markdown table."""
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
+    lines += [list(map(str, row)) for row in frame.to_numpy()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def latex(headline):
+    """A tabular per model, for booktabs."""
+    parts = []
+    for model, table in headline.items():
+        table = table.map(lambda text: text.replace("±", r"$\pm$"))
+        lines = [[model, *table.columns], *([i, *row] for i, row in zip(
+            table.index, table.to_numpy(), strict=True))]  # fmt: skip
+        body = [" & ".join(line).replace("_", r"\_") + r" \\" for line in lines]
+        body[1:1] = [r"\midrule"]
+        begin = rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
+        parts.append("\n".join([begin, r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]))
+    return "% " + LEGEND + "\n" + "\n\n".join(parts) + "\n"
+
+
+def page(study, headline, scores, differences, pictures, folder):
+    """One HTML page that needs nothing else."""
+    images = [picture(folder / f"{name}.png", text) for name, (_, text) in pictures.items()]
+    commands = "\n".join(html.escape(cell.shell(study.output)) for cell in study.cells)
+    parts = ["<h1>BitFit: the paper's tables, measured</h1>", paragraph(progress(study))]
+    parts += [paragraph(LEGEND)]
+    for model, table in headline.items():
+        parts += [f"<h2>{html.escape(model)}</h2>", table.to_html(border=0)]
+    parts += ["<h2>Not the paper's</h2>", items(deviations(study))]
+    if len(differences):
+        parts += ["<h2>Differences between methods</h2>", paragraph(STATISTICS)]
+        parts += [difference_table(differences).to_html(border=0, index=False)]
+    parts += ["<h2>Three ways to select</h2>"]
+    parts += [selection_table(scores).to_html(border=0, index=False)]
+    parts += ["<h2>Pictures</h2>", *images, "<h2>Cost and machine</h2>", items(machine(study))]
+    parts += ["<h2>Commands</h2>", f"<pre>{commands}</pre>"]
+    head = f"<meta charset='utf-8'><title>BitFit: results</title><style>{STYLE}</style>"
+    body = "\n".join(parts)
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>\n{body}\n</body></html>\n"
+
+
+def paragraph(text):
+    return f"<p>{html.escape(text).replace('`', '')}</p>"
+
+
+def items(texts):
+    return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["-"]) + "</ul>"
+
+
+def picture(path, text):
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = html.escape(text)
+    return (f"<figure><img src='data:image/png;base64,{data}' alt='{caption}'>"
+            f"<figcaption>{caption}</figcaption></figure>")  # fmt: skip
+
+
+def progress(study):
+    states = [ledger.state_of(study, cell) for cell in study.cells]
+    done = states.count("done")
+    return f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
+
+
+def machine(study):
+    """Where and in what time the cells were done."""
+    said, hours = [], 0.0
+    for cell in study.cells:
+        facts = ledger.args_of(study, cell)
+        if facts:
+            versions = " ".join(f"{n} {facts[n]}" for n in ("torch", "transformers", "python"))
+            commit = (facts.get("commit") or "unknown")[:7]
+            where = f"{facts['device']}, {facts['threads']} threads, {facts['precision']}"
+            said.append(f"{where}; {versions}; commit {commit}")
+        hours += (cost.seconds_of(study, cell) or 0) / 3600
+    runs = sum(cell.runs for cell in study.cells)
+    said = list(dict.fromkeys(said))
+    return [f"{hours:.2f} hours of the {runs} planned runs that are done", *said]

@@ -1,0 +1,298 @@
+"""Scores of many evaluations at once, which of them count, and what their differences say.
+
+Throughout, L is for learning rates, S for seeds, E for scored epochs, B for resamples. A run
+that diverged is NaN in what it has not reached and counts nowhere, as in `bitfit.sweeps`: that
+its seed is missing shows as NaN in `values` and in the n of what is made of them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+BLOCK = 100  # resamples drawn at once: for the 40,430 rows of QQP 1,000 would take 0.6 GB
+SIGN_FLIPS = 9999  # at random; up to 13 differences have fewer, and those are all tried
+ENDS = 0.025, 0.975  # of an interval
+
+
+class Choice(NamedTuple):
+    """The evaluations that a selection reports, one for each seed."""
+
+    rows: np.ndarray  # indices of the validation rows that they are scored on
+    rate: int  # index of the learning rate
+    epoch: np.ndarray  # (S,) index of the epoch
+
+
+class Selected(NamedTuple):
+    """What a selection comes to: the mean over its choices."""
+
+    values: np.ndarray  # (S,) NaN where the seed's run diverged
+    choices: list  # of Choice; none where all runs diverged
+
+
+class Difference(NamedTuple):
+    """How far one method is above another."""
+
+    mean: float
+    low: float  # of the 95 % interval
+    high: float
+    p: float  # two-sided
+    n: int  # seeds that both methods have
+
+
+def main_scores(task, logits, labels):
+    """The task's main metric, as `bitfit.tasks.score` has it, NaN where a logit is NaN.
+
+    (..., rows, C), (rows,) -> (...)
+    """
+    return resampled(task, logits, labels, np.ones((1, len(labels)), int))[0]
+
+
+def resampled(task, logits, labels, counts):
+    """The main metric, each row so often: (..., rows, C), (rows,), (B, rows) -> (B, ...)"""
+    values = METRICS[task.metrics[0]](logits, labels, counts)  # (..., B)
+    diverged = np.isnan(logits).any(axis=(-2, -1))
+    return np.moveaxis(np.where(diverged[..., None], np.nan, values), -1, 0)
+
+
+def total(true, counts):
+    """How many of the rows drawn are true: (..., rows), (B, rows) -> (..., B)"""
+    # whole numbers below 2 ** 24 are exact in float32, and multiply fastest there
+    return (true.astype(np.float32) @ counts.T.astype(np.float32)).astype(float)
+
+
+def ratio(numerator, denominator):
+    """0 where there is nothing to divide by, as `bitfit.tasks.score` has it."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+
+
+def accuracy(logits, labels, counts):
+    return total(logits.argmax(-1) == labels, counts) / counts.sum(axis=1)
+
+
+def f1(logits, labels, counts):
+    predicted, true = logits.argmax(-1) == 1, labels == 1
+    either = total(predicted, counts) + total(true, counts)
+    return ratio(2 * total(predicted & true, counts), either)
+
+
+def matthews(logits, labels, counts):
+    """Of two classes: CoLA, the one task scored so, has no more."""
+    predicted, true = logits.argmax(-1) == 1, labels == 1
+    n, p, t = counts.sum(axis=1), total(predicted, counts), total(true, counts)
+    covariance = n * total(predicted & true, counts) - p * t
+    return ratio(covariance, np.sqrt(p * (n - p)) * np.sqrt(t * (n - t)))
+
+
+def spearman(logits, labels, counts):
+    drawn = [np.repeat(np.arange(len(labels)), of) for of in counts]
+    return np.stack([rank_correlation(logits[..., r, 0], labels[r]) for r in drawn], axis=-1)
+
+
+def rank_correlation(predicted, labels):
+    """(..., rows), (rows,) -> (...)"""
+    x, y = (stats.rankdata(v, axis=-1) - (len(labels) + 1) / 2 for v in (predicted, labels))
+    return ratio(x @ y, np.sqrt((x * x).sum(axis=-1) * (y @ y)))
+
+
+METRICS = {"Accuracy": accuracy, "F1": f1, "MCC": matthews, "Spearman": spearman}
+
+
+def counted(scores):
+    """Scores (L, S, E), NaN in all epochs of a run that diverged in one."""
+    return np.where(np.isnan(scores).any(axis=-1, keepdims=True), np.nan, scores)
+
+
+def best_mean(values):
+    """The index (...) at which values (..., S) have the best mean over seeds, the first of equals.
+
+    One with a seed missing counts, by the seeds that it has, only if none has all.
+    """
+    means = np.ma.masked_invalid(values).mean(axis=-1).filled(-np.inf)
+    whole = ~np.isnan(values).any(axis=-1)
+    means = np.where(whole | ~whole.any(), means, -np.inf)
+    # the same scores, summed in another order, may differ in the last bit
+    return np.unravel_index(means.round(12).argmax(), means.shape)
+
+
+def select_last(scores, rows):
+    """The last epoch of scores (L, S, E) on so many rows, at the best learning rate there."""
+    return select_epochs(scores, np.full(scores.shape[:2], scores.shape[2] - 1), rows)
+
+
+def select_best(scores, rows):
+    """The best epoch of each run, at the best learning rate there: optimistic."""
+    return select_epochs(scores, scores.argmax(axis=-1), rows)
+
+
+def select_epochs(scores, epochs, rows):
+    """One epoch of each run, (L, S), at the learning rate with the best mean over seeds there."""
+    values = np.take_along_axis(counted(scores), epochs[..., None], axis=-1)[..., 0]
+    if np.isnan(values).all():
+        return Selected(np.full(values.shape[1], np.nan), [])
+    (rate,) = best_mean(values)
+    return Selected(values[rate], [Choice(np.arange(rows), int(rate), epochs[rate])])
+
+
+def halves(rows, seed):
+    """Two disjoint halves of so many rows, drawn at random: sorted indices."""
+    order = np.random.default_rng(seed).permutation(rows)
+    return np.sort(order[: rows // 2]), np.sort(order[rows // 2 :])
+
+
+def select_split(task, logits, labels, seed=0):
+    """Chosen on one half of the rows and scored on the other, both ways round.
+
+    The choice is one learning rate and one epoch for all seeds, the pair with the best mean.
+
+    Args:
+        logits: (L, S, E, rows, C)
+        labels: (rows,)
+        seed: of the halves; methods can be compared only where it is the same
+    """
+    parts, seeds = halves(len(labels), seed), logits.shape[1]
+    scores = [counted(main_scores(task, logits[..., of, :], labels[of])) for of in parts]
+    if np.isnan(scores).all():
+        return Selected(np.full(seeds, np.nan), [])
+    values, choices = [], []
+    for chosen_on, scored_on, rows in zip(scores, scores[::-1], parts[::-1], strict=True):
+        rate, epoch = best_mean(chosen_on.swapaxes(1, 2))
+        values.append(scored_on[rate, :, epoch])
+        choices.append(Choice(rows, int(rate), np.full(seeds, epoch)))
+    return Selected(np.mean(values, axis=0), choices)
+
+
+def mean_std(values):
+    """(mean, sample standard deviation, n) of the values not NaN; NaN where they are too few."""
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    mean = float(values.mean()) if len(values) else np.nan
+    return mean, float(values.std(ddof=1)) if len(values) > 1 else np.nan, len(values)
+
+
+def mean_interval(values, level=0.95):
+    """Student's interval (low, high) for the mean of the values that are not NaN."""
+    mean, std, n = mean_std(values)
+    if n < 2:
+        return np.nan, np.nan
+    # scaled here: SciPy answers NaN to the scale of equal values, 0
+    low, high = stats.t.interval(level, n - 1)
+    return float(mean + low * std / n**0.5), float(mean + high * std / n**0.5)
+
+
+def pairs(a, b):
+    """Indices of the seeds that two `Selected` have; ValueError if they did not try as many."""
+    if a.values.shape != b.values.shape:
+        raise ValueError(f"{len(a.values)} seeds against {len(b.values)}")
+    return np.flatnonzero(np.isfinite(a.values) & np.isfinite(b.values))
+
+
+def differences(a, b):
+    """Of two `Selected`, a - b for each seed that both have: (n,)"""
+    return (a.values - b.values)[pairs(a, b)]
+
+
+def draws(rng, n, size):
+    """How often each of n is drawn when n are drawn with replacement: (size, n)"""
+    drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+
+
+def bootstrap_differences(task, a, b, a_logits, b_logits, labels, rng, resamples=1000):
+    """Mean differences of two `Selected` on resampled rows and seeds: (B,), NaN for n < 2.
+
+    Both methods get the same rows and the same seeds each time. What was chosen stays chosen,
+    and its rows are resampled among themselves.
+
+    Args:
+        a_logits, b_logits: what they were selected from, (L, S, E, rows, C)
+        labels: (rows,)
+
+    Raises:
+        ValueError: if they were not tried with as many seeds, or not scored on the same rows.
+    """
+    seeds, values = pairs(a, b), []
+    if len(seeds) < 2:
+        return np.full(resamples, np.nan)
+    for choices in zip(a.choices, b.choices, strict=True):
+        rows = choices[0].rows
+        if not np.array_equal(rows, choices[1].rows):
+            raise ValueError("they are not scored on the same rows")
+        both = zip(choices, (a_logits, b_logits), strict=True)
+        chosen = np.stack([x[c.rate, seeds, c.epoch[seeds]][:, rows] for c, x in both])
+        values.append(row_bootstrap(task, chosen, labels[rows], rng, resamples))
+    a_values, b_values = np.mean(values, axis=0).swapaxes(0, 1)
+    return ((a_values - b_values) * draws(rng, len(seeds), resamples)).sum(axis=1) / len(seeds)
+
+
+def row_bootstrap(task, logits, labels, rng, resamples):
+    """The main metric on rows drawn with replacement: (..., rows, C), (rows,) -> (B, ...)"""
+    sizes = [min(BLOCK, resamples - done) for done in range(0, resamples, BLOCK)]
+    counts = (draws(rng, len(labels), size) for size in sizes)
+    return np.concatenate([resampled(task, logits, labels, of) for of in counts])
+
+
+def paired(task, a, b, a_logits, b_logits, labels, rng, resamples=1000):
+    """The `Difference` a - b of two `Selected`; args and errors of `bootstrap_differences`.
+
+    Its interval is for other rows and other seeds; its p, of flipping the signs of the seeds'
+    differences, for other seeds on these rows, so that the two may disagree.
+    """
+    args = task, a, b, a_logits, b_logits, labels, rng, resamples
+    low, high = pooled_interval([bootstrap_differences(*args)])
+    own = differences(a, b)
+    mean, p = pooled([own], rng)
+    return Difference(mean, low, high, p, len(own))
+
+
+def pooled(columns, rng):
+    """(mean, p) of the `differences` in several columns of a table, which weigh the same.
+
+    p is two-sided, of flipping the signs of all; NaN for one. Both are NaN if a column has none.
+    """
+    columns = [np.asarray(of, float)[np.isfinite(of)] for of in columns]
+    if not columns or not all(map(len, columns)):
+        return np.nan, np.nan
+    terms = np.concatenate([of / len(of) / len(columns) for of in columns])
+    if len(terms) < 2:
+        return float(terms.sum()), np.nan
+    # rounded, or equal sums of other terms might differ in the last bit
+    args = (terms,), lambda x, axis: x.sum(axis=axis).round(12)
+    options = {"permutation_type": "samples", "n_resamples": SIGN_FLIPS, "rng": rng}
+    return float(terms.sum()), float(stats.permutation_test(*args, **options).pvalue)
+
+
+def pooled_interval(bootstraps):
+    """The interval (low, high) of the mean over columns of `bootstrap_differences`, (B,) each.
+
+    Draw them with one rng, column after column: rngs of the same seed draw the same seeds.
+    """
+    return tuple(np.quantile(np.mean(bootstraps, axis=0), ENDS).tolist())
+
+
+def holm(p):
+    """Holm's adjusted p-values (n,); NaN stays NaN and is not counted as a test."""
+    p = np.asarray(p, float)
+    order = p.argsort()[: np.isfinite(p).sum()]  # NaN is sorted last
+    adjusted = np.full(p.shape, np.nan)
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted
+
+
+def least_p(n):
+    """The least two-sided p that flipping the signs of n differences can give."""
+    return min(1.0, 2.0 / 2**n)
+
+
+def expected_best(scores, budgets):
+    """The expected best of n of these trials, for each n of the budgets: (N,), (K,) -> (K,)
+
+    The unbiased estimator of Tang et al. (2020): the mean over all sets of n different trials.
+    A trial that diverged, NaN, counts as the worst of those that did not. NaN where n > N.
+    """
+    scores, n = np.ravel(scores), np.reshape(budgets, (-1, 1))
+    values = np.sort(np.fmax(scores, np.fmin.reduce(scores)))
+    # how likely all n are among the i lowest; its steps are those of the formula
+    below = stats.hypergeom.pmf(n, len(scores), np.arange(len(scores) + 1), n)
+    return np.diff(below) @ values

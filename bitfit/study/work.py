@@ -1,0 +1,128 @@
+"""Workers: each takes the next cell that nobody holds, and runs its command as a process.
+
+Any number of them may work on one folder. What one leaves when it is killed, the next goes on with.
+"""
+
+import errno
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bitfit.study import ledger
+from utils import Signals, Stopped, UserError
+
+LOGGER = logging.getLogger("bitfit")
+PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
+STOPPED = {status for n in Signals.NUMBERS for status in (128 + n, -n)}
+
+
+def shard_of(word, environment=os.environ):
+    """`3/8` -> (2, 8): which part of the cells; "" reads SLURM's array or torchrun's rank.
+
+    Raises:
+        UserError: it is not such a part, or the environment says nothing.
+    """
+    if not word:
+        for index, first, count in (
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT"),
+            ("RANK", None, "WORLD_SIZE"),
+        ):
+            if environment.get(index, "").isdecimal() and environment.get(count, "").isdecimal():
+                begin = int(environment.get(first, 0)) if first else 0
+                word = f"{int(environment[index]) - begin + 1}/{environment[count]}"
+                break
+    match = re.fullmatch(r"(\d+)/(\d+)", word)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        what = "give --shard I/N with 1 <= I <= N, or SLURM_ARRAY_TASK_ID, or RANK and WORLD_SIZE"
+        raise UserError(f"{word!r} is no part of a whole: {what}")
+    return int(match[1]) - 1, int(match[2])
+
+
+def work(study, cells, retry_failed=False, gpu=None):
+    """Run what can be run of some cells, in their order; returns those that failed.
+
+    Raises:
+        Stopped: a signal came; the cell at work has written a checkpoint.
+        UserError: the file system has no locks.
+    """
+    takes = {"missing", "interrupted"} | ({"failed"} if retry_failed else set())
+    failed = []
+    for number, cell in enumerate(cells, 1):
+        if ledger.state_of(study, cell) not in takes:
+            continue
+        try:
+            with ledger.taken(study, cell) as lock:
+                # What it was may have changed before it was taken.
+                if lock is None or ledger.state_of_taken(study, cell) not in takes:
+                    continue
+                LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
+                if not run(study, cell, lock, gpu):
+                    failed.append(cell)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            what = "its file system has no locks: divide the cells with --shard I/N"
+            raise UserError(f"{study.output} cannot be shared, {what}") from None
+    return failed
+
+
+def run(study, cell, lock, gpu=None):
+    """Run a cell's command to its end, output to its log; returns whether it did not fail.
+
+    Args:
+        lock: the file of `ledger.taken`.
+    """
+    more = [] if gpu is None else ["--gpu-device", str(gpu)]
+    log, begin = ledger.beside(study, cell, ".log"), time.monotonic()
+    command = [sys.executable, str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    ledger.forget_failure(study, cell)
+    with open(log, "ab") as output:
+        output.write(f"$ {cell.shell(study.output)}\n".encode())
+        output.flush()
+        # In a session of its own a Ctrl-C reaches it once, from here.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, pass_fds=(lock,),
+        )  # fmt: skip
+        try:
+            status = process.wait()
+        except (Stopped, KeyboardInterrupt) as error:
+            process.send_signal(getattr(error, "number", 2))
+            process.wait()
+            raise
+    took = f"{(time.monotonic() - begin) / 60:.1f} min"
+    if status == 0 and ledger.state_of_taken(study, cell) == "done":
+        LOGGER.info("%s: done in %s", cell.name, took)
+        return True
+    if status in STOPPED:
+        LOGGER.info("%s: stopped by a signal after %s; the next worker goes on", cell.name, took)
+        return True
+    line = last_line(log)
+    ledger.note_failure(study, cell, status, line)
+    LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
+    return False
+
+
+def last_line(path):
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def work_on(gpus, words):
+    """A worker process for each GPU; returns their exit statuses."""
+    workers = [
+        subprocess.Popen([sys.executable, *words, "--gpus", str(gpu)], start_new_session=True)
+        for gpu in gpus
+    ]
+    try:
+        return [worker.wait() for worker in workers]
+    except (Stopped, KeyboardInterrupt) as error:
+        for worker in workers:
+            worker.send_signal(getattr(error, "number", 2))
+        for worker in workers:
+            worker.wait()
+        raise

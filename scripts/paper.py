@@ -1,0 +1,204 @@
+"""The paper's tables and figures: plan them, price them, run them, report them.
+
+    python scripts/paper.py plan --output-path out/paper --tables 2 3 --figures 1 2
+    python scripts/paper.py run --output-path out/paper
+    python scripts/paper.py report --output-path out/paper
+    python scripts/paper.py submit --output-path out/paper --model bert-base-cased --method bitfit
+
+A study is a folder. Each cell of a table is a command of run_glue.py, and `plan` prints them all;
+`run` may be killed at any moment, and any number of them may work on one folder.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from bitfit.flags import POSITIVE, OneLineParser, gpu, number
+from bitfit.study import cells
+from bitfit.tasks import TASKS
+from utils import Stopped, UserError
+
+LOGGER = logging.getLogger("bitfit")
+# fmt: off
+
+
+def add_plan(add):
+    add("--tables", type=int, nargs="+", choices=(2, 3), help="of the paper")
+    add("--figures", type=int, nargs="+", choices=(1, 2),
+        help="of the paper: 1, how far biases move; 2, scores over the number of training rows")
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
+        help="[all of Table 2; Figure 1 rte, Figure 2 qnli]")
+    add("--rows", nargs="+", choices=cells.ROWS, metavar="ROW",
+        help=f"of the tables: some of {', '.join(cells.ROWS)} [all]")
+    add("--models", nargs="+", metavar="MODEL",
+        help="names on the Hub, or folders [the paper's three for Table 2, else bert-base-cased]")
+    add("--learning-rates", nargs="+", metavar="[ROW=]LR", default=[],
+        type=cells.one_number(float, 0), help="for all rows, or some: 1e-3 full_ft=1e-5,3e-5 "
+        "[the paper's grids]")
+    add("--seeds", nargs="+", metavar="[ROW=]N", default=[], type=cells.one_number(int, 0, 2**63),
+        help="for all rows, or some: 0 1 2 frozen=0,1 [0 1 2 3 4]")
+    add("--epochs", nargs="+", metavar="[TASK=]N", default=[], type=cells.one_number(int, 1),
+        help="for all tasks, or some: 8 rte=20 [cola 16, mrpc 20, rte 20, stsb 16, others 8]")
+    add("--batch-size", type=POSITIVE, metavar="N", default=cells.BATCH_SIZE, help="[%(default)s]")
+    add("--train-size", type=POSITIVE, metavar="N", help="train on so many rows [all]")
+    add("--sizes", type=POSITIVE, nargs="+", metavar="N", default=cells.SIZES,
+        help="training rows of Figure 2 [500 1000 2000 4000 8000 16000]")
+    add("--max-seq-length", type=POSITIVE, metavar="N", help="[128]")
+    add("--data-dir", metavar="DIR", help="as for run_glue.py [the Hub]")
+    add("--precision", choices=("fp32", "bf16"), help="as for run_glue.py")
+    add("--no-predict-test", action="store_false", dest="predict_test",
+        help="leave out what `submit` needs [full_ft and bitfit predict the test sets]")
+    add("--calibrate", action="store_true",
+        help="measure what this machine does in a second, for the hours [off]")
+    add("--gpu-device", type=gpu, metavar="GPU", help="to calibrate on")
+
+
+def add_run(add):
+    add("--gpus", nargs="+", type=gpu, metavar="GPU",
+        help="a worker for each: GPU numbers, or cpu [one worker, on the first GPU if any]")
+    add("--shard", nargs="?", const="", metavar="I/N",
+        help="work on part I of N alone, where the file system has no locks; without a value as "
+             "SLURM_ARRAY_TASK_ID or RANK say")
+    add("--retry-failed", action="store_true", help="try failed cells again [off]")
+    add("--budget-hours", type=number(float, 0, above=True), metavar="H",
+        help="only what fits into so many hours of one worker, the cheapest first [all]")
+
+
+def add_report(add):
+    add("--resamples", type=POSITIVE, metavar="N", default=1000,
+        help="of the bootstrap [%(default)s]")
+
+
+def add_submit(add):
+    add("--model", required=True, metavar="MODEL", help="as planned")
+    add("--method", required=True, choices=cells.ROWS, metavar="ROW", help="as planned")
+    add("--placeholder-missing", action="store_true",
+        help="where there are no predictions, write the majority class [no zip then]")
+
+# fmt: on
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(prog="paper.py", description=__doc__.splitlines()[0],
+                           allow_abbrev=False)  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     parser_class=OneLineParser)  # fmt: skip
+    for name, add_flags, text in (
+        ("plan", add_plan, "say what belongs to it and what it costs"),
+        ("run", add_run, "do what is not done"),
+        ("report", add_report, "tables, statistics and pictures of what there is"),
+        ("submit", add_submit, "the GLUE server's zip"),
+    ):
+        own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        own.add_argument("--output-path", "-o", type=Path, required=True, metavar="DIR",
+                         help="the study's folder")  # fmt: skip
+        add_flags(own.add_argument)
+    args = parser.parse_args(argv)
+    if args.command == "plan":
+        if not args.tables and not args.figures and not (args.output_path / cells.STUDY).exists():
+            commands.choices["plan"].error("give --tables 2 3, or --figures 1 2, or both")
+        for name, known in (("learning_rates", cells.ROWS), ("seeds", cells.ROWS),
+                            ("epochs", TASKS)):  # fmt: skip
+            setattr(args, name, collect(commands.choices["plan"], name, getattr(args, name), known))
+    return args
+
+
+def collect(parser, name, pairs, known):
+    """[(row or None, [values])] -> {row or None: [values]}"""
+    values = {}
+    for key, own in pairs:
+        if key is not None and key not in known:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag}: {key!r} is none of {', '.join(known)}")
+        values.setdefault(key, []).extend(own)
+    return values
+
+
+def plan(args):
+    from bitfit.study import cost, plan
+    from glue_evaluator import DTYPES
+
+    study = cells.plan(args.output_path, args)
+    plan.check(study)
+    cells.write(study)
+    if args.calibrate:
+        device = utils.choose_device(utils.gpu_of(args.gpu_device))
+        precision = args.precision or utils.default_precision(device)
+        cost.calibrate(study, device, DTYPES[precision])
+    print(plan.table(study, cost.Costs(study)))
+    print(plan.commands(study))
+    return 0
+
+
+def run(args):
+    from bitfit.study import ledger, plan, work
+
+    study = cells.read(args.output_path)
+    own, left = study.cells, []
+    if args.shard is not None:
+        part, parts = work.shard_of(args.shard)
+        own = own[part::parts]
+    if args.budget_hours:
+        own, left = plan.within(study, own, args.budget_hours)
+    if len(args.gpus or ()) > 1:
+        work.work_on(args.gpus, [__file__, *words_of(args)])
+    else:
+        work.work(study, own, args.retry_failed, args.gpus[0] if args.gpus else None)
+    print(plan.summary(study, own, left))
+    return int(any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in own))
+
+
+def report(args):
+    from bitfit.study import report
+
+    print(report.write(cells.read(args.output_path), args.resamples))
+    return 0
+
+
+def submit(args):
+    from bitfit.study import submit
+
+    name = f"submission_{Path(args.model).name}_{args.method}.zip"
+    path = args.output_path / name
+    study = cells.read(args.output_path)
+    said = submit.write(study, args.model, args.method, path, args.placeholder_missing)
+    print("\n".join([*said, str(path)]))
+    return 0
+
+
+def words_of(args):
+    """The words of a worker's command, but for its GPU."""
+    words = ["run", "--output-path", str(args.output_path)]
+    words += ["--shard", args.shard] if args.shard is not None else []
+    words += ["--budget-hours", str(args.budget_hours)] if args.budget_hours else []
+    return words + ["--retry-failed"] * args.retry_failed
+
+
+COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    utils.setup_logging()
+    try:
+        with utils.Signals():
+            return COMMANDS[args.command](args)
+    except UserError as error:
+        return end(2, "error", error)
+    except (Stopped, KeyboardInterrupt) as error:
+        words = "the same command goes on"
+        return end(128 + getattr(error, "number", 2), "stopped", f"{error or 'SIGINT'}; {words}")
+    except OSError as error:
+        return end(1, "stopped", f"{utils.one_line(error)}; what was done is kept")
+
+
+def end(status, what, message):
+    sys.stderr.write(f"paper.py: {what}: {message}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""The study: cells, ledger, cost, workers."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import GLUE, ROOT, TINY_BERT
+
+import run_glue
+from bitfit.study import cells, cost, ledger, work
+from utils import UserError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import paper
+
+TOY = [
+    "--models", str(TINY_BERT), "--data-dir", str(GLUE), "--tasks", "rte", "--train-size", "24",
+    "--epochs", "2", "--learning-rates", "1e-3", "full_ft=1e-4", "--seeds", "0", "1",
+]  # fmt: skip
+
+
+def plan(output, *more, tables=("--tables", "3")):
+    return paper.main(["plan", "--output-path", str(output), *tables, *TOY, *more])
+
+
+def names(output):
+    return [cell.name for cell in cells.read(output).cells]
+
+
+@pytest.fixture
+def study(tmp_path, capsys):
+    """Two cells, planned."""
+    assert plan(tmp_path / "study", "--rows", "bitfit", "rand_row_col") == 0
+    capsys.readouterr()
+    return cells.read(tmp_path / "study")
+
+
+def states(study):
+    return [ledger.state_of(study, cell) for cell in study.cells]
+
+
+def test_tables_and_figures_are_the_papers(tmp_path):
+    keys = cells.wanted([2, 3], [1, 2], None, None, cells.ROWS, cells.SIZES)
+    assert len(keys) == len(set(keys)) == 3 * 8 * 2 + 8 * 6 + 6 * 2
+    rows = {key[1] for key in cells.wanted([3], [], None, None, cells.ROWS, ())}
+    assert rows == set(cells.ROWS)
+    args = paper.parse_args(["plan", "-o", str(tmp_path), "--tables", "2"])
+    study = cells.plan(tmp_path, args)
+    by_name = {cell.name: cell for cell in study.cells}
+    assert by_name["bert-base-cased/bitfit/rte"].rates == [1e-4, 4e-4, 7e-4, 1e-3]
+    assert by_name["bert-large-cased/full_ft/mnli"].rates == [1e-5, 2e-5, 3e-5, 5e-5]
+    assert by_name["roberta-base/bitfit/cola"].rates == [1e-4]  # no search
+    assert all(cell.seeds == [0, 1, 2, 3, 4] for cell in study.cells)
+    assert all(cell.args["batch_size"] == 16 for cell in study.cells)
+    assert {cell.args["epochs"] for cell in study.cells if cell.task == "rte"} == {20}
+
+
+def test_a_plan_can_be_overridden_by_row_and_task(tmp_path):
+    more = ["--tables", "3", "--tasks", "rte", "cola", "--epochs", "3", "rte=7", "--seeds", "4",
+            "frozen=1,2", "--learning-rates", "2e-3", "b_q=1e-3,5e-3"]  # fmt: skip
+    study = cells.plan(tmp_path, paper.parse_args(["plan", "-o", str(tmp_path), *more]))
+    by_name = {cell.name.removeprefix("bert-base-cased/"): cell for cell in study.cells}
+    assert by_name["b_q/rte"].rates == [1e-3, 5e-3]
+    assert by_name["full_ft/rte"].rates == [2e-3]
+    assert by_name["frozen/cola"].seeds == [1, 2]
+    assert by_name["bitfit/cola"].seeds == [4]
+    assert by_name["bitfit/cola"].args["epochs"] == 3
+    assert by_name["bitfit/rte"].args["epochs"] == 7
+
+
+def test_what_a_plan_prints(tmp_path, capsys):
+    assert plan(tmp_path / "study", "--calibrate") == 0
+    shown = capsys.readouterr().out
+    for row in cells.ROWS:
+        assert f"tiny_bert/{row}/rte" in shown
+    assert shown.count("missing") == 8
+    assert "hours one by one" in shown
+    assert "?" not in shown
+    assert shown.count("$ python run_glue.py ") == 8
+
+
+def test_a_cell_pasted_from_the_plan_is_done(study, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert states(study) == ["missing", "missing"]
+    words = shlex.split(study.cells[0].shell(study.output))
+    assert words[:2] == ["python", "run_glue.py"]
+    assert run_glue.main(words[2:]) == 0
+    assert states(study) == ["done", "missing"]
+    # A second plan takes the hours of its kind from what was done.
+    costs = cost.Costs(study)
+    seconds = cost.seconds_of(study, study.cells[0])
+    assert costs.seconds(study.cells[0]) == pytest.approx(seconds + cost.START_SECONDS)
+    assert costs.seconds(study.cells[1]) is None
+
+
+def test_more_can_be_planned_but_not_otherwise(study, capsys):
+    output = study.output
+    assert plan(output, "--rows", "frozen") == 0
+    assert [name.split("/")[1] for name in names(output)] == ["frozen", "bitfit", "rand_row_col"]
+    capsys.readouterr()
+    assert plan(output, "--rows", "bitfit", "--batch-size", "8") == 2
+    error = capsys.readouterr().err
+    assert "batch size 16, now 8" in error
+    assert error.count("\n") == 1
+    assert len(names(output)) == 3
+
+
+def test_the_hash_is_of_what_results_depend_on(study):
+    cell = study.cells[0]
+    for harmless in (["--gpu-device", "cpu"], ["--checkpoint-every", "3"], ["--max-tokens", "64"]):
+        assert cells.hash_of([*cell.flags, *harmless]) == cell.hash
+    for other in (["--epochs", "3"], ["--seed", "1", "0"], ["--data-dir", "elsewhere"]):
+        assert cells.hash_of([*cell.flags, *other]) != cell.hash
+
+
+def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "glue"
+    shutil.copytree(GLUE / "RTE", data / "RTE")
+    shutil.copytree(GLUE / "CoLA", data / "CoLA")
+    output = tmp_path / "study"
+    more = ["--data-dir", str(data), "--tasks", "cola", "rte", "--rows", "bitfit"]
+    assert plan(output, *more) == 0
+    study = cells.read(output)
+    hidden = data / "CoLA" / "train.tsv"
+    text = hidden.read_bytes()
+    hidden.write_bytes(b"not a table\n")
+    capsys.readouterr()
+    command = ["run", "--output-path", str(output), "--gpus", "cpu"]
+    assert paper.main(command) == 1
+    assert states(study) == ["failed", "done"]
+    said = capsys.readouterr().out
+    assert "1 failed, 1 done" in said
+    assert "tiny_bert/bitfit/cola, status 2: run_glue.py: error:" in said
+    failure = ledger.failure_of(study, study.cells[0])
+    assert failure["status"] == 2
+    assert "CoLA" in failure["line"]
+    assert "run_glue.py" in ledger.beside(study, study.cells[0], ".log").read_text()
+    hidden.write_bytes(text)
+    assert paper.main(command) == 1  # it is not tried again unasked
+    assert states(study) == ["failed", "done"]
+    begun = time.time()
+    assert paper.main([*command, "--retry-failed"]) == 0
+    assert states(study) == ["done", "done"]
+    done = ledger.folder_of(study, study.cells[1]) / "args.json"
+    assert done.stat().st_mtime < begun  # what is done is not done again
+
+
+def test_done_is_what_finished_under_the_same_settings(study):
+    folder = ledger.folder_of(study, study.cells[0])
+    folder.mkdir(parents=True)
+    assert states(study)[0] == "missing"
+    facts = study.cells[0].args | {"finished": False, "precision": "fp32"}
+
+    def state(**changes):
+        (folder / "args.json").write_text(json.dumps(facts | changes))
+        return states(study)[0]
+
+    assert state() == "interrupted"
+    assert state(finished=True) == "done"
+    assert state(finished="true") == "interrupted"
+    assert state(finished=True, epochs=3) == "foreign"
+    (folder / "args.json").write_text("{")
+    assert states(study)[0] == "missing"
+
+
+def test_a_lock_is_held_as_long_as_anybody_has_it(study):
+    cell = study.cells[0]
+    with ledger.taken(study, cell) as file:
+        assert states(study) == ["running", "missing"]
+        with ledger.taken(study, cell) as second:
+            assert second is None
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(file,))
+    assert states(study)[0] == "running"  # who began it is gone, the command is not
+    child.kill()
+    child.wait()
+    assert states(study)[0] == "missing"
+
+
+RUNS = ["--rows", "bitfit", "frozen", "rand_uniform", "full_ft", "b_q", "b_m2"]
+
+
+def results(study):
+    """{file: content} of all that must not depend on who worked, and when."""
+    found = {}
+    for cell in study.cells:
+        folder = ledger.folder_of(study, cell)
+        for path in sorted(folder.rglob("*")):
+            if path.name in ("metrics.csv", "validation_logits.safetensors", "RTE.tsv"):
+                found[str(path.relative_to(study.output))] = path.read_bytes()
+    return found
+
+
+def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rng, many, one = random.Random(0), tmp_path / "many", tmp_path / "one"
+    for output in (many, one):
+        assert plan(output, *RUNS) == 0
+    assert paper.main(["run", "--output-path", str(one), "--gpus", "cpu"]) == 0
+    command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(many)]
+
+    def begin():
+        return subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+
+    study, workers, kills = cells.read(many), [begin() for _ in range(4)], 0
+    deadline = time.monotonic() + 300
+    while states(study) != ["done"] * len(study.cells):
+        assert time.monotonic() < deadline
+        time.sleep(rng.uniform(0.5, 1.5))
+        if kills < 8:
+            # SIGKILL leaves the command behind; SIGTERM is passed on to it.
+            victim = rng.randrange(4)
+            workers[victim].send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            kills += 1
+        for i, worker in enumerate(workers):
+            if worker.poll() is not None:
+                workers[i] = begin()
+    assert kills >= 4
+    for worker in workers:
+        worker.wait()
+    assert results(study) == results(cells.read(one))
+    for cell in study.cells:
+        log = ledger.beside(study, cell, ".log").read_text()
+        assert "in use" not in log
+        assert log.count("nothing to resume") == 0
+
+
+def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(study, tmp_path):
+    command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(study.output)]
+    worker = subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.PIPE,
+                              text=True)  # fmt: skip
+    while states(study)[0] in ("missing", "running") and not list(study.output.rglob("args.json")):
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGINT)
+    assert "the same command goes on" in worker.communicate()[1]
+    assert worker.returncode == 130
+    assert "running" not in states(study)
+    assert paper.main(["run", "--output-path", str(study.output), "--gpus", "cpu"]) == 0
+    assert states(study) == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("word", "environment", "part"),
+    [
+        ("3/8", {}, (2, 8)),
+        ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
+              "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
+        ("", {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2)),
+        ("9/8", {}, None), ("0/8", {}, None), ("3", {}, None), ("", {}, None),
+    ],
+)  # fmt: skip
+def test_shards(word, environment, part):
+    if part is None:
+        with pytest.raises(UserError, match="--shard I/N"):
+            work.shard_of(word, environment)
+    else:
+        assert work.shard_of(word, environment) == part
+
+
+def test_shards_are_the_whole(study, capsys):
+    for part in ("1/2", "2/2"):
+        command = ["run", "-o", str(study.output), "--gpus", "cpu", "--shard", part]
+        assert paper.main(command) == 0
+        assert "1 done" in capsys.readouterr().out
+    assert states(study) == ["done", "done"]
+
+
+def test_a_worker_for_each_gpu(study, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 0
+    assert states(study) == ["done", "done"]
+
+
+def test_a_budget_takes_the_cheapest(study, capsys):
+    assert paper.main(["run", "-o", str(study.output), "--budget-hours", "1"]) == 2
+    assert "--calibrate" in capsys.readouterr().err
+    assert plan(study.output, "--rows", "bitfit", "--calibrate") == 0
+    costs = cost.Costs(study)
+    dear, cheap = sorted(study.cells, key=costs.seconds, reverse=True)
+    hours = str((costs.seconds(cheap) + costs.seconds(dear)) / 2 / 3600)
+    capsys.readouterr()
+    command = ["run", "-o", str(study.output), "--gpus", "cpu", "--budget-hours", hours]
+    assert paper.main(command) == 0
+    assert f"left, beyond --budget-hours: {dear.name}" in capsys.readouterr().out
+    assert ledger.state_of(study, cheap) == "done"
+    assert ledger.state_of(study, dear) == "missing"
+
+
+def test_operations_are_counted_from_the_sizes(study):
+    cell = study.cells[0]
+    sizes = cost.Sizes(1000, {"train": 100, "validation": 10, "test": 7},
+                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 2)  # fmt: skip
+    training = 4 * 2 * 24 * 5  # operations, epochs, rows, tokens
+    scoring = 2 * (2 * (24 * 5 + 10 * 4) + 7 * 3)
+    assert cost.operations(cell, sizes) == 1000 * 2 * (training + scoring)  # two runs
+    assert cost.disk_bytes(cell, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 2 * 2 + 10 * 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "-o", "x"], "--tables 2 3"),
+        (["plan", "-o", "x", "--tables", "4"], "invalid choice: 4"),
+        (["plan", "-o", "x", "--tables", "3", "--epochs", "rt=3"], "'rt' is none of cola"),
+        (["plan", "-o", "x", "--tables", "3", "--seeds", "one"], "'one'"),
+        (["plan", "-o", "x", "--tables", "3", "--learning-rates", "bitfit=0"], "'0'"),
+        (["run", "-o", "x"], "x holds no study"),
+        (["run", "-o", "x", "--gpus", "zero"], "'zero'"),
+        (["run"], "--output-path"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = paper.main(words)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+    data = tmp_path / "glue"
+    shutil.copytree(GLUE / "RTE", data / "RTE")
+    more = ["--models", str(bare), "--data-dir", str(data), "--tasks", "rte", "cola", "sst2"]
+    assert plan(tmp_path / "study", *more) == 2
+    error = capsys.readouterr().err
+    for what in ("has no tokenizer", "CoLA", "SST-2"):
+        assert what in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_edited_study_is_refused(study, capsys):
+    path = study.output / cells.STUDY
+    text = path.read_text()
+    for damaged in (text.replace('"16"', '"17"'), text[:-40], "[]", '{"cells": [1]}'):
+        assert damaged != text
+        path.write_text(damaged)
+        assert paper.main(["run", "-o", str(study.output)]) == 2
+        error = capsys.readouterr().err
+        assert "is not a study" in error
+        assert error.count("\n") == 1

@@ -1,0 +1,253 @@
+"""The study's results, report and submission, from a small study that was run."""
+
+import re
+import shutil
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import GLUE, ROOT, TINY_BERT
+
+import run_glue
+from bitfit.study import cells, figures, ledger, published, report, results, statistics, submit
+from bitfit.tasks import TASKS
+from utils import UserError
+
+sys_path = str(ROOT / "scripts")
+MODEL = str(TINY_BERT)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two rows on two tasks, one more row on one, and a train-size curve."""
+    import sys
+
+    sys.path.insert(0, sys_path)
+    import paper
+
+    output = tmp_path_factory.mktemp("study") / "toy"
+    common = ["--models", MODEL, "--data-dir", str(GLUE), "--epochs", "3", "--seeds", "0", "1",
+              "2"]  # fmt: skip
+    rates = ["--learning-rates", "1e-3,3e-3", "full_ft=1e-4,3e-4"]
+    table = ["--tables", "3", "--tasks", "cola", "mnli", "--rows", "bitfit", "full_ft",
+             "--train-size", "60"]  # fmt: skip
+    more = ["--tables", "3", "--tasks", "cola", "--rows", "b_m2+b_q", "--train-size", "60"]
+    curve = ["--figures", "2", "--tasks", "cola", "--sizes", "20", "40"]
+    for own in (table, more, curve):
+        assert paper.main(["plan", "--output-path", str(output), *common, *rates, *own]) == 0
+    study = cells.read(output)
+    for cell in study.cells:
+        assert run_glue.main(cell.command(output)[2:]) == 0
+    return study
+
+
+@pytest.fixture(scope="module")
+def entries(made):
+    return results.entries(made)
+
+
+@pytest.fixture
+def study(made, tmp_path):
+    """A copy, to write into."""
+    shutil.copytree(made.output, tmp_path / "toy")
+    return made._replace(output=tmp_path / "toy")
+
+
+def test_last_and_best_are_those_of_the_sweep(made, entries):
+    for (_, row, column, size), entry in entries.items():
+        if column == "MNLI-mm":
+            continue
+        folder = made.output / entry.results.cell.name
+        table = pd.read_csv(folder / "results.csv").groupby("learning_rate")
+        for selection in ("last", "best"):
+            expected = table[selection].mean().max()
+            found = 100 * entry.selected[selection].values.mean()
+            assert found == pytest.approx(expected, abs=0.01), (row, column, size, selection)
+
+
+def test_the_split_is_scored_where_it_was_not_chosen(entries):
+    entry = entries[MODEL, "bitfit", "CoLA", None]
+    one, two = entry.selected["split"].choices
+    assert not set(one.rows) & set(two.rows)
+    assert len(one.rows) + len(two.rows) == len(entry.results.labels["validation"])
+
+
+def test_the_frame_has_all_columns_and_selections(entries):
+    frame = results.score_frame(entries)
+    assert set(frame["column"]) == {"CoLA", "MNLI-m", "MNLI-mm"}
+    assert (frame.groupby(["row", "column", "train_size"], dropna=False).size() == 3).all()
+    assert set(frame["seeds"]) == {3}
+    assert set(frame["trials"]) == {2 * 3 * 3}
+    assert frame["published"].isna().all()
+    assert (frame["low"] <= frame["mean"]).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "mean", "std", "off"),
+    [(1, 2, 3, 1, False), (1, 2, 3, 0.5, True), (4, 5, 3, 1, False), (4.1, 5, 3, 1, True),
+     (1, 2, 3, None, True), (np.nan, np.nan, 3, 1, None), (1, 2, None, None, None)],
+)  # fmt: skip
+def test_the_flag(low, high, mean, std, off):
+    assert results.is_off(low, high, mean, std) is off
+
+
+def test_published_numbers_add_up():
+    """The averages of the paper's Table 2 and 3 are those of its rows."""
+    expected = {("bert-base-cased", "full_ft"): 82.3, ("bert-base-cased", "bitfit"): 82.4,
+                ("bert-base-cased", "b_q"): 76.6, ("bert-base-cased", "frozen"): 62.1,
+                ("bert-base-cased", "rand_row_col"): 79.5}  # fmt: skip
+    for (model, row), average in expected.items():
+        own = {c: published.PUBLISHED[model, row, c][0] for c in published.COLUMNS}
+        assert published.average(own) == pytest.approx(average, abs=0.06)
+    assert published.average({"CoLA": 1.0}) is None
+    assert {task for task, _ in published.COLUMNS.values()} == set(cells.PAPERS_TASKS)
+    assert {row for _, row, _ in published.PUBLISHED} == set(cells.ROWS)
+
+
+def test_differences_are_paired_and_pooled(entries):
+    frame = results.comparisons(entries, np.random.default_rng(0), resamples=50)
+    own = frame[(frame["a"] == "bitfit") & (frame["b"] == "full_ft")].set_index("column")
+    assert list(own.index) == ["MNLI-m", "MNLI-mm", "CoLA", "all"]
+    one, two = (
+        entries[MODEL, row, "CoLA", None].selected["split"] for row in ("bitfit", "full_ft")
+    )
+    assert own["difference"]["CoLA"] == pytest.approx(100 * (one.values - two.values).mean())
+    assert own["difference"]["all"] == pytest.approx(own["difference"][:3].mean())
+    assert list(own["least_p"]) == [statistics.least_p(n) for n in (3, 3, 3, 9)]
+    assert (frame["p_holm"] >= frame["p"]).all()
+    assert (frame["low"] <= frame["high"]).all()
+
+
+def test_the_gap_is_that_of_the_metrics(entries):
+    gaps = results.train_gaps(entries).set_index(["row", "column"])
+    entry = entries[MODEL, "full_ft", "CoLA", None]
+    rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
+    facts = [f for f in entry.results.facts if f["learning_rate"] == rate]
+    expected = [f["last"]["train"]["MCC"] - f["last"]["validation"]["MCC"] for f in facts]
+    assert gaps.loc[("full_ft", "CoLA"), "gap"] == pytest.approx(100 * np.mean(expected))
+
+
+def test_figure_1_is_the_mean_over_the_seeds(made, entries):
+    entry = entries[MODEL, "bitfit", "CoLA", None]
+    rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
+    changes = results.bias_changes(made, entry)
+    tables = [pd.read_csv(made.output / entry.results.cell.name / f"lr{rate}_seed{seed}" /
+                          "bias_term_changes.csv", index_col="term")
+              for seed in range(3)]  # fmt: skip
+    expected = np.mean([table.loc[changes.index].to_numpy() for table in tables], axis=0)
+    assert np.allclose(changes.to_numpy(), expected)
+    assert changes.sum(axis=1).is_monotonic_decreasing
+
+
+def test_the_report_is_whole(study, capsys):
+    shown = report.write(study, resamples=20)
+    assert "BitFit" in shown
+    assert "Full-FT" in shown
+    page = (study.output / "report.html").read_text(encoding="utf-8")
+    assert f"{len(study.cells)} of {len(study.cells)} cells are done." in page
+    assert "Partial" not in page
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)  # needs nothing else
+    pictures = set(figures.all_of(study, results.entries(study)))
+    assert {path.stem for path in (study.output / "figures").iterdir()} == pictures
+    assert page.count("<img ") == len(pictures)
+    for kind in ("figure1", "figure2", "gap", "curves", "trials"):
+        assert any(name.startswith(kind) for name in pictures), kind
+    for cell in study.cells:
+        assert cell.name.split("/", 1)[1] in page
+    assert published.NOTE in page
+    assert "60 training rows" in page
+    assert "tiny_bert" in page
+    markdown = (study.output / "tables.md").read_text()
+    assert "| BitFit |" in markdown
+    latex = (study.output / "tables.tex").read_text()
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1
+    frame = pd.read_csv(study.output / "tables.csv")
+    assert set(frame["selection"]) == {"last", "best", "split"}
+
+
+def test_published_numbers_stand_beside_ours(study, monkeypatch):
+    numbers = {(MODEL, "bitfit", "CoLA"): (99.9, 0.1), (MODEL, "full_ft", "CoLA"): (0.0, 200.0)}
+    monkeypatch.setattr(results, "PUBLISHED", numbers)
+    report.write(study, resamples=10)
+    table = (study.output / "tables.md").read_text()
+    assert re.search(r"\(99\.9 ± 0\.1\)!", table)
+    assert re.search(r"\(0\.0 ± 200\.0\) ", table)
+
+
+def test_a_partial_study_reports_what_there_is(study):
+    by_name = {cell.name.split("/", 1)[1]: cell for cell in study.cells}
+    shutil.rmtree(ledger.folder_of(study, by_name["full_ft/mnli"]))
+    unfinished = ledger.folder_of(study, by_name["bitfit/cola"])
+    (unfinished / "args.json").unlink()
+    shutil.rmtree(unfinished / "lr0.003_seed2")
+    report.write(study, resamples=10)
+    page = (study.output / "report.html").read_text()
+    assert "Partial." in page
+    assert " ..." in (study.output / "tables.md").read_text()
+
+
+def test_a_study_without_scores_says_so(study):
+    for cell in study.cells:
+        shutil.rmtree(ledger.folder_of(study, cell))
+    with pytest.raises(UserError, match="no scores yet"):
+        report.write(study)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The server's files, if it had the toy test sets."""
+    toy = {}
+    for name, (_, majority) in submit.SERVER.items():
+        task = submit.OWNER[name]
+        split = next(s for s, file in task.server_files.items() if file == name)
+        path = GLUE / ("AX" if name == "AX.tsv" else task.folder) / f"{task.splits[split]}.tsv"
+        toy[name] = (path.read_text(encoding="utf-8").count("\n") - 1, majority)
+    monkeypatch.setattr(submit, "SERVER", toy)
+
+
+def test_submission_of_the_winners(study, server, tmp_path):
+    path = tmp_path / "all.zip"
+    with pytest.raises(UserError, match=r"no predictions for SST-2\.tsv, MRPC\.tsv") as error:
+        submit.write(study, MODEL, "bitfit", path)
+    assert "CoLA.tsv" not in str(error.value)
+    assert not path.exists()
+    said = submit.write(study, MODEL, "bitfit", path, placeholder=True)
+    assert len(said) == 11
+    assert sum("NOT PREDICTED" in line for line in said) == 7
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == list(submit.SERVER)
+        kept = archive.read("CoLA.tsv").decode()
+    cell = next(c for c in study.cells if c.name.endswith("/bitfit/cola"))
+    table = pd.read_csv(study.output / cell.name / "results.csv")
+    rate = table.groupby("learning_rate")["last"].mean().idxmax()
+    best = table[table["learning_rate"] == rate].set_index("run")["last"].idxmax()
+    assert kept == (study.output / cell.name / best / "CoLA.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: lines[:-1], "rows, not"),
+        (lambda lines: ["nothing", *lines[1:]], "no header"),
+        (lambda lines: [*lines[:-1], lines[-1].split("\t")[0] + "\tyes"], "says 'yes'"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "not numbered"),
+    ],
+)
+def test_what_the_server_would_refuse(study, server, tmp_path, damage, message):
+    cell = next(c for c in study.cells if c.name.endswith("/bitfit/mnli"))
+    for path in (study.output / cell.name).glob("*/MNLI-m.tsv"):
+        path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
+    with pytest.raises(UserError, match=message):
+        submit.write(study, MODEL, "bitfit", tmp_path / "all.zip", placeholder=True)
+    assert not (tmp_path / "all.zip").exists()
+
+
+def test_scores_are_numbers_from_0_to_5():
+    for word, good in (("0", True), ("5.0", True), ("5.1", False), ("x", False), ("nan", False)):
+        assert submit.is_answer(TASKS["stsb"], word) is good
+
+
+def test_nothing_planned_is_named(study, tmp_path):
+    with pytest.raises(UserError, match="b_m2"):
+        submit.write(study, MODEL, "frozen", tmp_path / "all.zip")
