@@ -81,7 +81,8 @@ def add_submit(add):
 # fmt: on
 
 
-def parse_args(argv=None):
+def make_parser():
+    """(the parser, its {command: parser})"""
     parser = OneLineParser(prog="paper.py", description=__doc__.splitlines()[0],
                            allow_abbrev=False)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
@@ -96,13 +97,18 @@ def parse_args(argv=None):
         own.add_argument("--output-path", "-o", type=Path, required=True, metavar="DIR",
                          help="the study's folder")  # fmt: skip
         add_flags(own.add_argument)
+    return parser, commands.choices
+
+
+def parse_args(argv=None):
+    parser, commands = make_parser()
     args = parser.parse_args(argv)
     if args.command == "plan":
         if not args.tables and not args.figures and not (args.output_path / cells.STUDY).exists():
-            commands.choices["plan"].error("give --tables 2 3, or --figures 1 2, or both")
-        for name, known in (("learning_rates", cells.ROWS), ("seeds", cells.ROWS),
-                            ("epochs", TASKS)):  # fmt: skip
-            setattr(args, name, collect(commands.choices["plan"], name, getattr(args, name), known))
+            commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
+        by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
+        for name, known in by_row.items():
+            setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
     return args
 
 

@@ -19,6 +19,7 @@ from bitfit.trainable import TERMS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare
+import paper
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -58,6 +59,7 @@ def test_every_command_is_known_to_these_tests():
         *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py "),
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
         *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
+        *(f"python scripts/paper.py {name} " for name in ("plan", "run", "report", "submit")),
     )
     assert len(RUN_GLUE) >= 10
     assert [command for command in commands() if not command.startswith(known)] == []
@@ -127,10 +129,13 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"}
     ("status", "array", "requeued"),
     [(138, {}, "requeue 17\n"), (138, ARRAY, "requeue 16_3\n"), (0, {}, None), (1, ARRAY, None)],
 )
-def test_the_slurm_job(tmp_path, status, array, requeued):
+@pytest.mark.parametrize("script", ["run_glue.py", "paper.py"])
+def test_the_slurm_job(tmp_path, status, array, requeued, script):
     """With a stand-in for SLURM: the flags are ours, only SIGUSR1's status requeues, and of a job
     array one task alone."""
-    (job,) = re.findall(r"```sbatch\n(.*?)```", TEXT, re.DOTALL)
+    job, study = re.findall(r"```sbatch\n(.*?)```", TEXT, re.DOTALL)
+    if script == "paper.py":  # an array always
+        job, array, requeued = study, ARRAY, requeued and "requeue 16_3\n"
     (tmp_path / "job").write_text(job)
     for name, body in {
         "srun": f'printf "%s\\n" "$@" >srun.log; exit {status}',
@@ -145,8 +150,12 @@ def test_the_slurm_job(tmp_path, status, array, requeued):
     log = tmp_path / "scontrol.log"
     assert (log.read_text() if log.exists() else None) == requeued
     words = (tmp_path / "srun.log").read_text().split()
-    assert words[:2] == ["python", "run_glue.py"]
-    assert flags.parse_args("", words[2:]).resume
+    if script == "run_glue.py":
+        assert words[:2] == ["python", "run_glue.py"]
+        assert flags.parse_args("", words[2:]).resume
+    else:
+        assert words[:3] == ["python", "scripts/paper.py", "run"]
+        assert paper.parse_args(words[2:]).shard is None
     assert status != 138 or status == 128 + signal.SIGUSR1
 
 
@@ -195,6 +204,24 @@ def test_compare(checkout, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rte") == 2
     assert (tmp_path / "out/methods.png").stat().st_size > 10_000
+
+
+def test_the_papers_commands(tmp_path, monkeypatch, capsys):
+    """One after the other, on one small cell each."""
+    small = ["--models", str(TINY_BERT), "--data-dir", str(GLUE), "--epochs", "1", "--tasks", "rte",
+             "--train-size", "16", "--learning-rates", "1e-3", "--seeds", "0", "1", "--rows",
+             "bitfit", "--sizes", "16"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for command in plain("python scripts/paper.py "):
+        words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))[2:]
+        more = {"plan": small, "run": ["--gpus", "cpu"]}.get(words[0], [])
+        status = paper.main([*words, *more])
+        assert status == (2 if words[0] == "submit" else 0), command
+        seen.append(words[0])
+    assert set(seen) == {"plan", "run", "report", "submit"}
+    assert "no predictions for CoLA.tsv" in capsys.readouterr().err
+    assert (tmp_path / "out/small/report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -265,10 +292,10 @@ def test_every_flag_is_explained():
     """Those that the README and docs name exist, and -h explains all."""
     ours = re.sub(r"#SBATCH.*|python (benchmarks|scripts)/.*", "", TEXT)
     named = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", ours)) - {"--help"}
-    parser = flags.make_parser("")
-    known = {name for action in parser._actions for name in action.option_strings}
-    assert named <= known
-    assert all(action.help for action in parser._actions)
+    parsers = [flags.make_parser(""), *paper.make_parser()[1].values()]
+    actions = [action for parser in parsers for action in parser._actions]
+    assert named <= {name for action in actions for name in action.option_strings}
+    assert all(action.help for action in actions)
 
 
 def test_every_link_leads_somewhere():

@@ -253,7 +253,7 @@ def saved(tmp_path_factory):
         (lambda f: f.clear(), "is damaged: 'format'; train and save it again"),
         (
             lambda f: f.update(format=1),
-            "written by another version of this program .format 1, not 3.; train",
+            "written by another version of this program .format 1, not 4.; train",
         ),
         (lambda f: f.pop("seed"), "its checksum is wrong"),
         (lambda f: f.update(task_name="sst2"), "its checksum is wrong"),

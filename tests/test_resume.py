@@ -250,7 +250,7 @@ def test_a_file_system_that_takes_no_more_in_the_middle_of_a_file(tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "File too large" in result.stderr.splitlines()[-1]
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not list((tmp_path / "out").rglob("checkpoints/*"))
     assert not list((tmp_path / "out").rglob(".*"))
 
 
@@ -404,7 +404,8 @@ def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / ".notes.tmp").write_text("mine")
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "was begun by another version of this program" in capsys.readouterr().err
-    (tmp_path / "args.json").write_text('{"finished": false, "precision": "fp32", "format": 3}')
+    facts = {"finished": False, "precision": "fp32", "format": utils.FORMAT}
+    (tmp_path / "args.json").write_text(json.dumps(facts))
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "args.json there does not say " in capsys.readouterr().err.splitlines()[-1]
     utils.remove_temporaries(tmp_path)

@@ -16,6 +16,7 @@ from bitfit.study.cells import (
     ROWS,
     SEEDS,
     papers_rates,
+    slug,
 )
 from bitfit.study.published import COLUMNS, NOTE, PUBLISHED, average
 from utils import UserError, write_text
@@ -31,7 +32,7 @@ LEGEND = (
 )
 STATISTICS = (
     "a - b, by `split`, paired by seed. The interval (95 %) is of a bootstrap over seeds and "
-    "validation rows together; `all` is the mean over the columns. p is of flipping the signs of "
+    "validation rows together; `all` is the mean over the tasks. p is of flipping the signs of "
     "the seeds' differences, so it cannot be below `least p`, and p (Holm) is corrected for all "
     "columns of a model's pairs, or for its pooled rows."
 )
@@ -39,7 +40,8 @@ STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.2em .6em;"
     "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,"
-    "th:first-child{text-align:left}img{max-width:100%;height:auto}figure{margin:1.5em 0}"
+    "th:first-child{text-align:left}img{width:100%;height:auto}figure{margin:1em 0}"
+    ".pictures{display:grid;grid-template-columns:1fr 1fr;gap:1em 2em;align-items:start}"
     "pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:12px}figcaption{color:#555}"
 )
 
@@ -56,7 +58,7 @@ def write(study, resamples=1000):
     rng = np.random.default_rng(0)
     scores = results.score_frame(entries)
     differences = results.comparisons(entries, rng, resamples)
-    headline = {model: table_of(scores, model) for model in dict.fromkeys(scores["model"])}
+    headline = {slug(m): table_of(scores, m) for m in dict.fromkeys(scores["model"])}
     pictures = figures.all_of(study, entries)
     folder = study.output / "figures"
     folder.mkdir(exist_ok=True)
@@ -87,7 +89,8 @@ def table_of(scores, model):
             texts["Avg."] = "" if mean is None else f"{mean:.1f}"
             texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
             rows[SYMBOLS.get(row, row)] = texts
-    return pd.DataFrame(rows).T
+    table = pd.DataFrame(rows).T
+    return table if "Avg." in table and table["Avg."].any() else table.drop(columns="Avg.")
 
 
 def entry_text(entry):
@@ -116,7 +119,7 @@ def difference_table(differences):
     for name, title in (("p", "p"), ("p_holm", "p (Holm)"), ("least_p", "least p")):
         shown[title] = differences[name].map("{:.4f}".format)
     several = differences["model"].nunique() > 1
-    return shown.assign(model=differences["model"]) if several else shown
+    return shown.assign(model=differences["model"].map(slug)) if several else shown
 
 
 def selection_table(scores):
@@ -131,7 +134,8 @@ def selection_table(scores):
                                                                  "learning_rate"]]  # fmt: skip
     joined = wide.join(more)
     order = [tuple(key) for key in whole[keys].drop_duplicates().to_numpy()]
-    return joined.loc[order].reset_index()
+    table = joined.loc[order].reset_index().rename(columns={"learning_rate": "learning rate"})
+    return table.assign(model=table["model"].map(slug))
 
 
 def deviations(study):
@@ -200,7 +204,8 @@ def page(study, headline, scores, differences, pictures, folder):
         parts += [difference_table(differences).to_html(border=0, index=False)]
     parts += ["<h2>Three ways to select</h2>"]
     parts += [selection_table(scores).to_html(border=0, index=False)]
-    parts += ["<h2>Pictures</h2>", *images, "<h2>Cost and machine</h2>", items(machine(study))]
+    parts += ["<h2>Pictures</h2>", "<div class='pictures'>", *images, "</div>"]
+    parts += ["<h2>Cost and machine</h2>", items(machine(study))]
     parts += ["<h2>Commands</h2>", f"<pre>{commands}</pre>"]
     head = f"<meta charset='utf-8'><title>BitFit: results</title><style>{STYLE}</style>"
     body = "\n".join(parts)

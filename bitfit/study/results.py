@@ -14,6 +14,7 @@ from bitfit.reports import read_metrics
 from bitfit.runs import Run
 from bitfit.saved import LOGITS
 from bitfit.study import ledger, statistics
+from bitfit.study.cells import ROWS
 from bitfit.study.published import COLUMNS, PUBLISHED
 from bitfit.tasks import TASKS
 
@@ -95,8 +96,8 @@ class Entry(NamedTuple):
 def entries(study):
     """{(model, row, column, size): Entry} of all cells that have scores, in the paper's order."""
     found = {}
-    order = {task: i for i, (task, _) in enumerate(COLUMNS.values())}
-    for cell in sorted(study.cells, key=lambda cell: order.get(cell.task, len(order))):
+    tasks, rows = [task for task, _ in COLUMNS.values()] + list(TASKS), list(ROWS)
+    for cell in sorted(study.cells, key=lambda c: (tasks.index(c.task), rows.index(c.row))):
         results = read(study, cell)
         for split, column in columns_of(cell.task).items() if results else ():
             key = cell.model, cell.row, column, cell.size
@@ -149,7 +150,7 @@ def is_off(low, high, published, std):
 
 def comparisons(entries, rng, resamples=1000):
     """The differences of PAIRS by `split`: a frame with a row for each model, pair and column, and
-    one, `all`, pooled over the columns of each pair.
+    one, `all`, pooled over the tasks of each pair.
 
     p-values are Holm's over the columns of a model's pairs, and over its pooled ones.
     """
@@ -165,7 +166,7 @@ def comparisons(entries, rng, resamples=1000):
 
 
 def compared(entries, model, a, b, rng, resamples):
-    rows, bootstraps, own = [], [], []
+    rows, of_task = [], {}
     for column in dict.fromkeys(key[2] for key in entries):
         one, two = (entries.get((model, row, column, None)) for row in (a, b))
         if not one or not two or one.results.cell.seeds != two.results.cell.seeds:
@@ -175,17 +176,21 @@ def compared(entries, model, a, b, rng, resamples):
                 one.results.labels[one.split])  # fmt: skip
         if not args[1].choices or not args[2].choices:
             continue
-        bootstraps.append(statistics.bootstrap_differences(*args, rng, resamples))
-        own.append(statistics.differences(args[1], args[2]))
-        mean, p = statistics.pooled(own[-1:], rng)
-        rows.append(difference(model, a, b, column, mean, bootstraps[-1:], p, own[-1:]))
-    if len(rows) > 1:
-        mean, p = statistics.pooled(own, rng)
-        rows.append(difference(model, a, b, "all", mean, bootstraps, p, own))
+        drawn = statistics.bootstrap_differences(*args, rng, resamples)
+        own = statistics.differences(args[1], args[2])
+        rows.append(difference(model, a, b, column, [drawn], [own], rng))
+        of_task.setdefault(one.results.cell.task, []).append((drawn, own))
+    if len(of_task) > 1:
+        # The two columns of MNLI are of the same runs: first their mean.
+        pairs = [[np.mean(arrays, axis=0) for arrays in zip(*of, strict=True)]
+                 for of in of_task.values()]  # fmt: skip
+        rows.append(difference(model, a, b, "all", *map(list, zip(*pairs, strict=True)), rng))
     return rows
 
 
-def difference(model, a, b, column, mean, bootstraps, p, own):
+def difference(model, a, b, column, bootstraps, own, rng):
+    """A row of `comparisons`, of the columns that these arrays are of."""
+    mean, p = statistics.pooled(own, rng)
     low, high = statistics.pooled_interval(bootstraps)
     n = sum(map(len, own))
     return {
