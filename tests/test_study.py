@@ -75,6 +75,18 @@ def test_a_plan_can_be_overridden_by_row_and_task(tmp_path):
     assert by_name["bitfit/rte"].args["epochs"] == 7
 
 
+def test_a_study_can_be_run_from_anywhere(tmp_path, monkeypatch, capsys):
+    """Folders are kept by their whole path: the cells' names and hashes do not change."""
+    monkeypatch.chdir(ROOT)
+    relative = ["--models", "examples/tiny_bert", "--data-dir", "examples/glue", "--rows", "bitfit"]
+    assert plan(tmp_path / "study", *relative) == 0
+    before = cells.read(tmp_path / "study")
+    monkeypatch.chdir(tmp_path)
+    assert cells.read("study").cells == before.cells
+    assert before.cells[0].args["data_dir"] == str(GLUE)
+    assert before.cells[0].name == "tiny_bert/bitfit/rte"
+
+
 def test_what_a_plan_prints(tmp_path, capsys):
     assert plan(tmp_path / "study", "--calibrate") == 0
     shown = capsys.readouterr().out
@@ -91,12 +103,15 @@ def test_a_cell_pasted_from_the_plan_is_done(study, capsys, monkeypatch):
     assert states(study) == ["missing", "missing"]
     words = shlex.split(study.cells[0].shell(study.output))
     assert words[:2] == ["python", "run_glue.py"]
+    assert words[words.index("--model-name") + 1] == str(TINY_BERT)
     assert run_glue.main(words[2:]) == 0
     assert states(study) == ["done", "missing"]
     # A second plan takes the hours of its kind from what was done.
     costs = cost.Costs(study)
     seconds = cost.seconds_of(study, study.cells[0])
-    assert costs.seconds(study.cells[0]) == pytest.approx(seconds + cost.START_SECONDS)
+    assert costs.seconds(study.cells[0]) == pytest.approx(
+        seconds + cost.START_SECONDS + cost.LOAD_SECONDS
+    )
     assert costs.seconds(study.cells[1]) is None
 
 

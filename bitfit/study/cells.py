@@ -107,8 +107,13 @@ class Study(NamedTuple):
 
 
 def slug(model):
-    """A model's folder in the study."""
-    return Path(model).name if Path(model).is_dir() else model.replace("/", "--")
+    """A model's folder in the study; local folders are absolute there."""
+    return Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
+
+
+def absolute(path):
+    """A folder that is there, by its whole path: workers may start elsewhere. Else as given."""
+    return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
 
 
 def parse(words):
@@ -139,20 +144,20 @@ def make_cell(model, row, task, size, args):
     kind = ROWS[row]
     rates = of(args.learning_rates, row) or papers_rates(model, row)
     seeds, epochs = of(args.seeds, row) or SEEDS, of(args.epochs, task) or [epochs_of(task)]
-    words = ["--task-name", task, "--model-name", str(model)]
+    words = ["--task-name", task, "--model-name", model]
     words += ["--fine-tune-type", kind.fine_tune_type]
     words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
     words += ["--learning-rate", *(f"{rate:g}" for rate in rates)]
     words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
     words += ["--batch-size", str(args.batch_size)]
-    for name in ("max_seq_length", "data_dir", "precision"):
-        if getattr(args, name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    more = {"max_seq_length": args.max_seq_length, "precision": args.precision}
+    for name, value in ({"data_dir": absolute(args.data_dir)} | more).items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     if size or args.train_size:
         words += ["--train-size", str(size or args.train_size)]
     if row in ("full_ft", "bitfit") and not size and args.predict_test:
         words.append("--predict-test")
-    return Cell(str(model), row, task, size, words, hash_of(words))
+    return Cell(model, row, task, size, words, hash_of(words))
 
 
 def of(values, name):
@@ -202,7 +207,8 @@ def plan(output, args):
         UserError: two models have one name, or a cell there was planned otherwise.
     """
     tables, figures = args.tables or [], args.figures or []
-    keys = wanted(tables, figures, args.models, args.tasks, args.rows or ROWS, args.sizes)
+    models = args.models and [absolute(model) for model in args.models]
+    keys = wanted(tables, figures, models, args.tasks, args.rows or ROWS, args.sizes)
     cells = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(cells) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")

@@ -27,7 +27,8 @@ from utils import UserError, write_text
 
 RATES = "rates.json"
 SAMPLED = 2000  # rows whose tokens are counted, evenly spaced
-START_SECONDS = 10  # of a command: imports, model, data
+START_SECONDS = 8  # of a command: imports, data
+LOAD_SECONDS = 1  # of a model
 # Operations for each weight and token: forward, through the activations back, weights' gradients.
 OPERATIONS = {"frozen": 2, "bitfit": 4, "full_ft": 6, "rand_uniform": 6, "rand_row_col": 6}
 RUN_BYTES = 300_000  # pictures, metrics, args of a run
@@ -125,14 +126,19 @@ class Costs:
     def seconds(self, cell):
         """The estimate, or None where nothing is known."""
         rate, sizes = self.rate(cell), self.sizes_of(cell)
-        starts = 1 if kind_of(cell) == "stacked" else cell.runs
-        return rate and sizes and operations(cell, sizes) / rate + START_SECONDS * starts
+        loads = 1 if kind_of(cell) == "stacked" else cell.runs
+        starts = START_SECONDS + LOAD_SECONDS * loads
+        return rate and sizes and operations(cell, sizes) / rate + starts
 
     def seconds_apart(self, cell):
         """The same with one command for each run."""
         kind = "single" if ROWS[cell.row].stacks else "full"
         rate, sizes = self.measured.get(slug(cell.model), {}).get(kind), self.sizes_of(cell)
-        return rate and sizes and operations(cell, sizes) / rate + START_SECONDS * cell.runs
+        return (
+            rate
+            and sizes
+            and operations(cell, sizes) / rate + (START_SECONDS + LOAD_SECONDS) * cell.runs
+        )
 
     def bytes(self, cell):
         sizes = self.sizes_of(cell)
