@@ -209,15 +209,15 @@ def plan(output, args):
     tables, figures = args.tables or [], args.figures or []
     models = args.models and [absolute(model) for model in args.models]
     keys = wanted(tables, figures, models, args.tasks, args.rows or ROWS, args.sizes)
-    cells = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
-    if len(cells) < len(keys):
+    new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
+    if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
     old = read(output) if (Path(output) / STUDY).exists() else Study(Path(output), [], [], [])
     for cell in old.cells:
-        new = cells.setdefault(cell.name, cell)
-        if new.hash != cell.hash:
-            raise UserError(f"{output} was planned otherwise ({cell.name}: "
-                            f"{difference(cell, new)}): give another --output-path")  # fmt: skip
+        if new.get(cell.name, cell).hash != cell.hash:
+            what = f"{cell.name}: {difference(cell, new[cell.name])}"
+            raise UserError(f"{output} was planned otherwise ({what}): give another --output-path")
+    cells = {cell.name: cell for cell in old.cells} | new
     both = [sorted({*now, *before}) for now, before in ((tables, old.tables),
                                                        (figures, old.figures))]  # fmt: skip
     return Study(Path(output), *both, list(cells.values()))
