@@ -127,6 +127,8 @@ def plan(args):
     from bitfit.study import cost, plan
     from glue_evaluator import DTYPES
 
+    local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
+    utils.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan(args.output_path, args)
     plan.check(study)
     cells.write(study)
@@ -149,12 +151,15 @@ def run(args):
         own = own[part::parts]
     if args.budget_hours:
         own, left = plan.within(study, own, args.budget_hours)
+    status = 0
     if len(args.gpus or ()) > 1:
-        work.work_on(args.gpus, [__file__, *words_of(args)])
+        status = max(work.work_on(args.gpus, [__file__, *words_of(args)]))
     else:
-        work.work(study, own, args.retry_failed, args.gpus[0] if args.gpus else None)
+        gpu = args.gpus[0] if args.gpus else None
+        work.work(study, own, args.retry_failed, gpu, shared=args.shard is None)
     print(plan.summary(study, own, left))
-    return int(any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in own))
+    failed = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in own)
+    return max(status, int(failed))
 
 
 def report(args):

@@ -1,5 +1,6 @@
 """The study: cells, ledger, cost, workers."""
 
+import errno
 import json
 import os
 import random
@@ -285,6 +286,18 @@ def test_shards_are_the_whole(study, capsys):
         assert paper.main(command) == 0
         assert "1 done" in capsys.readouterr().out
     assert states(study) == ["done", "done"]
+
+
+def test_a_file_system_without_locks(study, capsys, monkeypatch):
+    def fails(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    monkeypatch.setattr(work, "run", lambda *args: True)
+    command = ["run", "-o", str(study.output), "--gpus", "cpu"]
+    assert paper.main(command) == 2
+    assert "divide the cells with --shard I/N" in capsys.readouterr().err
+    assert paper.main([*command, "--shard", "1/1"]) == 0
 
 
 def test_a_worker_for_each_gpu(study, capsys, monkeypatch):

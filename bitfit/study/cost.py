@@ -5,6 +5,7 @@ cells already done where there are any, else a short measurement (`--calibrate`)
 """
 
 import json
+import statistics
 import time
 from typing import NamedTuple
 
@@ -179,11 +180,11 @@ def calibrate(study, device, dtype):
 
 
 def measure(cell, method, runs, device, dtype):
-    """FLOP/s of three training steps of a cell's task and batch, after one to warm up."""
+    """FLOP/s of training steps of a cell's task and batch: the median of four, after a first."""
     task, args = TASKS[cell.task], cell.args
     texts = read_split(task, "train", args["data_dir"])
     size = min(len(texts), args["batch_size"])
-    picked = np.linspace(0, len(texts) - 1, 4 * size).astype(int)
+    picked = np.linspace(0, len(texts) - 1, 5 * size).astype(int)
     tokenizer = models.load_tokenizer(cell.model)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
     model, _ = models.load(cell.model, task)
@@ -198,11 +199,13 @@ def measure(cell, method, runs, device, dtype):
     state, alive = start(plan, stack), np.arange(runs)
     model.train()
     with stack.bound(dtype):
-        for step in range(4):
-            own = np.arange(step * size, (step + 1) * size)
-            take_step(state, alive, np.tile(own, (runs, 1))).sum().item()
-            if step == 0:
-                begin = time.perf_counter()
-    count = int(tokens.lengths[size:].sum()) * runs
-    seconds = time.perf_counter() - begin
-    return OPERATIONS[method] * matrix_weights(model) * count / seconds
+        steps = [step_rate(state, alive, np.arange(i * size, (i + 1) * size)) for i in range(5)]
+    return OPERATIONS[method] * matrix_weights(model) * statistics.median(steps[1:])
+
+
+def step_rate(state, alive, rows):
+    """Tokens per second of one step in which all runs have the same rows."""
+    begin = time.perf_counter()
+    take_step(state, alive, np.tile(rows, (len(alive), 1))).sum().item()
+    tokens = int(state.plan.train.tokens.lengths[rows].sum()) * len(alive)
+    return tokens / (time.perf_counter() - begin)

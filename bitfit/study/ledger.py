@@ -8,6 +8,7 @@ foreign      its folder is of another command
 done         its own args.json says finished, under the cell's configuration hash
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import time
 from contextlib import contextmanager
 
 from bitfit.study.cells import is_of
-from utils import write_text
+from utils import UserError, write_text
 
 STATES = ("missing", "running", "interrupted", "failed", "foreign", "done")
 
@@ -78,20 +79,32 @@ def is_held(path):
 
 
 @contextmanager
-def taken(study, cell):
+def taken(study, cell, shared=True):
     """Hold a cell; gives the lock's file, or None where another process has it.
 
     Whoever inherits the file holds the lock too: a command goes on when its worker is killed, and
     until it ends nobody else may begin.
 
+    Args:
+        shared: whether other processes may want the cell.
+
     Raises:
-        OSError: the file system has no locks.
+        UserError: they may, and the file system has no locks.
     """
     path = beside(study, cell, ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield file if lock(file) else None
+        try:
+            own = lock(file)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            if shared:
+                what = "its file system has no locks: divide the cells with --shard I/N"
+                raise UserError(f"{study.output} cannot be shared, {what}") from None
+            own = True
+        yield file if own else None
     finally:
         os.close(file)
 

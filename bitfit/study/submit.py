@@ -7,6 +7,7 @@ import numpy as np
 from bitfit.outputs import folders_of
 from bitfit.runs import Run
 from bitfit.study import ledger, results
+from bitfit.study.cells import absolute, slug
 from bitfit.tasks import TASKS
 from utils import UserError, whole_file
 
@@ -36,10 +37,16 @@ def write(study, model, row, path, placeholder=False):
     Raises:
         UserError: files are missing (and `placeholder` is not set), or not as the server wants.
     """
-    winners = {cell.task: winner(study, cell) for cell in study.cells
-               if (cell.model, cell.row, cell.size) == (model, row, None)}  # fmt: skip
+    name = slug(absolute(model))
+    winners = {
+        cell.task: winner(study, cell)
+        for cell in study.cells
+        if (slug(cell.model), cell.row, cell.size) == (name, row, None)
+    }
     if not winners:
-        known = sorted({f"{cell.model} {cell.row}" for cell in study.cells if cell.size is None})
+        known = sorted(
+            {f"{slug(cell.model)} {cell.row}" for cell in study.cells if cell.size is None}
+        )
         raise UserError(f"nothing is planned for {model} {row}; there is: {', '.join(known)}")
     texts, said, missing, wrong = {}, [], [], []
     for name, (rows, majority) in SERVER.items():

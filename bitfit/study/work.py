@@ -3,7 +3,6 @@
 Any number of them may work on one folder. What one leaves when it is killed, the next goes on with.
 """
 
-import errno
 import logging
 import os
 import re
@@ -42,31 +41,28 @@ def shard_of(word, environment=os.environ):
     return int(match[1]) - 1, int(match[2])
 
 
-def work(study, cells, retry_failed=False, gpu=None):
+def work(study, cells, retry_failed=False, gpu=None, shared=True):
     """Run what can be run of some cells, in their order; returns those that failed.
+
+    Args:
+        shared: whether others may work on the same cells.
 
     Raises:
         Stopped: a signal came; the cell at work has written a checkpoint.
-        UserError: the file system has no locks.
+        UserError: they may, and the file system has no locks.
     """
     takes = {"missing", "interrupted"} | ({"failed"} if retry_failed else set())
     failed = []
     for number, cell in enumerate(cells, 1):
         if ledger.state_of(study, cell) not in takes:
             continue
-        try:
-            with ledger.taken(study, cell) as lock:
-                # What it was may have changed before it was taken.
-                if lock is None or ledger.state_of_taken(study, cell) not in takes:
-                    continue
-                LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
-                if not run(study, cell, lock, gpu):
-                    failed.append(cell)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            what = "its file system has no locks: divide the cells with --shard I/N"
-            raise UserError(f"{study.output} cannot be shared, {what}") from None
+        with ledger.taken(study, cell, shared) as lock:
+            # What it was may have changed before it was taken.
+            if lock is None or ledger.state_of_taken(study, cell) not in takes:
+                continue
+            LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
+            if not run(study, cell, lock, gpu):
+                failed.append(cell)
     return failed
 
 
