@@ -257,9 +257,14 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def is_temporary(name):
+    """Whether a name is one of those that `whole_file` and `whole_folder` write under."""
+    return bool(re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", name))
+
+
 def remove_temporaries(folder):
     """What a killed process left of `whole_file` and `whole_folder`."""
     for path in list(Path(folder).rglob(".*.tmp*")):
-        if re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", path.name):
+        if is_temporary(path.name):
             shutil.rmtree(path, ignore_errors=True)
             path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils import FORMAT, UserError, as_list, remove_temporaries, write_text
+from utils import FORMAT, UserError, as_list, is_temporary, remove_temporaries, write_text
 
 LOGGER = logging.getLogger("bitfit")
 CHECKPOINTS = "checkpoints"
@@ -44,7 +44,7 @@ def is_finished(output, facts, resume):
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output-path {output} is a file: give a folder")
-    if output.is_dir() and any(inside.name != ".lock" for inside in output.iterdir()):
+    if output.is_dir() and any(not is_leftover(inside.name) for inside in output.iterdir()):
         if not resume:
             what = "give a new folder, nothing is replaced; or --resume to go on with what was"
             raise UserError(f"--output-path {output} is not empty: {what} interrupted there")
@@ -61,6 +61,11 @@ def is_finished(output, facts, resume):
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--output-path {output} cannot be made in {nearest}: give another place")
     return False
+
+
+def is_leftover(name):
+    """Whether a process killed in its first moments may have left that: nothing to resume."""
+    return name == ".lock" or is_temporary(name)
 
 
 @contextmanager

@@ -105,7 +105,11 @@ def compact(task, logits):
     """
     if task.is_regression:
         return logits
-    return (logits - logits.max(axis=1, keepdims=True)).astype(np.float16)
+    below = logits - logits.max(axis=1, keepdims=True)
+    half = np.finfo(np.float16)  # what is below 0 stays so, and finite
+    return np.where(below < 0, below.clip(half.min, -half.smallest_subnormal), below).astype(
+        half.dtype
+    )
 
 
 def score(task, logits, labels):

@@ -9,7 +9,6 @@ A study is a folder. Each cell of a table is a command of run_glue.py, and `plan
 `run` may be killed at any moment, and any number of them may work on one folder.
 """
 
-import logging
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from bitfit.study import cells
 from bitfit.tasks import TASKS
 from utils import Stopped, UserError
 
-LOGGER = logging.getLogger("bitfit")
+ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
 # fmt: off
 
 
@@ -104,11 +103,16 @@ def parse_args(argv=None):
     parser, commands = make_parser()
     args = parser.parse_args(argv)
     if args.command == "plan":
-        if not args.tables and not args.figures and not (args.output_path / cells.STUDY).exists():
+        given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
+        new = [name for name in given if name not in ANYWAY]
+        there = (args.output_path / cells.STUDY).exists()
+        if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
         by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
         for name, known in by_row.items():
             setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
+        if any(len(values) > 1 for values in args.epochs.values()):
+            commands["plan"].error("--epochs: give one number for all tasks, or for each")
     return args
 
 
@@ -130,10 +134,10 @@ def plan(args):
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
     utils.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan(args.output_path, args)
+    device = utils.choose_device(utils.gpu_of(args.gpu_device))
     plan.check(study)
     cells.write(study)
     if args.calibrate:
-        device = utils.choose_device(utils.gpu_of(args.gpu_device))
         precision = args.precision or utils.default_precision(device)
         cost.calibrate(study, device, DTYPES[precision])
     print(plan.table(study, cost.Costs(study)))
@@ -145,21 +149,25 @@ def run(args):
     from bitfit.study import ledger, plan, work
 
     study = cells.read(args.output_path)
-    own, left = study.cells, []
-    if args.shard is not None:
-        part, parts = work.shard_of(args.shard)
-        own = own[part::parts]
+    part, parts = (0, 1) if args.shard is None else work.shard_of(args.shard)
+    gpus = args.gpus or [None]
+    for choice in gpus:
+        utils.choose_device(utils.gpu_of(choice))
+    cells_here, states, left = study.cells[part::parts], work.takes(args.retry_failed), []
+    fit = cells_here
     if args.budget_hours:
-        own, left = plan.within(study, own, args.budget_hours)
-    status = 0
-    if len(args.gpus or ()) > 1:
-        status = max(work.work_on(args.gpus, [__file__, *words_of(args)]))
+        utils.use_local_copies_when_offline()
+        fit, left = plan.within(study, cells_here, args.budget_hours, states)
+    if len(gpus) > 1:
+        shards = [f"{part + parts * i + 1}/{parts * len(gpus)}" for i in range(len(gpus))]
+        pairs = zip(gpus, shards, strict=True)
+        statuses = work.work_on([words_of(args, gpu, shard) for gpu, shard in pairs])
     else:
-        gpu = args.gpus[0] if args.gpus else None
-        work.work(study, own, args.retry_failed, gpu, shared=args.shard is None)
-    print(plan.summary(study, own, left))
-    failed = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in own)
-    return max(status, int(failed))
+        work.work(study, fit, states, gpus[0], shared=args.shard is None)
+        statuses = []
+    print(plan.summary(study, cells_here, left))
+    bad = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in cells_here)
+    return int(bad or any(statuses))
 
 
 def report(args):
@@ -172,7 +180,7 @@ def report(args):
 def submit(args):
     from bitfit.study import submit
 
-    name = f"submission_{Path(args.model).name}_{args.method}.zip"
+    name = f"submission_{cells.slug(cells.absolute(args.model))}_{args.method}.zip"
     path = args.output_path / name
     study = cells.read(args.output_path)
     said = submit.write(study, args.model, args.method, path, args.placeholder_missing)
@@ -180,10 +188,10 @@ def submit(args):
     return 0
 
 
-def words_of(args):
-    """The words of a worker's command, but for its GPU."""
-    words = ["run", "--output-path", str(args.output_path)]
-    words += ["--shard", args.shard] if args.shard is not None else []
+def words_of(args, gpu, shard):
+    """The words of the command of one worker of several; it has a part of the shard, if any."""
+    words = [__file__, "run", "--output-path", str(args.output_path), "--gpus", str(gpu)]
+    words += ["--shard", shard] if args.shard is not None else []
     words += ["--budget-hours", str(args.budget_hours)] if args.budget_hours else []
     return words + ["--retry-failed"] * args.retry_failed
 
@@ -202,7 +210,9 @@ def main(argv=None):
     except (Stopped, KeyboardInterrupt) as error:
         words = "the same command goes on"
         return end(128 + getattr(error, "number", 2), "stopped", f"{error or 'SIGINT'}; {words}")
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not utils.is_out_of_memory(error):
+            raise
         return end(1, "stopped", f"{utils.one_line(error)}; what was done is kept")
 
 

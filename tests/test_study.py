@@ -27,6 +27,9 @@ TOY = [
 ]  # fmt: skip
 
 
+TABLE = ["--tables", "3", "--tasks", "rte", "--data-dir", str(GLUE)]
+
+
 def plan(output, *more, tables=("--tables", "3")):
     return paper.main(["plan", "--output-path", str(output), *tables, *TOY, *more])
 
@@ -269,6 +272,8 @@ def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(study, tmp_pat
         ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
               "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
         ("", {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2)),
+        ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
+              "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, (2, 4)),
         ("9/8", {}, None), ("0/8", {}, None), ("3", {}, None), ("", {}, None),
     ],
 )  # fmt: skip
@@ -306,6 +311,70 @@ def test_a_worker_for_each_gpu(study, capsys, monkeypatch):
     assert states(study) == ["done", "done"]
 
 
+def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
+    assert paper.main(["run", "-o", str(study.output), "--gpus", "9"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert states(study) == ["missing", "missing"]
+
+
+def test_workers_that_are_killed_are_no_success(study, monkeypatch, capsys):
+    monkeypatch.setattr(work, "work_on", lambda commands: [-9, 0])
+    assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 1
+
+
+def test_workers_of_a_shard_divide_it(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(work, "work_on", lambda commands: seen.extend(commands) or [0])
+    words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
+    assert paper.main(words) == 0
+    shards = [command[command.index("--shard") + 1] for command in seen]
+    own = [list(range(60))[part::parts] for part, parts in map(work.shard_of, shards)]
+    assert sorted(own[0] + own[1]) == list(range(60))[1::3]
+
+
+def test_data_without_a_test_split(tmp_path, capsys):
+    data = tmp_path / "glue"
+    shutil.copytree(GLUE / "RTE", data / "RTE")
+    (data / "RTE/test.tsv").unlink()
+    more = ["--data-dir", str(data), "--rows", "bitfit"]
+    assert plan(tmp_path / "study", *more) == 2
+    assert "test" in capsys.readouterr().err
+    assert plan(tmp_path / "study", *more, "--no-predict-test", "--calibrate") == 0
+    assert "?" not in capsys.readouterr().out
+
+
+def test_a_kill_in_the_first_moments_leaves_nothing_to_resume(study, monkeypatch):
+    folder = ledger.folder_of(study, study.cells[0])
+    folder.mkdir(parents=True)
+    (folder / ".args.123.tmp.json").write_text("{")
+    (folder / ".lock").touch()
+    assert states(study)[0] == "missing"
+    assert run_glue.main(study.cells[0].command(study.output)[2:]) == 0
+    assert states(study)[0] == "done"
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"tiny_bert": 1}', '{"tiny_bert": {}}'])
+def test_rates_that_cannot_be_read_are_none(study, content, capsys):
+    (study.output / cost.RATES).write_text(content)
+    assert paper.main(["plan", "-o", str(study.output)]) == 0
+    assert "plan again with --calibrate" in capsys.readouterr().out
+
+
+def test_an_empty_config_is_one_line(tmp_path, capsys):
+    shutil.copytree(TINY_BERT, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{}")
+    assert plan(tmp_path / "study", "--models", str(tmp_path / "model")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_cannot_be_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert plan(tmp_path / "file") == 2
+    assert "give another place" in capsys.readouterr().err
+
+
 def test_a_budget_takes_the_cheapest(study, capsys):
     assert paper.main(["run", "-o", str(study.output), "--budget-hours", "1"]) == 2
     assert "--calibrate" in capsys.readouterr().err
@@ -323,7 +392,7 @@ def test_a_budget_takes_the_cheapest(study, capsys):
 
 def test_operations_are_counted_from_the_sizes(study):
     cell = study.cells[0]
-    sizes = cost.Sizes(1000, {"train": 100, "validation": 10, "test": 7},
+    sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10, "test": 7},
                        {"train": 5.0, "validation": 4.0, "test": 3.0}, 2)  # fmt: skip
     training = 4 * 2 * 24 * 5  # operations, epochs, rows, tokens
     scoring = 2 * (2 * (24 * 5 + 10 * 4) + 7 * 3)
@@ -339,6 +408,42 @@ def test_operations_are_counted_from_the_sizes(study):
         (["plan", "-o", "x", "--tables", "3", "--epochs", "rt=3"], "'rt' is none of cola"),
         (["plan", "-o", "x", "--tables", "3", "--seeds", "one"], "'one'"),
         (["plan", "-o", "x", "--tables", "3", "--learning-rates", "bitfit=0"], "'0'"),
+        (["plan", "-o", "x", "--tables", "3", "--epochs", "2", "rte=3,4"], "--epochs: give one"),
+        (["plan", "-o", "x", "--tables", "2", "--rows", "frozen"], "none of these --rows"),
+        (
+            ["plan", "-o", "x", *TABLE, "--models", "./nomodel"],
+            "there is no model folder ./nomodel",
+        ),
+        (
+            [
+                "plan",
+                "-o",
+                "x",
+                *TABLE,
+                "--models",
+                str(TINY_BERT),
+                "--calibrate",
+                "--gpu-device",
+                "9",
+            ],
+            "there is no GPU 9",
+        ),
+        (
+            [
+                "plan",
+                "-o",
+                "x",
+                *TABLE,
+                "--models",
+                str(TINY_BERT),
+                "--figures",
+                "2",
+                "--sizes",
+                "16",
+                "100000",
+            ],
+            "rte has 800 training rows",
+        ),
         (["run", "-o", "x"], "x holds no study"),
         (["run", "-o", "x", "--gpus", "zero"], "'zero'"),
         (["run"], "--output-path"),

@@ -1,5 +1,6 @@
 """The study's results, report and submission, from a small study that was run."""
 
+import json
 import re
 import shutil
 import zipfile
@@ -10,6 +11,7 @@ import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
+from bitfit.reports import read_metrics
 from bitfit.study import cells, figures, ledger, published, report, results, statistics, submit
 from bitfit.tasks import TASKS
 from utils import UserError
@@ -120,11 +122,15 @@ def test_differences_are_paired_and_pooled(entries):
     assert (frame["low"] <= frame["high"]).all()
 
 
-def test_the_gap_is_that_of_the_metrics(entries):
+def test_the_gap_is_that_of_the_metrics(made, entries):
     gaps = results.train_gaps(entries).set_index(["row", "column"])
     entry = entries[MODEL, "full_ft", "CoLA", None]
     rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
-    facts = [f for f in entry.results.facts if f["learning_rate"] == rate]
+    facts = [
+        read_metrics(folder)[0]
+        for run, folder in entry.results.cell.folders(made.output).items()
+        if run.learning_rate == rate
+    ]
     expected = [f["last"]["train"]["MCC"] - f["last"]["validation"]["MCC"] for f in facts]
     assert gaps.loc[("full_ft", "CoLA"), "gap"] == pytest.approx(100 * np.mean(expected))
 
@@ -132,7 +138,8 @@ def test_the_gap_is_that_of_the_metrics(entries):
 def test_figure_1_is_the_mean_over_the_seeds(made, entries):
     entry = entries[MODEL, "bitfit", "CoLA", None]
     rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
-    changes = results.bias_changes(made, entry)
+    changes, seeds = results.bias_changes(made, entry)
+    assert seeds == 3
     tables = [pd.read_csv(made.output / entry.results.cell.name / f"lr{rate}_seed{seed}" /
                           "bias_term_changes.csv", index_col="term")
               for seed in range(3)]  # fmt: skip
@@ -167,13 +174,78 @@ def test_the_report_is_whole(study, capsys):
     assert set(frame["selection"]) == {"last", "best", "split"}
 
 
-def test_published_numbers_stand_beside_ours(study, monkeypatch):
-    numbers = {(MODEL, "bitfit", "CoLA"): (99.9, 0.1), (MODEL, "full_ft", "CoLA"): (0.0, 200.0)}
+def test_published_numbers_stand_beside_ours(entries, monkeypatch):
+    """Where all rows were trained on; the paper trained on all."""
+    rows = {"bitfit": (99.9, 0.1), "full_ft": (0.0, 200.0)}
+    numbers = {("tiny_bert", row, "CoLA"): of for row, of in rows.items()}
     monkeypatch.setattr(results, "PUBLISHED", numbers)
+    kept = {k: e for k, e in entries.items() if k[1] in rows and k[2:] == ("CoLA", None)}
+    table = report.table_of(results.score_frame(kept), MODEL)
+    assert "(" not in table["CoLA"]["BitFit"]
+    for key, entry in kept.items():
+        flags = [f for f in entry.results.cell.flags if f not in ("--train-size", "60")]
+        own = entry.results._replace(cell=entry.results.cell._replace(flags=flags))
+        kept[key] = entry._replace(results=own)
+    table = report.table_of(results.score_frame(kept), MODEL)
+    assert table["CoLA"]["BitFit"].endswith("(99.9 ± 0.1)!")
+    assert table["CoLA"]["Full-FT"].endswith("(0.0 ± 200.0)")
+
+
+def test_the_papers_models_whoever_publishes_them():
+    for name in ("roberta-base", "FacebookAI/roberta-base", "/models/roberta-base"):
+        assert cells.papers_rates(name, "bitfit") == (1e-4,)
+        assert (cells.papers_name(name), "bitfit", "RTE") in published.PUBLISHED
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_runs_that_diverged_count_nowhere(study):
+    """Neither in the headline nor in pictures; a cell in which all did has no score."""
+    by_name = {cell.name.split("/", 1)[1]: cell for cell in study.cells}
+    for run, folder in by_name["bitfit/cola"].folders(study.output).items():
+        if run.seed == 2:
+            edit(folder / "metrics.json", diverged="the loss was not finite")
+            (folder / "bias_term_changes.csv").write_text("term,1,2\nquery,,\n")
+    for folder in by_name["full_ft/cola"].folders(study.output).values():
+        edit(folder / "metrics.json", diverged="the loss was not finite")
+    found = results.entries(study)
+    assert np.isnan(found[MODEL, "full_ft", "CoLA", None].selected["best"].values).all()
+    changes, seeds = results.bias_changes(study, found[MODEL, "bitfit", "CoLA", None])
+    assert seeds == 2
+    assert changes.notna().all(axis=None)
     report.write(study, resamples=10)
     table = (study.output / "tables.md").read_text()
-    assert re.search(r"\(99\.9 ± 0\.1\)!", table)
-    assert re.search(r"\(0\.0 ± 200\.0\) ", table)
+    assert "(2 of 3 seeds)" in table
+    assert "no run counts" in table
+    differences = pd.read_csv(study.output / "differences.csv")
+    assert "CoLA" not in set(differences.query("b == 'full_ft'")["column"])
+
+
+def test_what_is_of_another_command_is_left_out(study):
+    cell = next(c for c in study.cells if c.name.endswith("/full_ft/cola"))
+    edit(study.output / cell.name / "args.json", epochs=7)
+    report.write(study, resamples=10)
+    assert (
+        f"Left out, of another command: {cell.name}." in (study.output / "report.html").read_text()
+    )
+    assert (MODEL, "full_ft", "CoLA", None) not in results.entries(study)
+
+
+def test_a_study_of_figure_2_alone(study):
+    curve = [cell for cell in study.cells if cell.size]
+    report.write(study._replace(cells=curve), resamples=10)
+    page = (study.output / "report.html").read_text()
+    assert page.count("<img ") == 1
+    assert "Figure 2" in page
+
+
+def test_a_damaged_file_is_named(study):
+    path = next(study.output.rglob("validation_logits.safetensors"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        report.write(study)
 
 
 def test_a_partial_study_reports_what_there_is(study):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitfit.tasks import TASKS, predictions, row_losses, score
+from bitfit.tasks import TASKS, compact, predictions, row_losses, score
 
 # paper.md's facts, written down a second time on purpose
 LABELS = {
@@ -88,3 +88,15 @@ def test_row_losses_are_those_of_torch():
     scores, targets = torch.randn(5, 1), torch.rand(5)
     expected = torch.nn.MSELoss()(scores[:, 0], targets)
     assert torch.allclose(row_losses(TASKS["stsb"], scores, targets).mean(), expected)
+
+
+def test_compact_logits_keep_their_order():
+    """Whatever is largest stays so, and all are finite."""
+    close = np.array([[0.0, 1e-8], [3.0, 3.0], [1e6, -1e6], [0.1, 0.2]], np.float32)
+    kept = compact(TASKS["rte"], close)
+    assert kept.dtype == np.float16
+    assert np.isfinite(kept).all()
+    assert kept.argmax(axis=1).tolist() == [1, 0, 0, 1]
+    assert kept[1].tolist() == [0, 0]
+    scores = np.array([[1.23456789]], np.float32)
+    assert compact(TASKS["stsb"], scores) is scores

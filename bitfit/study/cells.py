@@ -5,7 +5,9 @@ runs of one sweep, in one pass where they stack. `study.json` holds the cells wi
 the hash of what their results depend on; whether one is done is read from its own folder.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import shlex
@@ -13,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitfit import flags
-from bitfit.outputs import HARMLESS
+from bitfit.outputs import HARMLESS, folders_of
 from bitfit.tasks import TASKS
-from utils import UserError, as_list, write_text
+from utils import UserError, as_list, one_line, write_text
 
 STUDY = "study.json"
 PAPERS_MODELS = ("bert-base-cased", "bert-large-cased", "roberta-base")
@@ -88,6 +90,13 @@ class Cell(NamedTuple):
     def runs(self):
         return len(self.rates) * len(self.seeds)
 
+    def folders(self, output):
+        """{Run: its folder}, rate after rate."""
+        from bitfit.runs import Run  # it needs torch, and `-h` does not
+
+        runs = [Run(rate, seed) for rate in self.rates for seed in self.seeds]
+        return folders_of(Path(output) / self.name, runs)
+
     def command(self, output, *more):
         """The words of the command that begins it, or goes on with it."""
         where = ["--output-path", str(Path(output) / self.name), "--resume"]
@@ -147,7 +156,7 @@ def make_cell(model, row, task, size, args):
     words = ["--task-name", task, "--model-name", model]
     words += ["--fine-tune-type", kind.fine_tune_type]
     words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
-    words += ["--learning-rate", *(f"{rate:g}" for rate in rates)]
+    words += ["--learning-rate", *map(repr, rates)]
     words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
     words += ["--batch-size", str(args.batch_size)]
     more = {"max_seq_length": args.max_seq_length, "precision": args.precision}
@@ -165,8 +174,13 @@ def of(values, name):
     return values.get(name, values.get(None))
 
 
+def papers_name(model):
+    """What the paper calls a model: its name without organisation or folder."""
+    return str(model).rstrip("/").rpartition("/")[2]
+
+
 def papers_rates(model, row):
-    given = UNSEARCHED.get(model, {}).get(row)
+    given = UNSEARCHED.get(papers_name(model), {}).get(row)
     return given or (FULL_FT_RATES if row == "full_ft" else LEARNING_RATES)
 
 
@@ -209,6 +223,8 @@ def plan(output, args):
     tables, figures = args.tables or [], args.figures or []
     models = args.models and [absolute(model) for model in args.models]
     keys = wanted(tables, figures, models, args.tasks, args.rows or ROWS, args.sizes)
+    if not keys and (tables or figures):
+        raise UserError("these --tables have none of these --rows: give other rows, or none")
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
@@ -238,7 +254,11 @@ def words(value):
 
 
 def write(study):
-    study.output.mkdir(parents=True, exist_ok=True)
+    try:
+        study.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"cannot be made: {one_line(error)}: give another place"
+        raise UserError(f"--output-path {study.output} {what}") from None
     content = study._asdict() | {"output": None, "cells": [c._asdict() for c in study.cells]}
     del content["output"]
     write_text(study.output / STUDY, json.dumps(content, indent=2) + "\n")
@@ -254,15 +274,24 @@ def read(output):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = [Cell(**cell) for cell in content["cells"]]
-        study = Study(Path(output), content["tables"], content["figures"], cells)
         for cell in cells:
-            if hash_of(cell.flags) != cell.hash or cell.task not in TASKS or cell.row not in ROWS:
+            if not is_whole(cell):
                 raise ValueError(f"{cell.name} was edited")
-        return study
+        return Study(Path(output), content["tables"], content["figures"], cells)
     except FileNotFoundError:
         raise UserError(f"{output} holds no study: make one with `paper.py plan`") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a study: {error}; plan it anew") from None
+
+
+def is_whole(cell):
+    """Whether a cell that was read is as it was written."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            same = hash_of(cell.flags) == cell.hash
+    except SystemExit:  # these are no flags of run_glue.py
+        return False
+    return same and cell.task in TASKS and cell.row in ROWS
 
 
 def one_number(kind, low, high=math.inf):

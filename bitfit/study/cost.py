@@ -24,7 +24,7 @@ from bitfit.study.cells import ROWS, slug
 from bitfit.tasks import TASKS
 from bitfit.train import start, take_step
 from bitfit.trainable import matrix_weights, select
-from utils import UserError, write_text
+from utils import UserError, blaming, write_text
 
 RATES = "rates.json"
 SAMPLED = 2000  # rows whose tokens are counted, evenly spaced
@@ -39,7 +39,8 @@ CALIBRATIONS = {"stacked": ("bitfit", 4), "single": ("bitfit", 1), "full": ("ful
 class Sizes(NamedTuple):
     """What the cost of a cell follows from."""
 
-    weights: int  # of the encoder's matrices
+    weights: int  # of the encoder's matrices: each token is multiplied with all
+    parameters: int  # all
     rows: dict  # {split: rows}
     tokens: dict  # {split: mean tokens of a row}
     classes: int
@@ -50,7 +51,8 @@ def sizes_of(cell):
     args, task = cell.args, TASKS[cell.task]
     tokenizer = models.load_tokenizer(cell.model)
     rows, tokens = {}, {}
-    for split in ("train", *task.splits):
+    tests = task.server_files if args["predict_test"] else ()
+    for split in ("train", *task.validation_splits, *tests):
         texts = read_split(task, split, args["data_dir"])
         if texts is None:
             continue
@@ -58,17 +60,17 @@ def sizes_of(cell):
         few = np.unique(np.linspace(0, len(texts) - 1, min(SAMPLED, len(texts))).astype(int))
         few = tokenize(texts.take(few), tokenizer, args["max_seq_length"])
         tokens[split] = float(few.lengths.mean())
-    return Sizes(weights_of(cell.model, task), rows, tokens, task.num_labels)
+    empty = empty_model(cell.model, task)
+    parameters = sum(p.numel() for p in empty.parameters())
+    return Sizes(matrix_weights(empty), parameters, rows, tokens, task.num_labels)
 
 
-def weights_of(model, task):
-    """The weights of the encoder's matrices, those that each token is multiplied with."""
+def empty_model(name, task):
+    """A model without its weights."""
     from transformers import AutoModelForSequenceClassification as Auto
 
-    config = models.load_config(model, task)
-    with torch.device("meta"):
-        empty = Auto.from_config(config)
-    return matrix_weights(empty)
+    with blaming(lambda error: models.cannot_load(name, error)), torch.device("meta"):
+        return Auto.from_config(models.load_config(name, task))
 
 
 def operations(cell, sizes):
@@ -84,12 +86,16 @@ def operations(cell, sizes):
 
 
 def disk_bytes(cell, sizes):
-    """What a cell leaves on disk, logits of all evaluations and test predictions included."""
+    """What a cell has on disk at most: what its runs leave, logits of all evaluations and test
+    predictions included, and while full_ft trains two checkpoints of values and AdamW's moments.
+    """
     task, args = TASKS[cell.task], cell.args
     each = 4 if task.is_regression else 2
     rows = sum(sizes.rows[s] for s in task.validation_splits)
     tests = sum(sizes.rows.get(s, 0) for s in task.server_files) * args["predict_test"]
-    return cell.runs * (RUN_BYTES + args["epochs"] * rows * sizes.classes * each + 10 * tests)
+    checkpoints = 2 * 3 * 4 * sizes.parameters if cell.row == "full_ft" else 0
+    own = RUN_BYTES + args["epochs"] * rows * sizes.classes * each + 10 * tests
+    return cell.runs * own + checkpoints
 
 
 class Costs:
@@ -106,7 +112,7 @@ class Costs:
 
     def sizes_of(self, cell):
         """The cell's `Sizes`, or None; `unknown` then says why."""
-        key = cell.model, cell.task
+        key = cell.model, cell.task, cell.args["predict_test"]
         if key not in self.sizes:
             try:
                 self.sizes[key] = sizes_of(cell)
@@ -129,17 +135,16 @@ class Costs:
         rate, sizes = self.rate(cell), self.sizes_of(cell)
         loads = 1 if kind_of(cell) == "stacked" else cell.runs
         starts = START_SECONDS + LOAD_SECONDS * loads
-        return rate and sizes and operations(cell, sizes) / rate + starts
+        return (operations(cell, sizes) / rate + starts) if rate and sizes else None
 
     def seconds_apart(self, cell):
-        """The same with one command for each run."""
-        kind = "single" if ROWS[cell.row].stacks else "full"
-        rate, sizes = self.measured.get(slug(cell.model), {}).get(kind), self.sizes_of(cell)
-        return (
-            rate
-            and sizes
-            and operations(cell, sizes) / rate + (START_SECONDS + LOAD_SECONDS) * cell.runs
-        )
+        """The same with one command for each run; None where a single run was not measured."""
+        rate, sizes = self.rate(cell), self.sizes_of(cell)
+        if kind_of(cell) == "stacked":
+            measured = self.measured.get(slug(cell.model), {})
+            rate = rate and measured and rate * measured["single"] / measured["stacked"]
+        starts = (START_SECONDS + LOAD_SECONDS) * cell.runs
+        return (operations(cell, sizes) / rate + starts) if rate and sizes else None
 
     def bytes(self, cell):
         sizes = self.sizes_of(cell)
@@ -160,23 +165,21 @@ def seconds_of(study, cell):
 
 
 def read_rates(output):
+    """{model: {kind: FLOP/s}} as they were measured; nothing where that cannot be read."""
     try:
-        return json.loads((output / RATES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        rates = json.loads((output / RATES).read_text(encoding="utf-8"))
+        return {model: own for model, own in rates.items() if set(own) >= set(CALIBRATIONS)}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
 def calibrate(study, device, dtype):
-    """Measure the rates of the models whose cells need them, and write them to the study."""
+    """Measure the rates of the study's models here, and write them to it."""
     rates = read_rates(study.output)
-    for cell in study.cells:
-        if slug(cell.model) not in rates:
-            rates[slug(cell.model)] = {
-                kind: measure(cell, method, runs, device, dtype)
-                for kind, (method, runs) in CALIBRATIONS.items()
-            }
-            write_text(study.output / RATES, json.dumps(rates, indent=2) + "\n")
-    return rates
+    for cell in {cell.model: cell for cell in study.cells}.values():
+        own = {kind: measure(cell, *what, device, dtype) for kind, what in CALIBRATIONS.items()}
+        rates[slug(cell.model)] = own | {"device": str(device), "dtype": str(dtype)}
+        write_text(study.output / RATES, json.dumps(rates, indent=2) + "\n")
 
 
 def measure(cell, method, runs, device, dtype):

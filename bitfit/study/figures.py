@@ -41,10 +41,10 @@ def heatmaps(study, entries, name):
     for (_, row, column, _), entry in whole(entries).items():
         if row not in ("bitfit", "b_m2+b_q"):
             continue
-        changes = results.bias_changes(study, entry)
-        if changes is None or column == "MNLI-mm":
+        found = results.bias_changes(study, entry)
+        if found is None or column == "MNLI-mm":
             continue
-        seeds = len(entry.results.cell.seeds)
+        changes, seeds = found
         caption = f"{name}, {row}, {column}: change of each bias term, mean of {seeds} seeds"
         figure = bias_heatmap(list(changes.index), changes.to_numpy(), caption)
         text = f"Figure 1 of the paper, for {row} on {column}: mean absolute change per layer."

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from bitfit.models import load_tokenizer
+from bitfit.models import cannot_load, load_config, load_tokenizer
 from bitfit.sources import read_split
 from bitfit.study import cost, ledger
 from bitfit.tasks import TASKS
-from utils import UserError
+from utils import UserError, blaming
 
 
 def check(study):
@@ -17,15 +17,38 @@ def check(study):
     What is on the Hub is looked for when its cell runs.
     """
     wrong = []
-    for model in dict.fromkeys(cell.model for cell in study.cells if Path(cell.model).is_dir()):
-        wrong += said(lambda model=model: load_tokenizer(model))
-        if not (Path(model) / "config.json").exists():
-            wrong.append(f"the model folder {model} has no config.json")
-    for task, folder in dict.fromkeys((c.task, c.args["data_dir"]) for c in study.cells):
-        for split in ("train", *TASKS[task].validation_splits) if folder else ():
-            wrong += said(lambda t=TASKS[task], s=split, f=folder: read_split(t, s, f))
+    for model in dict.fromkeys(cell.model for cell in study.cells if is_local(cell.model)):
+        wrong += said(lambda model=model: check_model(model))
+    wanted = {}  # {(task, folder): what of each split is needed}
+    for cell in study.cells:
+        if cell.args["data_dir"]:
+            own = wanted.setdefault((cell.task, cell.args["data_dir"]), {"train": 0})
+            own["train"] = max(own["train"], cell.args["train_size"] or 0)
+            tests = TASKS[cell.task].server_files if cell.args["predict_test"] else ()
+            own |= dict.fromkeys((*TASKS[cell.task].validation_splits, *tests), 0)
+    for (task, folder), splits in wanted.items():
+        for split, rows in splits.items():
+            what = (TASKS[task], split, folder, rows)
+            wrong += said(lambda what=what: check_split(*what))
     if wrong:
         raise UserError("; ".join(dict.fromkeys(wrong)))
+
+
+def is_local(model):
+    """Whether a name can only be a folder's."""
+    return Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def check_model(model):
+    load_tokenizer(model)
+    with blaming(lambda error: cannot_load(model, error)):
+        load_config(model, TASKS["rte"])
+
+
+def check_split(task, split, folder, rows):
+    texts = read_split(task, split, folder)
+    if texts is not None and len(texts) < rows:
+        raise UserError(f"{task.name} has {len(texts)} training rows in {folder}, not {rows}")
 
 
 def said(work):
@@ -89,14 +112,14 @@ def commands(study):
     return "\n".join(f"$ {cell.shell(study.output)}" for cell in study.cells)
 
 
-def within(study, cells, budget):
-    """(the cheapest cells that fit into so many hours, those that do not)
+def within(study, cells, budget, states):
+    """(the cheapest cells in some states that fit into so many hours, those that do not)
 
     Raises:
         UserError: what they cost is not known.
     """
     costs, spent, fit = cost.Costs(study), 0.0, []
-    open_cells = [cell for cell in cells if ledger.state_of(study, cell) != "done"]
+    open_cells = [cell for cell in cells if ledger.state_of(study, cell) in states]
     prices = {cell.name: costs.seconds(cell) for cell in open_cells}
     if None in prices.values():
         raise UserError("--budget-hours needs the cells' cost: plan with --calibrate before")
@@ -115,14 +138,11 @@ def summary(study, cells, left):
     if left:
         lines.append(f"left, beyond --budget-hours: {', '.join(cell.name for cell in left)}")
     for cell, state in zip(cells, states, strict=True):
-        failure = ledger.failure_of(study, cell)
+        failure = ledger.failure_of(study, cell) or {}
         if state == "failed":
-            log = ledger.beside(study, cell, ".log")
-            lines.append(
-                f"failed: {cell.name}, status {failure['status']}: {failure['line']} ({log})"
-            )
+            where = ledger.beside(study, cell, ".log")
+            what = f"status {failure.get('status')}: {failure.get('line')}"
+            lines.append(f"failed: {cell.name}, {what} ({where})")
         if state == "foreign":
-            lines.append(
-                f"foreign: {ledger.folder_of(study, cell)} holds another command's results"
-            )
+            lines.append(f"foreign: {ledger.folder_of(study, cell)} is another command's")
     return "\n".join(lines)

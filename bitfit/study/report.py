@@ -10,15 +10,15 @@ from bitfit.reports import save_figure
 from bitfit.study import cost, figures, ledger, results
 from bitfit.study.cells import (
     BATCH_SIZE,
-    EPOCHS,
-    OTHER_EPOCHS,
     PAPERS_MODELS,
     ROWS,
     SEEDS,
+    epochs_of,
+    papers_name,
     papers_rates,
     slug,
 )
-from bitfit.study.published import COLUMNS, NOTE, PUBLISHED, average
+from bitfit.study.published import COLUMNS, NOTE, average
 from utils import UserError, write_text
 
 SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "frozen": "Frozen",
@@ -28,13 +28,14 @@ LEGEND = (
     "rate and epoch are chosen on one half of the validation rows and scored on the other, and the "
     f"other way round (`split`). In brackets the paper's number ({NOTE}); `!` where the 95 % "
     "interval of the mean has nothing in common with it ± its deviation; `...` where the cell is "
-    "not finished."
+    "not finished. A run that diverged counts nowhere."
 )
 STATISTICS = (
-    "a - b, by `split`, paired by seed. The interval (95 %) is of a bootstrap over seeds and "
-    "validation rows together; `all` is the mean over the tasks. p is of flipping the signs of "
-    "the seeds' differences, so it cannot be below `least p`, and p (Holm) is corrected for all "
-    "columns of a model's pairs, or for its pooled rows."
+    "a - b, by `split`, paired by seed, of finished cells. The interval (95 %) is of a bootstrap "
+    "over seeds and validation rows together, widened as Student's t is for so few seeds; `all` is "
+    "the mean over the tasks. p is of flipping the signs of the seeds' differences, so it cannot "
+    "be below `least p`; p (Holm) is corrected for all columns of a model's pairs, or for its "
+    "pooled rows."
 )
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
@@ -59,6 +60,7 @@ def write(study, resamples=1000):
     scores = results.score_frame(entries)
     differences = results.comparisons(entries, rng, resamples)
     headline = {slug(m): table_of(scores, m) for m in dict.fromkeys(scores["model"])}
+    headline = {name: table for name, table in headline.items() if len(table)}
     pictures = figures.all_of(study, entries)
     folder = study.output / "figures"
     folder.mkdir(exist_ok=True)
@@ -85,24 +87,29 @@ def table_of(scores, model):
         if len(of):
             texts = {c: entry_text(of.loc[c]) if c in of.index else "" for c in columns}
             mean = average({c: of["mean"].get(c) for c in COLUMNS})
-            paper = average({c: PUBLISHED.get((model, row, c), (None,))[0] for c in COLUMNS})
+            paper = average({c: of["published"].get(c) for c in COLUMNS})
             texts["Avg."] = "" if mean is None else f"{mean:.1f}"
             texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
             rows[SYMBOLS.get(row, row)] = texts
     table = pd.DataFrame(rows).T
-    return table if "Avg." in table and table["Avg."].any() else table.drop(columns="Avg.")
+    return (
+        table if len(table) and table["Avg."].any() else table.drop(columns="Avg.", errors="ignore")
+    )
 
 
 def entry_text(entry):
     text = spread(entry["mean"], entry["std"])
     if pd.notna(entry["published"]):
         text += f" ({spread(entry['published'], entry['published_std'])})"
-    return text + "!" * (entry["off"] is True) + " ..." * (entry["state"] != "done")
+    text += "!" * (pd.notna(entry["off"]) and bool(entry["off"]))
+    if 0 < entry["seeds"] < entry["of"] and entry["state"] == "done":
+        text += f" ({entry['seeds']} of {entry['of']} seeds)"
+    return text + " ..." * (entry["state"] != "done")
 
 
 def spread(mean, std):
     if pd.isna(mean):
-        return "diverged"
+        return "no run counts"
     return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
 
@@ -125,6 +132,8 @@ def difference_table(differences):
 def selection_table(scores):
     """The three selections side by side, with trials and learning rates."""
     whole = scores[scores["train_size"].isna()]
+    if whole.empty:
+        return pd.DataFrame()
     keys = ["model", "row", "column"]
     texts = whole.assign(text=[spread(*pair) for pair in zip(whole["mean"], whole["std"],
                                                              strict=True)])  # fmt: skip
@@ -142,7 +151,7 @@ def deviations(study):
     """What of the plan is not the paper's, in words."""
     said = []
     for cell in study.cells:
-        if cell.model not in PAPERS_MODELS:
+        if papers_name(cell.model) not in PAPERS_MODELS:
             said.append(f"model {cell.model}")
         if tuple(cell.rates) != tuple(papers_rates(cell.model, cell.row)):
             rates = " ".join(f"{rate:g}" for rate in cell.rates)
@@ -152,10 +161,15 @@ def deviations(study):
         for name, papers in (("batch_size", BATCH_SIZE), ("max_seq_length", 128)):
             if cell.args[name] != papers:
                 said.append(f"{name.replace('_', ' ')} {cell.args[name]}")
+        if cell.args["data_dir"]:
+            said.append(f"data of {cell.args['data_dir']}")
         if cell.args["train_size"] and not cell.size:
             said.append(f"{cell.args['train_size']} training rows, drawn by each seed")
-        if cell.args["epochs"] != EPOCHS.get(cell.task, OTHER_EPOCHS):
+        if cell.args["epochs"] != epochs_of(cell.task):
             said.append(f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)")
+    precisions = {(ledger.args_of(study, cell) or {}).get("precision") for cell in study.cells}
+    if "bf16" in precisions:
+        said.append("computed in bf16; what trains is kept in float32")
     return list(dict.fromkeys(said))
 
 
@@ -230,7 +244,9 @@ def picture(path, text):
 def progress(study):
     states = [ledger.state_of(study, cell) for cell in study.cells]
     done = states.count("done")
-    return f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
+    text = f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
+    foreign = [c.name for c, state in zip(study.cells, states, strict=True) if state == "foreign"]
+    return text + f" Left out, of another command: {', '.join(foreign)}." * bool(foreign)
 
 
 def machine(study):

@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from bitfit.outputs import folders_of
 from bitfit.reports import read_metrics
-from bitfit.runs import Run
 from bitfit.saved import LOGITS
 from bitfit.study import ledger, statistics
-from bitfit.study.cells import ROWS
+from bitfit.study.cells import ROWS, papers_name
 from bitfit.study.published import COLUMNS, PUBLISHED
 from bitfit.tasks import TASKS
+from utils import UserError, blaming, one_line
 
 SELECTIONS = ("last", "best", "split")
 # The paper's claims, each as a difference between two rows.
@@ -34,7 +33,6 @@ class Results(NamedTuple):
     logits: dict  # {validation split: (L, S, E, rows, C)}
     labels: dict  # {validation split: (rows,)}
     scores: pd.DataFrame  # learning_rate, seed, epoch, split, metric, value
-    facts: list  # the runs' metrics.json
 
     @property
     def task(self):
@@ -42,24 +40,32 @@ class Results(NamedTuple):
 
 
 def read(study, cell):
-    """The `Results` of a cell, or None where no run has been scored yet."""
-    runs = [Run(rate, seed) for rate in cell.rates for seed in cell.seeds]
-    folders = folders_of(ledger.folder_of(study, cell), runs)
-    kept, facts, scores = {}, [], []
+    """The `Results` of a cell; None where no run has been scored yet, or the folder is another's.
+
+    A run that diverged counts nowhere: all of its logits are NaN.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    state, kept, scores = ledger.state_of(study, cell), {}, []
+    folders = {} if state == "foreign" else cell.folders(study.output)
     for run, folder in folders.items():
         if (folder / LOGITS).exists() and (folder / "metrics.json").exists():
-            kept[run] = load_file(folder / LOGITS)
-            content, table = read_metrics(folder)
-            facts.append(content)
+            with blaming(
+                lambda error, f=folder: UserError(f"{f} cannot be read: {one_line(error)}")
+            ):
+                kept[run] = load_file(folder / LOGITS)
+                content, table = read_metrics(folder)
             scores.append(table.assign(learning_rate=run.learning_rate, seed=run.seed))
+            for split in TASKS[cell.task].validation_splits if content["diverged"] else ():
+                kept[run][split][:] = np.nan
     if not kept:
         return None
     logits, labels = {}, {}
     for split in TASKS[cell.task].validation_splits:
         labels[split] = next(iter(kept.values()))[f"{split}.labels"]
-        logits[split] = grid_of([kept.get(run, {}).get(split) for run in runs], len(cell.rates))
-    state = ledger.state_of(study, cell)
-    return Results(cell, state, logits, labels, pd.concat(scores), facts)
+        logits[split] = grid_of([kept.get(run, {}).get(split) for run in folders], len(cell.rates))
+    return Results(cell, state, logits, labels, pd.concat(scores))
 
 
 def grid_of(arrays, rates):
@@ -115,21 +121,22 @@ def score_frame(entries):
     """tables.csv: a row for each cell's column and selection, scores x 100."""
     rows = []
     for (model, row, column, size), entry in entries.items():
-        published, std = PUBLISHED.get((model, row, column), (None, None))
+        cell = entry.results.cell  # the paper trains on all rows
+        key = (papers_name(model), row, column) if cell.args["train_size"] is None else None
+        published, std = PUBLISHED.get(key, (None, None))
         for selection in SELECTIONS:
             selected = entry.selected[selection]
             mean, spread, n = statistics.mean_std(100 * selected.values)
             low, high = statistics.mean_interval(100 * selected.values)
-            cell = entry.results.cell
             rows.append({
                 "model": model, "row": row, "column": column, "train_size": size,
                 "metric": entry.results.task.metrics[0], "selection": selection,
-                "mean": mean, "std": spread, "seeds": n, "low": low, "high": high,
+                "mean": mean, "std": spread, "low": low, "high": high,
+                "seeds": n, "of": len(cell.seeds),
                 "trials": entry.results.logits[entry.split][..., 0, 0].size,
                 "learning_rate": rates_of(selected, cell),
-                "published": published if size is None else None,
-                "published_std": std if size is None else None,
-                "off": is_off(low, high, published, std) if size is None else None,
+                "published": published, "published_std": std,
+                "off": is_off(low, high, published, std),
                 "state": entry.results.state,
             })  # fmt: skip
     return pd.DataFrame(rows)
@@ -166,37 +173,43 @@ def comparisons(entries, rng, resamples=1000):
 
 
 def compared(entries, model, a, b, rng, resamples):
-    rows, of_task = [], {}
+    """The rows of one pair; of cells that are done, with the same seeds."""
+    rows, of_task, drawn_seeds = [], {}, {}
     for column in dict.fromkeys(key[2] for key in entries):
         one, two = (entries.get((model, row, column, None)) for row in (a, b))
-        if not one or not two or one.results.cell.seeds != two.results.cell.seeds:
+        if not one or not two or not comparable(one, two):
             continue
-        args = (one.results.task, one.selected["split"], two.selected["split"],
-                one.results.logits[one.split], two.results.logits[two.split],
-                one.results.labels[one.split])  # fmt: skip
-        if not args[1].choices or not args[2].choices:
-            continue
-        drawn = statistics.bootstrap_differences(*args, rng, resamples)
-        own = statistics.differences(args[1], args[2])
-        rows.append(difference(model, a, b, column, [drawn], [own], rng))
-        of_task.setdefault(one.results.cell.task, []).append((drawn, own))
+        selected = one.selected["split"], two.selected["split"]
+        own, task = statistics.differences(*selected), one.results.task
+        # The two columns of MNLI are of the same runs: they get the same seeds, and one mean.
+        seeds = drawn_seeds.setdefault(task.name, statistics.draws(rng, len(own), resamples))
+        logits = (entry.results.logits[entry.split] for entry in (one, two))
+        labels = one.results.labels[one.split]
+        drawn = statistics.bootstrap_differences(task, *selected, *logits, labels, rng, seeds)
+        of_task.setdefault(task.name, []).append((own, drawn))
+        rows.append(difference(model, a, b, column, [(own, drawn)], rng))
     if len(of_task) > 1:
-        # The two columns of MNLI are of the same runs: first their mean.
-        pairs = [[np.mean(arrays, axis=0) for arrays in zip(*of, strict=True)]
-                 for of in of_task.values()]  # fmt: skip
-        rows.append(difference(model, a, b, "all", *map(list, zip(*pairs, strict=True)), rng))
+        means = [[np.mean(of, axis=0) for of in zip(*pairs, strict=True)]
+                 for pairs in of_task.values()]  # fmt: skip
+        rows.append(difference(model, a, b, "all", means, rng))
     return rows
 
 
-def difference(model, a, b, column, bootstraps, own, rng):
+def comparable(one, two):
+    """Whether two entries are of done cells with the same seeds, of which two or more count."""
+    done = one.results.state == two.results.state == "done"
+    if not done or one.results.cell.seeds != two.results.cell.seeds:
+        return False
+    return len(statistics.pairs(one.selected["split"], two.selected["split"])) > 1
+
+
+def difference(model, a, b, column, columns, rng):
     """A row of `comparisons`, of the columns that these arrays are of."""
-    mean, p = statistics.pooled(own, rng)
-    low, high = statistics.pooled_interval(bootstraps)
-    n = sum(map(len, own))
+    found = statistics.difference(columns, rng)
     return {
-        "model": model, "a": a, "b": b, "column": column, "difference": 100 * mean,
-        "low": 100 * low, "high": 100 * high, "pairs": n, "p": p,
-        "least_p": statistics.least_p(n),
+        "model": model, "a": a, "b": b, "column": column, "difference": 100 * found.mean,
+        "low": 100 * found.low, "high": 100 * found.high, "pairs": found.n, "p": found.p,
+        "least_p": statistics.least_p(found.n),
     }  # fmt: skip
 
 
@@ -233,15 +246,19 @@ def curve_of(entry):
 
 
 def bias_changes(study, entry):
-    """How far each bias term moved, a frame (terms, layers): the mean over the seeds at the rate of
-    `last`; None where there are none."""
-    cell, choices = entry.results.cell, entry.selected["last"].choices
-    runs = [Run(rate, seed) for rate in cell.rates for seed in cell.seeds]
-    folders = folders_of(ledger.folder_of(study, cell), runs)
-    chosen = {cell.rates[choice.rate] for choice in choices}
-    paths = [f / "bias_term_changes.csv" for r, f in folders.items() if r.learning_rate in chosen]
+    """How far each bias term moved, at the rate of `last`.
+
+    Returns:
+        (a frame (terms, layers): the mean over the seeds that count, their number); or None.
+    """
+    selected, cell = entry.selected["last"], entry.results.cell
+    counted = [s for s, v in zip(cell.seeds, selected.values, strict=True) if np.isfinite(v)]
+    chosen = {(cell.rates[c.rate], seed) for c in selected.choices for seed in counted}
+    folders = [f for run, f in cell.folders(study.output).items() if tuple(run) in chosen]
+    paths = [folder / "bias_term_changes.csv" for folder in folders]
     frames = [pd.read_csv(path, index_col="term") for path in paths if path.exists()]
     if not frames:
         return None
     mean = sum(frame.loc[frames[0].index] for frame in frames) / len(frames)
-    return mean.loc[mean.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    order = mean.sum(axis=1).sort_values(ascending=False, kind="stable").index
+    return mean.loc[order], len(frames)

@@ -198,8 +198,8 @@ def draws(rng, n, size):
     return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
 
 
-def bootstrap_differences(task, a, b, a_logits, b_logits, labels, rng, resamples=1000):
-    """Mean differences of two `Selected` on resampled rows and seeds: (B,), NaN for n < 2.
+def bootstrap_differences(task, a, b, a_logits, b_logits, labels, rng, seeds):
+    """Mean differences of two `Selected` on resampled rows and seeds: (B,).
 
     Both methods get the same rows and the same seeds each time. What was chosen stays chosen,
     and its rows are resampled among themselves.
@@ -207,22 +207,22 @@ def bootstrap_differences(task, a, b, a_logits, b_logits, labels, rng, resamples
     Args:
         a_logits, b_logits: what they were selected from, (L, S, E, rows, C)
         labels: (rows,)
+        seeds: (B, n) how often each of `pairs` is drawn, as from `draws`; columns that are of the
+            same runs get the same.
 
     Raises:
         ValueError: if they were not tried with as many seeds, or not scored on the same rows.
     """
-    seeds, values = pairs(a, b), []
-    if len(seeds) < 2:
-        return np.full(resamples, np.nan)
+    kept, values = pairs(a, b), []
     for choices in zip(a.choices, b.choices, strict=True):
         rows = choices[0].rows
         if not np.array_equal(rows, choices[1].rows):
             raise ValueError("they are not scored on the same rows")
         both = zip(choices, (a_logits, b_logits), strict=True)
-        chosen = np.stack([x[c.rate, seeds, c.epoch[seeds]][:, rows] for c, x in both])
-        values.append(row_bootstrap(task, chosen, labels[rows], rng, resamples))
+        chosen = np.stack([x[c.rate, kept, c.epoch[kept]][:, rows] for c, x in both])
+        values.append(row_bootstrap(task, chosen, labels[rows], rng, len(seeds)))
     a_values, b_values = np.mean(values, axis=0).swapaxes(0, 1)
-    return ((a_values - b_values) * draws(rng, len(seeds), resamples)).sum(axis=1) / len(seeds)
+    return ((a_values - b_values) * seeds).sum(axis=1) / len(kept)
 
 
 def row_bootstrap(task, logits, labels, rng, resamples):
@@ -232,17 +232,18 @@ def row_bootstrap(task, logits, labels, rng, resamples):
     return np.concatenate([resampled(task, logits, labels, of) for of in counts])
 
 
-def paired(task, a, b, a_logits, b_logits, labels, rng, resamples=1000):
-    """The `Difference` a - b of two `Selected`; args and errors of `bootstrap_differences`.
+def difference(columns, rng):
+    """The `Difference` of two methods in one column of a table, or the mean of several.
 
     Its interval is for other rows and other seeds; its p, of flipping the signs of the seeds'
     differences, for other seeds on these rows, so that the two may disagree.
+
+    Args:
+        columns: of each its `differences` (n,) and `bootstrap_differences` (B,).
     """
-    args = task, a, b, a_logits, b_logits, labels, rng, resamples
-    low, high = pooled_interval([bootstrap_differences(*args)])
-    own = differences(a, b)
-    mean, p = pooled([own], rng)
-    return Difference(mean, low, high, p, len(own))
+    own = [values for values, _ in columns]
+    mean, p = pooled(own, rng)
+    return Difference(mean, *interval(columns), p, sum(map(len, own)))
 
 
 def pooled(columns, rng):
@@ -262,12 +263,22 @@ def pooled(columns, rng):
     return float(terms.sum()), float(stats.permutation_test(*args, **options).pvalue)
 
 
-def pooled_interval(bootstraps):
-    """The interval (low, high) of the mean over columns of `bootstrap_differences`, (B,) each.
+def interval(columns):
+    """The 95 % interval (low, high) of the mean over columns, as in `difference`; NaN for n < 2.
 
-    Draw them with one rng, column after column: rngs of the same seed draw the same seeds.
+    A bootstrap over n seeds sees (n - 1) / n of their variance, and takes it for known: with five
+    seeds its percentiles cover the truth in 84 of 100 cases. So they are widened, by that and by
+    Student's t over the normal's; what is of the rows is widened too.
     """
-    return tuple(np.quantile(np.mean(bootstraps, axis=0), ENDS).tolist())
+    sizes = np.array([len(own) for own, _ in columns])
+    if sizes.min() < 2:
+        return np.nan, np.nan
+    mean = np.mean([own.mean() for own, _ in columns])
+    drawn = np.mean([drawn for _, drawn in columns], axis=0)
+    student = stats.t.ppf(ENDS[1], (sizes - 1).sum()) / stats.norm.ppf(ENDS[1])
+    wider = student * np.sqrt(sizes.min() / (sizes.min() - 1))
+    low, high = mean + wider * (np.quantile(drawn, ENDS) - mean)
+    return float(low), float(high)
 
 
 def holm(p):
@@ -281,8 +292,8 @@ def holm(p):
 
 
 def least_p(n):
-    """The least two-sided p that flipping the signs of n differences can give."""
-    return min(1.0, 2.0 / 2**n)
+    """The least two-sided p that flipping the signs of n differences can give, as `pooled` does."""
+    return min(1.0, max(2.0 / 2**n, 2.0 / (SIGN_FLIPS + 1) if 2**n > SIGN_FLIPS else 0.0))
 
 
 def expected_best(scores, budgets):

@@ -4,7 +4,6 @@ import zipfile
 
 import numpy as np
 
-from bitfit.outputs import folders_of
 from bitfit.runs import Run
 from bitfit.study import ledger, results
 from bitfit.study.cells import absolute, slug
@@ -81,8 +80,7 @@ def winner(study, cell):
         return None
     seed = cell.seeds[int(np.nanargmax(selected.values))]
     run = Run(cell.rates[selected.choices[0].rate], seed)
-    runs = [Run(rate, seed) for rate in cell.rates for seed in cell.seeds]
-    return folders_of(ledger.folder_of(study, cell), runs)[run]
+    return cell.folders(study.output)[run]
 
 
 def problems(name, text, rows):

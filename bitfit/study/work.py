@@ -26,13 +26,14 @@ def shard_of(word, environment=os.environ):
         UserError: it is not such a part, or the environment says nothing.
     """
     if not word:
-        for index, first, count in (
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT"),
-            ("RANK", None, "WORLD_SIZE"),
-        ):
+        slurm = "SLURM_ARRAY_TASK_"
+        for index, count in ((f"{slurm}ID", f"{slurm}COUNT"), ("RANK", "WORLD_SIZE")):
             if environment.get(index, "").isdecimal() and environment.get(count, "").isdecimal():
-                begin = int(environment.get(first, 0)) if first else 0
-                word = f"{int(environment[index]) - begin + 1}/{environment[count]}"
+                array = index.startswith(slurm)
+                begin = int(environment.get(f"{slurm}MIN", 0)) if array else 0
+                step = int(environment.get(f"{slurm}STEP", 1)) if array else 1
+                number = (int(environment[index]) - begin) // step + 1
+                word = f"{number}/{environment[count]}"
                 break
     match = re.fullmatch(r"(\d+)/(\d+)", word)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -41,8 +42,13 @@ def shard_of(word, environment=os.environ):
     return int(match[1]) - 1, int(match[2])
 
 
-def work(study, cells, retry_failed=False, gpu=None, shared=True):
-    """Run what can be run of some cells, in their order; returns those that failed.
+def takes(retry_failed):
+    """The states of cells that a worker takes."""
+    return {"missing", "interrupted"} | ({"failed"} if retry_failed else set())
+
+
+def work(study, cells, states, gpu=None, shared=True):
+    """Run what is in some states of some cells, in their order.
 
     Args:
         shared: whether others may work on the same cells.
@@ -51,23 +57,19 @@ def work(study, cells, retry_failed=False, gpu=None, shared=True):
         Stopped: a signal came; the cell at work has written a checkpoint.
         UserError: they may, and the file system has no locks.
     """
-    takes = {"missing", "interrupted"} | ({"failed"} if retry_failed else set())
-    failed = []
     for number, cell in enumerate(cells, 1):
-        if ledger.state_of(study, cell) not in takes:
+        if ledger.state_of(study, cell) not in states:
             continue
         with ledger.taken(study, cell, shared) as lock:
             # What it was may have changed before it was taken.
-            if lock is None or ledger.state_of_taken(study, cell) not in takes:
+            if lock is None or ledger.state_of_taken(study, cell) not in states:
                 continue
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
-            if not run(study, cell, lock, gpu):
-                failed.append(cell)
-    return failed
+            run(study, cell, lock, gpu)
 
 
 def run(study, cell, lock, gpu=None):
-    """Run a cell's command to its end, output to its log; returns whether it did not fail.
+    """Run a cell's command to its end, output to its log; what fails is noted.
 
     Args:
         lock: the file of `ledger.taken`.
@@ -93,14 +95,12 @@ def run(study, cell, lock, gpu=None):
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
     if status == 0 and ledger.state_of_taken(study, cell) == "done":
         LOGGER.info("%s: done in %s", cell.name, took)
-        return True
-    if status in STOPPED:
+    elif status in STOPPED:
         LOGGER.info("%s: stopped by a signal after %s; the next worker goes on", cell.name, took)
-        return True
-    line = last_line(log)
-    ledger.note_failure(study, cell, status, line)
-    LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
-    return False
+    else:
+        line = last_line(log)
+        ledger.note_failure(study, cell, status, line)
+        LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
 
 
 def last_line(path):
@@ -108,11 +108,10 @@ def last_line(path):
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def work_on(gpus, words):
-    """A worker process for each GPU; returns their exit statuses."""
+def work_on(commands):
+    """A worker process for each list of words; returns their exit statuses."""
     workers = [
-        subprocess.Popen([sys.executable, *words, "--gpus", str(gpu)], start_new_session=True)
-        for gpu in gpus
+        subprocess.Popen([sys.executable, *words], start_new_session=True) for words in commands
     ]
     try:
         return [worker.wait() for worker in workers]
