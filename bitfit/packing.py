@@ -117,13 +117,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, layout, side, scaling, dropout):
-        ctx.layout, ctx.side, ctx.scaling, ctx.dtype, ctx.groups = (
-            layout,
-            side,
-            scaling,
-            q.dtype,
-            [],
-        )
+        ctx.layout, ctx.side, ctx.scaling = layout, side, scaling
+        ctx.dtype, ctx.groups = q.dtype, []
         q = q.float().index_select(0, side.place)
         k, v = (x.float().index_select(0, layout.tokens.place) for x in (k, v))
         out = torch.empty_like(q)
