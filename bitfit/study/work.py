@@ -109,9 +109,15 @@ def last_line(path):
 
 
 def work_on(commands):
-    """A worker process for each list of words; returns their exit statuses."""
+    """A worker process for each list of words; returns their exit statuses.
+
+    They share the machine's cores, unless OMP_NUM_THREADS says otherwise.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     workers = [
-        subprocess.Popen([sys.executable, *words], start_new_session=True) for words in commands
+        subprocess.Popen([sys.executable, *words], start_new_session=True, env=environment)
+        for words in commands
     ]
     try:
         return [worker.wait() for worker in workers]
