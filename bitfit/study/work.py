@@ -19,22 +19,23 @@ PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
 STOPPED = {status for n in Signals.NUMBERS for status in (128 + n, -n)}
 
 
+# The environment's names of a process's number, how many there are, the first number, the step.
+NUMBERS = (
+    [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")],
+    ["RANK", "WORLD_SIZE", "no first", "no step"],
+)
+
+
 def shard_of(word, environment=os.environ):
     """`3/8` -> (2, 8): which part of the cells; "" reads SLURM's array or torchrun's rank.
 
     Raises:
         UserError: it is not such a part, or the environment says nothing.
     """
-    if not word:
-        slurm = "SLURM_ARRAY_TASK_"
-        for index, count in ((f"{slurm}ID", f"{slurm}COUNT"), ("RANK", "WORLD_SIZE")):
-            if environment.get(index, "").isdecimal() and environment.get(count, "").isdecimal():
-                array = index.startswith(slurm)
-                begin = int(environment.get(f"{slurm}MIN", 0)) if array else 0
-                step = int(environment.get(f"{slurm}STEP", 1)) if array else 1
-                number = (int(environment[index]) - begin) // step + 1
-                word = f"{number}/{environment[count]}"
-                break
+    for own, count, first, step in NUMBERS:
+        if not word and own in environment and count in environment:
+            past = int(environment[own]) - int(environment.get(first, 0))
+            word = f"{past // int(environment.get(step, 1)) + 1}/{environment[count]}"
     match = re.fullmatch(r"(\d+)/(\d+)", word)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         what = "give --shard I/N with 1 <= I <= N, or SLURM_ARRAY_TASK_ID, or RANK and WORLD_SIZE"
