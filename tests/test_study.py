@@ -469,10 +469,20 @@ def test_all_that_is_missing_is_named_at_once(tmp_path, capsys):
     (bare / "config.json").write_text("{}")
     data = tmp_path / "glue"
     shutil.copytree(GLUE / "RTE", data / "RTE")
-    more = ["--models", str(bare), "--data-dir", str(data), "--tasks", "rte", "cola", "sst2"]
+    more = [
+        "--models",
+        str(bare),
+        "nomodel/",
+        "--data-dir",
+        str(data),
+        "--tasks",
+        "rte",
+        "cola",
+        "sst2",
+    ]
     assert plan(tmp_path / "study", *more) == 2
     error = capsys.readouterr().err
-    for what in ("has no tokenizer", "CoLA", "SST-2"):
+    for what in ("has no tokenizer", "no model folder nomodel/", "CoLA", "SST-2"):
         assert what in error
     assert error.count("\n") == 1
     assert not (tmp_path / "study").exists()

@@ -36,7 +36,8 @@ def check(study):
 
 def is_local(model):
     """Whether a name can only be a folder's."""
-    return Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    marked = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
+    return marked or Path(model).is_dir()
 
 
 def check_model(model):
