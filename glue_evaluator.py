@@ -19,6 +19,7 @@ from bitfit import models, outputs, predict, reports, runs, saved, trainable
 from bitfit.checkpoints import Saver
 from bitfit.data import MAX_TOKENS, Dataset
 from bitfit.plan import Plan
+from bitfit.ranks import ALONE
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS, predictions, score
 from bitfit.train import Record, fit, start
@@ -67,6 +68,7 @@ class GLUEvaluator:
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
         self.precision = precision or default_precision(self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
+        self.group = ALONE  # the `bitfit.ranks.Group` that trains and predicts together
 
     def _need(self, attribute, call):
         if not hasattr(self, attribute):
@@ -115,16 +117,20 @@ class GLUEvaluator:
         Args:
             encoder_trainable: True for full fine-tuning, and before a random mask is set.
             trainable_components: for BitFit; with none the classifier alone trains.
+            seed: one of the evaluator's seeds; None: all of them.
         """
         if encoder_trainable and trainable_components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
         kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
         terms = trainable_components or ()
-        self.prepare(kind, learning_rate, optimizer, terms, None, verbose, seed)
+        if seed is not None and seed not in self.seeds:
+            raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
+        own = [Run(float(rate), seed) for rate in as_list(learning_rate) if seed is not None]
+        self.prepare(kind, learning_rate, optimizer, terms, None, verbose, own or None)
 
     def prepare(
         self, fine_tune_type, learning_rate, optimizer="adamw", components=(), mask_size=None,
-        verbose=True, seed=None,
+        verbose=True, only=None,
     ):  # fmt: skip
         """Load the model and choose what trains.
 
@@ -134,17 +140,15 @@ class GLUEvaluator:
             components: for bitfit, what `convert_to_actual_components` gives.
             mask_size: for rand_uniform; None: the paper's for its models, else as many as bitfit.
             verbose: print the trained tensors.
-            seed: one of the evaluator's seeds; None: all of them.
+            only: some of the runs, pairs of a learning rate and a seed; None: all.
         """
         if optimizer not in ("adamw", "adam"):
             raise UserError(f"unknown optimizer {optimizer!r}; known: adamw, adam")
         self._need("data", "preprocess_dataset")
-        if seed is not None and seed not in self.seeds:
-            raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
-        seeds = self.seeds if seed is None else [seed]
-        pairs = [Run(float(rate), s) for rate in as_list(learning_rate) for s in seeds]
+        pairs = [Run(float(rate), seed) for rate in as_list(learning_rate) for seed in self.seeds]
         if len(set(pairs)) < len(pairs):
             raise UserError("a learning rate or seed is given twice: give each once")
+        pairs = pairs if only is None else list(only)
         self._load_model(self.random_encoder)
         self.runs, self.optimizer, self.verbose = pairs, optimizer, verbose
         self.components, self.selected = list(components), 0
@@ -213,13 +217,18 @@ class GLUEvaluator:
             self._reason = runs.why_not_stackable(self._forward("train"), self.chosen, tokens)
         return self._reason if len(self.runs) > 1 else None
 
-    def passes(self):
-        """[[run, ...]]: all together, or one after the other where they cannot share a pass."""
+    def passes(self, share=None):
+        """[[run, ...]]: all together, or one after the other where they cannot share a pass.
+
+        Args:
+            share: some of the runs, for those alone.
+        """
+        share = self.runs if share is None else share
         reason = self.why_not_stackable()
-        if len(self.runs) > 1:
+        if len(share) > 1:
             how = f"one after the other: {reason}" if reason else "in one pass"
-            LOGGER.info("%d runs %s", len(self.runs), how)
-        return [[run] for run in self.runs] if reason else [self.runs]
+            LOGGER.info("%d runs %s", len(share), how)
+        return [[run] for run in share] if reason else [share]
 
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
@@ -251,8 +260,8 @@ class GLUEvaluator:
         folders = outputs.folders_of(output_path, self.runs)
         plan = Plan(self.task, self._forward("train"), self.data.split("train"),
                     self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
-                    warmup_ratio, evaluation_frequency)  # fmt: skip
-        set_seed(self.runs[0].seed)
+                    warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
+        set_seed(self._dropout_seed())
         self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
         state = start(plan, self.stack, self.optimizer, keep)
         for folder in folders.values():
@@ -272,6 +281,11 @@ class GLUEvaluator:
                 self.plot_learning_curves(folder, run)
         if diverged:
             raise Diverged(diverged)
+
+    def _dropout_seed(self):
+        """The run's own; several ranks each draw for their rows."""
+        seed, rank = self.runs[0].seed, self.group.rank
+        return int(generator(seed, f"dropout of rank {rank}").integers(2**63)) if rank else seed
 
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
@@ -307,7 +321,7 @@ class GLUEvaluator:
         self._need("model", "training_preparation")
         forward = self._forward(split)
         with predict.computing_in(self.model, DTYPES[self.precision]):
-            return predict.predict(forward, self.tokens(split), self.limit)
+            return predict.predict(forward, self.tokens(split), self.limit, group=self.group)
 
     def evaluate(self, split):
         """{metric: value} of a split with labels, all its rows."""
@@ -316,7 +330,10 @@ class GLUEvaluator:
         return score(self.task, self.predict(split), self.tokens(split).labels.cpu().numpy())
 
     def export_model_test_set_predictions(self, output_path):
-        """Write the test predictions as files for the GLUE server; returns their paths."""
+        """Write the test predictions as files for the GLUE server; returns their paths.
+
+        The ranks of a group predict together; one of them writes.
+        """
         Path(output_path).mkdir(parents=True, exist_ok=True)
         written = []
         for split, name in self.task.server_files.items():
@@ -325,7 +342,8 @@ class GLUEvaluator:
                 continue
             written.append(Path(output_path) / name)
             own = predictions(self.task, self.predict(split))
-            reports.write_predictions(written[-1], self.task, own)
+            if self.group.rank == 0:
+                reports.write_predictions(written[-1], self.task, own)
         return written
 
     def export_model(self, output_path):

@@ -5,45 +5,48 @@
 Flags in, checks, a GLUEvaluator, files out. Bad input ends with status 2 and one line.
 """
 
+import logging
 import os
 import shlex
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import utils
 from bitfit import outputs
 from bitfit.flags import parse_args
-from utils import Damaged, Diverged, Stopped, UserError
+from bitfit.ranks import Ranks
+from utils import Damaged, Diverged, Lost, Stopped, UserError
 
 
-def prepare(args):
+def prepare(args, ranks):
     """Read data and model and choose what trains; everything that can be wrong is found here."""
     from glue_evaluator import GLUEvaluator, set_seed
 
     set_seed(args.seed[0])
     evaluator = GLUEvaluator(
-        args.task_name, args.model_name, utils.gpu_of(args.gpu_device), args.seed, args.data_dir,
+        args.task_name, args.model_name, ranks.gpu(args.gpu_device), args.seed, args.data_dir,
         args.precision, args.random_encoder, args.max_tokens,
     )  # fmt: skip
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
     )
-    choose(evaluator, args, args.learning_rate, verbose=args.verbose)
+    choose(evaluator, args, verbose=args.verbose and ranks.rank == 0)
     return evaluator
 
 
-def choose(evaluator, args, learning_rate, seed=None, verbose=False):
-    """Load the model and choose what trains, for all runs or one."""
+def choose(evaluator, args, runs=None, verbose=False):
+    """Load the model and choose what trains, for all runs or some."""
     terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
     components = evaluator.convert_to_actual_components(terms)
     kind, size = args.fine_tune_type, args.mask_size
-    evaluator.prepare(kind, learning_rate, args.optimizer, components, size, verbose, seed)
+    evaluator.prepare(kind, args.learning_rate, args.optimizer, components, size, verbose, runs)
 
 
-def run(args, signals):
-    output = Path(args.output_path)
-    if outputs.is_finished(output, vars(args), args.resume):
+def run(args, signals, ranks):
+    output, flags = Path(args.output_path), vars(args)
+    if ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume)):
         return
     all_local = args.data_dir is not None and Path(args.model_name).is_dir()
     utils.use_local_copies_when_offline(needs_hub=not all_local)
@@ -51,102 +54,142 @@ def run(args, signals):
 
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    evaluator = prepare(args)
-    facts = outputs.facts_of(args, evaluator)
-    with outputs.held(output):
-        if outputs.is_finished(output, facts, args.resume):  # another process may have been faster
-            return
-        outputs.write_args(output, facts, finished=False)
-        train_all(args, evaluator, output, facts, signals)
+    evaluator = ranks.checked(lambda: prepare(args, ranks))
+    facts = outputs.facts_of(args, evaluator) | {"ranks": ranks.size}
+    ranks.check_same("data or base model", evaluator.fingerprints())
+    with ExitStack() as held:
+
+        def begin():
+            held.enter_context(outputs.held(output))
+            # Another process may have been faster.
+            finished = outputs.is_finished(output, facts, args.resume)
+            if not finished:
+                outputs.write_args(output, facts, finished=False)
+            return finished
+
+        if not ranks.first_does(begin):
+            train_all(args, evaluator, output, facts, signals, ranks)
 
 
-def train_all(args, evaluator, output, facts, signals):
+def train_all(args, evaluator, output, facts, signals, ranks):
     """Train the runs, in one pass where they can share it, else one after the other; report."""
     from bitfit import sweeps
-    from bitfit.checkpoints import Saver
 
     folders = outputs.folders_of(output, evaluator.runs)
-    for runs in evaluator.passes():
+    alone = ranks.size == 1 or (evaluator.torch_device.type == "cuda" and args.gpu_device is None)
+    if ranks.rank > 0:
+        utils.LOGGER.setLevel(logging.WARNING)  # until now each had the same to say
+    share, evaluator.group = ranks.share(evaluator.runs, on_own_gpus=alone)
+    for runs in evaluator.passes(share):
         together = {run: folders[run] for run in runs}
         home = output if together == folders else folders[runs[0]]
-        if home != output and outputs.is_done(home):
+        if home != output and all(map(outputs.is_done, together.values())):
             continue
         if evaluator.runs != runs:
-            choose(evaluator, args, runs[0].learning_rate, runs[0].seed)
-        checkpoints = home / outputs.CHECKPOINTS
-        saver = Saver(checkpoints, args.checkpoint_every, args.checkpoint_minutes, signals)
-        try:
-            evaluator.train_and_evaluate(
-                args.epochs, together, args.evaluation_frequency, args.lr_schedule,
-                args.warmup_ratio, args.keep, saver,
-            )  # fmt: skip
-        except Diverged as error:
-            if len(folders) == 1:
-                raise
-            who = runs[0].name if len(runs) == 1 else "no run is left"
-            utils.LOGGER.warning("%s: %s", who, error)
-        settle(args, evaluator, runs, folders, facts)
+            choose(evaluator, args, runs)
+        train(args, evaluator, together, home, signals, single=len(folders) == 1)
+        settle(args, evaluator, {run: folders[run] for run in share}, facts)
+    ranks.end()
+    if ranks.rank > 0:
+        return
     if output in folders.values():
         print(evaluator.score_table())
     else:
+        if args.keep == "best":
+            best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
+            sweeps.drop_beaten(folders, best)
         print(sweeps.report(output, evaluator.task, folders, evaluator.method_caption))
         outputs.write_args(output, facts, finished=True)
 
 
-def settle(args, evaluator, runs, folders, facts):
+def train(args, evaluator, folders, home, signals, single):
+    """Train some runs together; Diverged only where there is no other.
+
+    Args:
+        folders: {run: its folder}.
+        home: where their checkpoints are.
+    """
+    from bitfit.checkpoints import Saver
+
+    checkpoints, group = home / outputs.CHECKPOINTS, evaluator.group
+    saver = Saver(checkpoints, args.checkpoint_every, args.checkpoint_minutes, signals, group)
+    try:
+        evaluator.train_and_evaluate(
+            args.epochs, folders if group.rank == 0 else {}, args.evaluation_frequency,
+            args.lr_schedule, args.warmup_ratio, args.keep, saver,
+        )  # fmt: skip
+    except Diverged as error:
+        if single:
+            raise
+        who = evaluator.runs[0].name if len(evaluator.runs) == 1 else "no run is left"
+        utils.LOGGER.warning("%s: %s", who, error)
+
+
+def settle(args, evaluator, folders, facts):
     """What trained runs leave beside their metrics; with --keep best only the best so far leaves
-    what was asked for."""
+    what was asked for.
+
+    Args:
+        folders: {run: its folder} of all that this rank trains.
+    """
     from bitfit import sweeps
 
+    evaluator.group.most()  # of its ranks one has written the metrics, and now writes the rest
+    writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
-    for number, run in enumerate(runs):
+    for number, run in enumerate(evaluator.runs):
         evaluator.select(number)
         folder = folders[run]
-        if evaluator.trains_only_biases:
+        if writes and evaluator.trains_only_biases:
             evaluator.plot_terms_changes(folder / "bias_term_changes")
         if args.keep == "best" and run.name != best:
             continue
-        if args.save_evaluator:
+        if writes and args.save_evaluator:
             evaluator.save(folder / "evaluator")
-        if args.export_model:
+        if writes and args.export_model:
             evaluator.export_model(folder / "model")
         if args.predict_test:
             evaluator.export_model_test_set_predictions(folder)
+    if not writes:
+        return
     if args.keep == "best":
         sweeps.drop_beaten(folders, best)
-    chosen = {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
-    for run in runs:
-        outputs.write_args(folders[run], facts | chosen | run._asdict(), finished=True)
+    facts = facts | {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
+    facts |= {"trained_by": list(evaluator.group.members)}
+    for run in reversed(evaluator.runs):  # the first has the checkpoints of all
+        outputs.write_args(folders[run], facts | run._asdict(), finished=True)
 
 
 def main(argv=None):
-    args = parse_args(__doc__.splitlines()[0], argv)
+    args, ranks = parse_args(__doc__.splitlines()[0], argv), Ranks()
     words = sys.argv[1:] if argv is None else argv
-    resume = shlex.join(["python", "run_glue.py", *words, *["--resume"] * (not args.resume)])
-    utils.setup_logging()
+    words = shlex.join(["run_glue.py", *words, *["--resume"] * (not args.resume)])
+    resume = f"{ranks.launcher} {words}"
+    utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] * (ranks.rank > 0))
     try:
         with utils.Signals() as signals:
-            run(args, signals)
+            run(args, signals, ranks)
+        return 0
     except UserError as error:
-        return end(2, "error", error)
+        status, said = 2, f"error: {error}"
     except Diverged as error:
-        return end(1, "stopped", error)
+        status, said = 1, f"stopped: {error}"
     except Stopped as error:
-        return end(128 + error.number, "stopped", f"{error}; to go on: {resume}")
+        status, said = 128 + error.number, f"stopped: {error}; to go on: {resume}"
     except KeyboardInterrupt:
-        return end(130, "stopped", f"at once; to go on: {resume}")
-    except (Damaged, OSError, MemoryError, RuntimeError) as error:
+        status, said = 130, f"stopped: at once; to go on: {resume}"
+    except (Damaged, Lost, OSError, MemoryError, RuntimeError) as error:
         out_of_memory = utils.is_out_of_memory(error)
         if isinstance(error, RuntimeError) and not out_of_memory:
             raise
         what = "out of memory (a lower --max-tokens needs less): " * out_of_memory
-        return end(1, "stopped", f"{what}{utils.one_line(error)}; what was saved before is kept; "
-                   f"when that is mended, go on with: {resume}")  # fmt: skip
-    return 0
-
-
-def end(status, what, message):
-    sys.stderr.write(f"run_glue.py: {what}: {message}\n")
+        what += (
+            f"{utils.one_line(error)}; what was saved before is kept; when that is mended, go on"
+        )
+        status, said = 1, f"stopped: {what} with: {resume}"
+        if ranks.rank and not isinstance(error, Lost):
+            utils.LOGGER.error(said)
+    ranks.tell(f"run_glue.py: {said}", at_once=status > 128)
     return status
 
 

@@ -27,6 +27,10 @@ class Diverged(Exception):
     """Training met a loss or gradient that is not finite; the message names the epoch and step."""
 
 
+class Lost(Exception):
+    """Another process that this one works with is gone."""
+
+
 class Damaged(Exception):
     """A file of ours is not as it was written; the message says which and why."""
 
@@ -92,9 +96,10 @@ class Signals:
             raise Stopped(self.received)  # it came too late for anybody inside to ask
 
 
-def setup_logging(level=logging.INFO):
+def setup_logging(level=logging.INFO, speaker=""):
     """Log to standard error, so that standard output holds the results alone."""
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    form = f"%(asctime)s {speaker}%(message)s"
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S")
     for noisy in ("httpx", "huggingface_hub", "datasets", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -13,9 +13,10 @@ import torch
 
 from bitfit import store
 from bitfit.predict import random_state, set_random_state
+from bitfit.ranks import ALONE
 from bitfit.runs import Run
 from bitfit.train import Record, evaluations
-from utils import Damaged, Signals, Stopped
+from utils import Damaged, Signals, Stopped, as_list
 
 LOGGER = logging.getLogger("bitfit")
 KEPT = 2
@@ -24,17 +25,18 @@ KEPT = 2
 class Saver:
     """Writes a checkpoint when one is due, and stops where a signal asks for it."""
 
-    def __init__(self, folder=None, every=1, minutes=None, signals=None):
+    def __init__(self, folder=None, every=1, minutes=None, signals=None, group=ALONE):
         """
         Args:
             folder: where checkpoints go; None: nothing is written.
             every: write one after so many epochs; 0: not for epochs.
             minutes: and after so many minutes, within an epoch too; None: not for time.
             signals: `utils.Signals`; None: nothing stops the training.
+            group: the ranks that train together: they write one checkpoint, and stop together.
         """
         self.folder = folder and Path(folder)
         self.every, self.minutes, self.signals = every, minutes, signals or Signals()
-        self.written, self.saved = time.monotonic(), None
+        self.group, self.written, self.saved = group, time.monotonic(), None
 
     def held(self, waits=True):
         """Within: a signal waits for `after_step`, or does not."""
@@ -48,20 +50,23 @@ class Saver:
 
     def visit(self, state, due):
         """Write a checkpoint that is due; on a signal write one anyway, and raise Stopped."""
-        stops = self.signals.received
+        due, stops = self.group.most(due, self.signals.received)
         if due or (stops and self.saved != (state.epoch, state.step)):
             self.save(state)
         if stops:
-            raise Stopped(stops)
+            raise Stopped(int(stops))
 
     def save(self, state):
         if not self.folder:
             return
         begin = time.perf_counter()
-        self.folder.mkdir(exist_ok=True)
-        numbers = found(self.folder)
-        store.write(path_of(self.folder, numbers[-1] + 1 if numbers else 1), *capture(state))
-        drop_older(self.folder)
+        content = capture(state)
+        if self.group.rank == 0:
+            self.folder.mkdir(exist_ok=True)
+            numbers = found(self.folder)
+            store.write(path_of(self.folder, numbers[-1] + 1 if numbers else 1), *content)
+            drop_older(self.folder)
+        self.group.most()  # nobody goes on, or ends, before it is written
         self.written, self.saved = time.monotonic(), (state.epoch, state.step)
         for record in state.records:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(state.records)
@@ -110,10 +115,11 @@ def capture(state):
         tensors |= {f"optimizer.{k}.{name}": value for name, value in own.items()}
     for split, logits in state.logits.items():
         tensors[f"logits.{split}"] = torch.from_numpy(logits[: evaluations(state)])
-    generators = random_state(state.stack.values.device)
+    generators = state.plan.group.gather(random_state(state.stack.values.device))
     tensors |= {f"random.{i}": generator for i, generator in enumerate(generators)}
     facts = {name: getattr(state, name) for name in ("epoch", "step", "seconds", "scores")}
-    facts |= {"max_tokens": state.plan.limit.tokens}
+    limits = state.plan.group.gather([torch.tensor([state.plan.limit.tokens])])
+    facts |= {"max_tokens": [limit.item() for limit in limits]}
     facts |= {"records": [asdict(record) for record in state.records]}
     return facts, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -135,9 +141,12 @@ def restore(state, facts, tensors):
         }
         if own:
             state.optimizer.state[group["params"][0]] = own
-    generators = [tensors[name] for name in ("random.0", "random.1") if name in tensors]
-    set_random_state(device, generators)
-    state.plan.limit.tokens = min(state.plan.limit.tokens, facts["max_tokens"])
+    group, limit = state.plan.group, state.plan.limit
+    names = [name for name in tensors if name.startswith("random.")]
+    each = len(names) // group.size
+    first = group.rank * each
+    set_random_state(device, [tensors[f"random.{first + i}"] for i in range(each)])
+    limit.tokens = min(limit.tokens, as_list(facts["max_tokens"])[group.rank])
     state.records, state.loss_sum = records, tensors["loss_sum"].to(device)
     state.scores = [tuple(score) for score in facts["scores"]]
     for split, logits in state.logits.items():

@@ -3,6 +3,7 @@
 import argparse
 import math
 
+from bitfit.ranks import Ranks
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
 
@@ -11,7 +12,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; `-h` has the rest."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        Ranks().tell(f"{self.prog}: error: {message}")
+        self.exit(2)
 
 
 def number(kind, low, high=math.inf, above=False):

@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
-    "max_tokens", "data_dir", "model_name", "finished",
+    "max_tokens", "data_dir", "model_name", "finished", "ranks",
 }  # fmt: skip
 WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
@@ -53,6 +53,8 @@ def is_finished(output, facts, resume):
             what = "was begun by another version of this program: give a new folder"
             raise UserError(f"--resume: {output} {what}")
         check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
+        if not old["finished"] and "ranks" in facts:
+            check_ranks(old.get("ranks", 1), facts["ranks"])
         if old["finished"]:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             print(f"{output} is finished: there is nothing to resume")
@@ -61,6 +63,14 @@ def is_finished(output, facts, resume):
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--output-path {output} cannot be made in {nearest}: give another place")
     return False
+
+
+def check_ranks(old, new):
+    """UserError where as many processes as before are needed: each has its share of what was."""
+    if old != new:
+        how = f"torchrun --nproc-per-node {old}" if old > 1 else "python, without torchrun"
+        what = f"that run has {old} rank{'s' * (old > 1)}, this command {new}: start it with {how}"
+        raise UserError(f"--resume: {what}, or give a new folder")
 
 
 def is_leftover(name):

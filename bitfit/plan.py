@@ -9,6 +9,7 @@ import numpy as np
 from bitfit.data import Split
 from bitfit.models import Forward
 from bitfit.predict import Limit
+from bitfit.ranks import ALONE, Group
 from bitfit.tasks import Task
 from utils import generator
 
@@ -27,6 +28,7 @@ class Plan:
     lr_schedule: str = "constant"  # or "linear" down to 0
     warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
     evaluation_frequency: int = 1  # score every so many epochs, and after the last
+    group: Group = ALONE  # the processes that train together
 
     @property
     def rows_per_run(self):

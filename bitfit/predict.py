@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from bitfit.data import batches_by_length
+from bitfit.ranks import ALONE
 from utils import is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
@@ -78,26 +79,31 @@ def set_random_state(device, state):
 
 
 @torch.inference_mode()
-def predict(forward, tokens, limit, rows=None):
+def predict(forward, tokens, limit, rows=None, group=ALONE):
     """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
 
-    Within `Stack.computing()`: those of all runs, (K, rows, C).
+    Within `Stack.computing()`: those of all runs, (K, rows, C). The ranks of a `group` compute
+    some each, and all of them have the whole.
     """
     forward.model.eval()
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
+    group = group if len(rows) >= group.size else ALONE
+    own = group.share(tokens.lengths[rows])
 
     def batches():
-        parts = list(batches_by_length(tokens.lengths[rows], limit.tokens))
-        return parts, [forward.rows(tokens, rows[part]) for part in parts]
+        parts = list(batches_by_length(tokens.lengths[rows[own]], limit.tokens))
+        return parts, [forward.rows(tokens, rows[own[part]]) for part in parts]
 
     parts, outputs = limit.hold(batches)
     together = torch.cat(outputs, dim=-2)
-    logits = torch.empty_like(together)
-    logits[..., torch.from_numpy(np.concatenate(parts)).to(logits.device), :] = together
+    logits = together.new_zeros(*together.shape[:-2], len(rows), together.shape[-1])
+    where = torch.from_numpy(own[np.concatenate(parts)]).to(logits.device)
+    logits[..., where, :] = together
+    group.sum_(logits)
     return logits.cpu().numpy()
 
 
-def predict_runs(forward, stack, tokens, limit, rows):
+def predict_runs(forward, stack, tokens, limit, rows, group=ALONE):
     """Yield (run, its logits) for {run: its rows}, (rows, C) each.
 
     Where only the classifier trains and all runs have the same rows, the encoder runs once for
@@ -106,9 +112,9 @@ def predict_runs(forward, stack, tokens, limit, rows):
     first, *others = rows.values()
     if stack.shares_encoder and others and all(np.array_equal(own, first) for own in others):
         with stack.computing():
-            logits = predict(forward, tokens, limit, first)
+            logits = predict(forward, tokens, limit, first, group)
         yield from ((run, logits[run]) for run in rows)
         return
     for run, own in rows.items():
         stack.put(run)
-        yield run, predict(forward, tokens, limit, own)
+        yield run, predict(forward, tokens, limit, own, group)

@@ -22,7 +22,7 @@ from bitfit.reports import best_epochs, frame_of, one_line_scores
 from bitfit.runs import Run, Stack, clip_
 from bitfit.stacked import rows_of
 from bitfit.tasks import compact, row_losses, score
-from utils import Stopped
+from utils import Damaged, Stopped
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
@@ -107,10 +107,12 @@ def plan_step(state, alive, rows):
     """The host's share of a step of the runs `alive` (R,): their `rows` (R, B) in passes."""
     plan, runs = state.plan, state.stack.runs
     owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
+    own = plan.group.share(plan.train.tokens.lengths[flat])
+    owner, flat = owner[own], flat[own]
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
     packed, parts = plan.forward.packer is not None, []
-    for part in passes_of(lengths, plan.limit.tokens, packed):
+    for part in passes_of(lengths, plan.limit.tokens, packed) if len(flat) else ():
         own = rows_of(owner[part], len(runs), lengths[part] if packed else None)
         parts.append((plan.forward.batch(plan.train.tokens, flat[part]), own))
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
@@ -133,6 +135,7 @@ def take_step(state, alive, rows):
         return step, forward_backward(state.plan, stack, step)
 
     step, losses = state.plan.limit.hold(attempt)
+    state.plan.group.sum_(stack.grads, losses)
     norms = clip_(stack.grads, MAX_GRAD_NORM)
     stack.note_bad(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0
@@ -184,8 +187,8 @@ def train_epoch(state, saver, bar):
         state.step += 1
         bar.update(rows.size)
         if time.perf_counter() - looked > LOOK_SECONDS:
-            if not len(stack.alive()):
-                break
+            if plan.group.size == 1 and not len(stack.alive()):
+                break  # ranks look at different times
             loss = losses[stack.bad_step < 0].mean().item()
             bar.set_postfix(epoch=state.epoch + 1, loss=f"{loss:.3f}", refresh=False)
             looked = time.perf_counter()
@@ -212,11 +215,13 @@ def fit(state, write, saver):
     plan, runs = state.plan, len(state.records)
     each = plan.rows_per_run
     done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
-    bar = tqdm(total=plan.epochs * each * runs, initial=done, unit="ex", disable=None,
-               desc=plan.task.name)  # fmt: skip
+    bar = tqdm(total=plan.epochs * each * runs, initial=done, unit="ex", desc=plan.task.name,
+               disable=None if plan.group.speaks else True)  # fmt: skip
     with logging_redirect_tqdm(), bar:
         while state.epoch < plan.epochs:
             train_epoch(state, saver, bar)
+            if not plan.group.agree(state.stack.values):
+                raise Damaged(f"ranks {plan.group.members} hold different values")
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
             scores = evaluate(state, saver) if due else []
@@ -243,11 +248,13 @@ def evaluate(state, saver):
     plan, stack, scores = state.plan, state.stack, []
     begin, alive = time.perf_counter(), stack.alive()
     try:
-        with saver.held(waits=False):
+        with saver.held(waits=plan.group.size > 1):  # several ranks go through it together
             for name, split in plan.scored.items() if len(alive) else ():
                 labels = split.tokens.labels.cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in alive}
-                for k, logits in predict_runs(plan.forward, stack, split.tokens, plan.limit, rows):
+                for k, logits in predict_runs(
+                    plan.forward, stack, split.tokens, plan.limit, rows, plan.group
+                ):
                     if name in state.logits:
                         kept = state.logits[name][state.epoch // plan.evaluation_frequency]
                         kept[k] = compact(plan.task, logits)

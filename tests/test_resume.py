@@ -433,8 +433,8 @@ def test_another_process_was_faster(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     plain = run_glue.prepare
 
-    def slow(args):
-        evaluator = plain(args)
+    def slow(*args):
+        evaluator = plain(*args)
         monkeypatch.setattr(run_glue, "prepare", plain)
         assert run_glue.main([*flags(folder), "--resume"]) == 0
         return evaluator

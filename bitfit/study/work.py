@@ -85,7 +85,7 @@ def run(study, cell, lock, gpu=None):
         # In a session of its own a Ctrl-C reaches it once, from here.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=(lock,),
+            start_new_session=True, pass_fds=(lock,), env=own_environment(),
         )  # fmt: skip
         try:
             status = process.wait()
@@ -102,6 +102,11 @@ def run(study, cell, lock, gpu=None):
         line = last_line(log)
         ledger.note_failure(study, cell, status, line)
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
+
+
+def own_environment():
+    """This process's, for a command that is no rank of the torchrun that may have started it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
 
 
 def last_line(path):

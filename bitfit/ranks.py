@@ -1,0 +1,238 @@
+"""The processes of torchrun, called ranks: who trains which runs, and the little they tell each
+other.
+
+K runs over R ranks. With as many runs as ranks, or more, each rank trains a share of them alone.
+With fewer, a run has several ranks: each computes some rows of every batch, and the gradients are
+summed. torchrun starts the ranks, and ends all of them where one fails.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils import Lost, UserError, gpu_of, one_line
+
+LOOK_SECONDS = 0.05  # between two looks at what the others said
+TELL_SECONDS = 5
+MEET = timedelta(minutes=30)  # for all ranks to meet, and for the slowest of a step
+
+
+class Group(NamedTuple):
+    """The ranks that train the same runs."""
+
+    members: tuple = (0,)  # their numbers
+    rank: int = 0  # this one's place among them
+    host: Any = None  # torch.distributed's group for what lies in the host's memory
+    device: Any = None  # and for gradients
+    speaks: bool = True  # whether this process shows progress: one of all does
+
+    @property
+    def size(self):
+        return len(self.members)
+
+    def sum_(self, *tensors):
+        """Add up over the ranks, in place; all of them then hold the same bits."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with losing():
+                for tensor in tensors:
+                    dist.all_reduce(tensor, group=self.device)
+
+    def most(self, *numbers):
+        """The largest of each number over the ranks; waits for all of them."""
+        if self.size == 1:
+            return numbers
+        import torch
+        import torch.distributed as dist
+
+        together = torch.tensor([float(number or 0) for number in numbers], dtype=torch.float64)
+        with losing():
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=self.host)
+        return together.tolist()
+
+    def gather(self, tensors):
+        """The byte tensors of all ranks, those of rank 0 first; each has as many, of one shape."""
+        if self.size == 1:
+            return tensors
+        import torch.distributed as dist
+
+        everyone = [[tensor.clone() for tensor in tensors] for _ in self.members]
+        with losing():
+            for k, own in enumerate(tensors):
+                dist.all_gather([theirs[k] for theirs in everyone], own, group=self.host)
+        return [tensor for theirs in everyone for tensor in theirs]
+
+    def agree(self, values):
+        """Whether all ranks hold the same values, by hash."""
+        if self.size == 1:
+            return True
+        digest = hashlib.sha256(values.cpu().numpy().tobytes()).digest()
+        number = int.from_bytes(digest[:6], "big")  # a float64 holds it
+        most, least = self.most(number, -number)
+        return most == -least
+
+    def share(self, lengths):
+        """Which of some rows are this rank's: positions, so that each rank has as many tokens.
+
+        Args:
+            lengths: (rows,) tokens in each row.
+        """
+        if self.size == 1:
+            return np.arange(len(lengths))
+        return np.argsort(-lengths, kind="stable")[self.rank :: self.size]
+
+
+ALONE = Group()
+
+
+@contextmanager
+def losing():
+    """Within: Lost where another rank, or torchrun, is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(f"another rank ended ({one_line(error)})") from None
+
+
+def deal(runs, size):
+    """[(ranks, the runs they train)]: neighbours each, and as even as it goes."""
+    count = min(len(runs), size)
+    return [
+        (
+            tuple(rank for rank in range(size) if rank * count // size == group),
+            runs[group * len(runs) // count : (group + 1) * len(runs) // count],
+        )
+        for group in range(count)
+    ]
+
+
+class Ranks:
+    """All processes of one command; this one alone where torchrun did not start it.
+
+    Attributes:
+        rank, size: this process's number and how many there are; of them `local_size` on this
+            machine, here number `local_rank`.
+    """
+
+    def __init__(self):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        launched = "TORCHELASTIC_RUN_ID" in os.environ  # else the names are another launcher's
+        numbers = [int(os.environ[name]) for name in names] if launched else [0, 1, 0, 1]
+        self.rank, self.size, self.local_rank, self.local_size = numbers
+        self.store, self.said = None, 0
+
+    def say(self, fact):
+        """What all ranks say, in their order, each a JSON value; a signal ends the wait."""
+        if self.size == 1:
+            return [fact]
+        if self.store is None:
+            from torch.distributed import PrefixStore, rendezvous
+
+            self.store = PrefixStore("bitfit", next(rendezvous("env://", timeout=MEET))[0])
+        self.said += 1
+        keys = [f"{self.said}/{rank}" for rank in range(self.size)]
+        with losing():
+            self.store.set(keys[self.rank], json.dumps(fact))
+            while not self.store.check(keys):
+                time.sleep(LOOK_SECONDS)
+            return [json.loads(self.store.get(key)) for key in keys]
+
+    def checked(self, work):
+        """What `work()` gives, once all ranks have done it; one's UserError is raised on all."""
+        value, wrong = None, None
+        try:
+            value = work()
+        except UserError as error:
+            wrong = str(error)
+        wrong = next(filter(None, self.say(wrong)), None)
+        if wrong:
+            raise UserError(wrong)
+        return value
+
+    def first_does(self, work):
+        """`work()` on rank 0 alone, while the others wait; its answer, a JSON value, on all."""
+        return self.say(self.checked(work if self.rank == 0 else lambda: None))[0]
+
+    def gpu(self, choice):
+        """--gpu-device -> the number of this rank's GPU, None for the CPU.
+
+        Raises:
+            UserError: there are more ranks than GPUs, and it was not asked for.
+        """
+        import torch
+
+        count = torch.cuda.device_count()
+        if self.size == 1 or choice is not None or not count:
+            return gpu_of(choice)
+        if self.local_rank >= count:
+            what = f"{self.local_size} ranks on a machine with {count} GPUs: give torchrun "
+            raise UserError(f"{what}--nproc-per-node {count}, or --gpu-device to share one GPU")
+        return self.local_rank
+
+    def share(self, runs, on_own_gpus):
+        """(the runs that this rank trains, the `Group` of all ranks that train them).
+
+        Args:
+            on_own_gpus: whether each rank has a GPU for itself: then NCCL sums, else gloo.
+        """
+        speaks, dealt = self.rank == 0, deal(runs, self.size)
+        if len(dealt) == self.size:
+            members, own = dealt[self.rank]
+            return own, Group(members, speaks=speaks)
+        import torch.distributed as dist
+
+        store = dist.PrefixStore("groups", self.store)
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=MEET
+        )
+        for members, own in dealt:  # all ranks make all groups
+            host = dist.new_group(members, timeout=MEET, backend="gloo")
+            device = dist.new_group(members, timeout=MEET, backend="nccl") if on_own_gpus else host
+            if self.rank in members:
+                place = members.index(self.rank)
+                result = own, Group(members, place, host, device, speaks)
+        return result
+
+    def check_same(self, what, fact):
+        """UserError where a rank has another `fact` than the first."""
+        said = self.say(fact)
+        others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
+        if others:
+            raise UserError(f"rank {others[0]} has another {what} than rank 0: give all the same")
+
+    def end(self):
+        """Wait until all ranks are done, and leave them."""
+        self.say("done")
+        if self.size > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def tell(self, line, at_once=False):
+        """Write a line to standard error, for all ranks once.
+
+        torchrun ends all ranks as soon as one of them ends: so the others leave rank 0 the time
+        to say it, unless they are to end `at_once`.
+        """
+        if self.rank == 0:
+            sys.stderr.write(f"{line}\n")
+        elif not at_once:
+            time.sleep(TELL_SECONDS)
+
+    @property
+    def launcher(self):
+        """What started this program, as words of a command."""
+        if self.size == 1:
+            return "python"
+        if self.size > self.local_size:
+            return "torchrun (with the same flags)"
+        return f"torchrun --standalone --nproc-per-node {self.size}"

@@ -1,0 +1,215 @@
+"""Several processes: who trains what, and the results, faults and words of one.
+
+`torchrun test_ranks.py FOLDER` is what its own tests start: each rank trains `TYPES` there.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitfit.ranks import Ranks, deal
+from bitfit.runs import Run
+from glue_evaluator import GLUEvaluator
+
+ROOT = Path(__file__).resolve().parent.parent
+GLUE, TINY_BERT = ROOT / "examples" / "glue", ROOT / "examples" / "tiny_bert"
+TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
+RATES = {"full_ft": 1e-4, "rand_row_col": 1e-4}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def train_all_types(folder, model, ranks):
+    """One run of each type, of 17 rows: the last batch of eight has one, some ranks none."""
+    runs = [Run(1e-3, 0)]
+    share, group = ranks.share(runs, on_own_gpus=False)
+    assert share == runs and group.size == ranks.size
+    for kind in TYPES:
+        evaluator = GLUEvaluator("rte", str(model), None, 0, GLUE)
+        evaluator.preprocess_dataset("longest", 64, 8, train_size=17)
+        terms = evaluator.convert_to_actual_components(["all"] if kind == "bitfit" else [])
+        evaluator.prepare(kind, RATES.get(kind, 1e-3), "adamw", terms, 50, verbose=False)
+        evaluator.group = group
+        evaluator.train_and_evaluate(3, folder / kind if group.rank == 0 else {})
+        predicted = evaluator.export_model_test_set_predictions(folder / kind)
+        logits = torch.from_numpy(evaluator.predict("test"))
+        save_file({"logits": logits, "values": evaluator.stack.values},
+                  folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
+        assert predicted
+
+
+@pytest.fixture(scope="module")
+def no_dropout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(TINY_BERT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(no_dropout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    train_all_types(folder, no_dropout, Ranks())
+    return folder
+
+
+def measured(folder, kind):
+    facts = json.loads((folder / kind / "metrics.json").read_text())
+    return facts["train_loss"], facts["evaluations"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_share_a_run_give_the_results_of_one_process(size, no_dropout, alone, tmp_path):
+    words = [*TORCHRUN, str(size), __file__, str(tmp_path), str(no_dropout)]
+    subprocess.run(words, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for kind in TYPES:
+        plain = load_file(alone / f"{kind}.rank0.safetensors")
+        own = [load_file(tmp_path / f"{kind}.rank{rank}.safetensors") for rank in range(size)]
+        for other in own[1:]:
+            assert torch.equal(other["values"], own[0]["values"])
+            assert torch.equal(other["logits"], own[0]["logits"])
+        torch.testing.assert_close(own[0]["logits"], plain["logits"], rtol=0, atol=1e-5)
+        (loss, scores), (plain_loss, plain_scores) = measured(tmp_path, kind), measured(alone, kind)
+        np.testing.assert_allclose(loss, plain_loss, rtol=0, atol=1e-5)
+        assert scores == plain_scores
+        for name in ("RTE.tsv", "validation_logits.safetensors"):
+            assert (tmp_path / kind / name).exists()
+        assert (tmp_path / kind / "RTE.tsv").read_bytes() == (alone / kind / "RTE.tsv").read_bytes()
+        assert abs(plain_loss[-1] - plain_loss[0]) > 1e-3  # it has learned something to compare
+
+
+FLAGS = ["--task-name", "rte", "--model-name", str(TINY_BERT), "--data-dir", str(GLUE),
+         "--train-size", "40", "--batch-size", "8", "--gpu-device", "cpu"]  # fmt: skip
+
+
+def command(size, output, *words):
+    """A command of `size` ranks; 0: without torchrun."""
+    start = [*TORCHRUN, str(size)] if size else [sys.executable]
+    return [*start, str(ROOT / "run_glue.py"), "--output-path", str(output), *FLAGS, *words]
+
+
+def run(size, output, *words, status=0):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(size, output, *words), capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == status, result.stderr
+    return result
+
+
+def left(folder):
+    """What a run left, without times and places: {file: content}."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    content = {name: path.read_bytes() for name, path in files.items() if path.suffix != ".json"}
+    facts = json.loads((folder / "metrics.json").read_text())
+    told = facts.keys() - {"seconds", "runs_in_one_pass"}
+    return content | {"metrics": {name: facts[name] for name in told}}
+
+
+def test_runs_that_were_dealt_out_equal_those_of_the_single_command(tmp_path):
+    """Three seeds over two ranks: the second trains two in one pass."""
+    more = ["--fine-tune-type", "bitfit", "--epochs", "2", "--export-model", "--predict-test"]
+    both = tmp_path / "both"
+    result = run(2, both, *more, "--seed", "0", "1", "2")
+    run(0, tmp_path / "first", *more, "--seed", "0")
+    run(0, tmp_path / "rest", *more, "--seed", "1", "2")
+    assert left(both / "lr0.001_seed0") == left(tmp_path / "first")
+    for name in ("lr0.001_seed1", "lr0.001_seed2"):
+        assert left(both / name) == left(tmp_path / "rest" / name)
+    facts = [json.loads((both / f"lr0.001_seed{s}" / "args.json").read_text()) for s in range(3)]
+    assert [fact["trained_by"] for fact in facts] == [[0], [1], [1]]
+    assert all(fact["finished"] and fact["ranks"] == 2 for fact in facts)
+    rows = (both / "results.csv").read_text().splitlines()
+    assert len(rows) == 4 and result.stdout.count("best of 3 trials") == 1
+    assert not list(both.rglob("checkpoints"))
+
+
+def wait_for(condition):
+    end = time.monotonic() + 120
+    while not (result := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return result
+
+
+def process_of_rank(torchrun, rank):
+    """The process number of a rank, or None before it is there."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    for child in children:
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    return None
+
+
+def test_a_killed_rank_is_started_again_and_the_end_is_the_same(tmp_path):
+    """SIGKILL to one of two ranks, each with a run of its own that cannot be stacked."""
+    more = ["--fine-tune-type", "rand_uniform", "--seed", "0", "1", "--epochs", "12", "--resume"]
+    killed, checkpoint = tmp_path / "killed", tmp_path / "killed/lr0.001_seed1/checkpoints"
+    words = command(2, killed, *more)
+    words.insert(words.index("--nproc-per-node"), "--max-restarts=3")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
+    wait_for(lambda: [*checkpoint.glob("*.json")])
+    os.kill(process_of_rank(process, 1), signal.SIGKILL)
+    error = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, error
+    assert "resumed after" in error
+    run(0, tmp_path / "plain", *more)
+    for name in ("lr0.001_seed0", "lr0.001_seed1"):
+        assert left(killed / name) == left(tmp_path / "plain" / name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_torchrun_lets_all_ranks_of_a_run_write_one_checkpoint(
+    number, no_dropout, tmp_path
+):
+    more = ["--fine-tune-type", "bitfit", "--model-name", str(no_dropout), "--epochs", "40"]
+    words = command(2, tmp_path / "out", *more)
+    words.insert(words.index("--nproc-per-node"), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "out/metrics.json").exists)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert error.count("to go on: torchrun --standalone --nproc-per-node 2 run_glue.py") == 1
+    assert error.count(f"{number.name}: finishing the step") == 1
+    refused = run(0, tmp_path / "out", *more, "--resume", status=2)
+    assert "--nproc-per-node 2" in refused.stderr
+
+
+@pytest.mark.parametrize("words", [["--fine-tune-type", "bitfit", "--model-name", "nowhere/"],
+                                   ["--fine-tune-type", "nothing"]])  # fmt: skip
+def test_bad_input_is_one_line_whatever_the_ranks(words, tmp_path):
+    error = run(2, tmp_path / "out", *words, status=1).stderr  # torchrun's own status
+    assert error.count("run_glue.py: error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_run_is_dealt_once_and_every_rank_has_work():
+    for count in range(1, 9):
+        for size in range(1, 9):
+            dealt = deal(list(range(count)), size)
+            assert [run for _, runs in dealt for run in runs] == list(range(count))
+            assert [rank for ranks, _ in dealt for rank in ranks] == list(range(size))
+            for part in (0, 1):
+                sizes = [len(share[part]) for share in dealt]
+                assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    ranks.say("here")
+    train_all_types(Path(sys.argv[1]), sys.argv[2], ranks)
+    ranks.end()
