@@ -170,22 +170,35 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(tmp_path):
         assert left(killed / name) == left(tmp_path / "plain" / name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_torchrun_lets_all_ranks_of_a_run_write_one_checkpoint(
-    number, no_dropout, tmp_path
-):
-    more = ["--fine-tune-type", "bitfit", "--model-name", str(no_dropout), "--epochs", "40"]
-    words = command(2, tmp_path / "out", *more)
+def stopped(output, number, *more):
+    """A command of two ranks, whose torchrun gets a signal after the first epoch."""
+    words = command(2, output, *more)
     words.insert(words.index("--nproc-per-node"), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
-    wait_for((tmp_path / "out/metrics.json").exists)
+    wait_for((output / "metrics.json").exists)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert error.count("to go on: torchrun --standalone --nproc-per-node 2 run_glue.py") == 1
-    assert error.count(f"{number.name}: finishing the step") == 1
+    assert error.count(f"{signal.Signals(number).name}: finishing the step") == 1
+
+
+def test_ranks_that_were_stopped_together_end_as_if_never_stopped(tmp_path):
+    """Each draws dropout of its own: the one checkpoint holds the generators of both."""
+    more = ["--fine-tune-type", "bitfit", "--epochs", "30", "--export-model", "--predict-test"]
+    stopped(tmp_path / "out", signal.SIGTERM, *more)
+    facts = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert len(facts["epochs"]) < 30  # or nothing was stopped
     refused = run(0, tmp_path / "out", *more, "--resume", status=2)
     assert "--nproc-per-node 2" in refused.stderr
+    run(2, tmp_path / "out", *more, "--resume")
+    run(2, tmp_path / "plain", *more)
+    assert left(tmp_path / "out") == left(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_other_signals_stop_all_ranks_too(number, tmp_path):
+    stopped(tmp_path / "out", number, "--fine-tune-type", "bitfit", "--epochs", "40")
 
 
 @pytest.mark.parametrize("words", [["--fine-tune-type", "bitfit", "--model-name", "nowhere/"],
