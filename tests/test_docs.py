@@ -56,7 +56,7 @@ def checkout(tmp_path_factory):
 
 def test_every_command_is_known_to_these_tests():
     known = (
-        *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py "),
+        *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py ", "torchrun "),
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
         *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
         *(f"python scripts/paper.py {name} " for name in ("plan", "run", "report", "submit")),
@@ -76,6 +76,17 @@ def test_run_glue_commands(command, tmp_path, monkeypatch):
     assert run_glue.main([*words, *SMALL]) == 0
     result = "results.csv" if "--seed 0 1" in command else "metrics.json"
     assert (tmp_path / "out" / result).exists()
+
+
+def test_the_torchrun_command(tmp_path):
+    (command,) = plain("torchrun ")
+    words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))
+    words[words.index("--output-path") + 1] = str(tmp_path / "out")
+    result = subprocess.run(
+        [*words, *SMALL], cwd=ROOT, env=active_environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_the_demo(checkout):
