@@ -12,6 +12,7 @@ import sys
 import pandas as pd
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
+from torch.distributed import run as torchrun
 
 import run_glue
 from bitfit import flags
@@ -305,7 +306,8 @@ def test_every_flag_is_explained():
     named = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", ours)) - {"--help"}
     parsers = [flags.make_parser(""), *paper.make_parser()[1].values()]
     actions = [action for parser in parsers for action in parser._actions]
-    assert named <= {name for action in actions for name in action.option_strings}
+    known = actions + torchrun.get_args_parser()._actions
+    assert named <= {name for action in known for name in action.option_strings}
     assert all(action.help for action in actions)
 
 

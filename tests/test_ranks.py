@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import run_glue
 from bitfit.ranks import Ranks, deal
 from bitfit.runs import Run
 from glue_evaluator import GLUEvaluator
@@ -93,19 +94,28 @@ FLAGS = ["--task-name", "rte", "--model-name", str(TINY_BERT), "--data-dir", str
          "--train-size", "40", "--batch-size", "8", "--gpu-device", "cpu"]  # fmt: skip
 
 
-def command(size, output, *words):
-    """A command of `size` ranks; 0: without torchrun."""
-    start = [*TORCHRUN, str(size)] if size else [sys.executable]
-    return [*start, str(ROOT / "run_glue.py"), "--output-path", str(output), *FLAGS, *words]
+def command(output, *words):
+    """A command of two ranks."""
+    start = [*TORCHRUN, "2", str(ROOT / "run_glue.py"), "--output-path", str(output)]
+    return [*start, *FLAGS, *words]
 
 
-def run(size, output, *words, status=0):
+def run(output, *words, status=0):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command(size, output, *words), capture_output=True, text=True, env=environment, check=False
+        command(output, *words), capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode == status, result.stderr
     return result
+
+
+@pytest.fixture
+def plain():
+    """The same command without torchrun, on one thread as its ranks are; gives its status."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda output, *words: run_glue.main(["--output-path", str(output), *FLAGS, *words])
+    torch.set_num_threads(threads)
 
 
 def left(folder):
@@ -117,13 +127,13 @@ def left(folder):
     return content | {"metrics": {name: facts[name] for name in told}}
 
 
-def test_runs_that_were_dealt_out_equal_those_of_the_single_command(tmp_path):
+def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_path):
     """Three seeds over two ranks: the second trains two in one pass."""
     more = ["--fine-tune-type", "bitfit", "--epochs", "2", "--export-model", "--predict-test"]
     both = tmp_path / "both"
-    result = run(2, both, *more, "--seed", "0", "1", "2")
-    run(0, tmp_path / "first", *more, "--seed", "0")
-    run(0, tmp_path / "rest", *more, "--seed", "1", "2")
+    result = run(both, *more, "--seed", "0", "1", "2")
+    assert plain(tmp_path / "first", *more, "--seed", "0") == 0
+    assert plain(tmp_path / "rest", *more, "--seed", "1", "2") == 0
     assert left(both / "lr0.001_seed0") == left(tmp_path / "first")
     for name in ("lr0.001_seed1", "lr0.001_seed2"):
         assert left(both / name) == left(tmp_path / "rest" / name)
@@ -152,11 +162,11 @@ def process_of_rank(torchrun, rank):
     return None
 
 
-def test_a_killed_rank_is_started_again_and_the_end_is_the_same(tmp_path):
+def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, tmp_path):
     """SIGKILL to one of two ranks, each with a run of its own that cannot be stacked."""
     more = ["--fine-tune-type", "rand_uniform", "--seed", "0", "1", "--epochs", "12", "--resume"]
     killed, checkpoint = tmp_path / "killed", tmp_path / "killed/lr0.001_seed1/checkpoints"
-    words = command(2, killed, *more)
+    words = command(killed, *more)
     words.insert(words.index("--nproc-per-node"), "--max-restarts=3")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
@@ -165,46 +175,37 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(tmp_path):
     error = process.communicate(timeout=200)[1]
     assert process.returncode == 0, error
     assert "resumed after" in error
-    run(0, tmp_path / "plain", *more)
+    assert plain(tmp_path / "plain", *more) == 0
     for name in ("lr0.001_seed0", "lr0.001_seed1"):
         assert left(killed / name) == left(tmp_path / "plain" / name)
 
 
-def stopped(output, number, *more):
-    """A command of two ranks, whose torchrun gets a signal after the first epoch."""
-    words = command(2, output, *more)
+def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_path, capsys):
+    """SIGUSR1 to torchrun. Each rank draws dropout of its own: the checkpoint has both."""
+    output = tmp_path / "out"
+    more = ["--fine-tune-type", "bitfit", "--epochs", "30", "--export-model", "--predict-test"]
+    words = command(output, *more)
     words.insert(words.index("--nproc-per-node"), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
     wait_for((output / "metrics.json").exists)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     error = process.communicate(timeout=60)[1]
     assert error.count("to go on: torchrun --standalone --nproc-per-node 2 run_glue.py") == 1
-    assert error.count(f"{signal.Signals(number).name}: finishing the step") == 1
-
-
-def test_ranks_that_were_stopped_together_end_as_if_never_stopped(tmp_path):
-    """Each draws dropout of its own: the one checkpoint holds the generators of both."""
-    more = ["--fine-tune-type", "bitfit", "--epochs", "30", "--export-model", "--predict-test"]
-    stopped(tmp_path / "out", signal.SIGTERM, *more)
-    facts = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert error.count("SIGUSR1: finishing the step") == 1
+    facts = json.loads((output / "metrics.json").read_text())
     assert len(facts["epochs"]) < 30  # or nothing was stopped
-    refused = run(0, tmp_path / "out", *more, "--resume", status=2)
-    assert "--nproc-per-node 2" in refused.stderr
-    run(2, tmp_path / "out", *more, "--resume")
-    run(2, tmp_path / "plain", *more)
-    assert left(tmp_path / "out") == left(tmp_path / "plain")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_other_signals_stop_all_ranks_too(number, tmp_path):
-    stopped(tmp_path / "out", number, "--fine-tune-type", "bitfit", "--epochs", "40")
+    assert plain(output, *more, "--resume") == 2
+    assert "--nproc-per-node 2" in capsys.readouterr().err
+    run(output, *more, "--resume")
+    run(tmp_path / "plain", *more)
+    assert left(output) == left(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("words", [["--fine-tune-type", "bitfit", "--model-name", "nowhere/"],
                                    ["--fine-tune-type", "nothing"]])  # fmt: skip
 def test_bad_input_is_one_line_whatever_the_ranks(words, tmp_path):
-    error = run(2, tmp_path / "out", *words, status=1).stderr  # torchrun's own status
+    error = run(tmp_path / "out", *words, status=1).stderr  # torchrun's own status
     assert error.count("run_glue.py: error: ") == 1
     assert not (tmp_path / "out").exists()
 
