@@ -134,7 +134,7 @@ def settle(args, evaluator, folders, facts):
     """
     from bitfit import sweeps
 
-    evaluator.group.most()  # of its ranks one has written the metrics, and now writes the rest
+    evaluator.group.wait()  # of its ranks one has written the metrics, and now writes the rest
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
     for number, run in enumerate(evaluator.runs):

@@ -7,12 +7,10 @@ flags, and compares their wall-clock seconds. Each side runs `--rounds` times.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 
-from common import ROOT, machine, pick_device, ratio, spread
+from common import ROOT, command_seconds, machine, pick_device, ratio, spread
 
 
 def parse_args():
@@ -32,7 +30,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def command_seconds(args, rates, seeds):
+def sweep_seconds(args, rates, seeds):
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             "--output-path", f"{folder}/out", "--task-name", args.task_name,
@@ -41,21 +39,16 @@ def command_seconds(args, rates, seeds):
             "--train-size", args.train_size, "--epochs", args.epochs,
             "--batch-size", args.batch_size, "--learning-rate", *rates, "--seed", *seeds,
         ]  # fmt: skip
-        begin = time.perf_counter()
-        command = [sys.executable, str(ROOT / "run_glue.py"), *flags]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(result.stderr.splitlines()[-1])
-        return time.perf_counter() - begin
+        return command_seconds([sys.executable, str(ROOT / "run_glue.py"), *flags])
 
 
 def main():
     args = parse_args()
     pairs = []
     for _ in range(args.rounds):
-        together = command_seconds(args, args.learning_rates, args.seeds)
+        together = sweep_seconds(args, args.learning_rates, args.seeds)
         grid = [([rate], [seed]) for rate in args.learning_rates for seed in args.seeds]
-        pairs.append((sum(command_seconds(args, *pair) for pair in grid), together))
+        pairs.append((sum(sweep_seconds(args, *pair) for pair in grid), together))
     apart, together = (spread([pair[i] for pair in pairs]) for i in (0, 1))
     print(
         f"{args.task_name}, {args.train_size} rows, {args.epochs} epochs, {args.precision}, "

@@ -1,8 +1,10 @@
 """What the benchmarks share: a model, its rows, our loop on them, the machine's own speed."""
 
 import argparse
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -129,6 +131,16 @@ def seconds(work, device):
     begin = time.perf_counter()
     work()
     synchronize(device)
+    return time.perf_counter() - begin
+
+
+def command_seconds(words, threads=None):
+    """The wall-clock seconds of a command from its start to its end; SystemExit where it fails."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    begin = time.perf_counter()
+    result = subprocess.run(words, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(result.stderr.splitlines()[-1])
     return time.perf_counter() - begin
 
 

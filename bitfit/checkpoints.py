@@ -66,7 +66,7 @@ class Saver:
             numbers = found(self.folder)
             store.write(path_of(self.folder, numbers[-1] + 1 if numbers else 1), *content)
             drop_older(self.folder)
-        self.group.most()  # nobody goes on, or ends, before it is written
+        self.group.wait()  # nobody goes on, or ends, before it is written
         self.written, self.saved = time.monotonic(), (state.epoch, state.step)
         for record in state.records:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(state.records)

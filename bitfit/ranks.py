@@ -46,6 +46,10 @@ class Group(NamedTuple):
                 for tensor in tensors:
                     dist.all_reduce(tensor, group=self.device)
 
+    def wait(self):
+        """Until all ranks are here; a sum of nothing would not wait."""
+        self.most(0)
+
     def most(self, *numbers):
         """The largest of each number over the ranks; waits for all of them."""
         if self.size == 1:

@@ -1,9 +1,7 @@
-"""Several processes: who trains what, and the results, faults and words of one.
-
-`torchrun test_ranks.py FOLDER` is what its own tests start: each rank trains `TYPES` there.
-"""
+"""Several processes: who trains what, and the results, faults and words of one."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,25 +13,66 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GLUE, ROOT, TINY_BERT
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 
 import run_glue
+from bitfit import models
 from bitfit.ranks import Ranks, deal
 from bitfit.runs import Run
 from glue_evaluator import GLUEvaluator
 
-ROOT = Path(__file__).resolve().parent.parent
-GLUE, TINY_BERT = ROOT / "examples" / "glue", ROOT / "examples" / "tiny_bert"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kill_and_resume
+
 TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
 RATES = {"full_ft": 1e-4, "rand_row_col": 1e-4}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def train_all_types(folder, model, ranks):
-    """One run of each type, of 17 rows: the last batch of eight has one, some ranks none."""
-    runs = [Run(1e-3, 0)]
+def be_rank(place, port, work, *args):
+    """Call `work` as torchrun would have started it, as rank (number, of how many) `place`."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    os.environ.update(zip(names, map(str, [*place, *place]), strict=True))
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    work(*args)
+
+
+def in_ranks(size, work, *args):
+    """The exit statuses of so many ranks that call `work`; torchrun itself takes long to start."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(kill_and_resume.PRELOADED)
+    ranks = [
+        context.Process(target=be_rank, args=((rank, size), store.port, work, *args))
+        for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    return [rank.exitcode for rank in ranks]
+
+
+def train_all_types(folder, model, memory=None):
+    """One run of each type, of 17 rows: the last batch of eight has one, some ranks none.
+
+    Args:
+        memory: tokens that the last of several ranks has room for in one pass; it has to halve.
+    """
+    ranks, runs = Ranks(), [Run(1e-3, 0)]
+    ranks.say("here")
     share, group = ranks.share(runs, on_own_gpus=False)
     assert share == runs and group.size == ranks.size
+    if group.rank == 0:
+        time.sleep(0.2)
+        (folder / "first").touch()
+    group.wait()
+    assert (folder / "first").exists()
+    if group.rank and group.rank == group.size - 1:
+        limit_memory(memory)
     for kind in TYPES:
         evaluator = GLUEvaluator("rte", str(model), None, 0, GLUE)
         evaluator.preprocess_dataset("longest", 64, 8, train_size=17)
@@ -43,9 +82,23 @@ def train_all_types(folder, model, ranks):
         evaluator.train_and_evaluate(3, folder / kind if group.rank == 0 else {})
         predicted = evaluator.export_model_test_set_predictions(folder / kind)
         logits = torch.from_numpy(evaluator.predict("test"))
-        save_file({"logits": logits, "values": evaluator.stack.values},
+        limit = torch.tensor([evaluator.limit.tokens])
+        save_file({"logits": logits, "values": evaluator.stack.values, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted
+    ranks.end()
+
+
+def limit_memory(tokens):
+    """From now on a pass of more tokens is out of memory."""
+    plain = models.Forward.__call__
+
+    def tight(forward, tokens_of_split, batch):
+        if batch.index.numel() > tokens:
+            raise torch.OutOfMemoryError("no room")
+        return plain(forward, tokens_of_split, batch)
+
+    models.Forward.__call__ = tight
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +114,7 @@ def no_dropout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(no_dropout, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    train_all_types(folder, no_dropout, Ranks())
+    assert in_ranks(1, train_all_types, folder, no_dropout) == [0]
     return folder
 
 
@@ -72,11 +125,13 @@ def measured(folder, kind):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_that_share_a_run_give_the_results_of_one_process(size, no_dropout, alone, tmp_path):
-    words = [*TORCHRUN, str(size), __file__, str(tmp_path), str(no_dropout)]
-    subprocess.run(words, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    memory = 100
+    assert in_ranks(size, train_all_types, tmp_path, no_dropout, memory) == [0] * size
     for kind in TYPES:
         plain = load_file(alone / f"{kind}.rank0.safetensors")
         own = [load_file(tmp_path / f"{kind}.rank{rank}.safetensors") for rank in range(size)]
+        limits = [ranks["limit"].item() for ranks in own]
+        assert limits[-1] <= memory < min(limits[:-1])  # the others did not halve theirs
         for other in own[1:]:
             assert torch.equal(other["values"], own[0]["values"])
             assert torch.equal(other["logits"], own[0]["logits"])
@@ -94,19 +149,20 @@ FLAGS = ["--task-name", "rte", "--model-name", str(TINY_BERT), "--data-dir", str
          "--train-size", "40", "--batch-size", "8", "--gpu-device", "cpu"]  # fmt: skip
 
 
-def command(output, *words):
-    """A command of two ranks."""
-    start = [*TORCHRUN, "2", str(ROOT / "run_glue.py"), "--output-path", str(output)]
-    return [*start, *FLAGS, *words]
-
-
 def run(output, *words, status=0):
+    """The command over two ranks; what they printed."""
+    log, flags = output.with_suffix(".log"), ["--output-path", str(output), *FLAGS, *words]
+    assert in_ranks(2, kill_and_resume.job, flags, log) == [status] * 2, log.read_text()
+    return log.read_text()
+
+
+def torchrun(output, *words, options):
+    """The same by torchrun itself, as a process that goes on."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+    program = [str(ROOT / "run_glue.py"), "--output-path", str(output), *FLAGS, *words]
+    words = [*start, "--nproc-per-node", "2", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command(output, *words), capture_output=True, text=True, env=environment, check=False
-    )
-    assert result.returncode == status, result.stderr
-    return result
+    return subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -131,7 +187,7 @@ def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_p
     """Three seeds over two ranks: the second trains two in one pass."""
     more = ["--fine-tune-type", "bitfit", "--epochs", "2", "--export-model", "--predict-test"]
     both = tmp_path / "both"
-    result = run(both, *more, "--seed", "0", "1", "2")
+    printed = run(both, *more, "--seed", "0", "1", "2")
     assert plain(tmp_path / "first", *more, "--seed", "0") == 0
     assert plain(tmp_path / "rest", *more, "--seed", "1", "2") == 0
     assert left(both / "lr0.001_seed0") == left(tmp_path / "first")
@@ -141,7 +197,7 @@ def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_p
     assert [fact["trained_by"] for fact in facts] == [[0], [1], [1]]
     assert all(fact["finished"] and fact["ranks"] == 2 for fact in facts)
     rows = (both / "results.csv").read_text().splitlines()
-    assert len(rows) == 4 and result.stdout.count("best of 3 trials") == 1
+    assert len(rows) == 4 and printed.count("best of 3 trials") == 1
     assert not list(both.rglob("checkpoints"))
 
 
@@ -166,10 +222,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, tmp_path)
     """SIGKILL to one of two ranks, each with a run of its own that cannot be stacked."""
     more = ["--fine-tune-type", "rand_uniform", "--seed", "0", "1", "--epochs", "12", "--resume"]
     killed, checkpoint = tmp_path / "killed", tmp_path / "killed/lr0.001_seed1/checkpoints"
-    words = command(killed, *more)
-    words.insert(words.index("--nproc-per-node"), "--max-restarts=3")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
+    process = torchrun(killed, *more, options=["--max-restarts=3"])
     wait_for(lambda: [*checkpoint.glob("*.json")])
     os.kill(process_of_rank(process, 1), signal.SIGKILL)
     error = process.communicate(timeout=200)[1]
@@ -184,10 +237,8 @@ def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_pat
     """SIGUSR1 to torchrun. Each rank draws dropout of its own: the checkpoint has both."""
     output = tmp_path / "out"
     more = ["--fine-tune-type", "bitfit", "--epochs", "30", "--export-model", "--predict-test"]
-    words = command(output, *more)
-    words.insert(words.index("--nproc-per-node"), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
+    handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+    process = torchrun(output, *more, options=handled)
     wait_for((output / "metrics.json").exists)
     process.send_signal(signal.SIGUSR1)
     error = process.communicate(timeout=60)[1]
@@ -205,7 +256,7 @@ def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_pat
 @pytest.mark.parametrize("words", [["--fine-tune-type", "bitfit", "--model-name", "nowhere/"],
                                    ["--fine-tune-type", "nothing"]])  # fmt: skip
 def test_bad_input_is_one_line_whatever_the_ranks(words, tmp_path):
-    error = run(tmp_path / "out", *words, status=1).stderr  # torchrun's own status
+    error = run(tmp_path / "out", *words, status=2)
     assert error.count("run_glue.py: error: ") == 1
     assert not (tmp_path / "out").exists()
 
@@ -219,11 +270,3 @@ def test_every_run_is_dealt_once_and_every_rank_has_work():
             for part in (0, 1):
                 sizes = [len(share[part]) for share in dealt]
                 assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    ranks = Ranks()
-    ranks.say("here")
-    train_all_types(Path(sys.argv[1]), sys.argv[2], ranks)
-    ranks.end()
