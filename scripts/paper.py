@@ -58,6 +58,8 @@ def add_plan(add):
 def add_run(add):
     add("--gpus", nargs="+", type=gpu, metavar="GPU",
         help="a worker for each: GPU numbers, or cpu [one worker, on the first GPU if any]")
+    add("--nproc-per-node", type=POSITIVE, metavar="N", default=1,
+        help="start each command over so many ranks of torchrun, on as many GPUs [%(default)s]")
     add("--shard", nargs="?", const="", metavar="I/N",
         help="work on part I of N alone, where the file system has no locks; without a value as "
              "SLURM_ARRAY_TASK_ID or RANK say")
@@ -102,6 +104,10 @@ def make_parser():
 def parse_args(argv=None):
     parser, commands = make_parser()
     args = parser.parse_args(argv)
+    if args.command == "run" and len(args.gpus or []) > 1 and args.nproc_per_node > 1:
+        commands["run"].error(
+            "give several --gpus, a worker for each, or --nproc-per-node, not both"
+        )
     if args.command == "plan":
         given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
         new = [name for name in given if name not in ANYWAY]
@@ -163,7 +169,7 @@ def run(args):
         pairs = zip(gpus, shards, strict=True)
         statuses = work.work_on([words_of(args, gpu, shard) for gpu, shard in pairs])
     else:
-        work.work(study, fit, states, gpus[0], shared=args.shard is None)
+        work.work(study, fit, states, gpus[0], args.shard is None, args.nproc_per_node)
         statuses = []
     print(plan.summary(study, cells_here, left))
     bad = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in cells_here)

@@ -311,6 +311,28 @@ def test_a_worker_for_each_gpu(study, capsys, monkeypatch):
     assert states(study) == ["done", "done"]
 
 
+def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
+    output, seen = tmp_path / "study", []
+    assert plan(output, "--rows", "bitfit") == 0
+    command = ["run", "-o", str(output), "--gpus", "cpu"]
+    assert paper.main([*command, "--nproc-per-node", "2"]) == 0
+    args = output / "tiny_bert/bitfit/rte/args.json"
+    facts = json.loads(args.read_text())
+    assert facts["finished"] and facts["ranks"] == 2
+    args.write_text(json.dumps(facts | {"finished": False}))
+    monkeypatch.setattr(work, "run", lambda *words: seen.append(words[-1]))
+    paper.main(command)
+    assert seen == [2]  # what was begun by two goes on by two
+
+
+def test_the_line_that_tells_a_failure(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("$ python a\nrun_glue.py: error: old\n$ python a\nmore\n\n")
+    assert work.last_line(log) == "more"
+    log.write_text("$ python a\nrun_glue.py: error: bad\nTraceback of torchrun\n===\n")
+    assert work.last_line(log) == "run_glue.py: error: bad"
+
+
 def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
     assert paper.main(["run", "-o", str(study.output), "--gpus", "9"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -446,6 +468,7 @@ def test_operations_are_counted_from_the_sizes(study):
         ),
         (["run", "-o", "x"], "x holds no study"),
         (["run", "-o", "x", "--gpus", "zero"], "'zero'"),
+        (["run", "-o", "x", "--gpus", "0", "1", "--nproc-per-node", "2"], "not both"),
         (["run"], "--output-path"),
         ([], "COMMAND"),
     ],

@@ -16,6 +16,7 @@ from utils import Signals, Stopped, UserError
 
 LOGGER = logging.getLogger("bitfit")
 PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
+HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # of torchrun: passed on to the ranks
 STOPPED = {status for n in Signals.NUMBERS for status in (128 + n, -n)}
 
 
@@ -48,10 +49,11 @@ def takes(retry_failed):
     return {"missing", "interrupted"} | ({"failed"} if retry_failed else set())
 
 
-def work(study, cells, states, gpu=None, shared=True):
+def work(study, cells, states, gpu=None, shared=True, ranks=1):
     """Run what is in some states of some cells, in their order.
 
     Args:
+        ranks: of torchrun, for each command; what was begun with another number goes on with that.
         shared: whether others may work on the same cells.
 
     Raises:
@@ -66,10 +68,10 @@ def work(study, cells, states, gpu=None, shared=True):
             if lock is None or ledger.state_of_taken(study, cell) not in states:
                 continue
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
-            run(study, cell, lock, gpu)
+            run(study, cell, lock, gpu, (ledger.args_of(study, cell) or {}).get("ranks", ranks))
 
 
-def run(study, cell, lock, gpu=None):
+def run(study, cell, lock, gpu=None, ranks=1):
     """Run a cell's command to its end, output to its log; what fails is noted.
 
     Args:
@@ -77,7 +79,7 @@ def run(study, cell, lock, gpu=None):
     """
     more = [] if gpu is None else ["--gpu-device", str(gpu)]
     log, begin = ledger.beside(study, cell, ".log"), time.monotonic()
-    command = [sys.executable, str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    command = [*launcher(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
     ledger.forget_failure(study, cell)
     with open(log, "ab") as output:
         output.write(f"$ {cell.shell(study.output)}\n".encode())
@@ -104,14 +106,25 @@ def run(study, cell, lock, gpu=None):
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
 
 
+def launcher(ranks):
+    """What starts the program."""
+    if ranks == 1:
+        return [sys.executable]
+    options = ["--standalone", HANDLED, "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
 def own_environment():
     """This process's, for a command that is no rank of the torchrun that may have started it."""
     return {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
 
 
 def last_line(path):
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    """The last that the program said of its end; or what is last there."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1].split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    said = [line for line in lines if line.startswith("run_glue.py: ")]
+    return (said or lines or [""])[-1]
 
 
 def work_on(commands):
