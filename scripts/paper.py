@@ -105,9 +105,7 @@ def parse_args(argv=None):
     parser, commands = make_parser()
     args = parser.parse_args(argv)
     if args.command == "run" and len(args.gpus or []) > 1 and args.nproc_per_node > 1:
-        commands["run"].error(
-            "give several --gpus, a worker for each, or --nproc-per-node, not both"
-        )
+        commands["run"].error("--gpus 0 1 is a worker for each: --nproc-per-node goes with one")
     if args.command == "plan":
         given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
         new = [name for name in given if name not in ANYWAY]

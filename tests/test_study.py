@@ -468,7 +468,7 @@ def test_operations_are_counted_from_the_sizes(study):
         ),
         (["run", "-o", "x"], "x holds no study"),
         (["run", "-o", "x", "--gpus", "zero"], "'zero'"),
-        (["run", "-o", "x", "--gpus", "0", "1", "--nproc-per-node", "2"], "not both"),
+        (["run", "-o", "x", "--gpus", "0", "1", "--nproc-per-node", "2"], "goes with one"),
         (["run"], "--output-path"),
         ([], "COMMAND"),
     ],
