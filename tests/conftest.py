@@ -1,6 +1,7 @@
 """What the tests share: no network, the toy examples, and tiny models made on the spot."""
 
 import os
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -42,6 +43,15 @@ def forward_of(model, packed=True):
         return models.Forward(model)
     first = models.first_position(models.position_embedding(model))
     return models.Forward(model, packers_of(model, first)[0])
+
+
+def wait_for(condition):
+    """What `condition()` gives, once it is true."""
+    end = time.monotonic() + 120
+    while not (result := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return result
 
 
 @pytest.fixture

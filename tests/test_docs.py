@@ -6,12 +6,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, ROOT, TINY_BERT, wait_for
 from torch.distributed import run as torchrun
 
 import run_glue
@@ -90,6 +91,43 @@ def test_the_torchrun_command(tmp_path):
     assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 1 + 4
 
 
+STAND_INS = {
+    "srun": """trap 'kill -TERM $one $two; wait' TERM
+        "$@" & one=$!
+        "$@" & two=$!
+        wait $one && wait $two""",
+    "scontrol": 'if [ $1 = show ]; then echo localhost; else echo "$@" >scontrol.log; fi',
+}
+
+
+def test_the_slurm_job_of_several_machines(tmp_path):
+    """Two torchruns that meet; TERM before the limit, and the next job ends what was begun."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    small = f"--model-name {TINY_BERT} {' '.join(SMALL)} --epochs 30 --learning-rate"
+    job = SBATCH[1].replace("8", "1").replace("29500", port).replace("mnli", "rte")
+    job = job.replace("run_glue.py", str(ROOT / "run_glue.py")).replace("--learning-rate", small)
+    job = job.replace("--seed 0 1 2 3 4", "--seed 0")
+    (tmp_path / "job").write_text(job)
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = active_environment()
+    path = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "x"}
+    options = {"cwd": tmp_path, "env": environment | slurm | {"PATH": path}}
+    process = subprocess.Popen(["bash", "job"], stderr=subprocess.PIPE, **options)
+    wait_for(lambda: [*tmp_path.glob("out/rte/*/checkpoints/*.json")])
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=120)[1].decode()
+    assert error.count("to go on: torchrun (with the same flags) run_glue.py --resume") == 1, error
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n"
+    assert not (tmp_path / "out/rte/results.csv").exists()
+    subprocess.run(["bash", "job"], check=True, **options)
+    assert len((tmp_path / "out/rte/results.csv").read_text().splitlines()) == 1 + 2
+
+
 def test_the_demo(checkout):
     result = subprocess.run(
         ["bash", "scripts/demo.sh", "--epochs", "1", "--train-size", "16"],
@@ -134,6 +172,7 @@ def test_the_sweep_script(checkout):
     assert nothing.stderr.startswith("The paper's grid on one task: bash scripts/sweep")
 
 
+SBATCH = re.findall(r"```sbatch\n(.*?)```", TEXT, re.DOTALL)
 ARRAY = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"}
 
 
@@ -145,7 +184,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"}
 def test_the_slurm_job(tmp_path, status, array, requeued, script):
     """With a stand-in for SLURM: the flags are ours, only SIGUSR1's status requeues, and of a job
     array one task alone."""
-    job, study = re.findall(r"```sbatch\n(.*?)```", TEXT, re.DOTALL)
+    job, _, study = SBATCH
     if script == "paper.py":  # an array always
         job, array, requeued = study, ARRAY, requeued and "requeue 16_3\n"
     (tmp_path / "job").write_text(job)
@@ -227,6 +266,7 @@ def test_the_papers_commands(tmp_path, monkeypatch, capsys):
     seen = []
     for command in plain("python scripts/paper.py "):
         words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))[2:]
+        words = ["2" if word == "8" else word for word in words]  # ranks
         more = {"plan": small, "run": ["--gpus", "cpu"]}.get(words[0], [])
         status = paper.main([*words, *more])
         assert status == (2 if words[0] == "submit" else 0), command

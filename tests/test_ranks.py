@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, ROOT, TINY_BERT, wait_for
 from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
 
@@ -199,14 +199,6 @@ def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_p
     rows = (both / "results.csv").read_text().splitlines()
     assert len(rows) == 4 and printed.count("best of 3 trials") == 1
     assert not list(both.rglob("checkpoints"))
-
-
-def wait_for(condition):
-    end = time.monotonic() + 120
-    while not (result := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return result
 
 
 def process_of_rank(torchrun, rank):
