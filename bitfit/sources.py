@@ -1,11 +1,12 @@
-"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files; and those
-of a task of one's own, from the files or the data set on the Hub that its record names.
+"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files; and
+those of a task of one's own, from what its record names.
 
 Every reader answers with `Texts`; every fault is a `UserError` that names file and line.
 """
 
 import logging
 import numbers
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
+HALVES = re.compile("[\ud800-\udfff]")
 AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
 OTHER_NAMES = {  # MRPC is also shipped under its first names
     "MRPC/train.tsv": "MRPC/msr_paraphrase_train.txt",
@@ -186,7 +188,7 @@ def from_frame(task, split, frame, source):
     if missing:
         raise UserError(f"{source}: no column {missing[0]!r} among {', '.join(frame.columns)}")
     for name in task.texts:
-        bad = [i for i, text in enumerate(frame[name]) if not isinstance(text, str)]
+        bad = [i for i, text in enumerate(frame[name]) if not is_text(text)]
         if bad:
             raise UserError(f"{source}: row {bad[0]} has no text in column {name!r}")
     columns = tuple(frame[name].tolist() for name in task.texts)
@@ -199,6 +201,11 @@ def from_frame(task, split, frame, source):
     known = {name: place for place, name in enumerate(names)}
     labels = decode_labels(task, values, known, lambda i: f"{source}: row {i}", number)
     return Texts(columns, labels)
+
+
+def is_text(value):
+    """Whether it is a word that UTF-8 can hold: JSON can name halves of letters."""
+    return isinstance(value, str) and HALVES.search(value) is None
 
 
 def real(value):

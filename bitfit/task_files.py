@@ -15,6 +15,7 @@ from bitfit.tasks import METRICS, TASKS, Task, written
 from utils import UserError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"  # files are named after it
+WORD = r"[^\t\r\n\ud800-\udfff]+"  # what a TSV file can hold; JSON can name halves of letters
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
@@ -93,17 +94,16 @@ def checked(record, where):
         UserError: it begins with `where`, then names the key.
     """
     try:
-        need_keys(record, ("name", "texts", "metrics"), ("label", "labels", "scores", *SOURCES))
-        need_one(record, "labels", "scores")
+        need_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES))
+        need_one(record, *KINDS)
         need_one(record, *SOURCES)
-        record = {"label": "label"} | record
+        record = dict(sorted(({"label": "label"} | record).items()))
         check_name(record["name"])
         check_columns(record["texts"], record["label"])
-        kind = "labels" if "labels" in record else "scores"
-        record[kind] = {"labels": labels_of, "scores": scores_of}[kind](record[kind])
-        check_metrics(record["metrics"], kind, record[kind])
-        source = "files" if "files" in record else "hub"
-        record[source] = SOURCES[source](record[source])
+        for key, made in (KINDS | SOURCES).items():
+            if key in record:
+                record[key] = made(record[key])
+        check_metrics(record["metrics"], record.get("labels"))
         return record
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -139,7 +139,7 @@ def is_like(pattern, word):
 
 def are_distinct(words, least, most=math.inf):
     """Whether a JSON value is a list of so many words, none empty, each once."""
-    if not isinstance(words, list) or not all(is_like(r"[^\t\r\n]+", word) for word in words):
+    if not isinstance(words, list) or not all(is_like(WORD, word) for word in words):
         return False
     return least <= len(words) <= most and len(set(words)) == len(words)
 
@@ -168,8 +168,10 @@ def scores_of(scores):
     return [float(score) for score in scores]
 
 
-def check_metrics(metrics, kind, values):
-    """Whether the metrics are known, and are those of what is predicted: labels or scores."""
+def check_metrics(metrics, labels):
+    """Whether the metrics are known, and fit what is predicted: labels, or where there are none
+    scores."""
+    kind = "labels" if labels else "scores"
     fitting, known = METRICS[kind], [name for names in METRICS.values() for name in names]
     need(
         are_distinct(metrics, 1), "metrics", f"give a list of some of {', '.join(known)}, each once"
@@ -177,8 +179,8 @@ def check_metrics(metrics, kind, values):
     for name in metrics:
         need(name in known, "metrics", f'unknown metric "{name}"; known: {", ".join(known)}')
         need(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
-    two = kind == "scores" or len(values) == 2
-    need(two or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more")
+    many = labels and len(labels) > 2
+    need(not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more")
 
 
 def splits_of(splits, key):
@@ -210,4 +212,5 @@ def hub_of(hub):
     return hub | {"splits": splits_of(hub["splits"], "splits")}
 
 
+KINDS = {"labels": labels_of, "scores": scores_of}
 SOURCES = {"files": files_of, "hub": hub_of}
