@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from bitfit import models, outputs, predict, reports, runs, saved, trainable
+from bitfit import models, outputs, predict, reports, runs, saved, task_files, trainable
 from bitfit.checkpoints import Saver
 from bitfit.data import MAX_TOKENS, Dataset
 from bitfit.plan import Plan
 from bitfit.ranks import ALONE
 from bitfit.runs import Run, Stack
-from bitfit.tasks import TASKS, predictions, score
+from bitfit.tasks import predictions, score
 from bitfit.train import Record, fit, start
 from utils import Diverged, UserError, as_list, choose_device, default_precision, generator
 from utils import set_seed as set_seed  # a name of the released code
@@ -47,20 +47,19 @@ class GLUEvaluator:
     ):  # fmt: skip
         """
         Args:
-            task_name: a key of `bitfit.tasks.TASKS`.
+            task_name: a key of `bitfit.tasks.TASKS`; or the path of a task file, or its record.
             model_name: a name on the Hub, or a folder.
             device: GPU number; None for the CPU.
             seed: draws classifier, data order, dropout, masks; None: set_seed's; a list: many runs.
-            data_dir: GLUE's TSV folders or Parquet files; None: the Hub.
+            data_dir: GLUE's TSV folders or Parquet files; None: the Hub, or beside the task file.
             precision: "fp32" or "bf16"; None: bf16 on a GPU that has it, else fp32.
             random_encoder: draw the encoder's weights at random (a control).
             max_tokens: the most tokens in one pass; None: the device's default.
         """
-        if task_name not in TASKS:
-            raise UserError(f"unknown task {task_name!r}; known: {', '.join(TASKS)}")
         if precision not in (None, *DTYPES):
             raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-        self.task, self.task_name = TASKS[task_name], task_name
+        self.task, data_dir = task_files.find(task_name, data_dir)
+        self.task_name = self.task.name
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
         self.torch_device = choose_device(device)
@@ -91,9 +90,14 @@ class GLUEvaluator:
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
         models.check_length(self.model_name, self.task, max_sequence_len)
         self._set_data(max_sequence_len, batch_size, train_size)
-        tests = self.task.server_files if test_splits else ()
+        tests = self._test_files() if test_splits else ()
         for split in ("train", *self.task.validation_splits, *tests):
             self.tokens(split)
+
+    def _test_files(self):
+        if not self.task.server_files:
+            raise UserError(f"the record of {self.task_name} names no test split to predict")
+        return self.task.server_files
 
     def _set_data(self, max_sequence_len, batch_size, train_size):
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
@@ -336,7 +340,7 @@ class GLUEvaluator:
         """
         Path(output_path).mkdir(parents=True, exist_ok=True)
         written = []
-        for split, name in self.task.server_files.items():
+        for split, name in self._test_files().items():
             if self.tokens(split) is None:
                 LOGGER.info("there is no %s set: %s is not written", split, name)
                 continue

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import utils
-from bitfit import outputs
+from bitfit import outputs, task_files
 from bitfit.flags import parse_args
 from bitfit.ranks import Ranks
 from utils import Damaged, Diverged, Lost, Stopped, UserError
@@ -25,9 +25,12 @@ def prepare(args, ranks):
     from glue_evaluator import GLUEvaluator, set_seed
 
     set_seed(args.seed[0])
+    task, data_dir = args.task_name, args.data_dir
+    if args.task_file:
+        task, data_dir = args.task, data_dir or task_files.home_of(args.task_file)
     evaluator = GLUEvaluator(
-        args.task_name, args.model_name, ranks.gpu(args.gpu_device), args.seed, args.data_dir,
-        args.precision, args.random_encoder, args.max_tokens,
+        task, args.model_name, ranks.gpu(args.gpu_device), args.seed, data_dir, args.precision,
+        args.random_encoder, args.max_tokens,
     )  # fmt: skip
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
@@ -46,9 +49,13 @@ def choose(evaluator, args, runs=None, verbose=False):
 
 def run(args, signals, ranks):
     output, flags = Path(args.output_path), vars(args)
+    has_files = args.data_dir is not None
+    if args.task_file:
+        args.task = ranks.first_does(lambda: task_files.read(args.task_file, args.data_dir))
+        has_files = "files" in args.task
     if ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume)):
         return
-    all_local = args.data_dir is not None and Path(args.model_name).is_dir()
+    all_local = has_files and Path(args.model_name).is_dir()
     utils.use_local_copies_when_offline(needs_hub=not all_local)
     import torch
 

@@ -49,8 +49,11 @@ POSITIVE = number(int, 1, 2**31)
 def add_what_to_run(add):
     add("--output-path", "-o", metavar="DIR", required=True,
         help="new or empty folder for the results; with --resume that of the interrupted run")
-    add("--task-name", "-t", metavar="TASK", required=True, choices=TASKS,
+    add("--task-name", "-t", metavar="TASK", choices=TASKS,
         help=f"one of {', '.join(TASKS)}")
+    add("--task-file", metavar="FILE",
+        help="instead of --task-name: a JSON file that describes a task of your own, with its data "
+             "files beside it or in --data-dir (docs/own-tasks.md)")
     add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
         help="name on the Hugging Face Hub, or a folder [%(default)s]")
     add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
@@ -149,6 +152,8 @@ def parse_args(description, argv=None):
     """The flags; exits with status 2 and one line where one is wrong."""
     parser = make_parser(description)
     args = parser.parse_args(argv)
+    if (args.task_name is None) == (args.task_file is None):
+        parser.error("give one of --task-name (a GLUE task) and --task-file (a task of your own)")
     if args.bias_terms and args.fine_tune_type != "bitfit":
         parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
     for name, values in (("--learning-rate", args.learning_rate), ("--seed", args.seed)):

@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
-    "max_tokens", "data_dir", "model_name", "finished", "ranks",
+    "max_tokens", "data_dir", "model_name", "finished", "ranks", "task_file",
 }  # fmt: skip
 WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
@@ -139,6 +139,9 @@ def check_same(old, new):
 def difference(name, old, new):
     if name.endswith("_sha256"):
         return f"{NAMES[name.removesuffix('_sha256')]} changed"
+    if name == "task":
+        keys = [key for key in old | new if old.get(key) != new.get(key)]
+        return f"the task of --task-file has another {' and '.join(keys)}"
     old, new = (" ".join(map(str, as_list(value))) for value in (old, new))
     return f"--{name.replace('_', '-')} was {old} and is now {new}"
 

@@ -14,8 +14,6 @@ import pandas as pd
 from bitfit.trainable import TERMS, count, layer_and_name, term_names
 from utils import whole_file, write_text
 
-SPLIT_COLORS = {"train": "0.75", "validation": "C0", "validation_matched": "C0"}
-
 
 def frame_of(scores):
     """The long table of rows (run's name, epoch, split, metric, value)."""
@@ -161,12 +159,13 @@ def learning_curve(scores, task, caption, metric):
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
     x = f"epoch (vertical line: best {main}, epoch {best})"
     figure, axes = curve_figure(caption, x, f"{metric} x 100")
-    for split, of in scores[scores["metric"] == metric].groupby("split", sort=False):
+    by_split = scores[scores["metric"] == metric].groupby("split", sort=False)
+    for number, (split, of) in enumerate(by_split):  # train is the first
         values = 100 * of.set_index("epoch")["value"]
         last = f"last {values.iloc[-1]:.1f}, best epoch {values[best]:.1f}"
         label = f"{split.replace('_', ' ')} ({last})"
-        color = SPLIT_COLORS.get(split, "C1")
-        width = 4 if split == "train" else 1.5  # to be seen where the lines meet
+        color = f"C{number - 1}" if number else "0.75"
+        width = 1.5 if number else 4  # to be seen where the lines meet
         axes.plot(values.index, values, "o-", ms=3.5, linewidth=width, color=color, label=label)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
     axes.axvline(best, color="0.8", linewidth=1, zorder=0)

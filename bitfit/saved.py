@@ -46,6 +46,7 @@ def write(evaluator, folder):
     for name in ("model_name", "data_dir"):
         if facts[name] is not None and Path(facts[name]).is_dir():
             facts[name] = str(Path(facts[name]).resolve())
+    facts |= {"task": evaluator.task.record} if evaluator.task.record else {}
     facts |= run._asdict() | {"train_loss": evaluator.record.train_loss}
     scores = evaluator.scores[evaluator.scores["run"] == run.name]
     facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
@@ -76,7 +77,9 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     facts["data_dir"] = data_dir or facts["data_dir"]
     if facts["model_sha256"]:
         facts["model_name"] = str(folder / "model")
-    evaluator = make(device=gpu_device, **{name: facts[name] for name in BUILT_FROM})
+    built = {name: facts[name] for name in BUILT_FROM}
+    built["task_name"] = facts.get("task", facts["task_name"])  # the record of a task of one's own
+    evaluator = make(device=gpu_device, **built)
     evaluator._set_data(*(facts[name] for name in DATA))
     for name in SETTINGS:
         setattr(evaluator, name, facts[name])

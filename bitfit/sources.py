@@ -1,19 +1,24 @@
-"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files.
+"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files; and
+those of a task of one's own, from what its record names.
 
 Every reader answers with `Texts`; every fault is a `UserError` that names file and line.
 """
 
 import logging
 import numbers
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils import UserError, blaming, one_line
+from bitfit.tables import READERS, load_hub, read_lines, read_parquet
+from bitfit.tasks import written
+from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
+HALVES = re.compile("[\ud800-\udfff]")
 AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
 OTHER_NAMES = {  # MRPC is also shipped under its first names
     "MRPC/train.tsv": "MRPC/msr_paraphrase_train.txt",
@@ -45,12 +50,15 @@ def read_split(task, split, data_dir=None):
 
     Args:
         data_dir: a folder in GLUE's own layout (`RTE/train.tsv`) or in that of `nyu-mll/glue`
-            (`rte/train-00000-of-00001.parquet`); None asks the Hub.
+            (`rte/train-00000-of-00001.parquet`); None asks the Hub. Of a task of one's own, the
+            folder that its files lie in; None: the current one.
 
     Raises:
         UserError: a missing file or split, broken rows, unknown labels, no network.
     """
-    if data_dir is None:
+    if task.record:
+        texts = read_own(task, split, Path(data_dir or "."))
+    elif data_dir is None:
         frame = read_hub(task, split)
         texts = None if frame is None else from_frame(task, split, frame, HUB_DATASET)
     else:
@@ -77,6 +85,21 @@ def read_local(task, split, data_dir):
     raise UserError(f"no {split} split of {task.name} in {data_dir}: expected {expected}")
 
 
+def read_own(task, split, folder):
+    """A split of a task that has a record."""
+    if "hub" in task.record:
+        return from_frame(task, split, *read_own_hub(task, split))
+    path = folder / task.record["files"][split]
+    if not path.is_file():
+        raise UserError(f'there is no file {path}: check the task\'s "files" and --data-dir')
+    if path.suffix == ".tsv":
+        return read_tsv(task, path, is_labelled(split))
+    frame = READERS[path.suffix](path)
+    if not len(frame):
+        raise UserError(f"{path} is empty: give a file with rows")
+    return from_frame(task, split, frame, path)
+
+
 def tsv_names(task, split):
     name = f"{task.folder}/{task.splits.get(split, split)}.tsv"
     return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
@@ -101,18 +124,6 @@ def read_tsv(task, path, labelled):
     return Texts(tuple(columns[:-1]), labels)
 
 
-def read_lines(path):
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
-    # Not splitlines(): it would also break rows at characters such as U+2028.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines
-
-
 def split_rows(lines, width, path, first, skips_short_rows):
     """[(line number, fields)], each with `width` fields."""
     rows = [(number, line.split("\t")) for number, line in enumerate(lines, first)]
@@ -131,68 +142,70 @@ def decode_labels(task, values, known, place, number=float):
     Args:
         known: {a label as it is written: its number}
         place: row number -> where that row stands.
-        number: a score as it is written -> that from 0 to 5.
+        number: a score as it is written -> that score.
     """
-    expected = "a score from 0 to 5" if task.is_regression else ", ".join(map(str, known))
+    low, high = task.score_range
+    expected = ", ".join(map(str, known)) or f"a score from {low:g} to {high:g}"
     labels = []
     for row, value in enumerate(values):
         try:
             labels.append(number(value) if task.is_regression else known[value])
-            if task.is_regression and not 0 <= labels[-1] <= 5:
+            if task.is_regression and not low <= labels[-1] <= high:
                 raise ValueError
         except (ValueError, TypeError, LookupError):
             raise UserError(f"{place(row)}: unknown label {value!r}; expected {expected}") from None
     return np.array(labels, np.float32 if task.is_regression else np.int64)
 
 
-def read_parquet(paths):
-    import pandas as pd
-
-    def unreadable(error):
-        return UserError(f"{paths[0]}: not a readable Parquet file: {one_line(error)}")
-
-    with blaming(unreadable):  # pyarrow raises several kinds of its own
-        return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
-
-
 def read_hub(task, split):
-    import datasets
-
     config, name = ("ax", "test") if split == "ax" else (task.name, split)
-    datasets.disable_progress_bars()
-
-    def unreachable(error):
-        return UserError(
-            f"cannot load {HUB_DATASET} ({config}) from the Hub or its cache: {one_line(error)}; "
-            "give local copies: --data-dir <folder> and --model-name <folder>"
-        )
-
+    copies = "give local copies: --data-dir <folder> and --model-name <folder>"
     try:
-        with blaming(unreachable):  # network, cache and parser faults have no common class
-            return datasets.load_dataset(HUB_DATASET, config, split=name).to_pandas()
+        return load_hub(HUB_DATASET, config, name, None, copies)[0]
     except UserError:
         if split == "ax":
             return None
         raise
 
 
+def read_own_hub(task, split):
+    """(frame, where it is from): a column of class numbers becomes one of their names."""
+    hub, label = task.record["hub"], task.tsv_label
+    copies = 'check the task\'s "hub", or give "files" in its place'
+    where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]
+    frame, features = load_hub(*where, copies)
+    names = getattr(features.get(label), "names", None)
+    if names and is_labelled(split):
+        frame[label] = frame[label].map(dict(enumerate(names)))
+    return frame, f"{hub['name']} ({split})"
+
+
 def from_frame(task, split, frame, source):
-    """A table with the columns of `nyu-mll/glue`, labels as numbers -> Texts."""
-    labelled = is_labelled(split)
-    wanted = task.texts + (("label",) if labelled else ())
+    """A table with the columns of `nyu-mll/glue`, labels as numbers, or of a record -> Texts."""
+    labelled, label = is_labelled(split), task.tsv_label if task.record else "label"
+    wanted = task.texts + ((label,) if labelled else ())
     missing = [name for name in wanted if name not in frame]
     if missing:
         raise UserError(f"{source}: no column {missing[0]!r} among {', '.join(frame.columns)}")
     for name in task.texts:
-        bad = [i for i, text in enumerate(frame[name]) if not isinstance(text, str)]
+        bad = [i for i, text in enumerate(frame[name]) if not is_text(text)]
         if bad:
             raise UserError(f"{source}: row {bad[0]} has no text in column {name!r}")
     columns = tuple(frame[name].tolist() for name in task.texts)
     if not labelled:
         return Texts(columns, None)
-    known = {number: number for number in range(len(task.labels))}
-    labels = decode_labels(task, frame["label"], known, lambda i: f"{source}: row {i}", real)
+    if task.record:
+        values, names, number = map(written, frame[label]), task.labels, float
+    else:
+        values, names, number = frame[label], range(len(task.labels)), real
+    known = {name: place for place, name in enumerate(names)}
+    labels = decode_labels(task, values, known, lambda i: f"{source}: row {i}", number)
     return Texts(columns, labels)
+
+
+def is_text(value):
+    """Whether it is a word that UTF-8 can hold: JSON can name halves of letters."""
+    return isinstance(value, str) and HALVES.search(value) is None
 
 
 def real(value):

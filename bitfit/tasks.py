@@ -1,17 +1,25 @@
-"""One record per GLUE task, and everything that follows from it: loss, predictions, scores.
+"""One `Task` each, and everything that follows from it: loss, predictions, scores.
 
-Columns, label order and metrics are those of the `nyu-mll/glue` data set and of the released
-BitFit code; the TSV columns and server files are those of gluebenchmark.com.
+GLUE's stand here: columns, label order and metrics are those of the `nyu-mll/glue` data set and of
+the released BitFit code; the TSV columns and server files are those of gluebenchmark.com. A task of
+one's own is made by `bitfit.task_files` of a JSON record.
 """
 
+import math
+import numbers
 from dataclasses import dataclass, field
 
 import numpy as np
 
+METRICS = {  # by what is predicted; F1 is that of the second of two labels
+    "labels": ("Accuracy", "F1", "Macro-F1", "MCC"),
+    "scores": ("Spearman", "Pearson"),
+}
+
 
 @dataclass(frozen=True)
 class Task:
-    """What is known about one GLUE task; nothing else in the project tests a task's name."""
+    """What is known about one task; nothing else in the project tests a task's name."""
 
     name: str
     folder: str  # GLUE's own folder, and the stem of the server's file
@@ -24,6 +32,8 @@ class Task:
     labels_by_name: bool = False  # TSV and server files hold names, not numbers
     skips_short_rows: bool = False  # the published file has broken rows, which all readers skip
     splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
+    score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; STS-B's
+    record: dict | None = None  # of a task of one's own: the JSON that it was made of
 
     @property
     def tsv_columns(self):
@@ -49,7 +59,10 @@ class Task:
 
     @property
     def server_files(self):
-        """{test split: the file that the GLUE server expects}"""
+        """{test split: the file of its predictions, for GLUE's tasks as the server expects it}"""
+        if self.record:
+            tests = [split for split in self.splits if split.startswith("test")]
+            return {s: f"{self.name}{s.removeprefix('test').replace('_', '-')}.tsv" for s in tests}
         suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
         files = {s: f"{self.folder}{suffixes[s]}.tsv" for s in self.splits if s in suffixes}
         return files | ({"ax": "AX.tsv"} if "ax" in self.splits else {})
@@ -85,6 +98,17 @@ RECORDS = (
 TASKS = {task.name: task for task in RECORDS}
 
 
+def written(value):
+    """A label as a record writes it: words as they stand, true and false, 1 for 1.0; else None."""
+    if isinstance(value, (bool, np.bool_)):
+        return str(value).lower()
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)
+    return value if isinstance(value, str) else None
+
+
 def row_losses(task, logits, labels):
     """The loss of each row: cross-entropy, or squared error. (B, C), (B,) -> (B,)"""
     import torch.nn.functional as F
@@ -95,8 +119,10 @@ def row_losses(task, logits, labels):
 
 
 def predictions(task, logits):
-    """Label numbers, or scores clipped to STS-B's [0, 5]. (rows, C) -> (rows,)"""
-    return np.clip(logits[:, 0], 0.0, 5.0) if task.is_regression else logits.argmax(axis=1)
+    """Label numbers, or scores clipped to the task's range. (rows, C) -> (rows,)"""
+    if task.is_regression:
+        return np.clip(logits[:, 0], *task.score_range)
+    return logits.argmax(axis=1)
 
 
 def compact(task, logits):
@@ -129,6 +155,7 @@ def score(task, logits, labels):
         "MCC": lambda: matthews_corrcoef(labels, predicted),
         "Accuracy": lambda: accuracy_score(labels, predicted),
         "F1": lambda: f1_score(labels, predicted, zero_division=0.0),
+        "Macro-F1": lambda: f1_score(labels, predicted, average="macro", zero_division=0.0),
         "Spearman": lambda: correlation(spearmanr),
         "Pearson": lambda: correlation(pearsonr),
     }

@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
 
-from bitfit.reports import curve_figure, main_scores, read_metrics, save_figure
-from bitfit.tasks import TASKS
+from bitfit.reports import curve_figure, read_metrics, save_figure
 
 COLORS = [f"C{number}" for number in range(10)]
 STYLES = ("-", "--", ":", "-.")  # so that 40 lines can be told apart
@@ -55,7 +54,9 @@ def describe(facts, scores):
 
 def curve(facts, scores):
     """The main validation score x 100 by epoch."""
-    return 100 * main_scores(scores.assign(run=""), TASKS[facts["task"]])[""]
+    validation = scores.loc[scores["split"] != "train", "split"].iloc[0]
+    main = scores[(scores["split"] == validation) & (scores["metric"] == facts["main_metric"])]
+    return 100 * main.set_index("epoch")["value"]
 
 
 def picture(runs, path):

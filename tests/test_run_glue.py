@@ -318,7 +318,8 @@ def test_the_length_is_refused_before_any_row_is_read(tmp_path, capsys, monkeypa
 
 def test_missing_flags(tmp_path, capsys):
     argv = ["-o", str(tmp_path / "out")]
-    expect_error(argv, "--task-name/-t, --fine-tune-type/-f", tmp_path / "out", capsys)
+    expect_error(argv, "are required: --fine-tune-type/-f", tmp_path / "out", capsys)
+    expect_error([*argv, "-f", "frozen"], "give one of --task-name (a", tmp_path / "out", capsys)
 
 
 def test_no_network_and_no_data(tmp_path, capsys):

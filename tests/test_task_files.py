@@ -1,0 +1,531 @@
+"""Tasks of one's own: SuperGLUE's as the docs have them, the records' faults, every file format."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GLUE, ROOT, TINY_BERT
+from sklearn.metrics import f1_score
+
+import run_glue
+from bitfit import reports, task_files, train
+from bitfit.flags import parse_args
+from bitfit.ranks import Ranks
+from bitfit.sources import read_split
+from bitfit.tasks import TASKS, predictions, score, written
+from glue_evaluator import GLUEvaluator
+from utils import UserError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "scripts"))
+import compare
+import kill_and_resume
+
+PAGE = (ROOT / "docs/own-tasks.md").read_text(encoding="utf-8")
+SHOWN = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
+BOOLQ, CB, ON_HUB = SHOWN
+SMALL = ["--model-name", str(TINY_BERT), "--gpu-device", "cpu", "--epochs", "1"]
+WORDS = (GLUE / "RTE/dev.tsv").read_text(encoding="utf-8").split()
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """Pictures are drawn in `test_the_docs_commands`."""
+    monkeypatch.setattr(reports, "save_figure", lambda figure, path: path.write_text("a picture"))
+
+
+def made_up(folder, record, labels, rows=24):
+    """Rows in SuperGLUE's layout: texts, `idx`, and but for the test split `label`."""
+    rng = np.random.default_rng(0)
+    for split, name in record["files"].items():
+        made = []
+        for idx in range(rows):
+            row = {text: " ".join(rng.choice(WORDS, 9)) for text in record["texts"]} | {"idx": idx}
+            made.append(row | ({} if split == "test" else {"label": labels[idx % len(labels)]}))
+        write_rows(folder / name, made)
+
+
+@pytest.fixture
+def superglue(tmp_path):
+    """The folder of the docs: both records, and rows made up for them."""
+    folder = tmp_path / "superglue"
+    made_up(folder, BOOLQ, [True, False, True])
+    made_up(folder, CB, ["contradiction", "entailment", "neutral"])
+    for record in (BOOLQ, CB):
+        (folder / f"{record['name']}.json").write_text(json.dumps(record))
+    return folder
+
+
+def commands():
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line]
+    return [shlex.split(line.replace("bert-base-cased", str(TINY_BERT)))[2:] for line in lines]
+
+
+def flags(output, file, *more, kind="bitfit"):
+    return ["-o", str(output), "--task-file", str(file), "-f", kind, *SMALL, *more]
+
+
+def predicted(path):
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    assert list(table.columns) == ["index", "prediction"]
+    assert table["index"].tolist() == [str(i) for i in range(len(table))]
+    return table["prediction"]
+
+
+def test_the_docs_commands(superglue, tmp_path, monkeypatch, capsys):
+    """BoolQ, one run with all it leaves; CB, a sweep; then a table and a picture of both."""
+    monkeypatch.chdir(tmp_path)
+    for words in commands():
+        assert run_glue.main([*words, *SMALL, "--seed", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "boolq, tiny_bert, bitfit (all), learning rate 0.001, seed 0" in printed
+    assert "cb, tiny_bert, bitfit (all): validation Accuracy x 100" in printed
+    assert len(predicted("out/boolq/boolq.tsv")) == 24
+    assert set(predicted("out/boolq/boolq.tsv")) <= {"false", "true"}
+    args = json.loads((tmp_path / "out/boolq/args.json").read_text())
+    assert args["task"]["labels"] == ["false", "true"]
+    assert args["task"]["label"] == "label"
+    run = tmp_path / "out/cb/lr0.001_seed0"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["task"] == "cb"
+    assert set(metrics["last"]["validation"]) == {"Accuracy", "Macro-F1"}
+    for folder in (tmp_path / "out/cb", run):
+        assert (folder / "learning_curves_macro-f1.png").stat().st_size > 10_000
+    assert len(pd.read_csv(tmp_path / "out/cb/results.csv")) == 2
+    monkeypatch.setattr(sys, "argv", ["compare.py", "out/boolq", str(run), "--plot", "both.png"])
+    compare.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "boolq", "cb"]
+    assert f"{100 * metrics['last']['validation']['Accuracy']:.1f}" in lines[2]
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_a_saved_evaluator_needs_no_task_file(quick_pictures, superglue, tmp_path):
+    output = tmp_path / "out"
+    more = ["--save-evaluator", "--export-model", "--predict-test"]
+    assert run_glue.main(flags(output, superglue / "cb.json", *more)) == 0
+    (superglue / "cb.json").unlink()
+    before = json.loads((output / "metrics.json").read_text())
+    loaded = GLUEvaluator.load(output / "evaluator", None)
+    assert loaded.task.record == json.loads((output / "args.json").read_text())["task"]
+    assert loaded.evaluations == before["evaluations"]
+    superglue.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"there is no file .*superglue.*train.jsonl"):
+        loaded.evaluate("train")
+    loaded = GLUEvaluator.load(output / "evaluator", None, data_dir=tmp_path / "moved")
+    assert loaded.evaluate("validation") == pytest.approx(before["last"]["validation"])
+    (path,) = loaded.export_model_test_set_predictions(tmp_path / "again")
+    assert path.read_bytes() == (output / "cb.tsv").read_bytes()
+    config = json.loads((output / "model/config.json").read_text())
+    assert config["id2label"] == dict(zip("012", CB["labels"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "more"),
+    [
+        ("rte", "label", {"labels": ["entailment", "not_entailment"], "metrics": ["Accuracy"]}),
+        ("stsb", "score", {"scores": [0, 5], "metrics": ["Spearman", "Pearson"]}),
+    ],
+)
+def test_a_task_of_glue_by_its_record_is_glues(quick_pictures, tmp_path, name, label, more):
+    """To the last bit: trained values, every score, every prediction."""
+    task = TASKS[name]
+    files = {split: f"{task.folder}/{stem}.tsv" for split, stem in task.splits.items()}
+    record = {"name": "own", "texts": list(task.texts), "label": label, **more}
+    record["files"] = {"train": f"{task.folder}/train.tsv"} | files
+    (tmp_path / "own.json").write_text(json.dumps(record))
+    both = ["-l", "3e-3", "--train-size", "24", "--save-evaluator", "--predict-test"]
+    both += ["--data-dir", str(GLUE)]
+    assert run_glue.main(flags(tmp_path / "own", tmp_path / "own.json", *both)) == 0
+    plain = ["-o", str(tmp_path / "glue"), "-t", name, "-f", "bitfit", *SMALL, *both]
+    assert run_glue.main(plain) == 0
+    pairs = {"own.tsv": task.server_files["test"], "metrics.csv": "metrics.csv"}
+    pairs |= dict.fromkeys(["evaluator/delta.safetensors", "validation_logits.safetensors"])
+    for mine, glues in pairs.items():
+        found = (tmp_path / "own" / mine).read_bytes()
+        assert found == (tmp_path / "glue" / (glues or mine)).read_bytes(), mine
+    args = json.loads((tmp_path / "glue/args.json").read_text())
+    assert "task" not in args and args["task_file"] is None
+
+
+# Files
+
+TEXTS = ("NA", 'a "quoted", word', "", "null", "line\u2028separator \U0001f600 é", "1.0")
+NUMBERS = (1, 0, 1, 1, 0, 0)
+
+
+def frames(folder, frame):
+    """The same table in each format; what GLUE's TSV cannot hold is not in it."""
+    frame.to_csv(
+        folder / "x.tsv", sep="\t", index=False, quoting=3, escapechar=None, quotechar="\0"
+    )
+    frame.to_csv(folder / "x.csv", index=False)
+    frame.to_parquet(folder / "x.parquet")
+    write_rows(folder / "x.jsonl", frame.to_dict("records"))
+
+
+def task_with(**changes):
+    """The Task of a record with one text, its files in `x.<ending>` but for the changes."""
+    record = {"name": "own", "texts": ["text"], "labels": [0, 1], "metrics": ["Accuracy"]}
+    record["files"] = {"train": "x.jsonl", "validation": "x.jsonl"}
+    record |= changes
+    record = {key: value for key, value in record.items() if value is not None}
+    return task_files.task_of(task_files.checked(record, "x"))
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_every_format_reads_the_same(tmp_path, ending):
+    frames(tmp_path, pd.DataFrame({"other": "x", "text": TEXTS, "label": NUMBERS}))
+    files = {"train": f"x.{ending}", "validation": f"x.{ending}", "test": f"x.{ending}"}
+    for split, labels in (("train", list(NUMBERS)), ("test", None)):
+        texts = read_split(task_with(files=files), split, tmp_path)
+        assert texts.columns == (list(TEXTS),)
+        assert (texts.labels is None) == (labels is None)
+        assert labels is None or texts.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_scores_of_any_range_in_every_format(tmp_path, ending):
+    scores = [-3.25, 0.1, 100.0]
+    frames(tmp_path, pd.DataFrame({"text": ["a", "b", "c"], "label": scores}))
+    files = {"train": f"x.{ending}", "validation": f"x.{ending}"}
+    own = {"labels": None, "metrics": ["Pearson"], "files": files}
+    task = task_with(scores=[-5, 100], **own)
+    assert read_split(task, "train", tmp_path).labels.tolist() == np.float32(scores).tolist()
+    assert predictions(task, np.array([[-9.0], [7.5], [1e9]])).tolist() == [-5, 7.5, 100]
+    with pytest.raises(UserError, match=r"unknown label .*100.*; expected a score from -5 to 99.5"):
+        read_split(task_with(scores=[-5, 99.5], **own), "train", tmp_path)
+
+
+def test_multi_line_csv(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b'\xef\xbb\xbftext,label\r\n"a\r\nb, ""c""",1\r\n"",0\r\n')
+    task = task_with(files={"train": "x.csv", "validation": "x.csv"})
+    assert read_split(task, "train", tmp_path).columns == (['a\nb, "c"', ""],)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (True, "true"), (np.False_, "false"), (1, "1"), (np.int8(1), "1"), (1.0, "1"),
+        (np.float32(0.5), "0.5"), ("True", "True"), ("1.0", "1.0"), (-1, "-1"), (None, None),
+        (float("nan"), None), (float("inf"), None), ([1], None), ({}, None),
+    ],
+)  # fmt: skip
+def test_how_labels_are_written(value, word):
+    assert written(value) == word
+
+
+def test_a_missing_label_makes_no_other_numbers(tmp_path):
+    """pandas makes floats of whole numbers where one is missing."""
+    pd.DataFrame({"text": ["a", "b"], "label": [1, None]}).to_parquet(tmp_path / "x.parquet")
+    task = task_with(files={"train": "x.parquet", "validation": "x.parquet"})
+    with pytest.raises(UserError, match="row 1: unknown label None; expected 0, 1"):
+        read_split(task, "train", tmp_path)
+
+
+DATA_FAULTS = {
+    "x.jsonl": [
+        ('{"text": "a", "label": 2}', "x.jsonl: row 0: unknown label '2'; expected 0, 1"),
+        ('{"text": "a", "label": 1}\n{"text": 7, "label": 1}', "row 1 has no text in column"),
+        ('{"txt": "a", "label": 1}', "x.jsonl: no column 'text' among txt, label"),
+        ('{"text": "a"}', "x.jsonl: no column 'label' among text"),
+        ('{"text": "\\ud800", "label": 1}', "row 0 has no text in column 'text'"),
+        ('{"text": "a", "label": 1}\n{"text": ', "x.jsonl:2: not a JSON object in one line"),
+        ('["text", "label"]', "x.jsonl:1: not a JSON object in one line"),
+        ("", "x.jsonl is empty: give a file with rows"),
+        (b"\xff", "x.jsonl:1: not UTF-8 text"),
+    ],
+    "x.csv": [
+        ("text,label\na,b,1\n", "x.csv:2: 3 columns where 2 are expected"),
+        ("text,label\na,1\nb\n", "x.csv:3: 1 columns where 2 are expected"),
+        ("text,label,text\na,1,b\n", "x.csv:1: the column 'text' is there twice"),
+        ('text,label\n"a,1\n', "x.csv:2: not CSV: unexpected end of data"),
+        ("text,label\na,True\n", "x.csv: row 0: unknown label 'True'; expected 0, 1"),
+        ("text,label\n", "x.csv is empty: give a file with rows"),
+        ("", "x.csv is empty: give a file with rows"),
+    ],
+    "x.tsv": [
+        ("text\tlabel\na\tb\n", "x.tsv:2: unknown label 'b'; expected 0, 1"),
+        ("text\tlabel\na\t\t1\n", "x.tsv:2: 3 columns where 2 are expected"),
+        ("label\n1\n", "x.tsv:1: no column 'text' among label"),
+        ("text\tlabel\n", "the train split of own is empty: give a file with rows"),
+    ],
+    "x.parquet": [("no", "x.parquet: not a readable Parquet file")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [(name, *fault) for name, faults in DATA_FAULTS.items() for fault in faults],
+)
+def test_broken_data(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_split(task_with(files={"train": name, "validation": name}), "train", tmp_path)
+
+
+# The Hub, by a data set in a folder
+
+
+def test_a_data_set_of_the_hubs_kind(tmp_path, monkeypatch):
+    """Class numbers are read as their names; a validation set is cut off."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "reviews").mkdir()
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["pos", "neg"])
+    )
+    rows = {"text": [f"text {i}" for i in range(10)], "label": [i % 2 for i in range(10)]}
+    for split, own in (("train", rows), ("test", rows | {"label": [-1] * 10})):
+        whole = datasets.Dataset.from_dict(own, features=features)
+        whole.to_parquet(tmp_path / f"reviews/{split}-00000-of-00001.parquet")
+    hub = {"name": str(tmp_path / "reviews"), "splits": ON_HUB["hub"]["splits"]}
+    task, folder = task_files.find(ON_HUB | {"hub": hub}, None)
+    assert folder is None
+    assert read_split(task, "train").labels.tolist() == [1, 0] * 4 + [1]  # neg, pos by the record
+    assert read_split(task, "validation").columns == (["text 9"],)
+    assert read_split(task, "test").labels is None
+    with pytest.raises(UserError, match=r"reviews \(train\): row 0: unknown label 'pos'"):
+        read_split(task_files.find(ON_HUB | {"hub": hub, "labels": ["a", "b"]}, None)[0], "train")
+
+
+def test_no_network_names_the_record(tmp_path, capsys):
+    (tmp_path / "hub.json").write_text(json.dumps(ON_HUB))
+    assert run_glue.main(flags(tmp_path / "out", tmp_path / "hub.json")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot load someone/reviews (plain_text) from the Hub or its cache" in line
+    assert line.endswith('check the task\'s "hub", or give "files" in its place')
+
+
+# Scores
+
+
+def test_macro_f1_is_the_mean_of_the_labels_own():
+    task = task_with(labels=["a", "b", "c"], metrics=["Macro-F1", "Accuracy"])
+    labels, found = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 0, 2])
+    of_each = [f1_score(labels == k, found == k) for k in range(3)]
+    scores = score(task, np.eye(3)[found], labels)
+    assert scores["Macro-F1"] == pytest.approx(np.mean(of_each))
+    assert len(set(of_each)) == 3
+    constant = score(task, np.eye(3)[np.zeros(6, int)], labels)
+    assert constant["Macro-F1"] == pytest.approx(0.5 / 3)
+
+
+def test_more_splits_than_three(quick_pictures, tmp_path):
+    """However they are ordered in the file, the main score is that of `validation`."""
+    splits = ("validation_hard", "test_b", "validation", "test", "train")
+    record = BOOLQ | {"files": {split: f"{split}.jsonl" for split in splits}}
+    for split in splits:
+        made_up(tmp_path, BOOLQ | {"files": {split: f"{split}.jsonl"}}, [True, False], 8)
+    (tmp_path / "q.json").write_text(json.dumps(record))
+    output = tmp_path / "out"
+    assert run_glue.main(flags(output, tmp_path / "q.json", "--predict-test")) == 0
+    assert {path.name for path in output.glob("*.tsv")} == {"boolq.tsv", "boolq-b.tsv"}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert list(metrics["evaluations"]) == ["train", "validation", "validation_hard"]
+    assert task_files.read(tmp_path / "q.json") == task_files.checked(
+        record | {"files": dict(sorted(record["files"].items()))}, ""
+    )
+
+
+def test_from_python(superglue, monkeypatch, tmp_path):
+    """A path, or the record itself, whose files then lie in the current folder."""
+    monkeypatch.chdir(superglue)
+    rows = []
+    for task in (superglue / "cb.json", "cb.json", CB):
+        evaluator = GLUEvaluator(task, str(TINY_BERT), None)
+        evaluator.preprocess_dataset("longest", 64, 8)
+        rows.append(evaluator.tokens("train").ids)
+        assert evaluator.task_name == "cb"
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    with pytest.raises(UserError, match=r"^the task's record: \"name\": rte is a task of GLUE"):
+        GLUEvaluator(CB | {"name": "rte"}, str(TINY_BERT), None)
+    with pytest.raises(UserError, match=r"unknown task 'cbb'; known: cola, .*, or give a .json"):
+        GLUEvaluator("cbb", str(TINY_BERT), None)
+
+
+# Faults of the record: status 2, one line that names file and key, nothing written
+
+REMOVED = object()
+FAULTS = [
+    ({"nmae": "x"}, 'unknown key "nmae"; known: name, texts, metrics, label, labels, scores'),
+    ({"name": REMOVED}, 'the key "name" is missing'),
+    ({"texts": REMOVED}, 'the key "texts" is missing'),
+    ({"metrics": REMOVED}, 'the key "metrics" is missing'),
+    ({"labels": REMOVED}, 'give one of the keys "labels" and "scores", none is there'),
+    ({"scores": [0, 1]}, 'give one of the keys "labels" and "scores", not both'),
+    ({"files": REMOVED}, 'give one of the keys "files" and "hub", none is there'),
+    ({"hub": {}}, 'give one of the keys "files" and "hub", not both'),
+    ({"name": "a/b"}, "\"name\": give letters, digits, - and _, not 'a/b'"),
+    ({"name": ""}, '"name": give letters'),
+    ({"name": "x" * 65}, '"name": give letters'),
+    ({"name": 3}, '"name": give letters'),
+    ({"name": "RTE"}, '"name": RTE is a task of GLUE: give another name'),
+    ({"texts": []}, '"texts": give a list of one or two columns, each once'),
+    ({"texts": ["a", "b", "c"]}, '"texts": give a list of one or two'),
+    ({"texts": ["premise", "premise"]}, '"texts": give a list of one or two'),
+    ({"texts": "premise"}, '"texts": give a list of one or two'),
+    ({"label": ""}, '"label": give the name of a column'),
+    ({"label": "premise"}, '"label": "premise" is one of the texts'),
+    ({"labels": ["a"]}, '"labels": give a list of two or more words, each once'),
+    ({"labels": []}, '"labels": give a list of two or more'),
+    ({"labels": "ab"}, '"labels": give a list of two or more'),
+    ({"labels": ["a", "b", "a"]}, '"labels": give a list of two or more words, each once'),
+    ({"labels": [1, "1"]}, '"labels": give a list of two or more words, each once'),
+    ({"labels": ["a", None]}, '"labels": give a list of two or more'),
+    ({"labels": ["a", "\ud800"]}, '"labels": give a list of two or more'),
+    ({"labels": ["a", "b\tc"]}, '"labels": give a list of two or more'),
+    ({"metrics": []}, '"metrics": give a list of some of Accuracy, F1, Macro-F1, MCC, Spearman'),
+    ({"metrics": ["accuracy"]}, '"metrics": unknown metric "accuracy"; known: Accuracy, F1'),
+    ({"metrics": ["Accuracy", "Accuracy"]}, '"metrics": give a list of some of'),
+    ({"metrics": ["Pearson"]}, '"metrics": Pearson is not for labels; Accuracy, F1, Macro-F1, MCC'),
+    ({"metrics": ["F1"]}, '"metrics": F1 is for two labels; Macro-F1 is for more'),
+    ({"labels": REMOVED, "scores": [0, 1]}, '"metrics": Accuracy is not for scores; Spearman'),
+    ({"labels": REMOVED, "scores": [1, 0]}, '"scores": give the lowest and the highest, as [0, 5]'),
+    ({"labels": REMOVED, "scores": [0, True]}, '"scores": give the lowest'),
+    ({"labels": REMOVED, "scores": [0, float("inf")]}, '"scores": give the lowest'),
+    ({"files": []}, '"files": give an object, {"train": ..., ...}'),
+    ({"files": {"train": "x.csv"}}, '"files": the split "validation" is missing'),
+    ({"files": {"validation": "x.csv"}}, '"files": the split "train" is missing'),
+    ({"files": CB["files"] | {"dev": "x.csv"}}, '"files": unknown split "dev"; name the splits'),
+    ({"files": CB["files"] | {"test": None}}, '"files": test: give a name, not None'),
+    ({"files": CB["files"] | {"test": "x.json"}}, '"files": test: x.json ends with none of .tsv'),
+    ({"files": CB["files"] | {"test": "no.csv"}}, '"files": test: there is no file '),
+    ({"files": REMOVED, "hub": "x"}, '"hub": give an object, {...}, with the keys name, splits'),
+    ({"files": REMOVED, "hub": {"name": "x"}}, '"hub": the key "splits" is missing'),
+    ({"files": REMOVED, "hub": {"name": "x", "splits": {}}}, '"splits": give an object'),
+    ({"files": REMOVED, "hub": ON_HUB["hub"] | {"revision": 3}}, '"hub": revision: give a name'),
+    ({"files": REMOVED, "hub": ON_HUB["hub"] | {"trust": 1}}, '"hub": unknown key "trust"'),
+]  # fmt: skip
+
+
+def assert_one_line(argv, message, output, capsys):
+    assert run_glue.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("run_glue.py: error: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), FAULTS)
+def test_a_fault_of_the_record(superglue, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.setattr("glue_evaluator.GLUEvaluator", None)  # a call would fail: no work begins
+    record = {key: value for key, value in (CB | changes).items() if value is not REMOVED}
+    file = superglue / "mine.json"
+    file.write_text(json.dumps(record))
+    assert_one_line(flags(tmp_path / "out", file), f"{file}: {message}", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "mine.json is not JSON: Expecting property name"),
+        ("", "mine.json is not JSON: Expecting value"),
+        ('{"name": "a", "name": "b"}', 'mine.json is not JSON: the key "name" is given twice'),
+        ("[" * 100_000, "mine.json is not JSON: "),
+        (b"\xff{}", "mine.json is not JSON: "),
+        ("[]", "mine.json: give an object, {...}, with the keys name, texts, metrics"),
+        (None, "mine.json: No such file"),
+    ],
+)
+def test_a_file_that_is_no_record(tmp_path, capsys, text, message):
+    if text is not None:
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "mine.json").write_bytes(data)
+    argv = flags(tmp_path / "out", tmp_path / "mine.json")
+    assert_one_line(argv, message, tmp_path / "out", capsys)
+
+
+def test_faults_of_flags(superglue, tmp_path, capsys):
+    """Both flags or none; no such folder, or one that a Hub's data set does not need."""
+    out, file = tmp_path / "out", superglue / "cb.json"
+    with pytest.raises(SystemExit, match="2"):
+        run_glue.main(flags(out, file, "--task-name", "rte"))
+    assert capsys.readouterr().err.startswith("run_glue.py: error: give one of --task-name (a ")
+    assert_one_line(
+        flags(out, file, "--data-dir", "no"), "there is no file no/CB/test", out, capsys
+    )
+    (superglue / "hub.json").write_text(json.dumps(ON_HUB))
+    argv = flags(out, superglue / "hub.json", "--data-dir", "no")
+    assert_one_line(argv, 'hub.json: "hub" names a data set on the Hub: leave', out, capsys)
+
+
+def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
+    out, file = tmp_path / "out", superglue / "cb.json"
+    files = {split: name for split, name in CB["files"].items() if split != "test"}
+    file.write_text(json.dumps(CB | {"files": files}))
+    message = "the record of cb names no test split to predict"
+    assert_one_line(flags(out, file, "--predict-test"), message, out, capsys)
+    file.write_text(json.dumps(CB | {"label": "gold", "files": files}))
+    message = "train.jsonl: no column 'gold' among premise, hypothesis, idx, label"
+    assert_one_line(flags(out, file), message, out, capsys)
+    file.write_text(json.dumps(CB | {"labels": ["entailment", "neutral"], "files": files}))
+    message = "train.jsonl: row 0: unknown label 'contradiction'; expected entailment, neutral"
+    assert_one_line(flags(out, file), message, out, capsys)
+
+
+# Resume, ranks
+
+
+def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monkeypatch, capsys):
+    """Stopped, refused with another record, ended with the same one from elsewhere as if never
+    stopped."""
+    more = ["--save-evaluator", "--predict-test", "-s", "0", "1", "-e", "2"]
+    file = superglue / "cb.json"
+    assert run_glue.main(flags(tmp_path / "quiet", file, *more)) == 0
+    plain, calls = train.clip_, iter(range(1_000))
+
+    def clip(*args):
+        if next(calls) == 1:  # in mid epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "clip_", clip)
+        assert run_glue.main(flags(tmp_path / "out", file, *more)) == 128 + signal.SIGTERM
+    file.write_text(json.dumps(CB | {"metrics": ["Macro-F1", "Accuracy"]}))
+    capsys.readouterr()
+    assert run_glue.main([*flags(tmp_path / "out", file, *more), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "not the interrupted run: the task of --task-file has another metrics: give that" in said
+    keys = list(reversed(CB))
+    (tmp_path / "b.json").write_text(json.dumps({key: CB[key] for key in keys}, indent=8))
+    again = flags(tmp_path / "out", tmp_path / "b.json", *more, "--data-dir", str(superglue))
+    assert run_glue.main([*again, "--resume"]) == 0
+    quiet, left = (kill_and_resume.left(tmp_path / name) for name in ("quiet", "out"))
+    where = {"task_file": str(tmp_path / "b.json"), "data_dir": str(superglue)}
+    expected = {k: v | where if k.endswith("args.json") else v for k, v in quiet.items()}
+    assert kill_and_resume.differences(expected, left) == []
+    assert len(left) > 10
+    glues = ["-o", str(tmp_path / "out"), "-t", "rte", "-f", "bitfit", *SMALL, *more, "--resume"]
+    assert run_glue.main(glues) == 2
+    assert "--task-name was None and is now rte" in capsys.readouterr().err
+
+
+def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path):
+    """A second rank opens no task file. (`trained_by` two ranks: tried by hand, it takes long.)"""
+    args = parse_args("", flags(tmp_path / "out", tmp_path / "nowhere.json"))
+    record = json.loads(json.dumps(task_files.checked(CB, "")))
+    said = iter([None, record, None, True])  # nothing wrong, the record; nothing wrong, finished
+    ranks = Ranks()
+    ranks.rank, ranks.size, ranks.say = 1, 2, lambda fact: [next(said), fact]
+    run_glue.run(args, None, ranks)
+    assert args.task == record == task_files.checked(CB, "")
+    said = iter(["mine.json: there is something wrong", None])
+    with pytest.raises(UserError, match="there is something wrong"):
+        run_glue.run(args, None, ranks)
