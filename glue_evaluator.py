@@ -67,6 +67,7 @@ class GLUEvaluator:
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
         self.precision = precision or default_precision(self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
+        self.averaged = []  # of an average, each member: see `bitfit.deltas.average`
         self.group = ALONE  # the `bitfit.ranks.Group` that trains and predicts together
 
     def _need(self, attribute, call):
@@ -366,7 +367,8 @@ class GLUEvaluator:
     @property
     def caption(self):
         """One line that says what the selected run was."""
-        return f"{self.method_caption}, {self.record.run.caption}"
+        of = f"average of {len(self.averaged)}" if self.averaged else self.record.run.caption
+        return f"{self.method_caption}, {of}"
 
     def score_table(self):
         """The last and best scores as text."""
@@ -386,14 +388,18 @@ class GLUEvaluator:
         """Whether there are bias terms whose change can be plotted: so it is with bitfit."""
         return trainable.trains_only_biases(self.model, self.chosen)
 
-    def plot_terms_changes(self, output_path=None):
-        """The paper's figure 1, how far each bias term moved; its numbers too are saved to
-        `output_path`, with the endings .png and .csv."""
+    def terms_changes(self):
+        """(names, changes): how far each bias term moved, per layer; see `reports.bias_changes`."""
         self._need("stack", "train_and_evaluate")
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before = self.stack.named_values(self.selected, self.stack.start)
-        names, changes = reports.bias_changes(before, self.stack.named_values(self.selected))
+        return reports.bias_changes(before, self.stack.named_values(self.selected))
+
+    def plot_terms_changes(self, output_path=None):
+        """The paper's figure 1, how far each bias term moved; its numbers too are saved to
+        `output_path`, with the endings .png and .csv."""
+        names, changes = self.terms_changes()
         figure = reports.bias_heatmap(names, changes, self.caption)
         if output_path:
             reports.save_figure(figure, Path(output_path).with_suffix(".png"))

@@ -42,9 +42,7 @@ def is_finished(output, facts, resume):
     Raises:
         UserError: the folder is in use, cannot be made, or is of another command.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output-path {output} is a file: give a folder")
-    if output.is_dir() and any(not is_leftover(inside.name) for inside in output.iterdir()):
+    if is_used(output):
         if not resume:
             what = "give a new folder, nothing is replaced; or --resume to go on with what was"
             raise UserError(f"--output-path {output} is not empty: {what} interrupted there")
@@ -59,10 +57,30 @@ def is_finished(output, facts, resume):
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             print(f"{output} is finished: there is nothing to resume")
         return old["finished"]
+    check_place(output)
+    return False
+
+
+def check_new(output):
+    """UserError unless a folder is new or empty, and can be made."""
+    if is_used(output):
+        what = "is not empty: give a new folder, nothing is replaced"
+        raise UserError(f"--output-path {output} {what}")
+    check_place(output)
+
+
+def is_used(output):
+    """Whether there is anything in a folder; UserError where it is a file."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output-path {output} is a file: give a folder")
+    return output.is_dir() and any(not is_leftover(inside.name) for inside in output.iterdir())
+
+
+def check_place(output):
+    """UserError where a folder cannot be made or written."""
     nearest = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--output-path {output} cannot be made in {nearest}: give another place")
-    return False
 
 
 def check_ranks(old, new):

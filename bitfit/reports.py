@@ -211,10 +211,13 @@ def bias_changes(start, end):
     return list(table.index), table.to_numpy()
 
 
-def save_changes(names, changes, path):
+def changes_table(names, changes):
     """The same as a table: a row per term, a column per layer, counted from 1."""
-    columns = range(1, changes.shape[1] + 1)
-    write_text(path, pd.DataFrame(changes, index=names, columns=columns).to_csv(index_label="term"))
+    return pd.DataFrame(changes, index=names, columns=range(1, changes.shape[1] + 1))
+
+
+def save_changes(names, changes, path):
+    write_text(path, changes_table(names, changes).to_csv(index_label="term"))
 
 
 def bias_heatmap(names, changes, caption):

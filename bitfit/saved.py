@@ -50,6 +50,7 @@ def write(evaluator, folder):
     facts |= run._asdict() | {"train_loss": evaluator.record.train_loss}
     scores = evaluator.scores[evaluator.scores["run"] == run.name]
     facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
+    facts |= {"averaged": evaluator.averaged} if evaluator.averaged else {}
     tensors = {}
     if trainable.trains_all(evaluator.model, evaluator.chosen):
         evaluator.export_model(folder / "model")
@@ -61,18 +62,23 @@ def write(evaluator, folder):
     store.write(folder / FACTS, facts, tensors, "delta.safetensors")
 
 
+def files(folder):
+    """(facts, tensors) as `write` left them; UserError where they are not there, or damaged."""
+    if not (folder / FACTS).exists():
+        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
+    try:
+        return store.read(folder / FACTS)
+    except Damaged as error:
+        raise UserError(f"{error}; train and save it again") from None
+
+
 def read(make, folder, gpu_device, model_name=None, data_dir=None):
     """What `GLUEvaluator.load` does; `make` is that class.
 
     Raises:
         UserError: damaged files, or a base model that is not the one of the delta.
     """
-    if not (folder / FACTS).exists():
-        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
-    try:
-        facts, tensors = store.read(folder / FACTS)
-    except Damaged as error:
-        raise UserError(f"{error}; train and save it again") from None
+    facts, tensors = files(folder)
     facts["model_name"] = str(model_name or facts["model_name"])
     facts["data_dir"] = data_dir or facts["data_dir"]
     if facts["model_sha256"]:
@@ -86,6 +92,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
     evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
     evaluator.scores = reports.frame_of(facts["scores"])
+    evaluator.averaged = facts.get("averaged", [])
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
     evaluator.chosen = chosen(evaluator, facts, tensors, folder)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)

@@ -1,5 +1,6 @@
 """Every command and every line of Python in README.md and docs/ is run here."""
 
+import glob
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ from bitfit.trainable import TERMS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare
+import deltas
 import paper
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +63,7 @@ def test_every_command_is_known_to_these_tests():
         *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py ", "torchrun "),
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
         *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
+        *(f"python scripts/deltas.py {name} " for name in deltas.COMMANDS),
         *(f"python scripts/paper.py {name} " for name in ("plan", "run", "report", "submit")),
     )
     assert len(RUN_GLUE) >= 10
@@ -277,6 +280,19 @@ def test_the_papers_commands(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/small/report.html").exists()
 
 
+def test_the_deltas_commands(tmp_path, monkeypatch):
+    """One after the other, on the evaluators of a small sweep."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["-o", "out/sst2", "-t", "sst2", "-f", "bitfit", "-m", str(TINY_BERT)]
+    argv += ["-l", "1e-3", "--seed", "0", "1", "--save-evaluator"]
+    assert run_glue.main([*argv, *SMALL]) == 0
+    for command in plain("python scripts/deltas.py "):
+        globs = (sorted(glob.glob(word)) or [word] for word in shlex.split(command)[2:])
+        assert deltas.main([word for words in globs for word in words]) == 0, command
+    assert (tmp_path / "out/deltas.png").stat().st_size > 10_000
+    assert (tmp_path / "out/soup-model/config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -346,6 +362,7 @@ def test_every_flag_is_explained():
     ours = re.sub(r"#SBATCH.*|python (benchmarks|scripts)/.*", "", TEXT)
     named = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", ours)) - {"--help"}
     parsers = [flags.make_parser(""), *paper.make_parser()[1].values()]
+    parsers += deltas.make_parser()[1].values()
     actions = [action for parser in parsers for action in parser._actions]
     known = actions + torchrun.get_args_parser()._actions
     assert named <= {name for action in known for name in action.option_strings}

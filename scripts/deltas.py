@@ -1,0 +1,209 @@
+"""What saved evaluators changed in their base model: show it, compare, average or apply it.
+
+    python scripts/deltas.py show out/sst2/lr0.001_seed0
+    python scripts/deltas.py compare out/sst2/lr* out/rte --plot out/deltas.png
+    python scripts/deltas.py average out/sst2/lr0.001_seed* --output-path out/soup
+    python scripts/deltas.py apply out/soup --output-path out/soup-model
+
+Each folder is one that --save-evaluator wrote, or the run's folder around it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from bitfit.flags import OneLineParser, gpu, number
+from utils import Stopped, UserError, write_text
+
+
+def file(suffix):
+    """An argparse type: a path with that ending in a folder that is there."""
+
+    def parse(word):
+        if not word.endswith(suffix) or not Path(word).parent.is_dir():
+            what = f"{word!r} is not a {suffix} file in a folder that is there"
+            raise argparse.ArgumentTypeError(what)
+        return Path(word)
+
+    return parse
+
+
+# fmt: off
+
+def add_files(add, what):
+    add("--csv", metavar="FILE.csv", type=file(".csv"), help="write the table")
+    add("--plot", metavar="FILE.png", type=file(".png"), help=f"write {what}")
+
+
+def add_output(add, what):
+    add("--output-path", "-o", metavar="DIR", type=Path, required=True,
+        help=f"new or empty folder for {what}")
+
+
+def add_show(add):
+    add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator that trained bias terms")
+    add_files(add, "the paper's Figure 1 of it")
+
+
+def add_compare(add):
+    add("folders", metavar="FOLDER", nargs="+", help="saved evaluators that trained the same "
+        "bias terms of one base model, on any tasks")
+    add_files(add, "cosines and distances as a heatmap")
+
+
+def add_average(add):
+    add("folders", metavar="FOLDER", nargs="+", help="saved evaluators of one task and one base "
+        "model that trained the same parameters")
+    add("--weights", metavar="W", nargs="+", type=number(float, 0),
+        help="of each folder; their sum counts as 1 [all the same]")
+    add("--data-dir", metavar="DIR", help="where the data is now [where it was]")
+    add("--gpu-device", "-d", metavar="GPU", type=gpu,
+        help="to score on: GPU number, or cpu [GPU 0 where there is one, else cpu]")
+    add_output(add, "the average, a saved evaluator")
+
+
+def add_apply(add):
+    add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator")
+    add("--scale", metavar="S", type=number(float, 0), default=1.0,
+        help="S times what changed in the encoder; the classifier stays [1]")
+    add_output(add, "a plain Hugging Face model")
+
+# fmt: on
+
+
+def make_parser():
+    """(the parser, its {command: parser})"""
+    parser = OneLineParser(prog="deltas.py", description=__doc__.splitlines()[0],
+                           allow_abbrev=False)  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     parser_class=OneLineParser)  # fmt: skip
+    for name, add_flags, text in (
+        ("show", add_show, "how far each bias term moved in each layer"),
+        ("compare", add_compare, "cosine and distance between the encoders' changes"),
+        ("average", add_average, "an evaluator with the mean of several, scored beside them"),
+        ("apply", add_apply, "a plain Hugging Face folder of base model and change"),
+    ):
+        own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_flags(own.add_argument)
+        own.add_argument("--model-name", "-m", metavar="MODEL",
+                         help="where the base model is now [where it was]")  # fmt: skip
+    return parser, commands.choices
+
+
+def parse_args(argv=None):
+    parser, commands = make_parser()
+    args = parser.parse_args(argv)
+    own = commands[args.command]
+    if args.command in ("compare", "average") and len(args.folders) < 2:
+        own.error("give two folders or more")
+    weights = getattr(args, "weights", None)
+    if weights and len(weights) != len(args.folders):
+        own.error(f"--weights: {len(weights)} for {len(args.folders)} folders: give one for each")
+    if weights and not sum(weights):
+        own.error("--weights: all are 0: give one above it")
+    return args
+
+
+def load(args, member):
+    """The evaluator of a member, with its base model."""
+    model = args.model_name or member.facts["model_name"]
+    data, device = getattr(args, "data_dir", None), getattr(args, "gpu_device", "cpu")
+    local = Path(model).is_dir() and (data or member.facts["data_dir"])
+    utils.use_local_copies_when_offline(needs_hub=not local)
+    from glue_evaluator import GLUEvaluator
+
+    return GLUEvaluator.load(member.folder, utils.gpu_of(device), args.model_name, data)
+
+
+def show(args):
+    from bitfit import deltas, members, reports
+
+    found = members.read(args.folders)
+    members.check_biases(found, "show")
+    evaluator = load(args, found[0])
+    names, changes = evaluator.terms_changes()
+    if args.csv:
+        reports.save_changes(names, changes, args.csv)
+    if args.plot:
+        figure = reports.bias_heatmap(names, changes, evaluator.caption)
+        reports.save_figure(figure, args.plot)
+    print(deltas.terms_text(evaluator, names, changes))
+
+
+def compare(args):
+    from bitfit import deltas, members, reports
+
+    found = members.read(args.folders)
+    members.check_biases(found, "compare")
+    members.check_trained(found)
+    comparison = deltas.compare(found, load(args, found[0]))
+    base, method = members.base_of(found[0]), members.method_of(found[0])
+    what = f"How {len(found)} saved evaluators changed the encoder of {base}, {method}; their "
+    what += "classifiers are left out"
+    if args.csv:
+        write_text(args.csv, deltas.pairs(comparison).to_csv(index=False))
+    if args.plot:
+        reports.save_figure(deltas.comparison_heatmap(comparison, what), args.plot)
+    print(what)
+    print(deltas.comparison_text(comparison))
+
+
+def average(args):
+    from bitfit import deltas, members, outputs
+
+    outputs.check_new(args.output_path)
+    found = members.read(args.folders)
+    members.check_tasks(found)
+    members.check_trained(found)
+    evaluator = load(args, found[0])
+    table = deltas.average(found, args.weights or [1] * len(found), evaluator)
+    args.output_path.mkdir(parents=True, exist_ok=True)
+    write_text(args.output_path / "members.csv", table.to_csv(index=False))
+    evaluator.save(args.output_path)
+    print(deltas.average_text(table, evaluator))
+
+
+def apply(args):
+    from bitfit import deltas, members, outputs
+
+    outputs.check_new(args.output_path)
+    (member,) = members.read(args.folders)
+    if args.scale != 1 and member.facts["fine_tune_type"] == "frozen":
+        raise UserError(f"--scale: {member.name} changed nothing in the encoder: leave it out")
+    evaluator = load(args, member)
+    deltas.scale(evaluator, args.scale)
+    evaluator.export_model(args.output_path)
+    times = f"{args.scale:g} x " * (args.scale != 1)
+    print(f"{args.output_path}: {members.base_of(member)} + {times}{member.name}")
+
+
+COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    utils.setup_logging()
+    try:
+        with utils.Signals():
+            COMMANDS[args.command](args)
+        return 0
+    except UserError as error:
+        return end(2, "error", error)
+    except (Stopped, KeyboardInterrupt) as error:
+        return end(128 + getattr(error, "number", 2), "stopped", error or "SIGINT")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not utils.is_out_of_memory(error):
+            raise
+        return end(1, "stopped", utils.one_line(error))
+
+
+def end(status, what, message):
+    sys.stderr.write(f"deltas.py: {what}: {message}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
