@@ -60,11 +60,11 @@ def write(evaluator, folder):
     store.write(folder / FACTS, facts, tensors, "delta.safetensors")
 
 
-def read(make, folder, gpu_device, model_name=None, data_dir=None):
-    """What `GLUEvaluator.load` does; `make` is that class.
+def read_delta(folder, model_name=None):
+    """(facts, tensors) of a saved evaluator; its "model_name" is where its base is now.
 
     Raises:
-        UserError: damaged files, or a base model that is not the one of the delta.
+        UserError: there is none, or its files are damaged.
     """
     if not (folder / FACTS).exists():
         raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
@@ -73,9 +73,19 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     except Damaged as error:
         raise UserError(f"{error}; train and save it again") from None
     facts["model_name"] = str(model_name or facts["model_name"])
-    facts["data_dir"] = data_dir or facts["data_dir"]
     if facts["model_sha256"]:
         facts["model_name"] = str(folder / "model")
+    return facts, tensors
+
+
+def read(make, folder, gpu_device, model_name=None, data_dir=None):
+    """What `GLUEvaluator.load` does; `make` is that class.
+
+    Raises:
+        UserError: damaged files, or a base model that is not the one of the delta.
+    """
+    facts, tensors = read_delta(folder, model_name)
+    facts["data_dir"] = data_dir or facts["data_dir"]
     evaluator = make(device=gpu_device, **{name: facts[name] for name in BUILT_FROM})
     evaluator._set_data(*(facts[name] for name in DATA))
     for name in SETTINGS:
@@ -84,7 +94,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
     evaluator.scores = reports.frame_of(facts["scores"])
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
-    evaluator.chosen = chosen(evaluator, facts, tensors, folder)
+    evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
     for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
         evaluator.stack.values[0, a:b] = tensors[name].flatten()
@@ -92,14 +102,13 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     return evaluator
 
 
-def chosen(evaluator, facts, tensors, folder):
+def chosen(model, encoder_sha256, facts, tensors, folder):
     """What trained, as for `Stack`; the model must be the one that it trained on."""
-    model = evaluator.model
     if facts["model_sha256"]:
         same = models.fingerprint(model, head=True) == facts["model_sha256"]
         what = f"{folder / 'model'} is not as it was written: train and save it again"
     else:
-        same = evaluator.encoder_sha256 == facts["encoder_sha256"]
+        same = encoder_sha256 == facts["encoder_sha256"]
         what = (f"{folder} was trained on another base model than {facts['model_name']}: "
                 "give the one it was trained on as model_name")  # fmt: skip
     if not same:
