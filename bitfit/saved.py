@@ -67,7 +67,9 @@ def read_delta(folder, model_name=None):
         UserError: there is none, or its files are damaged.
     """
     if not (folder / FACTS).exists():
-        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
+        inside = folder / "evaluator"
+        instead = f"; give {inside}" * (inside / FACTS).exists()
+        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing{instead}")
     try:
         facts, tensors = store.read(folder / FACTS)
     except Damaged as error:

@@ -2,8 +2,7 @@
 
 Evaluators of one base model are the rows of a `Stack`, as the runs of a sweep are: each text is a
 row of every evaluator, and each token gets the biases of its own. Heads differ in their number of
-classes: here all are as wide as the widest, with zeros for the classes that a task does not have,
-and each task's logits are cut to its own.
+classes: here all are as wide as the widest, and each task's logits are cut to its own.
 """
 
 from pathlib import Path
@@ -106,12 +105,11 @@ def names_of(folders, tasks):
 def fill(row, stack, tensors):
     """Put a delta into its row (n,) of a stack; what it did not train stays the base model's.
 
-    A head with fewer classes than the stack's has zeros behind them.
+    Of a head with fewer classes than the stack's, the others keep values that nobody reads.
     """
-    for name, (a, b) in stack.slices.items():
+    for name, (a, _) in stack.slices.items():
         if name in tensors:
             own = tensors[name].flatten()
-            row[a:b] = 0.0
             row[a : a + len(own)] = own
 
 

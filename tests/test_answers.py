@@ -124,17 +124,16 @@ def test_one_evaluator_of_any_kind(saved, tmp_path, name):
 
 
 def test_padded_rows_and_another_head(tmp_path, tiny_roberta):
-    """LayoutLM's rows cannot be packed; RoBERTa's head is two layers, and its checkpoint has no
-    pooler."""
+    """RoFormer's rows cannot be packed; RoBERTa's head is two layers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_BERT)
-    config = transformers.LayoutLMConfig(
+    config = transformers.RoFormerConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=160, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "layoutlm")
-    tokenizer.save_pretrained(tmp_path / "layoutlm")
-    for model, packed in ((tmp_path / "layoutlm", False), (tiny_roberta, True)):
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "roformer")
+    tokenizer.save_pretrained(tmp_path / "roformer")
+    for model, packed in ((tmp_path / "roformer", False), (tiny_roberta, True)):
         tasks = ("stsb", "cola", "mnli")
         folders = [save(tmp_path / f"{packed}-{task}", task, model) for task in tasks]
         many = check_like_each_alone(folders, tmp_path)
@@ -197,6 +196,12 @@ def test_names(saved):
 def test_what_cannot_answer_together(saved, names, message):
     with pytest.raises(UserError, match=message):
         together.read([saved[name] for name in names])
+
+
+def test_the_folder_of_a_run_is_not_that_of_its_evaluator(saved, tmp_path):
+    (tmp_path / "evaluator").symlink_to(saved["cola"])
+    with pytest.raises(UserError, match=r"evaluator.json is missing; give .*/evaluator$"):
+        together.read([tmp_path])
 
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
