@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitfit import saved
-from bitfit.tasks import TASKS
 from bitfit.trainable import term_names
 from utils import UserError
 
@@ -85,7 +84,11 @@ def check_same(members, what, key, shown):
 
 
 def check_tasks(members):
-    check_same(members, "tasks", *[lambda member: TASKS[member.facts["task_name"]].folder] * 2)
+    check_same(members, "tasks", task_of, lambda member: task_of(member).folder)
+
+
+def task_of(member):
+    return saved.task_of(member.facts)
 
 
 def check_trained(members):

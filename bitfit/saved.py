@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bitfit import models, reports, store, trainable
+from bitfit import models, reports, store, task_files, trainable
 from bitfit.runs import Run, Stack
 from bitfit.train import Record, evaluations
 from utils import Damaged, UserError, whole_file
@@ -62,14 +62,29 @@ def write(evaluator, folder):
     store.write(folder / FACTS, facts, tensors, "delta.safetensors")
 
 
-def files(folder):
-    """(facts, tensors) as `write` left them; UserError where they are not there, or damaged."""
+def files(folder, model_name=None):
+    """(facts, tensors) of a saved evaluator; its "model_name" is where its base is now.
+
+    Raises:
+        UserError: there is none, or its files are damaged.
+    """
     if not (folder / FACTS).exists():
-        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
+        inside = folder / "evaluator"
+        instead = f"; give {inside}" * (inside / FACTS).exists()
+        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing{instead}")
     try:
-        return store.read(folder / FACTS)
+        facts, tensors = store.read(folder / FACTS)
     except Damaged as error:
         raise UserError(f"{error}; train and save it again") from None
+    facts["model_name"] = str(model_name or facts["model_name"])
+    if facts["model_sha256"]:
+        facts["model_name"] = str(folder / "model")
+    return facts, tensors
+
+
+def task_of(facts):
+    """The `Task` of a saved evaluator; UserError where it is none that is known."""
+    return task_files.find(facts.get("task", facts["task_name"]))[0]
 
 
 def read(make, folder, gpu_device, model_name=None, data_dir=None):
@@ -78,11 +93,8 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     Raises:
         UserError: damaged files, or a base model that is not the one of the delta.
     """
-    facts, tensors = files(folder)
-    facts["model_name"] = str(model_name or facts["model_name"])
+    facts, tensors = files(folder, model_name)
     facts["data_dir"] = data_dir or facts["data_dir"]
-    if facts["model_sha256"]:
-        facts["model_name"] = str(folder / "model")
     built = {name: facts[name] for name in BUILT_FROM}
     built["task_name"] = facts.get("task", facts["task_name"])  # the record of a task of one's own
     evaluator = make(device=gpu_device, **built)
@@ -94,7 +106,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.scores = reports.frame_of(facts["scores"])
     evaluator.averaged = facts.get("averaged", [])
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
-    evaluator.chosen = chosen(evaluator, facts, tensors, folder)
+    evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
     for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
         evaluator.stack.values[0, a:b] = tensors[name].flatten()
@@ -102,14 +114,13 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     return evaluator
 
 
-def chosen(evaluator, facts, tensors, folder):
+def chosen(model, encoder_sha256, facts, tensors, folder):
     """What trained, as for `Stack`; the model must be the one that it trained on."""
-    model = evaluator.model
     if facts["model_sha256"]:
         same = models.fingerprint(model, head=True) == facts["model_sha256"]
         what = f"{folder / 'model'} is not as it was written: train and save it again"
     else:
-        same = evaluator.encoder_sha256 == facts["encoder_sha256"]
+        same = encoder_sha256 == facts["encoder_sha256"]
         what = (f"{folder} was trained on another base model than {facts['model_name']}: "
                 "give the one it was trained on as model_name")  # fmt: skip
     if not same:

@@ -19,7 +19,7 @@ WORD = r"[^\t\r\n\ud800-\udfff]+"  # what a TSV file can hold; JSON can name hal
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
-def find(task, data_dir):
+def find(task, data_dir=None):
     """(Task, data_dir) of a GLUE task's name, a record, or the path of a file that holds one.
 
     Raises:

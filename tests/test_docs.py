@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import compare
 import deltas
 import paper
+import predict
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -64,6 +66,7 @@ def test_every_command_is_known_to_these_tests():
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
         *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
         *(f"python scripts/deltas.py {name} " for name in deltas.COMMANDS),
+        "python scripts/predict.py ",
         *(f"python scripts/paper.py {name} " for name in ("plan", "run", "report", "submit")),
     )
     assert len(RUN_GLUE) >= 10
@@ -233,6 +236,7 @@ def test_the_benchmarks(command, checkout):
             "1e-3",
         ],
         "gpu": [],
+        "many_tasks": ["--rows", "2", "--rounds", "1", "--tasks", "2", "--size", "tiny"],
     }
     (more,) = (flags for name, flags in small.items() if name in command)
     result = subprocess.run(
@@ -259,6 +263,22 @@ def test_compare(checkout, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rte") == 2
     assert (tmp_path / "out/methods.png").stat().st_size > 10_000
+
+
+def test_predict(tmp_path, monkeypatch, capsys):
+    (command,) = plain("python scripts/predict.py ")
+    for task in ("cola", "rte", "stsb"):
+        argv = ["-o", str(tmp_path / "out" / task), "-t", task, "-f", "bitfit", "--save-evaluator"]
+        assert run_glue.main([*argv, "-m", str(TINY_BERT), *SMALL]) == 0
+    (tmp_path / "texts.tsv").write_text("the glad wug grows\tthe happy wug swells\n")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert predict.main(shlex.split(command)[2:]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    shown = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1])
+    assert {name: list(answer) for name, answer in json.loads(line).items()} == {
+        name: list(answer) for name, answer in shown.items()
+    }
 
 
 def test_the_papers_commands(tmp_path, monkeypatch, capsys):
@@ -361,7 +381,7 @@ def test_every_flag_is_explained():
     """Those that the README and docs name exist, and -h explains all."""
     ours = re.sub(r"#SBATCH.*|python (benchmarks|scripts)/.*", "", TEXT)
     named = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", ours)) - {"--help"}
-    parsers = [flags.make_parser(""), *paper.make_parser()[1].values()]
+    parsers = [flags.make_parser(""), predict.make_parser(), *paper.make_parser()[1].values()]
     parsers += deltas.make_parser()[1].values()
     actions = [action for parser in parsers for action in parser._actions]
     known = actions + torchrun.get_args_parser()._actions

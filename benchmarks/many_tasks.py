@@ -1,0 +1,153 @@
+"""Many tasks answered in one pass over one encoder, beside a full model for each task.
+
+    python benchmarks/many_tasks.py --data-dir <GLUE folder> --model-name <folder>
+
+For each number of tasks the same texts are answered three ways in turn, after a warm-up: together
+(scripts/predict.py's way), by as many models loaded one by one (the same program with one evaluator
+each), and by those models as plain transformers runs them, on padded batches. The clock covers
+tokenizing, the model and, but for plain transformers, the words of the answer. An answer is one
+task's for one row; rates are answers a second. Tasks are GLUE's, again and again, with random
+deltas of BitFit. Memory is the peak of a process of its own that loads and answers one batch,
+libraries included. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
+"""
+
+import multiprocessing
+import re
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import (
+    DTYPES,
+    LENGTH,
+    ROOT,
+    machine,
+    make_parser,
+    models,
+    pick_device,
+    pick_rows,
+    random_model,
+    ratio,
+    seconds,
+)
+
+from bitfit import answers, together
+from bitfit.runs import Stack
+from bitfit.tasks import TASKS
+from glue_evaluator import GLUEvaluator
+
+
+def parse_args():
+    parser = make_parser(__doc__, rows=64)
+    parser.set_defaults(task_name="rte", batch_size=32)
+    parser.add_argument("--precision", default="fp32", choices=DTYPES)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 5, 20])
+    return parser.parse_args()
+
+
+def base_model(args, folder):
+    """The base model's folder; without --model-name a random one is written."""
+    if args.model_name:
+        return args.model_name
+    models.load_tokenizer(str(ROOT / "examples/tiny_bert")).save_pretrained(folder / "base")
+    random_model(args.size).save_pretrained(folder / "base")
+    return str(folder / "base")
+
+
+def write_evaluators(folder, model_name, tasks, count):
+    """So many folders of evaluators whose deltas are random."""
+    folders = [folder / str(number) for number in range(count)]
+    for first, task in enumerate(tasks[:count]):
+        evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
+        evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
+        evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
+        evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs, models.draw_head)
+        for own in folders[first :: len(tasks)]:
+            evaluator.stack.values += 0.02 * torch.randn_like(evaluator.stack.values)
+            evaluator.save(own)
+    return folders
+
+
+def load(folders, precision, stack):
+    """The `Many` of some evaluators, ready to answer until the `ExitStack` ends."""
+    many = together.load(together.read(folders), pick_device(), DTYPES[precision])
+    stack.enter_context(many.stack.bound(DTYPES[precision]))
+    return many
+
+
+def answer(loaded, rows, batch_size):
+    for many in loaded:
+        for i in range(0, len(rows), batch_size):
+            answers.answers(many, rows[i : i + batch_size])
+
+
+@torch.inference_mode()
+def answer_plainly(loaded, rows, batch_size):
+    """As plain transformers does: a padded batch after the other, model after model."""
+    for one in loaded:
+        model, texts = one.forward.model, len(one.tasks[0].texts)
+        for i in range(0, len(rows), batch_size):
+            columns = [list(c[:batch_size]) for c in zip(*rows[i : i + batch_size], strict=True)]
+            inputs = one.tokenizer(*columns[:texts], truncation=True, max_length=LENGTH,
+                                   padding=True, return_tensors="pt")  # fmt: skip
+            model(**inputs.to(model.device)).logits.float().cpu()
+
+
+def peak_gib(groups, rows, precision):
+    """The peak memory of this process when it loads groups of evaluators and each answers."""
+    with ExitStack() as stack:
+        answer([load(group, precision, stack) for group in groups], rows, len(rows))
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage's: that of a child begins with what its parent had.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def apart(*args):
+    """`peak_gib` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_gib, args)
+
+
+def measure(folders, rows, args):
+    """One line of the table."""
+    each, size = [[folder] for folder in folders], args.batch_size
+    with ExitStack() as stack:
+        many = [load(folders, args.precision, stack)]
+        single = [load(folder, args.precision, stack) for folder in each]
+        ways = (answer, many), (answer, single), (answer_plainly, single)
+        for work, loaded in ways:
+            work(loaded, rows[:size], size)
+        times = [
+            [seconds(lambda: work(loaded, rows, size), pick_device()) for work, loaded in ways]  # noqa: B023
+            for _ in range(args.rounds)
+        ]
+    ours, alone, plain = zip(*times, strict=True)
+    rates = [f"{len(folders) * len(rows) / median(way):>9.0f}" for way in (ours, alone, plain)]
+    ratios = [f"{ratio(zip(way, ours, strict=True)):>18}" for way in (alone, plain)]
+    memory = [apart(groups, rows[:size], args.precision) for groups in ([folders], each)]
+    print(f"{len(folders):>5}", *rates, *ratios, *(f"{gib:>8.2f}" for gib in memory), flush=True)
+
+
+def main():
+    args = parse_args()
+    task = TASKS[args.task_name]
+    texts, _ = pick_rows(args, task)
+    rows = list(zip(*texts.columns, strict=True))
+    names = [name for name, other in TASKS.items() if len(other.texts) <= len(task.texts)]
+    print(f"{len(rows)} rows of {task.name}, {args.precision}, batch {args.batch_size}, "
+          f"{args.rounds} rounds: median (range), {machine(pick_device())}")  # fmt: skip
+    print(f"{'tasks':>5} {'together':>9} {'one by one':>10} {'plain':>8} {'ratio: one by one':>18} "
+          f"{'ratio: plain':>18} {'GiB':>8} {'one by one':>10}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model_name = base_model(args, folder)
+        folders = write_evaluators(folder, model_name, names, max(args.tasks))
+        for count in args.tasks:
+            measure(folders[:count], rows, args)
+
+
+if __name__ == "__main__":
+    main()
