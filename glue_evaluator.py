@@ -22,6 +22,7 @@ from bitfit.plan import Plan
 from bitfit.ranks import ALONE
 from bitfit.runs import Run, Stack
 from bitfit.tasks import predictions, score
+from bitfit.tracking import OFF
 from bitfit.train import Record, fit, start
 from utils import Diverged, UserError, as_list, choose_device, default_precision, generator
 from utils import set_seed as set_seed  # a name of the released code
@@ -238,6 +239,7 @@ class GLUEvaluator:
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
         lr_schedule="constant", warmup_ratio=0.0, keep="last", saver=None,
+        tracker=OFF,
     ):  # fmt: skip
         """Train all runs together, score them, write their metrics and learning curves.
 
@@ -247,6 +249,7 @@ class GLUEvaluator:
             evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.plan.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
             saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
+            tracker: a `bitfit.tracking.Tracker`, to be told what is measured while it is.
 
         Raises:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
@@ -273,9 +276,10 @@ class GLUEvaluator:
             folder.mkdir(parents=True, exist_ok=True)
         saver = saver or Saver()
         saver.load(state)
+        tracker.begin(state, folders)
         try:
             with self.stack.bound(DTYPES[self.precision]), saver.held():
-                diverged = fit(state, lambda: self._note(state, folders), saver)
+                diverged = fit(state, lambda: self._note(state, folders), saver, tracker)
         finally:
             if state.best is not None:
                 self.stack.take(state.best)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import utils
-from bitfit import outputs, task_files
+from bitfit import outputs, task_files, tracking
 from bitfit.flags import parse_args
 from bitfit.ranks import Ranks
 from utils import Damaged, Diverged, Lost, Stopped, UserError
@@ -55,6 +55,7 @@ def run(args, signals, ranks):
         has_files = "files" in args.task
     if ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume)):
         return
+    ranks.first_does(lambda: tracking.connect(args.report_to, output))
     all_local = has_files and Path(args.model_name).is_dir()
     utils.use_local_copies_when_offline(needs_hub=not all_local)
     import torch
@@ -75,10 +76,11 @@ def run(args, signals, ranks):
             return finished
 
         if not ranks.first_does(begin):
-            train_all(args, evaluator, output, facts, signals, ranks)
+            tracker = held.enter_context(tracking.Tracker(args.report_to, output, facts))
+            train_all(args, evaluator, output, facts, signals, ranks, tracker)
 
 
-def train_all(args, evaluator, output, facts, signals, ranks):
+def train_all(args, evaluator, output, facts, signals, ranks, tracker):
     """Train the runs, in one pass where they can share it, else one after the other; report."""
     from bitfit import sweeps
 
@@ -94,8 +96,8 @@ def train_all(args, evaluator, output, facts, signals, ranks):
             continue
         if evaluator.runs != runs:
             choose(evaluator, args, runs)
-        train(args, evaluator, together, home, signals, single=len(folders) == 1)
-        settle(args, evaluator, {run: folders[run] for run in share}, facts)
+        train(args, evaluator, together, home, signals, tracker, single=len(folders) == 1)
+        settle(args, evaluator, {run: folders[run] for run in share}, facts, tracker)
     ranks.end()
     if ranks.rank > 0:
         return
@@ -105,11 +107,13 @@ def train_all(args, evaluator, output, facts, signals, ranks):
         if args.keep == "best":
             best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
             sweeps.drop_beaten(folders, best)
-        print(sweeps.report(output, evaluator.task, folders, evaluator.method_caption))
+        table = sweeps.report(output, evaluator.task, folders, evaluator.method_caption)
+        print(table)
+        tracker.results("sweep", output, table)
         outputs.write_args(output, facts, finished=True)
 
 
-def train(args, evaluator, folders, home, signals, single):
+def train(args, evaluator, folders, home, signals, tracker, single):
     """Train some runs together; Diverged only where there is no other.
 
     Args:
@@ -124,6 +128,7 @@ def train(args, evaluator, folders, home, signals, single):
         evaluator.train_and_evaluate(
             args.epochs, folders if group.rank == 0 else {}, args.evaluation_frequency,
             args.lr_schedule, args.warmup_ratio, args.keep, saver,
+            tracker,
         )  # fmt: skip
     except Diverged as error:
         if single:
@@ -132,7 +137,7 @@ def train(args, evaluator, folders, home, signals, single):
         utils.LOGGER.warning("%s: %s", who, error)
 
 
-def settle(args, evaluator, folders, facts):
+def settle(args, evaluator, folders, facts, tracker):
     """What trained runs leave beside their metrics; with --keep best only the best so far leaves
     what was asked for.
 
@@ -149,6 +154,8 @@ def settle(args, evaluator, folders, facts):
         folder = folders[run]
         if writes and evaluator.trains_only_biases:
             evaluator.plot_terms_changes(folder / "bias_term_changes")
+        if writes:
+            tracker.results(run.name, folder, evaluator.score_table(), evaluator.record.diverged)
         if args.keep == "best" and run.name != best:
             continue
         if writes and args.save_evaluator:

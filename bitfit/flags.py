@@ -5,6 +5,8 @@ import math
 
 from bitfit.ranks import Ranks
 from bitfit.tasks import TASKS
+from bitfit.trackers import KINDS
+from bitfit.tracking import is_installed
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
 
 
@@ -127,6 +129,8 @@ def add_results(add):
         help="write model/, a plain Hugging Face folder [off]")
     add("--predict-test", action="store_true",
         help="write the test predictions for the GLUE server [off]")
+    add("--report-to", metavar="TRACKER", nargs="+", choices=KINDS, default=[],
+        help=f"show losses and scores while training, at some of {', '.join(KINDS)} [off]")
     add("--verbose", action="store_true", help="list the trained tensors [off]")
 
 # fmt: on
@@ -161,4 +165,6 @@ def parse_args(description, argv=None):
             parser.error(f"{name} has a value twice: give each once")
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
+    for kind in (kind for kind in args.report_to if not is_installed(kind)):
+        parser.error(f"--report-to {kind} needs a package that is not there: pip install {kind}")
     return args

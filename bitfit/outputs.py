@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
-    "max_tokens", "data_dir", "model_name", "finished", "ranks", "task_file",
+    "max_tokens", "data_dir", "model_name", "finished", "ranks", "task_file", "report_to",
 }  # fmt: skip
 WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}

@@ -22,6 +22,7 @@ from bitfit.reports import best_epochs, frame_of, one_line_scores
 from bitfit.runs import Run, Stack, clip_
 from bitfit.stacked import rows_of
 from bitfit.tasks import compact, row_losses, score
+from bitfit.tracking import OFF
 from utils import Damaged, Stopped
 
 LOGGER = logging.getLogger("bitfit")
@@ -172,7 +173,7 @@ def forward_backward(plan, stack, step):
     return losses
 
 
-def train_epoch(state, saver, bar):
+def train_epoch(state, saver, bar, tracker=OFF):
     """The steps that are left of an epoch. A run that went bad is left out from the next one on."""
     plan, stack = state.plan, state.stack
     plan.forward.model.train()
@@ -186,13 +187,17 @@ def train_epoch(state, saver, bar):
         losses = take_step(state, alive, rows)
         state.step += 1
         bar.update(rows.size)
-        if time.perf_counter() - looked > LOOK_SECONDS:
-            if plan.group.size == 1 and not len(stack.alive()):
+        look = time.perf_counter() - looked > LOOK_SECONDS
+        if look:
+            good = stack.alive()
+            if plan.group.size == 1 and not len(good):
                 break  # ranks look at different times
-            loss = losses[stack.bad_step < 0].mean().item()
-            bar.set_postfix(epoch=state.epoch + 1, loss=f"{loss:.3f}", refresh=False)
+            seen = losses.cpu()[good]
+            bar.set_postfix(epoch=state.epoch + 1, loss=f"{seen.mean():.3f}", refresh=False)
             looked = time.perf_counter()
         state.seconds += time.perf_counter() - begin
+        if look:
+            tracker.watch(state, dict(zip(good.tolist(), seen.tolist(), strict=True)))
         saver.after_step(state)
         begin = time.perf_counter()
     # A last step may have been finite, and what it led to not.
@@ -202,12 +207,13 @@ def train_epoch(state, saver, bar):
     state.seconds += time.perf_counter() - begin
 
 
-def fit(state, write, saver):
+def fit(state, write, saver, tracker=OFF):
     """Train the epochs that are left; score those that are due, and the last.
 
     Args:
         write: called after each evaluation.
         saver: writes the checkpoints, and raises Stopped where a signal asks for it.
+        tracker: is told what there is to see.
 
     Returns:
         None, or what to say when no run is left whose losses and gradients are finite.
@@ -219,13 +225,14 @@ def fit(state, write, saver):
                disable=None if plan.group.speaks else True)  # fmt: skip
     with logging_redirect_tqdm(), bar:
         while state.epoch < plan.epochs:
-            train_epoch(state, saver, bar)
+            train_epoch(state, saver, bar, tracker)
             if not plan.group.agree(state.stack.values):
                 raise Damaged(f"ranks {plan.group.members} hold different values")
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
             scores = evaluate(state, saver) if due else []
             note(state, scores)
+            tracker.note(state, scores)
             state.loss_sum = torch.zeros_like(state.loss_sum)
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:

@@ -1,0 +1,159 @@
+"""A run at TensorBoard, W&B or MLflow: each is opened, told numbers, then results, and closed.
+
+Their packages are imported when they are asked for. What goes wrong is raised as they raise it.
+"""
+
+import html
+import json
+import logging
+import os
+import secrets
+import time
+
+from utils import write_text
+
+LOGGER = logging.getLogger("bitfit")
+FLUSH_SECONDS = 5  # how late TensorBoard's files may be
+LONGEST_PARAMETER = 6000  # letters, MLflow's own limit
+
+
+def kept_id(folder, kind, make):
+    """A run's id at a tracker, made once: a run that is resumed goes on under it."""
+    path = folder / "tracking.json"
+    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kind not in ids:
+        ids[kind] = make()
+        write_text(path, json.dumps(ids, indent=2) + "\n")
+    return ids[kind]
+
+
+def indented(text):
+    """Text that Markdown shows as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+class TensorBoard:
+    """A run as event files, in <output>/tensorboard/<run>/."""
+
+    @staticmethod
+    def connect(output):
+        import torch.utils.tensorboard  # noqa: F401
+
+    def __init__(self, output, name, folder, facts, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        where = output / "tensorboard" / name
+        # What a killed process wrote after its last checkpoint is hidden: it comes again.
+        self.writer = SummaryWriter(where, purge_step=step + 1, flush_secs=FLUSH_SECONDS)
+        self.writer.add_text("flags", indented(json.dumps(facts, indent=2)), step)
+
+    def log(self, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def results(self, step, pictures, text):
+        from matplotlib.image import imread
+
+        for path in pictures:
+            self.writer.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")
+        self.writer.add_text("results", indented(text), step)
+
+    def close(self, failed):
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, in the group of the output folder's name."""
+
+    @staticmethod
+    def connect(output):
+        import wandb
+
+        if wandb.setup().settings.mode == "online":
+            wandb.login()
+
+    def __init__(self, output, name, folder, facts, step):
+        import wandb
+
+        group = os.environ.get("WANDB_RUN_GROUP", output.resolve().name)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "bitfit"), group=group, name=name,
+            id=kept_id(folder, "wandb", lambda: secrets.token_hex(4)), config=facts,
+            dir=os.environ.get("WANDB_DIR", str(output)), resume="allow", reinit="create_new",
+            settings=wandb.Settings(console="off", silent=True),
+        )  # fmt: skip
+        self.begins = self.run.step  # of a run that goes on, unless offline
+        if not (self.run.offline or self.run.disabled):
+            LOGGER.info("W&B: %s", self.run.url)
+
+    def log(self, step, values):
+        if step >= self.begins:
+            self.run.log(values, step=step)
+
+    def results(self, step, pictures, text):
+        import wandb
+
+        shown = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
+        shown["results"] = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+        self.log(max(step, self.begins), shown)
+
+    def close(self, failed):
+        self.run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """A run of MLflow, in the experiment of the output folder's name."""
+
+    @staticmethod
+    def connect(output):
+        MLflow.experiment(MLflow.client(), output)
+
+    @staticmethod
+    def client():
+        from mlflow import MlflowClient
+
+        return MlflowClient()
+
+    @staticmethod
+    def experiment(client, output):
+        name = output.resolve().name
+        found = client.get_experiment_by_name(name)
+        there = found and found.lifecycle_stage == "active"  # create_ says what is wrong otherwise
+        return found.experiment_id if there else client.create_experiment(name)
+
+    def __init__(self, output, name, folder, facts, step):
+        from mlflow.entities import Param
+
+        self.client = client = self.client()
+        made = []
+
+        def make():
+            made.append(client.create_run(self.experiment(client, output), run_name=name))
+            return made[0].info.run_id
+
+        self.id = kept_id(folder, "mlflow", make)
+        if made:
+            pairs = [Param(name, str(fact)[:LONGEST_PARAMETER]) for name, fact in facts.items()]
+            client.log_batch(self.id, params=pairs)
+        else:
+            client.update_run(self.id, status="RUNNING")
+        self.begins = client.get_run(self.id).data.metrics.get("epoch", 0.0)
+
+    def log(self, step, values):
+        from mlflow.entities import Metric
+
+        if values["epoch"] > self.begins:
+            now = int(1000 * time.time())
+            metrics = [Metric(name, value, now, step) for name, value in values.items()]
+            self.client.log_batch(self.id, metrics=metrics)
+
+    def results(self, step, pictures, text):
+        for path in pictures:
+            self.client.log_artifact(self.id, str(path))
+        self.client.log_text(self.id, text, "results.txt")
+
+    def close(self, failed):
+        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+
+
+KINDS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}  # by their packages' names

@@ -1,0 +1,396 @@
+"""Each tracker is told by a real command, offline, and what it keeps is read back."""
+
+import json
+import shutil
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy
+import wandb
+from conftest import GLUE, TINY_BERT
+from matplotlib.image import imread
+
+import run_glue
+from bitfit import trackers, tracking, train
+from bitfit.tracking import Tracker
+from glue_evaluator import GLUEvaluator
+
+ALL = ["tensorboard", "wandb", "mlflow"]
+FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "--epochs",
+         "3", "--train-size", "36", "--gpu-device", "cpu", "--lr-schedule", "linear"]  # fmt: skip
+RATES = ["--learning-rate", "1e-3", "3e-3"]
+RUNS = ["lr0.001_seed0", "lr0.003_seed0"]
+STEPS = 15  # of 36 rows in batches of 8, three times
+
+# MLflow's own call, with the newest SQLAlchemy
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "WANDB_MODE": "offline",
+            "MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false",
+            "HOME": str(folder),
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        patch.chdir(folder)  # for MLflow's pictures
+        sqlalchemy.event.listen(sqlalchemy.Engine, "connect", without_waiting)
+        patch.setattr(train, "LOOK_SECONDS", 0)  # a look after each step
+        yield
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", without_waiting)
+
+
+def without_waiting(connection, record):
+    """MLflow's new database is a hundred commits; a disk would be waited for after each."""
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+def run(output, *more):
+    return run_glue.main(["-o", str(output), *FLAGS, *more])
+
+
+def left(folder):
+    """What a command leaves beside tracking, without times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in ALL and name.name != "tracking.json":
+            found[str(name)] = path.read_bytes()
+            if path.suffix == ".json":
+                facts = json.loads(found[str(name)])
+                told = facts.keys() - {"seconds", "report_to", "output_path", "best"}
+                found[str(name)] = {fact: facts[fact] for fact in told}
+    return {name: own for name, own in found.items() if name != "results.csv"}  # it has seconds
+
+
+@pytest.fixture(scope="module")
+def sweep(offline, tmp_path_factory):
+    """Two runs in one pass, told to all three."""
+    output = tmp_path_factory.mktemp("told") / "sweep"
+    with pytest.MonkeyPatch.context() as patch:
+        failures = []
+        patch.setattr(tracking.LOGGER, "warning", lambda *words: failures.append(words))
+        assert run(output, *RATES, "--report-to", *ALL) == 0
+    assert failures == []
+    return output
+
+
+def expected(output, run):
+    """{name: {step: value}} of one run's scores and losses, from its metrics.json."""
+    facts = json.loads((output / run / "metrics.json").read_text())
+    steps = [5, 10, 15]
+    curves = {"train/mean_loss": facts["train_loss"]}
+    for split, of in facts["evaluations"].items():
+        curves |= {f"{split}/{metric}": values for metric, values in of.items()}
+    rate = float(run.split("_")[0].removeprefix("lr"))
+    rates = {step: rate * (STEPS - step + 1) / STEPS for step in range(1, STEPS + 1)}
+    return {name: dict(zip(steps, own, strict=True)) for name, own in curves.items()}, rates
+
+
+def assert_told(points, output, run):
+    """{name: {step: value}} as read back is all of what the run measured."""
+    curves, rates = expected(output, run)
+    for name, curve in curves.items():
+        assert points[name] == pytest.approx(curve), name
+    for step, rate in points["train/learning_rate"].items():
+        assert rate == pytest.approx(rates[step], rel=1e-5)
+    assert points["epoch"] == pytest.approx({step: step / 5 for step in points["epoch"]})
+    assert {5, 10, 15} <= set(points["epoch"]) and len(points["train/loss"]) > 3
+    for name in ("train/loss", "train/examples_per_second", "peak_memory_gib"):
+        assert all(0 < value < 1e6 for value in points[name].values()), name
+
+
+def test_tracking_changes_nothing(sweep, tmp_path, capsys):
+    assert run(tmp_path / "plain", *RATES) == 0
+    assert left(tmp_path / "plain") == left(sweep)
+    assert len(left(sweep)) > 12
+    assert "best of 2 trials" in capsys.readouterr().out
+
+
+# TensorBoard
+
+
+def events(output, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(output / "tensorboard" / name), size_guidance={"scalars": 0})
+    return found.Reload()
+
+
+def scalars(found):
+    return {
+        name: {event.step: event.value for event in found.Scalars(name)}
+        for name in found.Tags()["scalars"]
+    }
+
+
+def text(found, name):
+    (event,) = found.Tensors(f"{name}/text_summary")
+    return event.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_tensorboard_of_a_run(sweep, name, tmp_path):
+    found = events(sweep, name)
+    assert_told(scalars(found), sweep, name)
+    assert set(found.Tags()["images"]) == {"bias_term_changes", "learning_curves_accuracy"}
+    for picture in found.Tags()["images"]:
+        (event,) = found.Images(picture)
+        (tmp_path / "own.png").write_bytes(event.encoded_image_string)
+        own, ours = imread(tmp_path / "own.png"), imread(sweep / name / f"{picture}.png")
+        assert np.array_equal(own, ours[..., :3])
+    assert f"learning rate {name[2:7]}, seed 0" in text(found, "results")
+    assert '"task_name": "rte"' in text(found, "flags")
+
+
+def test_tensorboard_of_the_sweep(sweep):
+    found = events(sweep, "sweep")
+    assert found.Tags()["images"] == ["learning_curves_accuracy"]
+    assert "best of 2 trials" in text(found, "results")
+
+
+# Weights & Biases
+
+
+def records(path):
+    """The records of a .wandb file: LevelDB's log format behind seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at < len(data):
+        rest = 32768 - at % 32768
+        if rest < 7:  # no header fits: the block is filled up
+            at += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_runs(output):
+    """[(run, {name: {step: value}}, exit status)], the oldest first."""
+    runs = []
+    for path in sorted(output.glob("wandb/offline-run-*/run-*.wandb")):
+        points, own = {}, list(records(path))
+        for history in (own.history for own in own if own.WhichOneof("record_type") == "history"):
+            for item in history.item:
+                name = item.key or "/".join(item.nested_key)
+                points.setdefault(name, {})[history.step.num] = json.loads(item.value_json)
+        (begun,) = (r.run for r in own if r.WhichOneof("record_type") == "run")
+        (ended,) = (r.exit.exit_code for r in own if r.WhichOneof("record_type") == "exit")
+        runs.append((begun, points, ended))
+    return runs
+
+
+def test_wandb(sweep):
+    runs = {begun.display_name: (begun, *rest) for begun, *rest in wandb_runs(sweep)}
+    assert set(runs) == {*RUNS, "sweep"}
+    for name, (begun, points, ended) in runs.items():
+        assert (begun.project, begun.run_group, ended) == ("bitfit", "sweep", 0)
+        config = {item.key: json.loads(item.value_json) for item in begun.config.update}
+        assert config["task_name"] == "rte"
+        if name == "sweep":
+            continue
+        assert_told(points, sweep, name)
+        assert config["learning_rate"] == float(name[2:7])
+        (file,) = points["pictures/bias_term_changes/path"].values()
+        (folder,) = (sweep / "wandb").glob(f"offline-run-*-{begun.run_id}/files")
+        assert (folder / file).read_bytes() == (sweep / name / "bias_term_changes.png").read_bytes()
+        (table,) = points["results/path"].values()
+        assert f"learning rate {name[2:7]}, seed 0" in (folder / table).read_text()
+
+
+# MLflow
+
+
+def mlflow_runs(output):
+    """{name: (its run, {name: {step: [values]}}, {artifact: its content})}"""
+    client = trackers.MLflow.client()
+    (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
+    found = {}
+    for run in client.search_runs([experiment.experiment_id]):
+        own, points = run.info.run_id, {}
+        for name in run.data.metrics:
+            for metric in client.get_metric_history(own, name):
+                points.setdefault(name, {}).setdefault(metric.step, []).append(metric.value)
+        kept = [a.path for a in client.list_artifacts(own)]
+        files = {name: Path(client.download_artifacts(own, name)).read_bytes() for name in kept}
+        assert run.info.run_name not in found
+        found[run.info.run_name] = run, points, files
+    return found
+
+
+def once(points):
+    """{name: {step: value}}, where each step has one."""
+    return {name: {step: value for step, (value,) in own.items()} for name, own in points.items()}
+
+
+def test_mlflow(sweep):
+    runs = mlflow_runs(sweep)
+    assert set(runs) == {*RUNS, "sweep"}
+    for name in RUNS:
+        run, points, files = runs[name]
+        assert_told(once(points), sweep, name)
+        assert run.info.status == "FINISHED"
+        assert run.data.params["learning_rate"] == name[2:7]
+        for picture in ("bias_term_changes.png", "learning_curves_accuracy.png"):
+            assert files[picture] == (sweep / name / picture).read_bytes()
+        assert f"learning rate {name[2:7]}, seed 0" in files["results.txt"].decode()
+    assert "best of 2 trials" in runs["sweep"][2]["results.txt"].decode()
+
+
+# Resumed, failing, missing
+
+
+def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
+    """A fault in step 13; it goes on from the checkpoint after step 10."""
+    output, steps, plain = tmp_path / "resumed", [], train.take_step
+
+    def fault(*given):
+        steps.append(1)
+        if len(steps) == 13:
+            raise OSError("no space")
+        return plain(*given)
+
+    monkeypatch.setattr(train, "take_step", fault)
+    assert run(output, "--report-to", *ALL) == 1
+    ids = (output / "tracking.json").read_bytes()
+    assert mlflow_runs(output)["lr0.001_seed0"][0].info.status == "FAILED"
+    monkeypatch.setattr(train, "take_step", plain)
+    assert run(output, "--resume", "--report-to", *reversed(ALL)) == 0  # they may be others
+    assert (output / "tracking.json").read_bytes() == ids
+    shutil.copytree(output, output / "lr0.001_seed0", ignore=shutil.ignore_patterns("wandb"))
+
+    found = events(output, "lr0.001_seed0")
+    assert_told(scalars(found), output, "lr0.001_seed0")
+    for name in found.Tags()["scalars"]:
+        told = [event.step for event in found.Scalars(name)]
+        assert told == sorted(set(told)), name
+
+    ((run_, points, _),) = mlflow_runs(output).values()
+    assert run_.info.status == "FINISHED"
+    assert_told(once(points), output, "lr0.001_seed0")
+
+    first, second = wandb_runs(output)
+    assert (first[0].run_id, first[2], second[2]) == (second[0].run_id, 1, 0)
+    assert min(second[1]["epoch"]) > 10
+
+    assert run(output, "--resume", "--report-to", "wandb") == 0
+    assert "there is nothing to resume" in capsys.readouterr().out
+    assert len(wandb_runs(output)) == 2
+
+
+def fail(*given, **named):
+    raise RuntimeError("the server\nis gone")
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if "--report-to" in r.getMessage()]
+
+
+OVER = ["--report-to tensorboard failed and is off; training goes on: RuntimeError: the server"]
+
+
+def test_a_tracker_that_fails_is_a_warning(sweep, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trackers.TensorBoard, "log", fail)
+    assert run(tmp_path / "out", *RATES, "--report-to", "tensorboard") == 0
+    assert left(tmp_path / "out") == left(sweep)
+    assert warnings(caplog) == OVER
+
+
+def test_so_is_one_that_fails_at_once_or_at_the_end(tmp_path, monkeypatch, caplog):
+    for when in ("__init__", "results", "close"):
+        monkeypatch.setattr(trackers.TensorBoard, when, fail)
+        caplog.clear()
+        with Tracker(["tensorboard"], tmp_path) as tracker:
+            tracker.results("run", tmp_path, "a table")
+            tracker.results("other", tmp_path, "a table")
+        assert warnings(caplog) == OVER
+        monkeypatch.undo()
+
+
+def frozen_evaluator():
+    evaluator = GLUEvaluator("rte", str(TINY_BERT), None, 0, GLUE)
+    evaluator.preprocess_dataset("longest", 64, 8, train_size=36)
+    evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
+    return evaluator
+
+
+def test_a_slow_tracker_keeps_nobody_waiting(tmp_path, monkeypatch):
+    """It misses looks, but no score."""
+    go, told = threading.Event(), []
+
+    class Slow:
+        def __init__(self, *given):
+            pass
+
+        def log(self, step, values):
+            assert go.wait(60)
+            told.append((step, values))
+
+        def close(self, failed):
+            told.append(failed)
+
+    monkeypatch.setitem(trackers.KINDS, "slow", Slow)
+    evaluator = frozen_evaluator()
+    with Tracker(["slow"], tmp_path) as tracker:
+        evaluator.train_and_evaluate(3, tmp_path, tracker=tracker)  # would wait for ever
+        go.set()
+    *told, failed = told
+    assert failed  # nobody told it results
+    assert sorted({s for s, own in told if "validation/Accuracy" in own}) == [5, 10, 15]
+    assert len([s for s, own in told if "train/loss" in own]) < 3
+
+
+def test_only_runs_with_a_folder_are_told(tmp_path):
+    """So one rank of a group speaks."""
+    evaluator = frozen_evaluator()
+    with Tracker(["tensorboard"], tmp_path) as tracker:
+        evaluator.train_and_evaluate(1, {}, tracker=tracker)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_missing_library_is_one_line(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "out", "--report-to", kind)
+    assert stop.value.code == 2
+    said = f"--report-to {kind} needs a package that is not there: pip install {kind}"
+    assert capsys.readouterr().err == f"run_glue.py: error: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_library(tmp_path, monkeypatch):
+    """W&B leaves a folder of its name, which Python would import."""
+    (tmp_path / "somebodys").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not tracking.is_installed("somebodys") and tracking.is_installed("wandb")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "said"),
+    [("mlflow", "MLFLOW_TRACKING_URI", "nowhere://x", "unsupported URI 'nowhere://x'"),
+     ("wandb", "WANDB_MODE", "online", "No API key configured.")],
+)  # fmt: skip
+def test_one_that_cannot_be_reached_is_one_line(
+    tmp_path, monkeypatch, capsys, kind, name, value, said
+):
+    monkeypatch.setenv(name, value)
+    wandb.teardown()  # it has read the environment
+    assert run(tmp_path / "out", "--report-to", kind) == 2
+    wandb.teardown()
+    error = capsys.readouterr().err
+    assert error.startswith(f"run_glue.py: error: --report-to {kind}: ") and said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
