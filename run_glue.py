@@ -17,7 +17,7 @@ import utils
 from bitfit import outputs
 from bitfit.flags import parse_args
 from bitfit.ranks import Ranks
-from utils import Damaged, Diverged, Lost, Stopped, UserError
+from utils import Damaged, Diverged, Lost, NotPushed, Stopped, UserError
 
 
 def prepare(args, ranks):
@@ -27,7 +27,7 @@ def prepare(args, ranks):
     set_seed(args.seed[0])
     evaluator = GLUEvaluator(
         args.task_name, args.model_name, ranks.gpu(args.gpu_device), args.seed, args.data_dir,
-        args.precision, args.random_encoder, args.max_tokens,
+        args.precision, args.random_encoder, args.max_tokens, args.model_revision,
     )  # fmt: skip
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
@@ -46,10 +46,23 @@ def choose(evaluator, args, runs=None, verbose=False):
 
 def run(args, signals, ranks):
     output, flags = Path(args.output_path), vars(args)
-    if ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume)):
+    finished = ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume))
+    if finished and not args.push_to_hub:
         return
     all_local = args.data_dir is not None and Path(args.model_name).is_dir()
-    utils.use_local_copies_when_offline(needs_hub=not all_local)
+    utils.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
+    if args.push_to_hub:
+        from bitfit import hub
+
+        ranks.first_does(lambda: hub.check_push(args.push_to_hub))
+    if not finished:
+        fine_tune(args, output, signals, ranks)
+    if args.push_to_hub and ranks.rank == 0:
+        print(hub.push(output, args.push_to_hub))
+
+
+def fine_tune(args, output, signals, ranks):
+    """All from the data and the model to what the runs leave."""
     import torch
 
     if not args.no_tf32 and torch.cuda.is_available():
@@ -132,7 +145,7 @@ def settle(args, evaluator, folders, facts):
     Args:
         folders: {run: its folder} of all that this rank trains.
     """
-    from bitfit import sweeps
+    from bitfit import cards, sweeps
 
     evaluator.group.most()  # of its ranks one has written the metrics, and now writes the rest
     writes = evaluator.group.rank == 0
@@ -148,6 +161,7 @@ def settle(args, evaluator, folders, facts):
             evaluator.save(folder / "evaluator")
         if writes and args.export_model:
             evaluator.export_model(folder / "model")
+            cards.write(folder, evaluator.task, facts)
         if args.predict_test:
             evaluator.export_model_test_set_predictions(folder)
     if not writes:
@@ -172,7 +186,7 @@ def main(argv=None):
         return 0
     except UserError as error:
         status, said = 2, f"error: {error}"
-    except Diverged as error:
+    except (Diverged, NotPushed) as error:
         status, said = 1, f"stopped: {error}"
     except Stopped as error:
         status, said = 128 + error.number, f"stopped: {error}; to go on: {resume}"

@@ -20,7 +20,7 @@ LOGITS = "validation_logits.safetensors"
 POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 DATA = ("max_sequence_len", "batch_size", "train_size")
-SETTINGS = ("base_name", "fine_tune_type", "components")
+SETTINGS = ("base_name", "fine_tune_type", "components", "model_commit")
 
 
 def write_logits(folder, state, k):
@@ -72,11 +72,14 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
         facts, tensors = store.read(folder / FACTS)
     except Damaged as error:
         raise UserError(f"{error}; train and save it again") from None
+    commit = facts.setdefault("model_commit", None)  # the first of these files did not say it
+    revision = None if model_name or facts["model_sha256"] else commit
     facts["model_name"] = str(model_name or facts["model_name"])
     facts["data_dir"] = data_dir or facts["data_dir"]
     if facts["model_sha256"]:
         facts["model_name"] = str(folder / "model")
-    evaluator = make(device=gpu_device, **{name: facts[name] for name in BUILT_FROM})
+    built_from = {name: facts[name] for name in BUILT_FROM}
+    evaluator = make(device=gpu_device, model_revision=revision, **built_from)
     evaluator._set_data(*(facts[name] for name in DATA))
     for name in SETTINGS:
         setattr(evaluator, name, facts[name])
