@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bitfit import models, outputs, predict, reports, runs, saved, task_files, trainable
+from bitfit import hub, models, outputs, predict, reports, runs, saved, task_files, trainable
 from bitfit.checkpoints import Saver
 from bitfit.data import MAX_TOKENS, Dataset
 from bitfit.plan import Plan
@@ -39,12 +39,14 @@ class GLUEvaluator:
 
     Attributes:
         model: the plain Hugging Face classifier.
+        model_commit: the hash of the commit that a model on the Hub is at; None for a folder.
         scores: one table of all runs' scores; `records`: what else each of them measured.
     """
 
     def __init__(
         self, task_name, model_name, device,
         seed=None, data_dir=None, precision=None, random_encoder=False, max_tokens=None,
+        model_revision=None,
     ):  # fmt: skip
         """
         Args:
@@ -56,6 +58,7 @@ class GLUEvaluator:
             precision: "fp32" or "bf16"; None: bf16 on a GPU that has it, else fp32.
             random_encoder: draw the encoder's weights at random (a control).
             max_tokens: the most tokens in one pass; None: the device's default.
+            model_revision: of a model on the Hub a tag, branch or commit; None: its main branch.
         """
         if precision not in (None, *DTYPES):
             raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
@@ -63,6 +66,7 @@ class GLUEvaluator:
         self.task_name = self.task.name
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
+        self.revision, self.model_commit = hub.resolve(model_name, model_revision)
         self.torch_device = choose_device(device)
         self.base_name = Path(model_name).name  # for captions
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
@@ -90,7 +94,7 @@ class GLUEvaluator:
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        models.check_length(self.model_name, self.task, max_sequence_len)
+        models.check_length(self.model_name, self.task, max_sequence_len, self.revision)
         self._set_data(max_sequence_len, batch_size, train_size)
         tests = self._test_files() if test_splits else ()
         for split in ("train", *self.task.validation_splits, *tests):
@@ -103,7 +107,8 @@ class GLUEvaluator:
 
     def _set_data(self, max_sequence_len, batch_size, train_size):
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
-        self.train_size, self.tokenizer = train_size, models.load_tokenizer(self.model_name)
+        self.train_size = train_size
+        self.tokenizer = models.load_tokenizer(self.model_name, self.revision)
         self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
                             train_size, self.torch_device)  # fmt: skip
 
@@ -163,7 +168,9 @@ class GLUEvaluator:
         self._forward("train")
 
     def _load_model(self, random_encoder):
-        self.model, needs_head = models.load(self.model_name, self.task, random_encoder)
+        self.model, needs_head = models.load(
+            self.model_name, self.task, random_encoder, self.revision
+        )
         self._draw = models.draw_head if needs_head else None
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)

@@ -17,7 +17,7 @@ import utils
 from bitfit import outputs, task_files, tracking
 from bitfit.flags import parse_args
 from bitfit.ranks import Ranks
-from utils import Damaged, Diverged, Lost, Stopped, UserError
+from utils import Damaged, Diverged, Lost, NotPushed, Stopped, UserError
 
 
 def prepare(args, ranks):
@@ -30,7 +30,7 @@ def prepare(args, ranks):
         task, data_dir = args.task, data_dir or task_files.home_of(args.task_file)
     evaluator = GLUEvaluator(
         task, args.model_name, ranks.gpu(args.gpu_device), args.seed, data_dir, args.precision,
-        args.random_encoder, args.max_tokens,
+        args.random_encoder, args.max_tokens, args.model_revision,
     )  # fmt: skip
     evaluator.preprocess_dataset(
         "longest", args.max_seq_length, args.batch_size, args.train_size, args.predict_test
@@ -53,11 +53,24 @@ def run(args, signals, ranks):
     if args.task_file:
         args.task = ranks.first_does(lambda: task_files.read(args.task_file, args.data_dir))
         has_files = "files" in args.task
-    if ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume)):
+    finished = ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume))
+    if finished and not args.push_to_hub:
         return
     ranks.first_does(lambda: tracking.connect(args.report_to, output))
     all_local = has_files and Path(args.model_name).is_dir()
-    utils.use_local_copies_when_offline(needs_hub=not all_local)
+    utils.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
+    if args.push_to_hub:
+        from bitfit import hub
+
+        ranks.first_does(lambda: hub.check_push(args.push_to_hub))
+    if not finished:
+        fine_tune(args, output, signals, ranks)
+    if args.push_to_hub and ranks.rank == 0:
+        print(hub.push(output, args.push_to_hub))
+
+
+def fine_tune(args, output, signals, ranks):
+    """All from the data and the model to what the runs leave."""
     import torch
 
     if not args.no_tf32 and torch.cuda.is_available():
@@ -144,7 +157,7 @@ def settle(args, evaluator, folders, facts, tracker):
     Args:
         folders: {run: its folder} of all that this rank trains.
     """
-    from bitfit import sweeps
+    from bitfit import cards, sweeps
 
     evaluator.group.wait()  # of its ranks one has written the metrics, and now writes the rest
     writes = evaluator.group.rank == 0
@@ -162,6 +175,7 @@ def settle(args, evaluator, folders, facts, tracker):
             evaluator.save(folder / "evaluator")
         if writes and args.export_model:
             evaluator.export_model(folder / "model")
+            cards.write(folder, evaluator.task, facts)
         if args.predict_test:
             evaluator.export_model_test_set_predictions(folder)
     if not writes:
@@ -186,7 +200,7 @@ def main(argv=None):
         return 0
     except UserError as error:
         status, said = 2, f"error: {error}"
-    except Diverged as error:
+    except (Diverged, NotPushed) as error:
         status, said = 1, f"stopped: {error}"
     except Stopped as error:
         status, said = 128 + error.number, f"stopped: {error}; to go on: {resume}"

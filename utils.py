@@ -27,6 +27,10 @@ class Diverged(Exception):
     """Training met a loss or gradient that is not finite; the message names the epoch and step."""
 
 
+class NotPushed(Exception):
+    """The Hub did not take a model; the message says how to push it later."""
+
+
 class Lost(Exception):
     """Another process that this one works with is gone."""
 
@@ -100,7 +104,7 @@ def setup_logging(level=logging.INFO, speaker=""):
     """Log to standard error, so that standard output holds the results alone."""
     form = f"%(asctime)s {speaker}%(message)s"
     logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S")
-    for noisy in ("httpx", "huggingface_hub", "datasets", "matplotlib", "fsspec"):
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

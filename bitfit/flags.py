@@ -58,6 +58,8 @@ def add_what_to_run(add):
              "files beside it or in --data-dir (docs/own-tasks.md)")
     add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
         help="name on the Hugging Face Hub, or a folder [%(default)s]")
+    add("--model-revision", metavar="REV",
+        help="of a model on the Hub: a tag, branch or commit [its main branch]")
     add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
         help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
     add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
@@ -126,7 +128,9 @@ def add_results(add):
     add("--save-evaluator", action="store_true",
         help="write evaluator/, for GLUEvaluator.load [off]")
     add("--export-model", action="store_true",
-        help="write model/, a plain Hugging Face folder [off]")
+        help="write model/, a plain Hugging Face folder with a model card [off]")
+    add("--push-to-hub", metavar="NAME",
+        help="export the model, and at the end upload it to the Hub under this name [off]")
     add("--predict-test", action="store_true",
         help="write the test predictions for the GLUE server [off]")
     add("--report-to", metavar="TRACKER", nargs="+", choices=KINDS, default=[],
@@ -167,4 +171,7 @@ def parse_args(description, argv=None):
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
     for kind in (kind for kind in args.report_to if not is_installed(kind)):
         parser.error(f"--report-to {kind} needs a package that is not there: pip install {kind}")
+    if args.push_to_hub and args.keep != "best" and len(args.learning_rate) * len(args.seed) > 1:
+        parser.error("--push-to-hub takes one model of several runs: give --keep best too")
+    args.export_model |= args.push_to_hub is not None
     return args

@@ -19,8 +19,11 @@ ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in ev
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
-def load_tokenizer(model_name):
+def load_tokenizer(model_name, revision=None):
     """The model's own fast tokenizer.
+
+    Args:
+        revision: as from `hub.resolve`; likewise below.
 
     Raises:
         UserError: nothing there, no tokenizer files, no padding token.
@@ -32,14 +35,14 @@ def load_tokenizer(model_name):
         # transformers would make an empty vocabulary without a word
         raise UserError(f"the model folder {folder} has no tokenizer: save one there with "
                         "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`")  # fmt: skip
-    with blaming(lambda error: cannot_load(model_name, error)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name)
+    with blaming(lambda error: cannot_load(model_name, error, revision)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, revision=revision)
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
     return tokenizer
 
 
-def load(model_name, task, random_encoder=False):
+def load(model_name, task, random_encoder=False, revision=None):
     """(a float32 classifier on the CPU, whether its head is still to be drawn)
 
     Args:
@@ -50,13 +53,17 @@ def load(model_name, task, random_encoder=False):
     """
     from transformers import AutoModelForSequenceClassification as Auto
 
-    with blaming(lambda error: cannot_load(model_name, error)), torch.random.fork_rng(devices=[]):
-        config = load_config(model_name, task)
+    with (
+        blaming(lambda error: cannot_load(model_name, error, revision)),
+        torch.random.fork_rng(devices=[]),
+    ):
+        config = load_config(model_name, task, revision)
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
             return Auto.from_config(config, dtype=torch.float32), True
         model, info = Auto.from_pretrained(
             model_name,
+            revision=revision,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,  # never unpickle
@@ -68,7 +75,7 @@ def load(model_name, task, random_encoder=False):
     return model, not absent.isdisjoint(head_names(model))
 
 
-def load_config(model_name, task):
+def load_config(model_name, task, revision=None):
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -76,6 +83,7 @@ def load_config(model_name, task):
     numbers = dict(enumerate(task.labels)) or {0: "score"}
     return transformers.AutoConfig.from_pretrained(
         model_name,
+        revision=revision,
         num_labels=task.num_labels,
         id2label=numbers,
         label2id={name: number for number, name in numbers.items()},
@@ -92,11 +100,12 @@ def check_encoder(model, model_name, absent):
         raise UserError(f"{model_name} {lacks}: {what}")
 
 
-def cannot_load(model_name, error):
+def cannot_load(model_name, error, revision=None):
     name = str(model_name)
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not Path(name).is_dir() and (local or ("/" in name and Path(name).parent.is_dir())):
         return UserError(f"there is no model folder {name}: check --model-name")
+    name += f" at revision {revision}" if revision else ""
     return UserError(
         f"cannot load the model {name}: {one_line(error)}; give a name on the Hub (network "
         "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
@@ -116,12 +125,12 @@ def draw_head(model, seed):
             torch.nn.init.zeros_(parameter)
 
 
-def check_length(model_name, task, max_length):
+def check_length(model_name, task, max_length, revision=None):
     """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
     from transformers import AutoModelForSequenceClassification as Auto
 
-    with blaming(lambda error: cannot_load(model_name, error)):
-        config = load_config(model_name, task)
+    with blaming(lambda error: cannot_load(model_name, error, revision)):
+        config = load_config(model_name, task, revision)
     try:
         with torch.device("meta"):
             limit = position_limit(Auto.from_config(config))

@@ -20,9 +20,13 @@ CHECKPOINTS = "checkpoints"
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
-    "max_tokens", "data_dir", "model_name", "finished", "ranks", "task_file", "report_to",
+    "max_tokens", "data_dir", "model_name", "model_revision", "finished", "ranks", "task_file",
+    "report_to", "push_to_hub",
 }  # fmt: skip
-WARNED = {"torch", "transformers", "datasets", "python", "device", "commit", "threads"}
+BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes can be compared
+WARNED = {
+    "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
+}  # fmt: skip
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
 
 
@@ -141,8 +145,8 @@ def check_same(old, new):
     Raises:
         UserError: they differ in something that results depend on.
     """
-    harmless = HARMLESS - ({"data_dir", "model_name"} if old["finished"] else set())
-    missing = sorted(new.keys() - harmless - WARNED - old.keys())
+    harmless = HARMLESS - (BY_NAME if old["finished"] else set())
+    missing = sorted(new.keys() - HARMLESS - WARNED - old.keys())
     if missing:
         raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
     differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
@@ -173,6 +177,7 @@ def facts_of(args, evaluator):
     on_gpu = evaluator.torch_device.type == "cuda"
     return vars(args) | {
         "format": FORMAT,
+        "model_commit": evaluator.model_commit,
         "precision": evaluator.precision,
         "max_tokens": evaluator.limit.tokens,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",

@@ -65,9 +65,14 @@ def facts(evaluator):
     return {
         "task": evaluator.task_name,
         "model": str(evaluator.model_name),
+        "model_commit": evaluator.model_commit,
         "random_encoder": evaluator.random_encoder,
         "fine_tune_type": evaluator.fine_tune_type,
         "bias_terms": term_names(evaluator.components),
+        "validation_rows": {
+            split: len(evaluator.tokens(split).lengths)
+            for split in evaluator.task.validation_splits
+        },
         "runs_in_one_pass": len(evaluator.runs),
         "trained_parameters": count(evaluator.model, evaluator.chosen),
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),

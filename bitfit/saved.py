@@ -20,7 +20,7 @@ LOGITS = "validation_logits.safetensors"
 POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 DATA = ("max_sequence_len", "batch_size", "train_size")
-SETTINGS = ("base_name", "fine_tune_type", "components")
+SETTINGS = ("base_name", "fine_tune_type", "components", "model_commit")
 
 
 def write_logits(folder, state, k):
@@ -63,7 +63,7 @@ def write(evaluator, folder):
 
 
 def files(folder, model_name=None):
-    """(facts, tensors) of a saved evaluator; its "model_name" is where its base is now.
+    """(facts, tensors) of a saved evaluator; "model_name" and "model_revision": where its base is.
 
     Raises:
         UserError: there is none, or its files are damaged.
@@ -76,6 +76,8 @@ def files(folder, model_name=None):
         facts, tensors = store.read(folder / FACTS)
     except Damaged as error:
         raise UserError(f"{error}; train and save it again") from None
+    commit = facts.setdefault("model_commit", None)  # the first of these files did not say it
+    facts["model_revision"] = None if model_name or facts["model_sha256"] else commit
     facts["model_name"] = str(model_name or facts["model_name"])
     if facts["model_sha256"]:
         facts["model_name"] = str(folder / "model")
@@ -95,7 +97,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     """
     facts, tensors = files(folder, model_name)
     facts["data_dir"] = data_dir or facts["data_dir"]
-    built = {name: facts[name] for name in BUILT_FROM}
+    built = {name: facts[name] for name in (*BUILT_FROM, "model_revision")}
     built["task_name"] = facts.get("task", facts["task_name"])  # the record of a task of one's own
     evaluator = make(device=gpu_device, **built)
     evaluator._set_data(*(facts[name] for name in DATA))

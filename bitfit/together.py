@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bitfit import models, saved
+from bitfit import hub, models, saved
 from bitfit.data import MAX_TOKENS, Tokens, passes_of, to_device, tokenize
 from bitfit.predict import Limit, predict
 from bitfit.runs import Run, Stack, why_not_stackable
@@ -71,9 +71,11 @@ def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
     name, tasks = base["model_name"], [saved.task_of(own) for _, own, _ in found]
     lengths = [max_length or facts["max_sequence_len"] for _, facts, _ in found]
     widest = max(tasks, key=lambda task: task.num_labels)
-    tokenizer = models.load_tokenizer(name)
-    models.check_length(name, widest, max(lengths))
-    model, _ = models.load(name, widest, base["random_encoder"] and not base["model_sha256"])
+    revision, _ = hub.resolve(name, base["model_revision"])
+    tokenizer = models.load_tokenizer(name, revision)
+    models.check_length(name, widest, max(lengths), revision)
+    drawn = base["random_encoder"] and not base["model_sha256"]
+    model, _ = models.load(name, widest, drawn, revision)
     encoder, chosen = models.fingerprint(model), {}
     for folder, facts, tensors in found:
         chosen |= saved.chosen(model, encoder, facts, tensors, folder)

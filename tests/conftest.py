@@ -1,6 +1,7 @@
 """What the tests share: no network, the toy examples, and tiny models made on the spot."""
 
 import os
+import shutil
 import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -80,6 +82,35 @@ def tiny_roberta(tmp_path_factory):
     torch.manual_seed(0)
     transformers.RobertaForMaskedLM(config).save_pretrained(folder)
     return str(folder)
+
+
+COMMITS = {"main": "b" * 40, "v1": "a" * 40}  # of the model org/tiny in `hub`
+
+
+@pytest.fixture(scope="session")
+def hub_home(tmp_path_factory):
+    """What HF_HOME may be: a cache as the Hub's client leaves it, with two states of org/tiny.
+
+    v1 is the tiny BERT; main has other word embeddings.
+    """
+    home = tmp_path_factory.mktemp("hf_home")
+    repo = home / "hub" / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for name, commit in COMMITS.items():
+        (repo / "refs" / name).write_text(commit)
+        shutil.copytree(TINY_BERT, repo / "snapshots" / commit)
+    weights = repo / "snapshots" / COMMITS["main"] / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["bert.embeddings.word_embeddings.weight"] += 0.1
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    return home
+
+
+@pytest.fixture
+def hub(hub_home, monkeypatch):
+    """That home in use in this process."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_home / "hub"))
+    return hub_home / "hub"
 
 
 def on_meta(model_class, config):

@@ -32,6 +32,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXT = "\n".join([README, *(path.read_text(encoding="utf-8") for path in PAGES)])
 SMALL = ["--data-dir", str(GLUE), "--epochs", "1", "--train-size", "16", "--gpu-device", "cpu"]
 CONDA = ("conda env create", "conda activate")  # conda is not here; see test_environment_yml
+HUB = ("hf auth login", "hf upload ")  # nor is the Hub; see test_hub
 
 
 def commands():
@@ -66,7 +67,7 @@ def test_every_command_is_known_to_these_tests():
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
         *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
         *(f"python scripts/deltas.py {name} " for name in deltas.COMMANDS),
-        "python scripts/predict.py ",
+        *("python scripts/predict.py ", *HUB),
         *(f"python scripts/paper.py {name} " for name in ("plan", "run", "report", "submit")),
     )
     assert len(RUN_GLUE) >= 10
