@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Fine-tune and score a BERT-family model on a GLUE task, bias terms only (BitFit) or otherwise.
 
     python run_glue.py --output-path out/rte --task-name rte --fine-tune-type bitfit
@@ -101,7 +102,8 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
     alone = ranks.size == 1 or (evaluator.torch_device.type == "cuda" and args.gpu_device is None)
     if ranks.rank > 0:
         utils.LOGGER.setLevel(logging.WARNING)  # until now each had the same to say
-    share, evaluator.group = ranks.share(evaluator.runs, on_own_gpus=alone)
+    share, group = ranks.share(evaluator.runs, on_own_gpus=alone)
+    evaluator.group = group._replace(speaks=group.speaks and not args.quiet)
     for runs in evaluator.passes(share):
         together = {run: folders[run] for run in runs}
         home = output if together == folders else folders[runs[0]]
@@ -193,7 +195,8 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     words = shlex.join(["run_glue.py", *words, *["--resume"] * (not args.resume)])
     resume = f"{ranks.launcher} {words}"
-    utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] * (ranks.rank > 0))
+    level = logging.WARNING if args.quiet else logging.INFO
+    utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] if ranks.rank else [level])
     try:
         with utils.Signals() as signals:
             run(args, signals, ranks)

@@ -15,13 +15,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from bitfit import models, sources  # noqa: E402
 from bitfit.checkpoints import Saver  # noqa: E402
 from bitfit.data import MAX_TOKENS, Split, tokenize  # noqa: E402
 from bitfit.plan import Plan  # noqa: E402
 from bitfit.predict import Limit  # noqa: E402
+from bitfit.progress import Progress  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
 from bitfit.train import start, train_epoch  # noqa: E402
@@ -123,7 +123,8 @@ class Ours:
         self.stack.bad_step.fill_(-1)
         state = start(self.plan, self.stack)
         with self.stack.bound(DTYPES[precision]):
-            return seconds(lambda: train_epoch(state, Saver(), tqdm(disable=True)), self.device)
+            progress = Progress(self.plan, shows=False)
+            return seconds(lambda: train_epoch(state, Saver(), progress), self.device)
 
 
 def seconds(work, device):

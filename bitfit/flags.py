@@ -2,12 +2,27 @@
 
 import argparse
 import math
+import os
+from importlib.metadata import PackageNotFoundError, version
 
+from bitfit.outputs import commit
 from bitfit.ranks import Ranks
 from bitfit.tasks import TASKS
 from bitfit.trackers import KINDS
 from bitfit.tracking import is_installed
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
+
+EXAMPLES = """\
+examples:
+  python run_glue.py -o out/rte -t rte -f bitfit -l 1e-3
+      bias terms of bert-base on RTE
+  python run_glue.py -o out/rte-sweep -t rte -f bitfit -l 1e-4 4e-4 1e-3 -s 0 1 2 3 4
+      fifteen runs in one pass
+  python run_glue.py -o out/toy -t sst2 -m examples/tiny_bert --data-dir examples/glue -f full_ft
+      without the Hub
+  python run_glue.py -o out/cola -t cola -f bitfit --keep best --predict-test --resume
+      what may be killed and started again, and ends with test predictions
+"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -136,6 +151,8 @@ def add_results(add):
     add("--report-to", metavar="TRACKER", nargs="+", choices=KINDS, default=[],
         help=f"show losses and scores while training, at some of {', '.join(KINDS)} [off]")
     add("--verbose", action="store_true", help="list the trained tensors [off]")
+    add("--quiet", "-q", action="store_true",
+        help="say nothing but warnings and, at the end, the results [off]")
 
 # fmt: on
 
@@ -149,8 +166,26 @@ GROUPS = {
 }
 
 
+class Versions(argparse.Action):
+    """Says what results may depend on, and ends."""
+
+    def __call__(self, parser, *_):
+        said = [f"commit {commit() or 'unknown'}"]
+        for name in ("torch", "transformers", "datasets", "numpy"):
+            try:
+                said.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                said.append(f"no {name}")
+        print(f"{parser.prog}: {', '.join(said)}")
+        parser.exit()
+
+
 def make_parser(description):
-    parser = OneLineParser(prog="run_glue.py", allow_abbrev=False, description=description)
+    parser = OneLineParser(
+        prog="run_glue.py", allow_abbrev=False, description=description, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action=Versions, nargs=0, help="say the versions, and end")
     for title, add_flags in GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
     return parser
@@ -159,6 +194,10 @@ def make_parser(description):
 def parse_args(description, argv=None):
     """The flags; exits with status 2 and one line where one is wrong."""
     parser = make_parser(description)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a word could go on
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     if (args.task_name is None) == (args.task_file is None):
         parser.error("give one of --task-name (a GLUE task) and --task-file (a task of your own)")

@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
     "max_tokens", "data_dir", "model_name", "model_revision", "finished", "ranks", "task_file",
-    "report_to", "push_to_hub",
+    "report_to", "push_to_hub", "quiet",
 }  # fmt: skip
 BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes can be compared
 WARNED = {

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bitfit.data import passes_of, to_device
 from bitfit.plan import Plan
 from bitfit.predict import predict_runs
+from bitfit.progress import Progress
 from bitfit.reports import best_epochs, frame_of, one_line_scores
 from bitfit.runs import Run, Stack, clip_
 from bitfit.stacked import rows_of
@@ -173,7 +172,7 @@ def forward_backward(plan, stack, step):
     return losses
 
 
-def train_epoch(state, saver, bar, tracker=OFF):
+def train_epoch(state, saver, progress, tracker=OFF):
     """The steps that are left of an epoch. A run that went bad is left out from the next one on."""
     plan, stack = state.plan, state.stack
     plan.forward.model.train()
@@ -186,14 +185,14 @@ def train_epoch(state, saver, bar, tracker=OFF):
         rows = orders[:, first : first + plan.batch_size]  # the last are fewer
         losses = take_step(state, alive, rows)
         state.step += 1
-        bar.update(rows.size)
+        progress.update(rows.size)
         look = time.perf_counter() - looked > LOOK_SECONDS
         if look:
             good = stack.alive()
             if plan.group.size == 1 and not len(good):
                 break  # ranks look at different times
             seen = losses.cpu()[good]
-            bar.set_postfix(epoch=state.epoch + 1, loss=f"{seen.mean():.3f}", refresh=False)
+            progress.look(state, seen.mean())
             looked = time.perf_counter()
         state.seconds += time.perf_counter() - begin
         if look:
@@ -221,11 +220,10 @@ def fit(state, write, saver, tracker=OFF):
     plan, runs = state.plan, len(state.records)
     each = plan.rows_per_run
     done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
-    bar = tqdm(total=plan.epochs * each * runs, initial=done, unit="ex", desc=plan.task.name,
-               disable=None if plan.group.speaks else True)  # fmt: skip
-    with logging_redirect_tqdm(), bar:
+    progress = Progress(plan, runs, done, plan.group.speaks)
+    with progress.shown():
         while state.epoch < plan.epochs:
-            train_epoch(state, saver, bar, tracker)
+            train_epoch(state, saver, progress, tracker)
             if not plan.group.agree(state.stack.values):
                 raise Damaged(f"ranks {plan.group.members} hold different values")
             ended = state.epoch + 1

@@ -305,7 +305,7 @@ def expect_error(argv, message, output, capsys):
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_bad_flags(tmp_path, case, capsys, monkeypatch):
-    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    monkeypatch.setattr("utils.setup_logging", lambda *_: None)
     more, message = BAD_FLAGS[case]
     expect_error([*flags(tmp_path / "out"), *more], message, tmp_path / "out", capsys)
 
@@ -367,7 +367,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_data(tmp_path, case, capsys, monkeypatch):
-    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    monkeypatch.setattr("utils.setup_logging", lambda *_: None)
     damage, message = DAMAGE[case]
     shutil.copytree(GLUE / "RTE", tmp_path / "glue/RTE")
     damage(tmp_path / "glue/RTE")
@@ -380,13 +380,13 @@ def test_damaged_data(tmp_path, case, capsys, monkeypatch):
     [("*.safetensors", "no file named model.safetensors"), ("tokenizer*", "has no tokenizer")],
 )
 def test_incomplete_model_folder(tmp_path, leave_out, message, capsys, monkeypatch):
-    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    monkeypatch.setattr("utils.setup_logging", lambda *_: None)
     shutil.copytree(TINY_BERT, tmp_path / "m", ignore=shutil.ignore_patterns(leave_out))
     expect_error(flags(tmp_path / "out", model=tmp_path / "m"), message, tmp_path / "out", capsys)
 
 
 def test_a_model_without_biases(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("utils.setup_logging", lambda: None)
+    monkeypatch.setattr("utils.setup_logging", lambda *_: None)
     shutil.copytree(TINY_BERT, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     config = transformers.ModernBertConfig(
         vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,

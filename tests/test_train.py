@@ -4,13 +4,13 @@ import torch
 import transformers
 from conftest import GLUE, forward_of, load_model, set_dropout
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from bitfit import data, models, packing, sources, train
 from bitfit.checkpoints import Saver
 from bitfit.data import Split, tokenize
 from bitfit.plan import Plan, schedule
 from bitfit.predict import Limit, computing_in, predict, predict_runs
+from bitfit.progress import Progress
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.train import start, train_epoch
@@ -52,7 +52,7 @@ def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
 def next_epoch(state, precision="fp32"):
     """Train an epoch; the mean losses of the runs, NaN where one is bad."""
     with state.stack.bound(DTYPES[precision]):
-        train_epoch(state, Saver(), tqdm(disable=True))
+        train_epoch(state, Saver(), Progress(state.plan, shows=False))
     losses = state.loss_sum / state.plan.rows_per_run
     state.loss_sum = torch.zeros_like(losses)
     state.epoch, state.step = state.epoch + 1, 0
