@@ -91,7 +91,7 @@ COMMITS = {"main": "b" * 40, "v1": "a" * 40}  # of the model org/tiny in `hub`
 def hub_home(tmp_path_factory):
     """What HF_HOME may be: a cache as the Hub's client leaves it, with two states of org/tiny.
 
-    v1 is the tiny BERT; main has other word embeddings.
+    v1 is the tiny BERT; main differs in config, tokenizer and word embeddings.
     """
     home = tmp_path_factory.mktemp("hf_home")
     repo = home / "hub" / "models--org--tiny"
@@ -99,7 +99,15 @@ def hub_home(tmp_path_factory):
     for name, commit in COMMITS.items():
         (repo / "refs" / name).write_text(commit)
         shutil.copytree(TINY_BERT, repo / "snapshots" / commit)
-    weights = repo / "snapshots" / COMMITS["main"] / "model.safetensors"
+    main = repo / "snapshots" / COMMITS["main"]
+    for name, old, new in (
+        ("config.json", '"initializer_range": 0.02', '"initializer_range": 0.03'),
+        ("tokenizer_config.json", '"model_max_length": 128', '"model_max_length": 64'),
+    ):
+        text = (main / name).read_text()
+        assert old in text
+        (main / name).write_text(text.replace(old, new))
+    weights = main / "model.safetensors"
     tensors = safetensors.torch.load_file(weights)
     tensors["bert.embeddings.word_embeddings.weight"] += 0.1
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})

@@ -39,32 +39,42 @@ def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def facts_of(model, tokenizer):
+    """What tells the two states of org/tiny apart: weights, config, tokenizer."""
+    return fingerprint(model), model.config.initializer_range, tokenizer.model_max_length
+
+
+def plain(hub, commit):
+    """The same of transformers' own classes on the snapshot's folder."""
+    folder = hub / "models--org--tiny" / "snapshots" / commit
+    return facts_of(
+        transformers.BertForSequenceClassification.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+
+
 @pytest.mark.parametrize("given", [None, "main", "v1", COMMITS["main"], COMMITS["v1"]])
 def test_a_revision_is_one_commit_for_all_files(hub, given):
     revision, commit = resolve("org/tiny", given)
     assert commit == COMMITS.get(given or "main", given)
     loaded = load("org/tiny", RTE, revision=revision)[0]
-    plain = transformers.BertForSequenceClassification.from_pretrained(
-        hub / "models--org--tiny" / "snapshots" / commit
-    )
-    assert fingerprint(loaded) == fingerprint(plain)
-    assert load_tokenizer("org/tiny", revision).get_vocab()
+    assert facts_of(loaded, load_tokenizer("org/tiny", revision)) == plain(hub, commit)
     with pytest.raises(UserError, match="--max-seq-length 129"):
         check_length("org/tiny", RTE, 129, revision)
+    assert plain(hub, COMMITS["main"]) != plain(hub, COMMITS["v1"])
 
 
-def test_the_files_of_a_load_are_of_one_commit_when_a_branch_moves(hub, tmp_path, monkeypatch):
-    """Config and tokenizer were read before it moved, the weights are read after."""
-    moved = shutil.copytree(hub, tmp_path / "hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(moved))
-    evaluator = GLUEvaluator("rte", "org/tiny", None, 0, GLUE)
-    evaluator.preprocess_dataset("longest", 128, 8)
-    (moved / "models--org--tiny/refs/main").write_text(COMMITS["v1"])
+def test_the_files_are_of_one_commit_though_the_name_moves(hub, tmp_path, monkeypatch):
+    """The tag is set to another commit once the evaluator is made."""
+    moving = shutil.copytree(hub, tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(moving))
+    evaluator = GLUEvaluator("rte", "org/tiny", None, 0, GLUE, model_revision="v1")
+    (moving / "models--org--tiny/refs/v1").write_text(COMMITS["main"])
+    evaluator.preprocess_dataset("longest", 12, 8, train_size=16)
     evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
-    assert evaluator.model_commit == COMMITS["main"]
-    revision, commit = resolve("org/tiny")
-    assert commit == COMMITS["v1"]
-    assert evaluator.encoder_sha256 != fingerprint(load("org/tiny", RTE, revision=revision)[0])
+    assert facts_of(evaluator.model, evaluator.tokenizer) == plain(hub, COMMITS["v1"])
+    assert evaluator.model_commit == COMMITS["v1"]
+    assert resolve("org/tiny", "v1")[1] == COMMITS["main"]
 
 
 def test_the_commit_is_kept_and_a_saved_evaluator_goes_back_to_it(hub, tmp_path):
@@ -206,11 +216,12 @@ def test_a_push_that_fails_loses_nothing(online, monkeypatch, tmp_path, capsys):
     result = subprocess.run([program, *later[1:]], capture_output=True, text=True)
     assert "offline mode is enabled" in result.stderr + result.stdout  # its words were understood
     taken, trained = take(monkeypatch), (output / "metrics.json").stat().st_mtime_ns
-    assert run_glue.main([*argv, "--resume"]) == 0
-    assert taken == {"me/x": names(output / "model")}
+    argv = [*flags(output, "--push-to-hub", "me/y", model=TINY_BERT), "--resume"]
+    assert run_glue.main(argv) == 0
+    assert taken == {"me/y": names(output / "model")}
     assert (output / "metrics.json").stat().st_mtime_ns == trained
     shutil.rmtree(output / "model")
-    assert run_glue.main([*argv, "--resume"]) == 2
+    assert run_glue.main(argv) == 2
     assert f"{output} holds 0 exported models" in capsys.readouterr().err
 
 
