@@ -215,11 +215,11 @@ def test_a_push_that_fails_loses_nothing(online, monkeypatch, tmp_path, capsys):
     program = Path(sys.executable).with_name("hf")
     result = subprocess.run([program, *later[1:]], capture_output=True, text=True)
     assert "offline mode is enabled" in result.stderr + result.stdout  # its words were understood
-    taken, trained = take(monkeypatch), (output / "metrics.json").stat().st_mtime_ns
+    taken = take(monkeypatch)
+    monkeypatch.setattr(run_glue, "prepare", None)  # a call would fail
     argv = [*flags(output, "--push-to-hub", "me/y", model=TINY_BERT), "--resume"]
     assert run_glue.main(argv) == 0
     assert taken == {"me/y": names(output / "model")}
-    assert (output / "metrics.json").stat().st_mtime_ns == trained
     shutil.rmtree(output / "model")
     assert run_glue.main(argv) == 2
     assert f"{output} holds 0 exported models" in capsys.readouterr().err
