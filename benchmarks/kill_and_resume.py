@@ -5,8 +5,11 @@
 A process that trains on the toy data gets SIGKILL (or with --signals also SIGTERM, SIGINT and
 SIGUSR1) after a random time, and the same command with --resume goes on, until it has been killed
 so often; then it runs to its end. Every file it leaves is compared with those of the same command
-left alone: weights, predictions and scores bit by bit, all but the seconds. Prints a line for a
-single run and one for a stack; ends with status 1 if anything differs.
+left alone: weights, predictions and scores bit by bit, all but the seconds. Prints a line for each
+case; ends with status 1 if anything differs.
+
+With --ranks the command is started by torchrun, and one of its ranks is killed: torchrun starts all
+of them again, three times; then the command is given again.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -119,6 +123,44 @@ def abuse(case, kills, signals, folder, rng):
     return {"kills": done, "resumes": resumes, "differences": differ}
 
 
+def abuse_ranks(case, kills, ranks, folder, rng):
+    """The same with torchrun's ranks, of which one is killed at a time."""
+    quiet, killed, log = folder / "quiet", folder / "killed", folder / "log"
+
+    def start(output):
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts",
+                 "3", "--nproc-per-node", str(ranks), str(ROOT / "run_glue.py"), *FLAGS]  # fmt: skip
+        words += [*CASES[case], "--resume", "--output-path", str(output)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(log, "a") as said:
+            return subprocess.Popen(words, env=environment, stdout=said, stderr=said)
+
+    begin = time.monotonic()
+    assert start(quiet).wait() == 0, log.read_text()
+    whole, done, status = time.monotonic() - begin, 0, None
+    while status != 0:
+        process, before = start(killed), done
+        while (status := process.poll()) is None:
+            time.sleep(whole * rng.uniform(0.3, 0.9))
+            living = children_of(process.pid) if done < kills else []
+            if living:
+                os.kill(rng.choice(living), signal.SIGKILL)
+                done += 1
+        if status and done == before:
+            raise SystemExit(f"{case}: status {status}\n{log.read_text()[-3000:]}")
+    differ = differences(left(quiet), left(killed))
+    return {"kills": done, "resumes": done, "differences": differ}
+
+
+def children_of(number):
+    """The process numbers of a process's children; none where it is gone."""
+    try:
+        path = Path(f"/proc/{number}/task/{number}/children")
+        return [int(child) for child in path.read_text().split()]
+    except OSError:
+        return []
+
+
 def differences(expected, found):
     names = sorted(expected.keys() | found.keys())
     return [name for name in names if expected.get(name) != found.get(name)]
@@ -131,6 +173,7 @@ def main():
     parser.add_argument("--kills", type=int, default=25, help="of each case")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--signals", action="store_true", help="not SIGKILL alone")
+    parser.add_argument("--ranks", type=int, help="of torchrun; one of them is killed")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     signals = [signal.SIGKILL]
@@ -139,7 +182,11 @@ def main():
     failed = False
     for case in args.cases:
         with tempfile.TemporaryDirectory() as folder:
-            result = abuse(case, args.kills, signals, Path(folder), random.Random(args.seed))
+            rng = random.Random(args.seed)
+            if args.ranks:
+                result = abuse_ranks(case, args.kills, args.ranks, Path(folder), rng)
+            else:
+                result = abuse(case, args.kills, signals, Path(folder), rng)
         failed |= bool(result["differences"])
         found = result["differences"]
         print(

@@ -254,6 +254,19 @@ def test_bad_input_is_one_line_whatever_the_ranks(words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def compare_values():
+    ranks = Ranks()
+    ranks.say("here")
+    _, group = ranks.share([Run(1e-3, 0)], on_own_gpus=False)
+    assert group.agree(torch.ones(3))
+    assert not group.agree(torch.tensor([1.0, group.rank * 1e-7]))
+    ranks.end()
+
+
+def test_values_that_differ_are_noticed():
+    assert in_ranks(2, compare_values) == [0, 0]
+
+
 def test_every_run_is_dealt_once_and_every_rank_has_work():
     for count in range(1, 9):
         for size in range(1, 9):
