@@ -128,8 +128,8 @@ def abuse_ranks(case, kills, ranks, folder, rng):
     quiet, killed, log = folder / "quiet", folder / "killed", folder / "log"
 
     def start(output):
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts",
-                 "3", "--nproc-per-node", str(ranks), str(ROOT / "run_glue.py"), *FLAGS]  # fmt: skip
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                 str(ranks), "--max-restarts", "3", str(ROOT / "run_glue.py"), *FLAGS]  # fmt: skip
         words += [*CASES[case], "--resume", "--output-path", str(output)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "a") as said:
