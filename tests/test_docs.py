@@ -236,6 +236,7 @@ def test_the_benchmarks(command, checkout):
             "--learning-rates",
             "1e-3",
         ],
+        "ranks": ["--train-size", "16", "--cases", "one bitfit"],
         "gpu": [],
         "many_tasks": ["--rows", "2", "--rounds", "1", "--tasks", "2", "--size", "tiny"],
     }
