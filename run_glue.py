@@ -57,6 +57,8 @@ def run(args, signals, ranks):
     finished = ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume))
     if finished and not args.push_to_hub:
         return
+    if args.task_file and not finished:
+        ranks.first_does(lambda: task_files.check_files(args.task_file, args.task, args.data_dir))
     ranks.first_does(lambda: tracking.connect(args.report_to, output))
     all_local = has_files and Path(args.model_name).is_dir()
     utils.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
@@ -171,7 +173,9 @@ def settle(args, evaluator, folders, facts, tracker):
             evaluator.plot_terms_changes(folder / "bias_term_changes")
         if writes:
             tracker.results(run.name, folder, evaluator.score_table(), evaluator.record.diverged)
-        if args.keep == "best" and run.name != best:
+        # All ranks of a run go on alike, whatever each of them sees of the files.
+        (kept,) = evaluator.group.most(writes and (args.keep != "best" or run.name == best))
+        if not kept:
             continue
         if writes and args.save_evaluator:
             evaluator.save(folder / "evaluator")
@@ -203,6 +207,8 @@ def main(argv=None):
         return 0
     except UserError as error:
         status, said = 2, f"error: {error}"
+        if ranks.rank and not error.shared:
+            utils.LOGGER.error(said)
     except (Diverged, NotPushed) as error:
         status, said = 1, f"stopped: {error}"
     except Stopped as error:

@@ -22,6 +22,8 @@ FORMAT = 4  # of args.json, checkpoints and saved evaluators
 class UserError(Exception):
     """Bad input. The message is one line: what was wrong and what to do."""
 
+    shared = False  # whether all ranks of torchrun raise it
+
 
 class Diverged(Exception):
     """Training met a loss or gradient that is not finite; the message names the epoch and step."""

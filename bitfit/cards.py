@@ -4,6 +4,7 @@ A card is made of metrics.json and of what args.json holds, and says no more tha
 of this machine is in it. The metadata are huggingface_hub's own classes.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -13,12 +14,8 @@ from bitfit import flags, reports
 from bitfit.outputs import BY_NAME, HARMLESS
 from utils import whole_file, write_text
 
-# Rows of GLUE's validation splits. Other data, whatever their form, are not called GLUE.
-GLUES_ROWS = {
-    "cola": [1043], "mnli": [9815, 9832], "mrpc": [408], "qnli": [5463], "qqp": [40430],
-    "rte": [277], "sst2": [872], "stsb": [1500], "wnli": [71],
-}  # fmt: skip
-HUBS_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr"}
+HUBS_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
+                "Macro-F1": "f1"}  # fmt: skip
 BITFIT = "[BitFit](https://arxiv.org/abs/2106.10199)"
 TRAINED = {
     "full_ft": "All parameters were trained",
@@ -59,7 +56,7 @@ def metadata(task, metrics, facts):
     """The `ModelCardData`: what the Hub searches and shows. The licence is left to the author."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    glues, scores = is_glue(metrics), scores_of(metrics, facts)
+    glues, scores = is_glue(task, metrics), scores_of(metrics, facts)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -80,7 +77,7 @@ def metadata(task, metrics, facts):
         datasets=["nyu-mll/glue"] if glues else None,
         language="en" if glues else None,
         library_name="transformers",
-        metrics=[hubs(metric) for metric in task.metrics],
+        metrics=list(dict.fromkeys(hubs(metric) for metric in task.metrics)),
         model_name=title(metrics, facts) if results else None,
         eval_results=results or None,
         pipeline_tag="text-classification",
@@ -93,9 +90,9 @@ def hubs(metric):
     return HUBS_METRICS.get(metric, metric.lower())
 
 
-def is_glue(metrics):
+def is_glue(task, metrics):
     """Whether the scored rows are GLUE's, as far as their number tells."""
-    return list(metrics["validation_rows"].values()) == GLUES_ROWS.get(metrics["task"])
+    return tuple(metrics["validation_rows"].values()) == task.validation_rows
 
 
 def scores_of(metrics, facts):
@@ -133,6 +130,8 @@ def text(task, metrics, facts, pictures):
     yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
     yield f"## To load it\n\n```python\n{example(task)}\n```"
     yield f"## How it was made\n\n```\n{command(facts)}\n```"
+    if task.record:
+        yield f"The task file:\n\n```json\n{json.dumps(task.record, indent=2)}\n```"
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "python"))
     made = f"Learning rate {metrics['learning_rate']:g}, seed {metrics['seed']}"
     yield f"{made}, {facts['precision']} on {facts['device']}, {versions}."
@@ -145,10 +144,10 @@ def sentences(task, metrics, facts):
     yield link if commit else f"`{base}`, a local folder,"
     rows = f"{facts['train_size']:,} training rows of " if facts["train_size"] else ""
     yield f"fine-tuned on {rows}{task.folder}"
-    if is_glue(metrics):
+    if is_glue(task, metrics):
         yield "of [GLUE](https://huggingface.co/datasets/nyu-mll/glue)."
     else:
-        yield "(other rows than GLUE's)."
+        yield "(a task of its own)." if task.record else "(other rows than GLUE's)."
     if metrics["random_encoder"]:
         yield "A control: the encoder began with random weights."
     yield f"{TRAINED[metrics['fine_tune_type']]}:"

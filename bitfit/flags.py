@@ -185,7 +185,8 @@ def make_parser(description):
         prog="run_glue.py", allow_abbrev=False, description=description, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action=Versions, nargs=0, help="say the versions, and end")
+    parser.add_argument("--version", action=Versions, nargs=0, default=argparse.SUPPRESS,
+                        help="say the versions, and end")  # fmt: skip
     for title, add_flags in GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
     return parser

@@ -28,10 +28,7 @@ def read(folders):
         UserError: no evaluator, a damaged one, one that was trained whole, one that is given
             twice, or different base models.
     """
-    folders = [evaluator_in(Path(folder)) for folder in folders]
-    twice = [folder for number, folder in enumerate(folders) if folder in folders[:number]]
-    if twice:
-        raise UserError(f"{twice[0]} is given twice: give each once")
+    folders = evaluators_in(folders)
     names = names_of(folders)
     members = [Member(n, f, *saved.files(f)) for n, f in zip(names, folders, strict=True)]
     for member in members:
@@ -42,6 +39,16 @@ def read(folders):
             raise UserError(f"{member.folder} trained everything (full_ft): {what}")
     check_same(members, "base models", lambda m: m.facts["encoder_sha256"], base_of)
     return members
+
+
+def evaluators_in(folders):
+    """Each folder itself, or the evaluator in it; UserError where one is given twice."""
+    folders = [evaluator_in(Path(folder)) for folder in folders]
+    real = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if real[number] in real[:number]:
+            raise UserError(f"{folder} is given twice: give each once")
+    return folders
 
 
 def evaluator_in(folder):

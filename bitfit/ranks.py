@@ -106,6 +106,13 @@ def losing():
         raise Lost(f"another rank ended ({one_line(error)})") from None
 
 
+def shared(message):
+    """A UserError that all ranks raise, so that one of them says it."""
+    error = UserError(message)
+    error.shared = True
+    return error
+
+
 def deal(runs, size):
     """[(ranks, the runs they train)]: neighbours each, and as even as it goes."""
     count = min(len(runs), size)
@@ -158,7 +165,7 @@ class Ranks:
             wrong = str(error)
         wrong = next(filter(None, self.say(wrong)), None)
         if wrong:
-            raise UserError(wrong)
+            raise shared(wrong)
         return value
 
     def first_does(self, work):
@@ -210,7 +217,7 @@ class Ranks:
         said = self.say(fact)
         others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
         if others:
-            raise UserError(f"rank {others[0]} has another {what} than rank 0: give all the same")
+            raise shared(f"rank {others[0]} has another {what} than rank 0: give all the same")
 
     def end(self):
         """Wait until all ranks are done, and leave them."""

@@ -5,6 +5,7 @@ grouped and pivoted from it.
 """
 
 import json
+import math
 import textwrap
 from pathlib import Path
 
@@ -259,7 +260,9 @@ def write_predictions(path, task, predicted):
         OSError: what the disk holds is not a line per prediction.
     """
     labels = task.written_labels
-    words = [f"{own:.4f}" if task.is_regression else labels[own] for own in predicted]
+    low, high = task.score_range
+    digits = max(4, 4 - math.floor(math.log10(high - low)))  # four for STS-B, from 0 to 5
+    words = [f"{own:.{digits}f}" if task.is_regression else labels[own] for own in predicted]
     lines = ["index\tprediction", *(f"{i}\t{word}" for i, word in enumerate(words))]
     write_text(path, "\n".join(lines) + "\n")
     count = Path(path).read_text(encoding="utf-8").count("\n")

@@ -69,18 +69,17 @@ def files(folder, model_name=None):
         UserError: there is none, or its files are damaged.
     """
     if not (folder / FACTS).exists():
-        inside = folder / "evaluator"
-        instead = f"; give {inside}" * (inside / FACTS).exists()
-        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing{instead}")
+        raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
     try:
         facts, tensors = store.read(folder / FACTS)
     except Damaged as error:
         raise UserError(f"{error}; train and save it again") from None
     commit = facts.setdefault("model_commit", None)  # the first of these files did not say it
-    facts["model_revision"] = None if model_name or facts["model_sha256"] else commit
     facts["model_name"] = str(model_name or facts["model_name"])
     if facts["model_sha256"]:
         facts["model_name"] = str(folder / "model")
+    moved = model_name or Path(facts["model_name"]).is_dir()
+    facts["model_revision"] = None if moved else commit
     return facts, tensors
 
 

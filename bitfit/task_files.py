@@ -14,7 +14,7 @@ from bitfit.tables import ENDINGS
 from bitfit.tasks import METRICS, TASKS, Task, written
 from utils import UserError
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"  # files are named after it
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
 WORD = r"[^\t\r\n\ud800-\udfff]+"  # what a TSV file can hold; JSON can name halves of letters
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
@@ -31,6 +31,7 @@ def find(task, data_dir=None):
         record, home = checked(task, "the task's record"), "."
     elif str(task).endswith(".json"):
         record, home = read(task, data_dir), home_of(task)
+        check_files(task, record, data_dir)
     else:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}, or give a .json file")
     return task_of(record), (data_dir or home) if "files" in record else None
@@ -55,7 +56,7 @@ def read(path, data_dir=None):
         data_dir: where its data files lie; None: beside it.
 
     Raises:
-        UserError: the file cannot be read, a key is wrong, a data file is not there.
+        UserError: the file cannot be read, a key is wrong.
     """
     try:
         record = json.loads(Path(path).read_bytes(), object_pairs_hook=each_once)
@@ -66,11 +67,15 @@ def read(path, data_dir=None):
     record = checked(record, path)
     if "hub" in record and data_dir is not None:
         raise UserError(f'{path}: "hub" names a data set on the Hub: leave --data-dir out')
+    return record
+
+
+def check_files(path, record, data_dir=None):
+    """UserError where a data file of the record in a task file is not there."""
     for split, name in record.get("files", {}).items():
         file = Path(data_dir or home_of(path), name)
         if not file.is_file():
             raise UserError(f'{path}: "files": {split}: there is no file {file}')
-    return record
 
 
 def home_of(path):

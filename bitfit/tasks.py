@@ -32,6 +32,7 @@ class Task:
     labels_by_name: bool = False  # TSV and server files hold names, not numbers
     skips_short_rows: bool = False  # the published file has broken rows, which all readers skip
     splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
+    validation_rows: tuple[int, ...] = ()  # of GLUE's validation splits, where they are known
     score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; STS-B's
     record: dict | None = None  # of a task of one's own: the JSON that it was made of
 
@@ -82,18 +83,27 @@ QUESTIONS = ("question1", "question2")
 NAMED = {"labels_by_name": True}
 RECORDS = (
     Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("MCC",),
-         tsv_names=("source", "label", "annotation", "sentence")),
+         tsv_names=("source", "label", "annotation", "sentence"),
+         validation_rows=(1043,)),
     Task("mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
-         tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, **NAMED),
+         tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, **NAMED,
+         validation_rows=(9815, 9832)),
     Task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent"), ("F1", "Accuracy"),
-         tsv_texts=("#1 String", "#2 String"), tsv_label="Quality"),
-    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, **NAMED),
+         tsv_texts=("#1 String", "#2 String"), tsv_label="Quality",
+         validation_rows=(408,)),
+    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, **NAMED,
+         validation_rows=(5463,)),
     Task("qqp", "QQP", QUESTIONS, ("not_duplicate", "duplicate"), ("F1", "Accuracy"),
-         tsv_label="is_duplicate", skips_short_rows=True),
-    Task("rte", "RTE", PAIR, ENTAILMENT, **NAMED),
-    Task("sst2", "SST-2", ("sentence",), ("negative", "positive")),
-    Task("stsb", "STS-B", PAIR, (), ("Spearman", "Pearson"), tsv_label="score"),
-    Task("wnli", "WNLI", PAIR, ("not_entailment", "entailment")),
+         tsv_label="is_duplicate", skips_short_rows=True,
+         validation_rows=(40430,)),
+    Task("rte", "RTE", PAIR, ENTAILMENT, **NAMED,
+         validation_rows=(277,)),
+    Task("sst2", "SST-2", ("sentence",), ("negative", "positive"),
+         validation_rows=(872,)),
+    Task("stsb", "STS-B", PAIR, (), ("Spearman", "Pearson"), tsv_label="score",
+         validation_rows=(1500,)),
+    Task("wnli", "WNLI", PAIR, ("not_entailment", "entailment"),
+         validation_rows=(71,)),
 )  # fmt: skip
 TASKS = {task.name: task for task in RECORDS}
 

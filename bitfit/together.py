@@ -5,7 +5,6 @@ row of every evaluator, and each token gets the biases of its own. Heads differ 
 classes: here all are as wide as the widest, and each task's logits are cut to its own.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 from bitfit import hub, models, saved
 from bitfit.data import MAX_TOKENS, Tokens, passes_of, to_device, tokenize
+from bitfit.members import evaluators_in
 from bitfit.predict import Limit, predict
 from bitfit.runs import Run, Stack, why_not_stackable
 from bitfit.sources import Texts
@@ -41,10 +41,7 @@ def read(folders, model_name=None):
         UserError: a folder that holds none or is given twice; no common base model; one of several
             that changed the encoder's matrices.
     """
-    folders = [Path(folder) for folder in folders]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("an evaluator is given twice: give each once")
-    found = [(folder, *saved.files(folder, model_name)) for folder in folders]
+    found = [(folder, *saved.files(folder, model_name)) for folder in evaluators_in(folders)]
     first, base, _ = found[0]
     for folder, facts, tensors in found:
         own = facts["model_sha256"] or any(name.endswith(saved.POSITIONS) for name in tensors)

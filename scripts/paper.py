@@ -157,6 +157,7 @@ def run(args):
     gpus = args.gpus or [None]
     for choice in gpus:
         utils.choose_device(utils.gpu_of(choice))
+    work.check_ranks(args.nproc_per_node, gpus[0])
     cells_here, states, left = study.cells[part::parts], work.takes(args.retry_failed), []
     fit = cells_here
     if args.budget_hours:

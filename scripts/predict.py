@@ -53,6 +53,7 @@ def opened(path):
 def run(args):
     with opened(args.input) as lines:
         from bitfit import answers, together
+        from glue_evaluator import DTYPES
 
         found = together.read(args.evaluators, args.model_name)
         local = Path(found[0][1]["model_name"]).is_dir()
@@ -61,7 +62,7 @@ def run(args):
 
         device = utils.choose_device(utils.gpu_of(args.gpu_device))
         precision = args.precision or utils.default_precision(device)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        dtype = DTYPES[precision]
         if not args.no_tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
         many = together.load(found, device, dtype, args.max_seq_length, args.max_tokens)

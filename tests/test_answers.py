@@ -181,7 +181,7 @@ def test_names(saved):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["cola", "cola"], "an evaluator is given twice: give each once"),
+        (["cola", "cola"], "cola is given twice: give each once"),
         (["cola", "full_ft"], r"full has weight matrices of its own \(full_ft\), where others sha"),
         (
             ["rand_uniform", "cola"],
@@ -198,10 +198,13 @@ def test_what_cannot_answer_together(saved, names, message):
         together.read([saved[name] for name in names])
 
 
-def test_the_folder_of_a_run_is_not_that_of_its_evaluator(saved, tmp_path):
+def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
     (tmp_path / "evaluator").symlink_to(saved["cola"])
-    with pytest.raises(UserError, match=r"evaluator.json is missing; give .*/evaluator$"):
-        together.read([tmp_path])
+    ((folder, facts, _),) = together.read([tmp_path])
+    assert folder == tmp_path / "evaluator"
+    assert facts["task_name"] == "cola"
+    with pytest.raises(UserError, match=r"cola is given twice"):  # by another name
+        together.read([tmp_path, saved["cola"]])
 
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):

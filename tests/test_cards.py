@@ -96,7 +96,9 @@ def card(made, tmp_path):
         )
         facts |= {"learning_rate": [1e-3], "seed": [0], "keep": "last", "train_size": None}
         metrics |= {"task": task, "main_metric": TASKS[task].metrics[0]}
-        metrics["validation_rows"] = dict(zip(splits, rows or cards.GLUES_ROWS[task], strict=True))
+        metrics["validation_rows"] = dict(
+            zip(splits, rows or TASKS[task].validation_rows, strict=True)
+        )
         metrics["last"] = {"epoch": 2, **dict.fromkeys(splits, scores or {"Accuracy": 0.5})}
         metrics |= {name: value for name, value in changed.items() if name in metrics}
         facts |= {name: value for name, value in changed.items() if name in facts}

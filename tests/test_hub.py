@@ -93,6 +93,8 @@ def test_the_commit_is_kept_and_a_saved_evaluator_goes_back_to_it(hub, tmp_path)
     assert GLUEvaluator.load(pinned, None, model_name=folder).model_commit == COMMITS["v1"]
     with pytest.raises(UserError, match="was trained on another base model than org/tiny"):
         GLUEvaluator.load(pinned, None, model_name="org/tiny")  # its main branch
+    GLUEvaluator.load(pinned, None, model_name=folder).save(tmp_path / "moved")
+    assert GLUEvaluator.load(tmp_path / "moved", None).model_name == str(folder)
     facts, tensors = store.read(pinned / "evaluator.json")
     del facts["model_commit"]  # as it was saved before commits were kept
     store.write(pinned / "evaluator.json", facts, tensors, "delta.safetensors")

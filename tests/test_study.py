@@ -131,6 +131,23 @@ def test_more_can_be_planned_but_not_otherwise(study, capsys):
     assert len(names(output)) == 3
 
 
+def test_the_hash_of_a_command_stays():
+    """Studies that were planned before stay readable: a new flag that is left out is no change."""
+    words = [
+        "--task-name",
+        "rte",
+        "--model-name",
+        "m",
+        "--fine-tune-type",
+        "bitfit",
+        "--seed",
+        "0",
+        "--epochs",
+        "2",
+    ]
+    assert cells.hash_of(words) == "54b04273b73fd2f2"
+
+
 def test_the_hash_is_of_what_results_depend_on(study):
     cell = study.cells[0]
     for harmless in (["--gpu-device", "cpu"], ["--checkpoint-every", "3"], ["--max-tokens", "64"]):
@@ -323,6 +340,19 @@ def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "run", lambda *words: seen.append(words[-1]))
     paper.main(command)
     assert seen == [2]  # what was begun by two goes on by two
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpu", "seen", "refused"),
+    [(8, None, 4, True), (4, None, 4, False), (8, None, 0, False), (8, "cpu", 4, False),
+     (2, 0, 4, True), (1, 0, 4, False)],
+)  # fmt: skip
+def test_more_ranks_than_gpus_fail_no_cell(ranks, gpu, seen, refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    if not refused:
+        return work.check_ranks(ranks, gpu)
+    with pytest.raises(UserError, match="needs as many GPUs, here are 4: leave --gpus out"):
+        work.check_ranks(ranks, gpu)
 
 
 def test_the_line_that_tells_a_failure(tmp_path):

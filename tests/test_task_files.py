@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import GLUE, ROOT, TINY_BERT
+from huggingface_hub import ModelCard
 from sklearn.metrics import f1_score
 
 import run_glue
-from bitfit import reports, task_files, train
+from bitfit import answers, reports, task_files, together, train
 from bitfit.flags import parse_args
 from bitfit.ranks import Ranks
 from bitfit.sources import read_split
@@ -479,6 +480,29 @@ def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
     assert_one_line(flags(out, file), message, out, capsys)
 
 
+def test_its_model_card_and_its_answers(quick_pictures, superglue, tmp_path):
+    out = tmp_path / "out"
+    file = superglue / "cb.json"
+    assert run_glue.main(flags(out, file, "--export-model", "--save-evaluator", "-e", "1")) == 0
+    card = ModelCard.load(out / "model/README.md")
+    assert card.data.metrics == ["accuracy", "f1"]
+    assert card.data.datasets is None and card.data.eval_results is None
+    assert "fine-tuned on cb (a task of its own)." in card.text
+    assert json.loads(card.text.split("```json")[1].split("```")[0])["labels"] == CB["labels"]
+    many = together.load(together.read([out]), torch.device("cpu"))
+    with many.stack.bound(torch.float32):
+        (answer,) = answers.answers(many, [("It rains.", "It is wet.")])
+    assert list(answer["cb"]["probabilities"]) == CB["labels"]
+
+
+def test_scores_in_a_small_range_are_written_with_their_digits(tmp_path):
+    record = {"name": "fine", "texts": ["a"], "scores": [0, 0.001], "metrics": ["Pearson"],
+              "files": {"train": "a.csv", "validation": "b.csv"}}  # fmt: skip
+    task = task_files.find(record)[0]
+    reports.write_predictions(tmp_path / "fine.tsv", task, np.array([0.0001234567]))
+    assert (tmp_path / "fine.tsv").read_text().splitlines()[1] == "0\t0.0001235"
+
+
 # Resume, ranks
 
 
@@ -512,6 +536,8 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
     expected = {k: v | where if k.endswith("args.json") else v for k, v in quiet.items()}
     assert kill_and_resume.differences(expected, left) == []
     assert len(left) > 10
+    (superglue / "CB/train.jsonl").unlink()  # a finished run asks for nothing
+    assert run_glue.main([*again, "--resume"]) == 0
     glues = ["-o", str(tmp_path / "out"), "-t", "rte", "-f", "bitfit", *SMALL, *more, "--resume"]
     assert run_glue.main(glues) == 2
     assert "--task-name was None and is now rte" in capsys.readouterr().err

@@ -106,6 +106,16 @@ def run(study, cell, lock, gpu=None, ranks=1):
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
 
 
+def check_ranks(ranks, gpu):
+    """UserError where so many ranks of one command would have no GPU each."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if ranks > 1 and (gpu not in (None, "cpu") or (gpu is None and 0 < count < ranks)):
+        what = f"--nproc-per-node {ranks} needs as many GPUs, here are {count}"
+        raise UserError(f"{what}: leave --gpus out, and give as many as there are")
+
+
 def launcher(ranks):
     """What starts the program."""
     if ranks == 1:
