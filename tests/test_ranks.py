@@ -22,6 +22,7 @@ from bitfit import models
 from bitfit.ranks import Ranks, deal
 from bitfit.runs import Run
 from glue_evaluator import GLUEvaluator
+from utils import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill_and_resume
@@ -265,6 +266,24 @@ def compare_values():
 
 def test_values_that_differ_are_noticed():
     assert in_ranks(2, compare_values) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "choice", "gpu"),
+    [(2, None, 1), (4, None, "give torchrun --nproc-per-node 2, or --gpu-device to share one"),
+     (4, 0, 0), (4, "cpu", None)],
+)  # fmt: skip
+def test_each_rank_has_a_gpu_of_its_own(size, choice, gpu, monkeypatch):
+    """The last rank of a machine with two GPUs."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    ranks = Ranks()
+    ranks.size = ranks.local_size = size
+    ranks.local_rank = size - 1
+    if isinstance(gpu, str):
+        with pytest.raises(UserError, match=gpu):
+            ranks.gpu(choice)
+    else:
+        assert ranks.gpu(choice) == gpu
 
 
 def test_every_run_is_dealt_once_and_every_rank_has_work():
