@@ -110,6 +110,30 @@ def setup_logging(level=logging.INFO, speaker=""):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+def end_of(program, work, stopped="", fault=""):
+    """A program's exit status: that of `work()`, or with one line where it did not end well.
+
+    Args:
+        program: its name.
+        stopped, fault: what the line says after the name of the signal, and after the fault.
+    """
+    setup_logging()
+    try:
+        with Signals():
+            return work() or 0
+    except UserError as error:
+        status, said = 2, f"error: {error}"
+    except (Stopped, KeyboardInterrupt) as error:
+        number = getattr(error, "number", signal.SIGINT)
+        status, said = 128 + number, f"stopped: {signal.Signals(number).name}{stopped}"
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        status, said = 1, f"stopped: {one_line(error)}{fault}"
+    sys.stderr.write(f"{program}: {said}\n")
+    return status
+
+
 def set_seed(seed):
     """Seed Python's, NumPy's and torch's global generators."""
     import torch

@@ -6,39 +6,35 @@ Runs `run_glue.py` with all learning rates and seeds, then once for each pair of
 flags, and compares their wall-clock seconds. Each side runs `--rounds` times.
 """
 
-import argparse
 import sys
 import tempfile
 
-from common import ROOT, command_seconds, machine, pick_device, ratio, spread
+from common import (
+    ROOT,
+    command_flags,
+    command_seconds,
+    machine,
+    make_command_parser,
+    pick_device,
+    ratio,
+    spread,
+)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--task-name", default="cola")
-    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
-    parser.add_argument("--model-name", default=str(ROOT / "examples/tiny_bert"))
+    parser = make_command_parser(__doc__)
     parser.add_argument("--learning-rates", nargs="+", default=["1e-4", "4e-4", "7e-4", "1e-3"])
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2", "3", "4"])
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--train-size", default="2000")
     parser.add_argument("--epochs", default="3")
-    parser.add_argument("--batch-size", default="16")
     parser.add_argument("--rounds", type=int, default=1)
     return parser.parse_args()
 
 
 def sweep_seconds(args, rates, seeds):
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            "--output-path", f"{folder}/out", "--task-name", args.task_name,
-            "--data-dir", args.data_dir, "--model-name", args.model_name,
-            "--fine-tune-type", "bitfit", "--precision", args.precision,
-            "--train-size", args.train_size, "--epochs", args.epochs,
-            "--batch-size", args.batch_size, "--learning-rate", *rates, "--seed", *seeds,
-        ]  # fmt: skip
+        flags = [*command_flags(args), "--output-path", f"{folder}/out", "--fine-tune-type",
+                 "bitfit", "--learning-rate", *rates, "--seed", *seeds]  # fmt: skip
         return command_seconds([sys.executable, str(ROOT / "run_glue.py"), *flags])
 
 

@@ -52,6 +52,29 @@ def make_parser(description, rows):
     return parser
 
 
+def make_command_parser(description):
+    """The flags that the benchmarks of whole commands have."""
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task-name", default="cola")
+    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
+    parser.add_argument("--model-name", default=str(ROOT / "examples/tiny_bert"))
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--batch-size", default="16")
+    return parser
+
+
+def command_flags(args):
+    """Those of `run_glue.py` that the benchmarks of whole commands share."""
+    return [
+        "--task-name", args.task_name, "--data-dir", args.data_dir, "--model-name",
+        args.model_name, "--precision", args.precision, "--train-size", args.train_size,
+        "--epochs", args.epochs, "--batch-size", args.batch_size,
+    ]  # fmt: skip
+
+
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

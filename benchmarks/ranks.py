@@ -10,7 +10,6 @@ profiler, which notes every call of the communicator with the shape and type of 
 from those come the bytes per step.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,7 +18,16 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from common import ROOT, command_seconds, machine, pick_device, ratio, spread
+from common import (
+    ROOT,
+    command_flags,
+    command_seconds,
+    machine,
+    make_command_parser,
+    pick_device,
+    ratio,
+    spread,
+)
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CASES = {
@@ -31,27 +39,16 @@ BYTES = {"float": 4, "double": 8, "unsigned char": 1, "long int": 8}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--task-name", default="cola")
-    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
-    parser.add_argument("--model-name", default=str(ROOT / "examples/tiny_bert"))
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser = make_command_parser(__doc__)
     parser.add_argument("--train-size", default="512")
     parser.add_argument("--epochs", default="2")
-    parser.add_argument("--batch-size", default="16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     return parser.parse_args()
 
 
 def flags_of(args, case):
-    return [
-        "--task-name", args.task_name, "--data-dir", args.data_dir, "--gpu-device", "cpu",
-        "--model-name", args.model_name, "--precision", args.precision, "--train-size",
-        args.train_size, "--epochs", args.epochs, "--batch-size", args.batch_size, *CASES[case],
-    ]  # fmt: skip
+    return [*command_flags(args), "--gpu-device", "cpu", *CASES[case]]
 
 
 def measure(start, threads, flags):

@@ -33,6 +33,23 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2)
 
 
+def make_commands(prog, description, commands, add_common):
+    """(the parser, its {command: parser}) of a program that has several.
+
+    Args:
+        commands: [(name, what adds its flags, what it does)].
+        add_common: adds the flags that all have.
+    """
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                    parser_class=OneLineParser)  # fmt: skip
+    for name, add_flags, text in commands:
+        own = choices.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_common(own.add_argument)
+        add_flags(own.add_argument)
+    return parser, choices.choices
+
+
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: an int or float from `low` (or above it) up to `high`."""
     rule = f"{'above' if above else 'at least'} {low}"

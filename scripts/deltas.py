@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from bitfit.flags import OneLineParser, gpu, number
-from utils import Stopped, UserError, write_text
+from bitfit.flags import gpu, make_commands, number
+from utils import UserError, write_text
 
 
 def file(suffix):
@@ -74,23 +74,19 @@ def add_apply(add):
 # fmt: on
 
 
+def add_base(add):
+    add("--model-name", "-m", metavar="MODEL", help="where the base model is now [where it was]")
+
+
 def make_parser():
     """(the parser, its {command: parser})"""
-    parser = OneLineParser(prog="deltas.py", description=__doc__.splitlines()[0],
-                           allow_abbrev=False)  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
-                                     parser_class=OneLineParser)  # fmt: skip
-    for name, add_flags, text in (
+    commands = [
         ("show", add_show, "how far each bias term moved in each layer"),
         ("compare", add_compare, "cosine and distance between the encoders' changes"),
         ("average", add_average, "an evaluator with the mean of several, scored beside them"),
         ("apply", add_apply, "a plain Hugging Face folder of base model and change"),
-    ):
-        own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add_flags(own.add_argument)
-        own.add_argument("--model-name", "-m", metavar="MODEL",
-                         help="where the base model is now [where it was]")  # fmt: skip
-    return parser, commands.choices
+    ]
+    return make_commands("deltas.py", __doc__.splitlines()[0], commands, add_base)
 
 
 def parse_args(argv=None):
@@ -185,24 +181,7 @@ COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply
 
 def main(argv=None):
     args = parse_args(argv)
-    utils.setup_logging()
-    try:
-        with utils.Signals():
-            COMMANDS[args.command](args)
-        return 0
-    except UserError as error:
-        return end(2, "error", error)
-    except (Stopped, KeyboardInterrupt) as error:
-        return end(128 + getattr(error, "number", 2), "stopped", error or "SIGINT")
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not utils.is_out_of_memory(error):
-            raise
-        return end(1, "stopped", utils.one_line(error))
-
-
-def end(status, what, message):
-    sys.stderr.write(f"deltas.py: {what}: {message}\n")
-    return status
+    return utils.end_of("deltas.py", lambda: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from bitfit.flags import POSITIVE, OneLineParser, gpu, number
+from bitfit.flags import POSITIVE, gpu, make_commands, number
 from bitfit.study import cells
 from bitfit.tasks import TASKS
-from utils import Stopped, UserError
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
 # fmt: off
@@ -82,23 +81,19 @@ def add_submit(add):
 # fmt: on
 
 
+def add_folder(add):
+    add("--output-path", "-o", type=Path, required=True, metavar="DIR", help="the study's folder")
+
+
 def make_parser():
     """(the parser, its {command: parser})"""
-    parser = OneLineParser(prog="paper.py", description=__doc__.splitlines()[0],
-                           allow_abbrev=False)  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
-                                     parser_class=OneLineParser)  # fmt: skip
-    for name, add_flags, text in (
+    commands = [
         ("plan", add_plan, "say what belongs to it and what it costs"),
         ("run", add_run, "do what is not done"),
         ("report", add_report, "tables, statistics and pictures of what there is"),
         ("submit", add_submit, "the GLUE server's zip"),
-    ):
-        own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        own.add_argument("--output-path", "-o", type=Path, required=True, metavar="DIR",
-                         help="the study's folder")  # fmt: skip
-        add_flags(own.add_argument)
-    return parser, commands.choices
+    ]
+    return make_commands("paper.py", __doc__.splitlines()[0], commands, add_folder)
 
 
 def parse_args(argv=None):
@@ -206,24 +201,8 @@ COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}
 
 def main(argv=None):
     args = parse_args(argv)
-    utils.setup_logging()
-    try:
-        with utils.Signals():
-            return COMMANDS[args.command](args)
-    except UserError as error:
-        return end(2, "error", error)
-    except (Stopped, KeyboardInterrupt) as error:
-        words = "the same command goes on"
-        return end(128 + getattr(error, "number", 2), "stopped", f"{error or 'SIGINT'}; {words}")
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not utils.is_out_of_memory(error):
-            raise
-        return end(1, "stopped", f"{utils.one_line(error)}; what was done is kept")
-
-
-def end(status, what, message):
-    sys.stderr.write(f"paper.py: {what}: {message}\n")
-    return status
+    words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}
+    return utils.end_of("paper.py", lambda: COMMANDS[args.command](args), **words)
 
 
 if __name__ == "__main__":
