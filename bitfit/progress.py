@@ -29,6 +29,7 @@ class Progress:
         self.tells = shows and self.bar.disable  # standard error is no terminal
         self.first, self.begin = done, time.monotonic()
         self.told = self.begin
+        self.looked = time.perf_counter()  # epochs may be shorter than the time between two looks
 
     @contextmanager
     def shown(self):

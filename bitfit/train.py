@@ -179,21 +179,21 @@ def train_epoch(state, saver, progress, tracker=OFF):
     steps = plan.steps_per_epoch
     alive = stack.alive(state.epoch * steps)
     orders = np.stack([plan.order(stack.runs[k], state.epoch) for k in alive])  # (R, rows)
-    looked = begin = time.perf_counter()
+    begin = time.perf_counter()
     while state.step < steps:
         first = state.step * plan.batch_size
         rows = orders[:, first : first + plan.batch_size]  # the last are fewer
         losses = take_step(state, alive, rows)
         state.step += 1
         progress.update(rows.size)
-        look = time.perf_counter() - looked > LOOK_SECONDS
+        look = time.perf_counter() - progress.looked > LOOK_SECONDS
         if look:
             good = stack.alive()
             if plan.group.size == 1 and not len(good):
                 break  # ranks look at different times
             seen = losses.cpu()[good]
             progress.look(state, seen.mean())
-            looked = time.perf_counter()
+            progress.looked = time.perf_counter()
         state.seconds += time.perf_counter() - begin
         if look:
             tracker.watch(state, dict(zip(good.tolist(), seen.tolist(), strict=True)))

@@ -37,6 +37,16 @@ def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog, capf
     assert "\r" not in said and "\x1b" not in said
 
 
+def test_short_epochs_are_looked_at_too(tmp_path, monkeypatch, caplog):
+    """The time between two looks is longer than an epoch of three steps."""
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.04 * next(ticks))
+    with caplog.at_level("INFO", "bitfit"):
+        assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS, "--epochs", "8"]) == 0
+    assert [text for text in caplog.messages if " left" in text]
+
+
 def test_lines_are_minutes_apart(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train, "LOOK_SECONDS", 0)
     with caplog.at_level("INFO", "bitfit"):
