@@ -33,13 +33,13 @@ from common import (
     random_model,
 )
 from peers import make_trainer
-from stacking import peak_gib
 from throughput import make_released
 
 from bitfit.checkpoints import capture, restore
 from bitfit.data import Tokens
 from bitfit.models import load_tokenizer
 from bitfit.tasks import TASKS
+from bitfit.tracking import peak_gib
 from bitfit.train import start, take_step
 from utils import set_seed
 

@@ -10,7 +10,6 @@ what a product of 2048 x 2048 matrices reached in the same minute. Without --mod
 encoder of MiniLM-L6's size (22M) is used.
 """
 
-import resource
 from statistics import median
 
 import torch
@@ -24,6 +23,8 @@ from common import (
     spread,
 )
 
+from bitfit.tracking import peak_gib
+
 
 def parse_args():
     parser = make_parser(__doc__, rows=64)
@@ -31,13 +32,6 @@ def parse_args():
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--max-tokens", type=int, help="None: the device's default")
     return parser.parse_args()
-
-
-def peak_gib(device):
-    """The most memory so far: of the process, or on the GPU since it was last reset."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def main():

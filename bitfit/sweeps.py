@@ -172,6 +172,7 @@ def report(output, task, folders, caption):
         raise Diverged(f"all {len(facts)} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
     groups = by_learning_rate(facts, scores, task)
+    score = groups[row["learning_rate"]][best].max()  # that in `row` is rounded already
     warnings = warnings_of(groups)
     content = {"trials": len(facts), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
@@ -179,7 +180,7 @@ def report(output, task, folders, caption):
     lines = [
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} x 100",
         learning_rate_table(facts, groups),
-        f"best of {len(facts)} trials: {row['best']:.1f} ({best}, epoch {row['best_epoch']}); "
+        f"best of {len(facts)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
         "chosen on the rows it is scored on, so it is optimistic",
         *(f"warning: {text}" for text in warnings),
     ]

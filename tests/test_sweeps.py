@@ -64,6 +64,14 @@ def test_report(tmp_path):
     assert (tmp_path / "learning_curves_accuracy.png").stat().st_size > 10_000
 
 
+def test_a_score_is_printed_alike_wherever_it_stands(tmp_path):
+    """66.8519 is 66.85 in the CSV, and rounded from there it would be 66.8."""
+    results = [result(1e-3, 0, [0.668519]), result(1e-3, 1, [0.5])]
+    text = sweeps.report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    assert text.count("66.9") == 2
+    assert "66.8" not in text
+
+
 def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
     results = [result(1e-3, 0, [0.5, 0.6]), result(1e-1, 0, [], "not finite at epoch 1, step 3")]
     text = sweeps.report(tmp_path, RTE, write(tmp_path, results), "a caption")
