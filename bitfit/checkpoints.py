@@ -147,7 +147,8 @@ def restore(state, facts, tensors):
     first = group.rank * each
     set_random_state(device, [tensors[f"random.{first + i}"] for i in range(each)])
     limit.tokens = min(limit.tokens, as_list(facts["max_tokens"])[group.rank])
-    state.records, state.loss_sum = records, tensors["loss_sum"].to(device)
+    state.records = records
+    state.loss_sum.copy_(tensors["loss_sum"])
     state.scores = [tuple(score) for score in facts["scores"]]
     for split, logits in state.logits.items():
         kept = tensors[f"logits.{split}"].numpy()

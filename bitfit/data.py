@@ -11,6 +11,7 @@ import torch
 
 from bitfit.packing import SPARE, Packing, packing_of
 from bitfit.sources import read_split
+from bitfit.varlen import Sequences, plan_sequences
 from utils import UserError, generator
 
 LOGGER = logging.getLogger("bitfit")
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
     rows: np.ndarray  # (B,) int64
     index: np.ndarray  # (1, N) or (B, T) int64, which of the split's tokens
     mask: np.ndarray | None  # (B, T) bool; None: no row is padded
-    packing: Packing | None  # None: padded
+    packing: Packing | Sequences | None  # None: padded
 
 
 def batch_of(tokens, rows, packed):
@@ -65,14 +66,69 @@ def batch_of(tokens, rows, packed):
     return Batch(rows, index, None if real.all() else real, None)
 
 
+def varlen_batch(tokens, rows, owner=None, stacked=False):
+    """(`Batch` for the kernels of `varlen`, the run of each chunk); arguments as there."""
+    sequences, row, chunks = plan_sequences(tokens.lengths[rows], owner, stacked)
+    index = np.where(row < 0, 0, tokens.starts[rows][row]) + sequences.positions
+    return Batch(rows, index[None], None, sequences), chunks
+
+
 def to_device(value, device):
-    """The same (named) tuple or list, its arrays as tensors; nothing waits for the device."""
+    """Return the same (named) tuple or list with its arrays as tensors on the device.
+
+    A GPU gets all arrays in one copy from pinned memory, so that the host never waits for it.
+    """
+    arrays = arrays_of(value)
+    if torch.device(device).type == "cpu" or not arrays:
+        return with_arrays(value, map(torch.from_numpy, arrays))
+    buffer = host_buffer(arrays, pin=True).to(device, non_blocking=True)
+    return with_arrays(value, views_of(buffer, arrays))
+
+
+def arrays_of(value):
+    """Return the arrays in nested tuples and lists, in order."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value).to(device, non_blocking=True)
-    if not isinstance(value, (list, tuple)):
-        return value
-    make = getattr(type(value), "_make", type(value))
-    return make(to_device(inside, device) for inside in value)
+        return [value]
+    inside = value if isinstance(value, (list, tuple)) else ()
+    return [array for item in inside for array in arrays_of(item)]
+
+
+def with_arrays(value, replacements):
+    """Return nested tuples and lists with each array replaced by the next of `replacements`."""
+    replacements = iter(replacements)
+
+    def replace(value):
+        if isinstance(value, np.ndarray):
+            return next(replacements)
+        if not isinstance(value, (list, tuple)):
+            return value
+        return getattr(type(value), "_make", type(value))(replace(item) for item in value)
+
+    return replace(value)
+
+
+def host_buffer(arrays, pin):
+    """Return one uint8 tensor with the bytes of all arrays, each at a multiple of 16."""
+    buffer = torch.empty(sum(map(aligned_bytes, arrays)), dtype=torch.uint8, pin_memory=pin)
+    whole, begin = buffer.numpy(), 0
+    for array in arrays:
+        inside = whole[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+        inside[...] = array
+        begin += aligned_bytes(array)
+    return buffer
+
+
+def views_of(buffer, arrays):
+    """Yield a tensor in a copy of `host_buffer(arrays)` for each of the arrays."""
+    begin = 0
+    for array in arrays:
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        yield buffer[begin : begin + array.nbytes].view(dtype).view(array.shape)
+        begin += aligned_bytes(array)
+
+
+def aligned_bytes(array):
+    return -(-array.nbytes // 16) * 16
 
 
 def tokenize(texts, tokenizer, max_length):

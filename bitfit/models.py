@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from bitfit.data import batch_of, gather, to_device
+from bitfit.data import batch_of, gather, to_device, varlen_batch
 from bitfit.packing import Packer, packers_of
 from bitfit.predict import computing_in, full_float32
+from bitfit.stacked import rows_in_chunks, rows_of
 from bitfit.trainable import head_names, in_encoder, is_bias
 from utils import UserError, blaming, one_line, whole_folder
 
@@ -189,9 +190,29 @@ class Forward(NamedTuple):
     model: torch.nn.Module
     packer: Packer | None = None  # how it runs on packed rows; None: on padded ones
 
+    @property
+    def is_varlen(self):
+        """Whether rows are packed for the kernels of `varlen`."""
+        return self.packer is not None and self.packer.varlen
+
     def batch(self, tokens, rows):
         """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
+        if self.is_varlen:
+            return varlen_batch(tokens, rows)[0]
         return batch_of(tokens, rows, self.packer is not None)
+
+    def routed_batch(self, tokens, rows, owner, runs):
+        """(`Batch`, `stacked.Rows`) of rows of several runs: arrays on the host.
+
+        Args:
+            owner: (B,) the run of each row, out of `runs`; those of one run together.
+        """
+        packed = self.packer is not None
+        if self.is_varlen:
+            batch, chunks = varlen_batch(tokens, rows, owner, runs > 1)
+            return batch, rows_in_chunks(owner, runs, chunks)
+        token_owner = np.repeat(owner, tokens.lengths[rows]) if packed else None
+        return batch_of(tokens, rows, packed), rows_of(owner, runs, token_owner)
 
     def __call__(self, tokens, batch):
         inputs = gather(tokens, batch)

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from bitfit import varlen
+
 UNIT = 16  # the attention's widths are multiples: of others softmax is up to ten times as slow
 # The padding, in squares of tokens, that a group of the attention may have. A CPU is fastest with
-# none beyond UNIT; on a GPU launches cost more, and it is memory: 0.5 GB for twelve heads.
-SPARE = {"cpu": 0, "cuda": 1e7}
+# none beyond UNIT; on a GPU, which uses this only for models that `varlen` cannot serve, launches
+# cost more. A square takes about 1.2 kB in a layer of twelve heads: weights and gradients.
+SPARE = {"cpu": 0, "cuda": 4e5}
 
 
 class Packing(NamedTuple):
@@ -205,14 +208,18 @@ class Packer(NamedTuple):
     rest: torch.nn.Module | None  # the one that follows the attention there
     heads: int
     first_position: int  # RoBERTa counts from padding_idx + 1
+    varlen: bool = False  # whether the attention is that of `varlen`
 
     def __call__(self, model, inputs, packing):
         """The model's output for `inputs` (1, N); nothing of the model stays changed."""
         from transformers import AttentionInterface
 
-        AttentionInterface.register("packed", attention)
+        if self.varlen:
+            attend, layout = varlen.attention, varlen.VarlenLayout(packing, self.last)
+        else:
+            attend, layout = attention, layout_of(packing, self.heads, self.last)
+        AttentionInterface.register("packed", attend)
         positions = packing.positions[None] + self.first_position
-        layout = layout_of(packing, self.heads, self.last)
         before = model.config._attn_implementation
         if self.rest:
             hook = self.rest.register_forward_pre_hook(partial(pick_inputs, packing.first))
@@ -256,4 +263,7 @@ def packers_of(model, first_position):
     layers, last = base.get_submodule(name.rpartition(".")[0]), base.get_submodule(name)[-1]
     rests = [m for n, m in last.named_modules() if n in ("attention.output", "sa_layer_norm")]
     pairs = [(frozenset(last.modules()), rest) for rest in rests] + [(frozenset(), None)]
-    return [Packer(layers, *pair, heads, first_position) for pair in pairs]
+    size = getattr(config, "hidden_size", 0) // heads
+    fused = varlen.supports(size, next(model.parameters()).device)
+    kinds = (True, False) if fused else (False,)
+    return [Packer(layers, *pair, heads, first_position, kind) for kind in kinds for pair in pairs]

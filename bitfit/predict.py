@@ -66,6 +66,22 @@ class Limit:
             set_random_state(self.device, state)
 
 
+def free_bytes(device):
+    """The memory that this process can still take on a GPU."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+@contextmanager
+def keep_random_state(device):
+    """Within: what is drawn is drawn again later."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(device, state)
+
+
 def random_state(device):
     """[the CPU generator's state, the device's own if it has one]"""
     own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []

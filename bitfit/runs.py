@@ -20,7 +20,7 @@ import torch
 from bitfit.data import to_device
 from bitfit.packing import drop
 from bitfit.predict import computing_in, full_float32
-from bitfit.stacked import AllRuns, rows_of, stacked_forward
+from bitfit.stacked import AllRuns, stacked_forward
 from bitfit.trainable import in_encoder, trains_matrices
 from utils import is_out_of_memory
 
@@ -221,9 +221,8 @@ def stacked_pass_differs(forward, chosen, tokens):
     stack = Stack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
     stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
-    batch = forward.batch(tokens, np.arange(2) % len(tokens.lengths))
-    rows = rows_of(np.arange(2), 2, batch.packing and tokens.lengths[batch.rows])
-    batch, rows = to_device((batch, rows), stack.values.device)
+    pair = forward.routed_batch(tokens, np.arange(2) % len(tokens.lengths), np.arange(2), 2)
+    batch, rows = to_device(pair, stack.values.device)
     try:
         with full_float32(), stack.bound():
             with stack.computing(rows):

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """Whose the rows of a pass are, and the tokens if they are packed."""
 
     rows: Owned
-    tokens: Owned | None
+    tokens: Owned | None  # of tokens, or of chunks of equally many tokens
 
     def to(self, dtype):
         """The same, for values of that type."""
@@ -46,8 +46,9 @@ class Rows(NamedTuple):
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
         if x.dim() == 2:
             return OwnBias.apply(x, weight, bias, self.rows)
-        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
-            return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
+        if self.tokens and len(x) == 1 and x.shape[1] % len(self.tokens.owner) == 0:
+            own = OwnBias if x.shape[1] == len(self.tokens.owner) else ChunkBias
+            return own.apply(x.squeeze(0), weight, bias, self.tokens)[None]
         x = x if weight is None else F.linear(x, weight)
         return x + self.own(bias, x)
 
@@ -95,23 +96,58 @@ class OwnBias(torch.autograd.Function):
         return grad, None, sums, None
 
 
-def rows_of(owner, runs, lengths=None):
+class ChunkBias(torch.autograd.Function):
+    """What `OwnBias` computes where the tokens of a run fill whole chunks.
+
+    The gradients of a chunk are summed as they lie, in float32: no copy of them is sorted by run.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, owned):
+        ctx.weight, ctx.owned, ctx.bias = weight, owned, bias
+        own = bias.index_select(0, owned.owner)[:, None]  # (chunks, 1, o)
+        if weight is None:
+            return (x.reshape(len(own), -1, x.shape[-1]) + own).view_as(x)
+        out = x @ weight.t()
+        out.view(len(own), -1, out.shape[-1]).add_(own)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, owned, bias = ctx.weight, ctx.owned, ctx.bias
+        parts = grad.reshape(len(owned.owner), -1, grad.shape[-1]).sum(1, dtype=torch.float32)
+        seated = parts.index_select(0, owned.places.flatten()).view(*owned.places.shape, -1)
+        sums = torch.bmm(owned.real.float(), seated)[:, 0].to(bias.dtype)
+        if len(sums) < len(bias):
+            sums = grad.new_zeros(bias.shape).index_copy_(0, owned.present, sums)
+        if weight is not None:
+            grad = grad @ weight if ctx.needs_input_grad[0] else None
+        return grad, None, sums, None
+
+
+def rows_of(owner, runs, tokens=None):
     """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
 
     Args:
-        lengths: (B,) tokens of the rows, if they are packed.
+        tokens: (N,) the runs of the tokens, if they are packed.
     """
     if runs == 1:  # nothing is stacked
         return Rows(Owned(owner, None, None, None, None), None)
-    tokens = None if lengths is None else owned(np.repeat(owner, lengths))
-    return Rows(owned(owner), tokens)
+    return Rows(owned(owner), None if tokens is None else owned(tokens))
 
 
-def owned(owner):
+def rows_in_chunks(owner, runs, chunks):
+    """The same where the tokens of a run fill whole chunks, whose runs are `chunks` (C,)."""
+    if runs == 1:
+        return rows_of(owner, runs)
+    return Rows(owned(owner), owned(chunks, width_multiple=8))
+
+
+def owned(owner, width_multiple=1):
     """The `Owned` of arrays for the runs (B,) that rows, or tokens, belong to."""
     present, run, counts = np.unique(owner, return_inverse=True, return_counts=True)
     order, begins = np.argsort(owner, kind="stable"), counts.cumsum() - counts
-    column = np.arange(counts.max())
+    column = np.arange(-(-counts.max() // width_multiple) * width_multiple)
     real = column < counts[:, None]
     places = order[begins[:, None] + np.where(real, column, 0)]
     place = np.empty_like(owner)

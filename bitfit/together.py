@@ -16,7 +16,6 @@ from bitfit.members import evaluators_in
 from bitfit.predict import Limit, predict
 from bitfit.runs import Run, Stack, why_not_stackable
 from bitfit.sources import Texts
-from bitfit.stacked import rows_of
 from utils import UserError
 
 TRIAL = tuple(" ".join(["a small film is good,"] * n) for n in (1, 4, 16))  # the model is tried on
@@ -133,9 +132,8 @@ def stacked_logits(many, tokens, read_by):
     lengths = tokens.lengths[flat]
     parts, outputs = list(passes_of(lengths, many.limit.tokens, packed)), []
     for part in parts:
-        own = rows_of(owner[part], runs, lengths[part] if packed else None)
-        batch = many.forward.batch(tokens, flat[part])
-        batch, own = to_device((batch, own), tokens.ids.device)
+        pair = many.forward.routed_batch(tokens, flat[part], owner[part], runs)
+        batch, own = to_device(pair, tokens.ids.device)
         with many.stack.computing(own):
             outputs.append(many.forward(tokens, batch))
     together = torch.cat(outputs)

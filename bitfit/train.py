@@ -5,8 +5,11 @@ Every function here takes it and leaves it one step, or epoch, further; a checkp
 """
 
 import logging
+import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 from typing import NamedTuple
 
@@ -14,12 +17,12 @@ import numpy as np
 import torch
 
 from bitfit.data import passes_of, to_device
+from bitfit.graphs import StepGraphs
 from bitfit.plan import Plan
-from bitfit.predict import predict_runs
+from bitfit.predict import free_bytes, keep_random_state, predict_runs
 from bitfit.progress import Progress
 from bitfit.reports import best_epochs, frame_of, one_line_scores
 from bitfit.runs import Run, Stack, clip_
-from bitfit.stacked import rows_of
 from bitfit.tasks import compact, row_losses, score
 from bitfit.tracking import OFF
 from utils import Damaged, Stopped
@@ -57,6 +60,7 @@ class State:
     epoch: int = 0  # epochs done
     step: int = 0  # steps done of the next one
     seconds: float = 0.0  # of training in this epoch
+    graphs: StepGraphs | None = None  # whole steps as CUDA graphs
 
 
 def start(plan, stack, optimizer="adamw", keep="last"):
@@ -75,7 +79,8 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         "adamw": (torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-6}),
         "adam": (torch.optim.Adam, {}),
     }[optimizer]
-    return State(
+    settings["capturable"] = moved.is_cuda
+    state = State(
         plan=plan,
         stack=stack,
         optimizer=make([moved], lr=rates[0] if one else 1.0, fused=True, **settings),
@@ -87,6 +92,14 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         best=stack.values.clone() if keep == "best" else None,
         loss_sum=torch.zeros_like(stack.values[:, 0]),
     )
+    if moved.is_cuda and plan.group.size == 1 and plan.forward.is_varlen:
+        state.graphs = StepGraphs(partial(whole_step, state), moved.device)
+    return state
+
+
+def whole_step(state, step):
+    """Do one `Step` of tensors without a wait for the device; returns the losses (K,)."""
+    return update(state, step, forward_backward(state.plan, state.stack, step))
 
 
 def evaluations(state):
@@ -97,7 +110,7 @@ def evaluations(state):
 class Step(NamedTuple):
     """All of a step that changes from one to the next: arrays of the host, then tensors."""
 
-    parts: list  # its passes, each (Batch, Rows)
+    parts: tuple  # its passes, each (Batch, Rows)
     number: np.ndarray  # () int64, counted over all epochs
     count: np.ndarray  # () float32, rows of each run
     rates: np.ndarray  # (K,) float64, the schedule's
@@ -113,10 +126,10 @@ def plan_step(state, alive, rows):
     number = state.epoch * plan.steps_per_epoch + state.step
     packed, parts = plan.forward.packer is not None, []
     for part in passes_of(lengths, plan.limit.tokens, packed) if len(flat) else ():
-        own = rows_of(owner[part], len(runs), lengths[part] if packed else None)
-        parts.append((plan.forward.batch(plan.train.tokens, flat[part]), own))
+        tokens = plan.train.tokens
+        parts.append(plan.forward.routed_batch(tokens, flat[part], owner[part], len(runs)))
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
-    return Step(parts, np.array(number), np.array(rows.shape[1], np.float32), rates)
+    return Step(tuple(parts), np.array(number), np.array(rows.shape[1], np.float32), rates)
 
 
 def take_step(state, alive, rows):
@@ -131,10 +144,19 @@ def take_step(state, alive, rows):
     stack, device = state.stack, state.stack.values.device
 
     def attempt():
-        step = to_device(plan_step(state, alive, rows), device)
+        planned = plan_step(state, alive, rows)
+        if state.graphs and (run := state.graphs.find(planned)):
+            return None, run()
+        step = to_device(planned, device)
         return step, forward_backward(state.plan, stack, step)
 
     step, losses = state.plan.limit.hold(attempt)
+    return losses if step is None else update(state, step, losses)
+
+
+def update(state, step, losses):
+    """Clip and step with the gradients of one `Step` of tensors; returns the losses (K,)."""
+    stack = state.stack
     state.plan.group.sum_(stack.grads, losses)
     norms = clip_(stack.grads, MAX_GRAD_NORM)
     stack.note_bad(~(norms + losses).isfinite(), step.number)
@@ -165,7 +187,9 @@ def forward_backward(plan, stack, step):
         with stack.computing(rows):
             logits = plan.forward(plan.train.tokens, batch)
         each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
-        part_losses = torch.zeros_like(losses).index_add(0, rows.rows.owner, each / step.count)
+        # On a GPU sums by `index_add` come in any order.
+        own = (rows.rows.owner,)
+        part_losses = torch.zeros_like(losses).index_put(own, each / step.count, accumulate=True)
         part_losses.sum().backward()
         stack.collect()
         losses += part_losses.detach()
@@ -221,6 +245,8 @@ def fit(state, write, saver, tracker=OFF):
     each = plan.rows_per_run
     done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
     progress = Progress(plan, runs, done, plan.group.speaks)
+    if plan.limit.device.type == "cuda":
+        fit_limit_to_memory(state, free_bytes(plan.limit.device))
     with progress.shown():
         while state.epoch < plan.epochs:
             train_epoch(state, saver, progress, tracker)
@@ -231,7 +257,7 @@ def fit(state, write, saver, tracker=OFF):
             scores = evaluate(state, saver) if due else []
             note(state, scores)
             tracker.note(state, scores)
-            state.loss_sum = torch.zeros_like(state.loss_sum)
+            state.loss_sum.zero_()
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:
                 write()
@@ -241,6 +267,44 @@ def fit(state, write, saver, tracker=OFF):
                         "--lr-schedule linear with --warmup-ratio")  # fmt: skip
             saver.after_epoch(state, last=ended == plan.epochs)
     return None
+
+
+def fit_limit_to_memory(state, free):
+    """Lower the limit of tokens in one pass to what fits into so many bytes, a power of two.
+
+    A trial pass of the longest row counts what autograd keeps for the backward pass; as much again
+    is left for gradients and what passes.
+    """
+    plan, stack = state.plan, state.stack
+    tokens = plan.train.tokens
+    row = np.array([tokens.lengths.argmax()])
+    step = plan.forward.routed_batch(tokens, row, np.zeros(1, np.int64), len(stack.runs))
+    batch, rows = to_device(step, stack.values.device)
+    plan.forward.model.train()
+    with (
+        keep_random_state(plan.limit.device),
+        count_kept_bytes(plan.forward.model) as kept,
+        stack.computing(rows),
+    ):
+        plan.forward(tokens, batch)
+    most = free / 2 / (sum(kept.values()) / batch.index.numel())
+    plan.limit.tokens = min(plan.limit.tokens, max(64, 2 ** int(math.log2(most))))
+
+
+@contextmanager
+def count_kept_bytes(model):
+    """Within: note what autograd keeps for a backward pass, {storage: bytes}, without weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
 
 
 def evaluate(state, saver):

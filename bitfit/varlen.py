@@ -1,0 +1,127 @@
+"""Attention of packed sequences on a GPU, by PyTorch's fused kernels for sequences of any length.
+
+The kernels read queries, keys and values as they lie, (N, heads, d), and the bounds of the
+sequences ("cu_seqlens"), so nothing is padded and no matrix of weights is kept. In bf16 it is
+FlashAttention, in float32 the memory-efficient kernel. `packing` has the plain implementation.
+
+Some tokens of a batch are fillers: sequences of their own that nobody reads, whose gradient is 0.
+They let each run's tokens fill whole chunks, and batches of similar size have one shape.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+CHUNK = 16  # the tokens of a run fill chunks of this many, so that its bias is added per chunk
+QUERY_BLOCK = 128  # the kernels' longest length is rounded up to this, to have few of them
+# Up to this many tokens a step waits for the launch of its kernels, and few shapes are worth more
+# than few tokens; see `graphs`.
+MAX_ROUNDED_TOKENS = 8192
+
+
+class Sequences(NamedTuple):
+    """How sequences lie in one row of N tokens; arrays on the host, then tensors on the device."""
+
+    positions: torch.Tensor  # (N,) int64, of each token in its sequence
+    first: torch.Tensor  # (R,) int64, the first token of each row, without the fillers
+    bounds: torch.Tensor  # (S + 1,) int32, where each sequence, fillers included, begins and ends
+    first_bounds: torch.Tensor  # (S + 1,) int32, the same among the first tokens alone
+    longest: int  # at least the tokens of the longest sequence
+
+
+class VarlenLayout(NamedTuple):
+    """What the attention of one forward pass needs."""
+
+    sequences: Sequences
+    last: frozenset  # modules within which only first tokens attend
+
+
+def plan_sequences(lengths, owner=None, stacked=False):
+    """Lay out rows of a batch with fillers.
+
+    Args:
+        lengths: (R,) tokens of each row.
+        owner: (R,) the run of each row, rows of a run together; None: no fillers are needed.
+        stacked: whether each run's tokens have to fill whole chunks.
+
+    Returns:
+        (sequences, row, chunk_owner): the `Sequences`; (N,) the row of each token, -1 for fillers;
+        (chunks,) the run of each chunk, or None where they are not stacked.
+    """
+    if owner is None:
+        kept, sizes = np.arange(len(lengths)), lengths
+    else:
+        kept, sizes = add_fillers(lengths, owner, CHUNK if stacked else 1)
+    begins = sizes.cumsum() - sizes
+    row = np.repeat(kept, sizes)
+    positions = np.where(row < 0, 0, np.arange(len(row)) - np.repeat(begins, sizes))
+    bounds, first_bounds = (np.append(0, x.cumsum()).astype(np.int32) for x in (sizes, kept >= 0))
+    longest = -(-int(sizes.max()) // QUERY_BLOCK) * QUERY_BLOCK
+    sequences = Sequences(positions, begins[kept >= 0], bounds, first_bounds, longest)
+    last_row = np.maximum.accumulate(np.where(row < 0, 0, np.arange(len(row))))
+    return sequences, row, owner[row[last_row[::CHUNK]]] if stacked else None
+
+
+def add_fillers(lengths, owner, unit):
+    """Add a filler after each run, up to a multiple of `unit`, and one at the end.
+
+    Returns:
+        (kept, sizes): (S,) the row of each sequence, -1 for fillers, and its tokens, maybe 0.
+    """
+    ends = np.append(np.flatnonzero(np.diff(owner)) + 1, len(owner))
+    totals = np.diff(np.append(0, lengths.cumsum()[ends - 1]))
+    fill = -totals % unit
+    count = int((totals + fill).sum())
+    fill = np.append(fill, rounded(count) - count)
+    where = np.append(ends, len(owner))
+    return np.insert(np.arange(len(lengths)), where, -1), np.insert(lengths, where, fill)
+
+
+def rounded(count):
+    """The next of few sizes: multiples of 64, or of about an eighth."""
+    if count > MAX_ROUNDED_TOKENS:
+        return -(-count // CHUNK) * CHUNK
+    step = max(64, 2 ** (count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def supports(head_size, device):
+    """Whether the kernels can be tried: `models.find_forward` compares their results."""
+    return device.type == "cuda" and head_size % 8 == 0 and head_size <= 256
+
+
+def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
+    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d).
+
+    In the last layer it is 0 but for the first token of each row, if no other is read.
+    """
+    sequences = layout.sequences
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if len(query) != len(sequences.positions) or key.shape != query.shape:
+        raise ValueError("these are not the heads of the packed sequences")
+    ends, longest = (sequences.bounds, sequences.bounds), (sequences.longest, sequences.longest)
+    if module not in layout.last:
+        return kernel(query, key, value, ends, longest, dropout, scaling)[None], None
+    ends, longest = (sequences.first_bounds, sequences.bounds), (1, sequences.longest)
+    first = query.index_select(0, sequences.first)
+    out = kernel(first, key, value, ends, longest, dropout, scaling)
+    return torch.zeros_like(query).index_copy(0, sequences.first, out)[None], None
+
+
+def kernel(query, key, value, bounds, longest, dropout, scale):
+    """(Q, heads, d), (N, heads, d), (N, heads, d) -> (Q, heads, d), each sequence by itself.
+
+    Args:
+        bounds, longest: of the queries' sequences, and of the keys'.
+        dropout: the rate, 0.0 for none.
+    """
+    if query.dtype == torch.float32:
+        out = torch.ops.aten._efficient_attention_forward(
+            query[None], key[None], value[None], None, *bounds, *longest, dropout, 0, True,
+            scale=scale,
+        )  # fmt: skip
+        return out[0][0]
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, *bounds, *longest, dropout, False, False, scale=scale
+    )[0]

@@ -1,0 +1,154 @@
+"""Packed sequences for a GPU's kernels, with a plain kernel in their place: layout and gradients.
+
+`benchmarks/gpu.py` compares the kernels themselves.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import plain_varlen_kernel
+from test_models import random_model, tokens
+from test_packing import plain_logits
+from torch.nn import functional as F
+
+from bitfit import train, varlen
+from bitfit.data import Split, to_device
+from bitfit.graphs import USES_BEFORE_CAPTURE, StepGraphs
+from bitfit.models import Forward, find_forward
+from bitfit.packing import packers_of
+from bitfit.plan import Plan
+from bitfit.predict import Limit
+from bitfit.runs import Run, Stack
+from bitfit.tasks import TASKS
+from bitfit.trainable import FINE_TUNE_TYPES, select
+from bitfit.varlen import CHUNK, plan_sequences, rounded
+
+LENGTHS = (9, 4, 40, 17, 6, 16)
+ROWS = np.arange(len(LENGTHS))
+
+
+@pytest.fixture(autouse=True)
+def plain_kernel(monkeypatch):
+    monkeypatch.setattr(varlen, "kernel", plain_varlen_kernel)
+    monkeypatch.setattr(varlen, "supports", lambda *_: True)
+
+
+def gradient(forward, own, chosen, runs, owner, dtype=torch.float32):
+    """(logits, the gradients (K, n)) of a pass of all rows."""
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    stack = Stack(forward.model, chosen, runs)
+    noise = torch.Generator().manual_seed(0)
+    stack.values += 0.02 * torch.randn(stack.values.shape, generator=noise)
+    forward.model.eval()
+    batch, rows = to_device(forward.routed_batch(own, ROWS, owner, len(runs)), "cpu")
+    with stack.bound(dtype):
+        with stack.computing(rows):
+            logits = forward(own, batch)
+        F.cross_entropy(logits, labels).backward()
+        stack.collect()
+    stack.take(stack.start)
+    return logits.detach(), stack.grads
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert"])
+@pytest.mark.parametrize("method", FINE_TUNE_TYPES)
+@pytest.mark.parametrize("runs", [1, 3])
+def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
+    if runs > 1 and method not in ("bitfit", "frozen"):
+        pytest.skip("its runs go one after the other")
+    model, own = random_model(name), tokens(*LENGTHS)
+    forward = find_forward(model, name, own)
+    assert forward.is_varlen and forward.packer.rest
+    chosen = select(model, method, ["bias"] if method == "bitfit" else [], 3000,
+                    np.random.default_rng(0))  # fmt: skip
+    owner = np.repeat(np.arange(runs), len(LENGTHS) // runs)
+    grid = [Run(1e-3, seed) for seed in range(runs)]
+    expected = gradient(Forward(model), own, chosen, grid, owner)
+    found = gradient(forward, own, chosen, grid, owner)
+    assert torch.allclose(found[0], expected[0], atol=1e-6)
+    assert torch.allclose(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert (expected[1] != 0).any(dim=1).all()
+
+
+def test_prediction_has_no_fillers():
+    model, own = random_model("bert"), tokens(*LENGTHS)
+    forward = find_forward(model, "bert", own)
+    assert forward.batch(own, ROWS).index.size == sum(LENGTHS)
+    assert torch.allclose(forward.rows(own, ROWS), plain_logits(model, own), atol=1e-6)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = rng.integers(1, 60, rng.integers(1, 40))
+        owner = np.sort(rng.integers(0, 5, len(lengths))) * 2
+        sequences, row, chunks = plan_sequences(lengths, owner, stacked)
+        assert len(row) == rounded(len(row)) and len(row) % CHUNK == 0
+        assert np.array_equal(np.bincount(row[row >= 0]), lengths)
+        assert np.array_equal(row[sequences.first], np.arange(len(lengths)))
+        sizes = np.diff(sequences.bounds)
+        assert sizes.sum() == len(row) and sizes.min() >= 0 and sizes.max() <= sequences.longest
+        assert np.array_equal(sizes[np.diff(sequences.first_bounds) == 1], lengths)
+        assert (sequences.positions[row < 0] == 0).all()
+        for begin in range(0, len(row), CHUNK) if stacked else ():
+            inside = row[begin : begin + CHUNK]
+            assert (owner[inside[inside >= 0]] == chunks[begin // CHUNK]).all()
+    assert len({rounded(n) for n in range(1, 8192)}) < 70
+
+
+def new_state(graphs):
+    model, own = random_model("bert"), tokens(*LENGTHS)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    forward = Forward(model, packers_of(model, 0)[0])
+    chosen = select(model, "bitfit", ["bias"])
+    stack = Stack(model, chosen, [Run(1e-3, 0), Run(3e-3, 1)])
+    split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
+    plan = Plan(TASKS["cola"], forward, split, {}, Limit(1000), 3, 20, "linear")
+    state = train.start(plan, stack)
+    if graphs:  # what CUDA repeats is the same work on the same tensors
+        state.graphs = StepGraphs(
+            lambda step: train.whole_step(state, step), torch.device("cpu"), fake_capture
+        )
+    return state
+
+
+def fake_capture(work):
+    result = torch.zeros(2)
+    return lambda: result.copy_(work()), result
+
+
+def test_steps_from_graphs_are_the_steps_without(monkeypatch):
+    def train_epochs(graphs):
+        torch.manual_seed(0)
+        state = new_state(graphs)
+        orders, losses = np.random.default_rng(0), []
+        state.plan.forward.model.train()
+        with state.stack.bound():
+            for step in range(12):
+                state.epoch, state.step = divmod(step, 2)
+                rows = np.stack([orders.permutation(6)[:3] for _ in range(2)])
+                losses.append(train.take_step(state, np.arange(2), rows).tolist())
+        return state, losses
+
+    plain, expected = train_epochs(graphs=False)
+    state, losses = train_epochs(graphs=True)
+    assert state.graphs.graphs  # some shape came more often than it takes
+    assert sum(state.graphs.uses.values()) == 12 > USES_BEFORE_CAPTURE
+    assert losses == expected
+    assert torch.equal(state.stack.values, plain.stack.values)
+    assert torch.equal(state.loss_sum, plain.loss_sum)
+
+
+def test_without_graphs_where_they_cannot_be_captured(caplog):
+    def refuse(work):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    graphs = StepGraphs(lambda step: step, torch.device("cpu"), refuse)
+    step = (np.zeros(3),)
+    assert [graphs.find(step) for _ in range(9)] == [None] * 9
+    assert [r.message for r in caplog.records] == [
+        "training without CUDA graphs: operation not permitted"
+    ]
