@@ -14,8 +14,8 @@ def resolve(model_name, revision=None):
     """Which state of a model on the Hub: (what its loaders take as `revision`, the commit's hash).
 
     One answer for all of a model's files, so that they are of one commit even where a branch moves
-    meanwhile. Offline the Hub's cache answers. Both are None for a folder; the hash alone is None
-    where nobody knows it, and the loaders say why.
+    meanwhile. Offline the Hub's cache answers. Both are None for a folder. Where the commit cannot
+    be found, the hash alone is None, and the loaders say why.
 
     Args:
         revision: a tag, a branch or a commit; None: the default branch.
@@ -23,15 +23,18 @@ def resolve(model_name, revision=None):
     Raises:
         UserError: a folder has no revisions.
     """
-    from transformers.utils import resolve_revision
-
     if Path(model_name).is_dir():
         if revision is not None:
             what = f"--model-revision {revision}: {model_name} is a folder, which has no revisions"
             raise UserError(f"{what}: leave the flag out, or give a name on the Hub")
         return None, None
-    found = resolve_revision(model_name, revision)
-    return found, getattr(found, "resolved", None)
+    from huggingface_hub import hf_hub_download
+
+    try:  # The cache keeps each file in a folder that is named after its commit.
+        commit = Path(hf_hub_download(model_name, "config.json", revision=revision)).parent.name
+    except Exception:  # no such model or revision, no network: loading fails with a message
+        return revision, None
+    return commit, commit
 
 
 def check_push(name):

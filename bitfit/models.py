@@ -114,16 +114,21 @@ def cannot_load(model_name, error, revision=None):
     )
 
 
+@torch.no_grad()
 def draw_head(model, seed):
-    """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed."""
+    """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed.
+
+    They are sampled on the CPU, so that a head starts alike on every device.
+    """
     rng = torch.Generator().manual_seed(seed % 2**63)
     std = getattr(model.config, "initializer_range", 0.02)
     heads = set(head_names(model))
     for name, parameter in model.named_parameters():
         if name in heads and parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=std, generator=rng)
+            sample = torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(sample.normal_(std=std, generator=rng))
         elif name in heads and is_bias(name):
-            torch.nn.init.zeros_(parameter)
+            parameter.zero_()
 
 
 def check_length(model_name, task, max_length, revision=None):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 from utils import FORMAT, UserError, as_list, is_temporary, remove_temporaries, write_text
@@ -170,9 +171,7 @@ def difference(name, old, new):
 
 def facts_of(args, evaluator):
     """What args.json holds: all flags, and what else the numbers depend on."""
-    import datasets
     import torch
-    import transformers
 
     on_gpu = evaluator.torch_device.type == "cuda"
     return vars(args) | {
@@ -181,14 +180,20 @@ def facts_of(args, evaluator):
         "precision": evaluator.precision,
         "max_tokens": evaluator.limit.tokens,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
+        **{package: installed(package) for package in ("torch", "transformers", "datasets")},
         "python": sys.version.split()[0],
         "threads": torch.get_num_threads(),
         "commit": commit(),
         **evaluator.fingerprints(),
     }
+
+
+def installed(package):
+    """The version of an installed package, or None; it is not imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit():

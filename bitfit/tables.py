@@ -73,15 +73,15 @@ def read_parquet(paths):
 
 def load_hub(name, config, split, revision, otherwise):
     """(frame, features) of a data set on the Hub; `otherwise`: what to do where there is none."""
-    import datasets
-
-    datasets.disable_progress_bars()
 
     def unreachable(error):
         what = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
         return UserError(f"{what}: {one_line(error)}; {otherwise}")
 
     with blaming(unreachable):  # network, cache and parser faults have no common class
+        import datasets
+
+        datasets.disable_progress_bars()
         rows = datasets.load_dataset(name, config, split=split, revision=revision)
         return rows.to_pandas(), rows.features
 

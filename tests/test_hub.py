@@ -15,7 +15,7 @@ from conftest import COMMITS, GLUE, ROOT, TINY_BERT
 
 import run_glue
 import utils
-from bitfit import store
+from bitfit import outputs, store
 from bitfit.hub import resolve
 from bitfit.models import check_length, fingerprint, load, load_tokenizer
 from bitfit.tasks import TASKS
@@ -62,6 +62,26 @@ def test_a_revision_is_one_commit_for_all_files(hub, given):
     with pytest.raises(UserError, match="--max-seq-length 129"):
         check_length("org/tiny", RTE, 129, revision)
     assert plain(hub, COMMITS["main"]) != plain(hub, COMMITS["v1"])
+
+
+def test_local_files_need_neither_datasets_nor_a_new_transformers(hub, tmp_path, monkeypatch):
+    """transformers 5.17 does not resolve revisions; `datasets` is for data on the Hub alone."""
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import fails, as if it were not there
+    monkeypatch.delattr("transformers.utils.resolve_revision", raising=False)
+    assert run_glue.main(flags(tmp_path / "out", "--model-revision", "v1")) == 0
+    args = read(tmp_path / "out/args.json")
+    assert args["model_commit"] == COMMITS["v1"]
+    for package in ("torch", "transformers"):
+        assert args[package] == sys.modules[package].__version__
+    assert outputs.installed("no-such-package") is None
+
+
+def test_data_on_the_hub_need_datasets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    argv = flags(tmp_path / "out", model=TINY_BERT)
+    at = argv.index("--data-dir")
+    assert run_glue.main(argv[:at] + argv[at + 2 :]) == 2
+    assert "cannot load nyu-mll/glue (rte) from the Hub or its cache: " in last_line(capsys)
 
 
 def test_the_files_are_of_one_commit_though_the_name_moves(hub, tmp_path, monkeypatch):

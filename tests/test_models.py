@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from conftest import TINY_BERT, load_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit.data import Tokens
 from bitfit.models import (
     Forward,
     check_length,
+    draw_head,
     find_forward,
     fingerprint,
     load_tokenizer,
@@ -35,6 +37,25 @@ def test_the_head_comes_from_the_seed_and_the_encoder_does_not(tiny_bert):
     assert not first.classifier.bias.any()
     assert fingerprint(first) == fingerprint(other)
     assert first.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+class RejectsOtherGenerators(TorchDispatchMode):
+    """As CUDA does: a tensor is filled by a generator of its own device alone."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        rng = (kwargs or {}).get("generator")
+        assert rng is None or rng.device == args[0].device, function
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_head_is_sampled_on_the_cpu_whatever_the_device(tiny_bert, device):
+    model = load_model(tiny_bert, RTE, 1)
+    expected = torch.empty(2, 128).normal_(std=0.02, generator=torch.Generator().manual_seed(3))
+    with RejectsOtherGenerators():
+        draw_head(model.to(device), 3)
+    if device == "cpu":
+        assert torch.equal(model.classifier.weight, expected)
 
 
 def test_loading_draws_nothing_from_the_global_generator(tiny_bert):
