@@ -7,6 +7,7 @@ step to step reaches a graph in one buffer. The numbers are those of the step wi
 
 import logging
 from collections import Counter
+from functools import partial
 
 import torch
 
@@ -29,7 +30,9 @@ class StepGraphs:
                 waits for nothing, and returns a tensor.
             capture: a function of a `work` without arguments -> (replay function, result).
         """
-        self.work, self.device, self.capture = work, device, capture or capture_on_gpu
+        self.work, self.device = work, device
+        # One replay ends before the next begins, so that all graphs can share their memory.
+        self.capture = capture or partial(capture_on_gpu, pool=torch.cuda.graph_pool_handle())
         self.uses, self.graphs, self.enabled = Counter(), {}, True
 
     def find(self, step):
@@ -66,14 +69,21 @@ class StepGraphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            LOGGER.warning("training without CUDA graphs: %s", one_line(error))
+            LOGGER.warning("training without CUDA graphs: %s", one_line(error.__context__ or error))
             self.enabled = False
         return self.enabled
 
 
-def capture_on_gpu(work):
+def capture_on_gpu(work, pool):
     """Record what `work` launches; nothing of it runs before the replay."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+    except BaseException:
+        # What torch leaves behind: another stream, and a generator that waits for a graph's end.
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay, result

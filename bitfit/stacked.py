@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from bitfit.varlen import CHUNK
+
 
 class Owned(NamedTuple):
     """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
@@ -29,7 +31,7 @@ class Rows(NamedTuple):
     """Whose the rows of a pass are, and the tokens if they are packed."""
 
     rows: Owned
-    tokens: Owned | None  # of tokens, or of chunks of equally many tokens
+    tokens: Owned | None  # its places are of tokens, or of chunks of equally many tokens
 
     def to(self, dtype):
         """The same, for values of that type."""
@@ -46,9 +48,8 @@ class Rows(NamedTuple):
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
         if x.dim() == 2:
             return OwnBias.apply(x, weight, bias, self.rows)
-        if self.tokens and len(x) == 1 and x.shape[1] % len(self.tokens.owner) == 0:
-            own = OwnBias if x.shape[1] == len(self.tokens.owner) else ChunkBias
-            return own.apply(x.squeeze(0), weight, bias, self.tokens)[None]
+        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
+            return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
         x = x if weight is None else F.linear(x, weight)
         return x + self.own(bias, x)
 
@@ -75,7 +76,8 @@ class AllRuns(NamedTuple):
 class OwnBias(torch.autograd.Function):
     """x @ weight.T + bias[owner], or x + bias[owner], for rows or tokens (N, i), biases (K, o).
 
-    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K.
+    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K. Where they
+    fill whole chunks, those are summed first, as they lie, and in float32.
     """
 
     @staticmethod
@@ -87,39 +89,14 @@ class OwnBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, owned = ctx.weight, ctx.owned
-        seated = grad.index_select(0, owned.places.flatten()).view(*owned.places.shape, -1)
-        sums = torch.bmm(owned.real, seated)[:, 0]
+        parts, real = grad, owned.real
+        if len(owned.place) < len(grad):
+            parts = grad.reshape(len(owned.place), -1, grad.shape[-1]).sum(1, dtype=torch.float32)
+            real = real.float()
+        seated = parts.index_select(0, owned.places.flatten()).view(*owned.places.shape, -1)
+        sums = torch.bmm(real, seated)[:, 0].to(grad.dtype)
         if len(sums) < ctx.shape[0]:
             sums = grad.new_zeros(ctx.shape).index_copy_(0, owned.present, sums)
-        if weight is not None:
-            grad = grad @ weight if ctx.needs_input_grad[0] else None
-        return grad, None, sums, None
-
-
-class ChunkBias(torch.autograd.Function):
-    """What `OwnBias` computes where the tokens of a run fill whole chunks.
-
-    The gradients of a chunk are summed as they lie, in float32: no copy of them is sorted by run.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, owned):
-        ctx.weight, ctx.owned, ctx.bias = weight, owned, bias
-        own = bias.index_select(0, owned.owner)[:, None]  # (chunks, 1, o)
-        if weight is None:
-            return (x.reshape(len(own), -1, x.shape[-1]) + own).view_as(x)
-        out = x @ weight.t()
-        out.view(len(own), -1, out.shape[-1]).add_(own)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, owned, bias = ctx.weight, ctx.owned, ctx.bias
-        parts = grad.reshape(len(owned.owner), -1, grad.shape[-1]).sum(1, dtype=torch.float32)
-        seated = parts.index_select(0, owned.places.flatten()).view(*owned.places.shape, -1)
-        sums = torch.bmm(owned.real.float(), seated)[:, 0].to(bias.dtype)
-        if len(sums) < len(bias):
-            sums = grad.new_zeros(bias.shape).index_copy_(0, owned.present, sums)
         if weight is not None:
             grad = grad @ weight if ctx.needs_input_grad[0] else None
         return grad, None, sums, None
@@ -140,7 +117,8 @@ def rows_in_chunks(owner, runs, chunks):
     """The same where the tokens of a run fill whole chunks, whose runs are `chunks` (C,)."""
     if runs == 1:
         return rows_of(owner, runs)
-    return Rows(owned(owner), owned(chunks, width_multiple=8))
+    tokens = owned(chunks, width_multiple=8)
+    return Rows(owned(owner), tokens._replace(owner=np.repeat(tokens.owner, CHUNK)))
 
 
 def owned(owner, width_multiple=1):

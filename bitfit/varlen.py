@@ -15,9 +15,9 @@ import torch
 
 CHUNK = 16  # the tokens of a run fill chunks of this many, so that its bias is added per chunk
 QUERY_BLOCK = 128  # the kernels' longest length is rounded up to this, to have few of them
-# Up to this many tokens a step waits for the launch of its kernels, and few shapes are worth more
-# than few tokens; see `graphs`.
-MAX_ROUNDED_TOKENS = 8192
+# Up to this many tokens a step may wait for the launch of its kernels, and few shapes are worth
+# more than few tokens; see `graphs`. The memory of their activations is taken twice.
+MAX_ROUNDED_TOKENS = 32768
 
 
 class Sequences(NamedTuple):
@@ -79,10 +79,10 @@ def add_fillers(lengths, owner, unit):
 
 
 def rounded(count):
-    """The next of few sizes: multiples of 64, or of about an eighth."""
+    """The next of few sizes: multiples of 64, or of about a sixteenth."""
     if count > MAX_ROUNDED_TOKENS:
         return -(-count // CHUNK) * CHUNK
-    step = max(64, 2 ** (count.bit_length() - 4))
+    step = max(64, 2 ** (count.bit_length() - 5))
     return -(-count // step) * step
 
 
