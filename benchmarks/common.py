@@ -128,16 +128,17 @@ def train_biases(model):
 
 
 class Ours:
-    """So many runs of BitFit on one model, trained an epoch at a time."""
+    """So many runs of a fine-tune type on one model, trained an epoch at a time."""
 
-    def __init__(self, model, tokens, task, batch_size, runs, max_tokens=None):
+    def __init__(self, model, tokens, task, batch_size, runs, max_tokens=None, method="bitfit"):
         self.device = tokens.ids.device
         grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
         forward = models.find_forward(model, "the model", tokens)
         rows = dict.fromkeys(range(runs), np.arange(len(tokens.lengths)))
         limit = Limit(max_tokens or MAX_TOKENS[self.device.type], self.device)
         self.plan = Plan(task, forward, Split(tokens, rows), {}, limit, batch_size, epochs=1)
-        chosen = select(model, "bitfit", ["bias"])
+        components = ["bias"] if method == "bitfit" else []
+        chosen = select(model, method, components, None, np.random.default_rng(0))
         self.stack = Stack(model, chosen, grid, models.draw_head)
 
     def epoch(self, precision):

@@ -1,20 +1,21 @@
-"""What only the device itself can show, for a random encoder of bert-base's size.
+"""What only a GPU can show: checks of the kernels and of a step, then times of a step.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --size tiny --runs 1 2 --steps 3   # on a CPU, to see that it runs
 
-First the checks: a stack equals its single runs; no step waits for the device (CUDA alone can
-tell); a device with little memory halves the pass and goes on; a training resumed equals one that
-never stopped, bit by bit. Then, at CoLA's and RTE's row lengths, the time of a step for K runs
-beside the released loop's and Hugging Face Trainer's (with accelerate), the share of the GEMM rate
-and the peak memory. Needs no data. Ends with status 1 if a check fails.
-
-No GPU was at hand when this was written: on one, nothing of it has run yet.
+The model is a random BERT of bert-base's size; it computes as `run_glue.py` does, bf16 by default.
+The checks compare each fast path with the plain one and end with status 1 if any fails. The times
+are those of steps at CoLA's and RTE's row lengths once all shapes have been met: of K runs beside
+Hugging Face Trainer (with accelerate), the released loop and K processes that share the GPU; of
+each fine-tune type; and of each kernel. Needs no data. `gpu.sh` runs this and whole commands.
 """
 
 import argparse
+import multiprocessing
 import resource
+import statistics
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import (
+    DTYPES,
     LENGTH,
     ROOT,
     SIZES,
@@ -31,16 +33,21 @@ from common import (
     machine,
     pick_device,
     random_model,
+    spread,
+    synchronize,
 )
 from peers import make_trainer
 from throughput import make_released
+from torch.profiler import ProfilerActivity, profile
 
+from bitfit import varlen
 from bitfit.checkpoints import capture, restore
 from bitfit.data import Tokens
 from bitfit.models import load_tokenizer
 from bitfit.tasks import TASKS
 from bitfit.tracking import peak_gib
 from bitfit.train import start, take_step
+from bitfit.trainable import FINE_TUNE_TYPES
 from utils import set_seed
 
 LENGTHS = {"CoLA": (11.4, 4, 47), "RTE": (66, 12, LENGTH)}  # mean, least, most
@@ -54,6 +61,11 @@ def parse_args():
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 5, 20, 50])
     parser.add_argument("--steps", type=int, default=20, help="timed, of each kind")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--precision", default="bf16", choices=DTYPES)
+    parser.add_argument("--processes", type=int, default=5, help="that share the GPU, one run each")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--only-checks", action="store_true")
+    parts.add_argument("--only-times", action="store_true")
     return parser.parse_args()
 
 
@@ -68,27 +80,98 @@ def random_tokens(kind, rows, device):
     return Tokens(ids, None, starts, labels, lengths, pad_id=0).to(device)
 
 
-def steps(ours, dtype, count, state=None, watch=None):
-    """The `State` after so many steps, the same however they are cut up."""
+def make_runs(args, tokens, runs, method="bitfit", size=None):
+    """So many runs of a random model, as the benchmarks train them."""
+    model = random_model(size or args.size).to(tokens.ids.device)
+    return Ours(model, tokens, TASKS["cola"], args.batch_size, runs, method=method)
+
+
+def steps(ours, dtype, count, state=None, watch=nullcontext, graphs=True):
+    """The `State` after so many steps more, the same however they are cut up."""
     state = state or start(ours.plan, ours.stack)
-    size, runs = ours.plan.batch_size, len(ours.stack.runs)
+    state.graphs = state.graphs if graphs else None
     orders = np.stack([ours.plan.order(run, 0) for run in ours.stack.runs])
+    size, per_epoch = ours.plan.batch_size, ours.plan.steps_per_epoch
     ours.plan.forward.model.train()
     with ours.stack.bound(dtype):
         for _ in range(count):
-            rows = orders[:, state.step * size : (state.step + 1) * size]
-            # The first one makes the optimizer's state.
-            with watch() if watch and state.step else nullcontext():
-                take_step(state, np.arange(runs), rows)
-            state.step += 1
+            first = state.step % per_epoch * size
+            with watch():
+                take_step(state, np.arange(len(orders)), orders[:, first : first + size])
+            state.step = (state.step + 1) % per_epoch
     return state
 
 
-def check_stack(args, tokens):
+# -------------------------------------------------------------------------------------- checks
+
+
+def check_kernels(args, device):
+    """The kernels beside the plain ones: outputs and gradients, all queries and first ones."""
+    worst = {}
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        lengths, owner = np.random.default_rng(0).integers(3, 120, 9), np.repeat([0, 1, 2], 3)
+        sequences = varlen.plan_sequences(lengths, owner, stacked=True)[0]
+        for size in (32, 64):
+            for first in (False, True):
+                off = kernel_difference(sequences, size, first, dtype, device)
+                worst[dtype] = max(worst.get(dtype, 0.0), off / allowed)
+    said = ", ".join(f"{str(d)[6:]} {off:.2f}" for d, off in worst.items())
+    return max(worst.values()) < 1, f"differences, in shares of what is allowed: {said}"
+
+
+def kernel_difference(sequences, size, first, dtype, device):
+    """The largest relative difference of an output or gradient between the two kernels."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(len(sequences.positions), 12, size, device=device, dtype=dtype).requires_grad_()
+        for _ in range(3)
+    )
+    arrays = sequences.start_bounds if first else sequences.bounds, sequences.bounds
+    bounds = tuple(torch.from_numpy(own).to(device) for own in arrays)
+    longest = 1 if first else sequences.longest, sequences.longest
+    rows = torch.from_numpy(sequences.starts).to(device)
+    results = []
+    fast = varlen.kernel if device.type == "cuda" else varlen.plain_kernel
+    for kernel, of in ((fast, dtype), (varlen.plain_kernel, torch.float64)):
+        own = [x.detach().to(of).requires_grad_() for x in (q, k, v)]
+        query = own[0].index_select(0, rows) if first else own[0]
+        out = kernel(query, own[1], own[2], bounds, longest, 0.0, size**-0.5)
+        out.double().square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in own)])
+    pairs = ((a.double(), b.double()) for a, b in zip(*results, strict=True))
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def check_dropout(args, device):
+    """The kernels drop the share of weights that is asked for, and keep the mean."""
+    if device.type == "cpu":
+        return True, "not asked: no GPU"
+    rates = []
+    for dtype in DTYPES.values():
+        q, v = (torch.zeros(4096, 12, 64, device=device, dtype=dtype) for _ in range(2))
+        # With equal weights, the output tells the share of 64 keys that is kept.
+        bounds = torch.arange(0, 4097, 64, device=device, dtype=torch.int32)
+        out = varlen.kernel(q, q, v + 1, (bounds, bounds), (64, 64), 0.1, 1.0).float()
+        kept = (out * 0.9).mean().item()
+        rates.append(1 - kept)
+    return all(abs(rate - 0.1) < 2e-3 for rate in rates), " ".join(f"{r:.4f}" for r in rates)
+
+
+def check_packing(args, device):
+    """BERT trains on packed rows, on a GPU with the fused kernels."""
+    ours = make_runs(args, random_tokens("RTE", 64, device), 1)
+    packer = ours.plan.forward.packer
+    good = packer and packer.rest and (packer.varlen or device.type == "cpu")
+    return bool(good), "off" if not packer else "fused" if packer.varlen else "grouped"
+
+
+def check_stack(args, device):
     """Three runs without dropout, in float32, beside each alone."""
+    tokens = random_tokens("CoLA", 4 * args.batch_size, device)
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    model = without_dropout(random_model(args.size)).to(tokens.ids.device)
-    stack = Ours(model, tokens, TASKS["cola"], args.batch_size, 3)
+    stack = make_runs(args, tokens, 3)
+    model = without_dropout(stack.plan.forward.model)
     together = steps(stack, torch.float32, 3).stack.values.clone()
     off = moved = 0.0
     for k, run in enumerate(stack.stack.runs):
@@ -100,6 +183,7 @@ def check_stack(args, tokens):
             if not name.endswith("key.bias"):  # its gradient is rounding noise
                 off += (together[k, a:b] - values[a:b]).abs().sum().item()
                 moved += (stack.stack.start[k, a:b] - values[a:b]).abs().sum().item()
+    torch.set_float32_matmul_precision(before)
     return 0 < off < 0.01 * moved, f"off by {off / moved:.1e} of what they moved"
 
 
@@ -110,13 +194,43 @@ def without_dropout(model):
     return model
 
 
-def check_waits(args, tokens):
-    """CUDA raises an error at whatever makes the host wait."""
-    on_gpu = tokens.ids.is_cuda
-    ours = Ours(random_model(args.size).to(tokens.ids.device), tokens, TASKS["cola"],
-                args.batch_size, 5)  # fmt: skip
-    steps(ours, torch.bfloat16, 3, watch=forbid_waiting if on_gpu else None)
-    return True, "none" if on_gpu else "not asked: no GPU"
+def check_repeat(args, device):
+    """The same training twice, and without CUDA graphs: bit by bit, dropout and all."""
+    said, good = [], True
+    for runs in (1, 3):
+        results = []
+        for graphs in (True, True, False):
+            set_seed(0)
+            ours = make_runs(args, random_tokens("CoLA", 30 * args.batch_size, device), runs)
+            set_seed(0)
+            state = steps(ours, DTYPES[args.precision], 30, graphs=graphs)
+            results.append(torch.cat([ours.stack.values.flatten(), state.loss_sum]))
+            used = len(state.graphs.graphs) if state.graphs else 0
+            good &= not (graphs and device.type == "cuda" and not used)
+            said.append(f"{used} graphs" if graphs and len(results) == 1 else "")
+        off = [(results[0] - other).abs().max().item() for other in results[1:]]
+        good &= off == [0, 0]
+        said.append(f"{runs} runs: again off by {off[0]:.0e}, without graphs {off[1]:.0e}")
+    return good, ", ".join(filter(None, said))
+
+
+def check_waits(args, device):
+    """CUDA raises an error at whatever makes the host wait; all copies are from pinned memory."""
+    if device.type == "cpu":
+        return True, "not asked: no GPU"
+    tokens, dtype = random_tokens("CoLA", 16 * args.batch_size, device), DTYPES[args.precision]
+    said, good = [], True
+    for graphs in (False, True):
+        ours = make_runs(args, tokens, 5)
+        state = steps(ours, dtype, 40, graphs=graphs)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            steps(ours, dtype, 8, state, watch=forbid_waiting)
+            synchronize(device)
+        copies = {e.key: e.count for e in seen.key_averages() if "HtoD" in e.key}
+        pageable = sum(n for name, n in copies.items() if "Pageable" in name)
+        said.append(f"{sum(copies.values()) / 8:.1f} copies a step, {pageable} stalled")
+        good &= pageable <= 1  # of binding the runs to the model, once
+    return good, f"none; without graphs {said[0]}; with graphs {said[1]}"
 
 
 @contextmanager
@@ -128,19 +242,19 @@ def forbid_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_memory(args, tokens):
+def check_memory(args, device):
     """With about a fifth of the memory that a step's one pass takes, it is halved until it fits."""
-    device, config = tokens.ids.device, random_model(args.size).config
-    ours = Ours(random_model(args.size).to(device), tokens, TASKS["cola"], args.batch_size, 20)
-    limit = ours.plan.limit
+    tokens = random_tokens("CoLA", 4 * args.batch_size, device)
+    ours = make_runs(args, tokens, 20)
+    limit, config = ours.plan.limit, ours.plan.forward.model.config
     limit.tokens = 256
-    steps(ours, torch.float32, 1)
+    steps(ours, torch.float32, 1, graphs=False)
     limit.tokens = before = 20 * int(tokens.lengths[: args.batch_size].sum()) * 2
     left = 20 * before * config.hidden_size * config.num_hidden_layers  # bytes
     if left < 2**26:
         return True, "not asked: too small a model to tell"
     with little_memory(device, left):
-        losses = steps(ours, torch.float32, 1).loss_sum
+        losses = steps(ours, torch.float32, 1, graphs=False).loss_sum
     said = f"{before} -> {limit.tokens} tokens a pass, {left / 2**20:.0f} MiB left"
     return limit.tokens < before and bool(losses.isfinite().all()), said
 
@@ -169,80 +283,175 @@ def little_memory(device, left):
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def check_resume(args, tokens):
-    """Four steps, and two and two with a checkpoint between, dropout and all."""
-    device = tokens.ids.device
-    model = random_model(args.size).to(device)
-    whole, first, second = (
-        Ours(model, tokens, TASKS["cola"], args.batch_size, 3) for _ in range(3)
-    )
+def check_resume(args, device):
+    """Twenty steps, and twelve and eight with a checkpoint between: bit by bit, dropout and all."""
+    tokens, dtype = random_tokens("CoLA", 4 * args.batch_size, device), DTYPES[args.precision]
+    whole, first, second = (make_runs(args, tokens, 3) for _ in range(3))
     set_seed(0)
-    expected = steps(whole, torch.bfloat16, 4).stack.values
+    expected = steps(whole, dtype, 20).stack.values
     set_seed(0)
-    facts, tensors = capture(steps(first, torch.bfloat16, 2))
+    facts, tensors = capture(steps(first, dtype, 12))
     set_seed(1)
     state = start(second.plan, second.stack)
     restore(state, facts, {name: tensor.clone() for name, tensor in tensors.items()})
-    found = steps(second, torch.bfloat16, 2, state).stack.values
-    if device.type == "cuda":  # its sums by index come in any order
-        return torch.allclose(found, expected, atol=1e-6), "to rounding"
-    return torch.equal(found, expected), "bit by bit"
+    found = steps(second, dtype, 8, state).stack.values
+    return torch.equal(found, expected), f"off by {(found - expected).abs().max().item():.0e}"
+
+
+CHECKS = {
+    "the fused attention": check_kernels,
+    "dropout's rate": check_dropout,
+    "rows are packed": check_packing,
+    "a stack is its single runs": check_stack,
+    "a repeated training": check_repeat,
+    "a step waits": check_waits,
+    "little memory": check_memory,
+    "resume": check_resume,
+}
 
 
 def check(args, device):
     failed = False
-    tokens = random_tokens("CoLA", 4 * args.batch_size, device)
-    for name, of in (("a stack is its single runs", check_stack), ("a step waits", check_waits),
-                     ("little memory", check_memory), ("resume", check_resume)):  # fmt: skip
-        good, said = of(args, tokens)
+    for name, work in CHECKS.items():
+        begin = time.perf_counter()
+        good, said = work(args, device)
         failed |= not good
-        print(f"{'ok  ' if good else 'FAIL'} {name}: {said}", flush=True)
+        taken = time.perf_counter() - begin
+        print(f"{'ok  ' if good else 'FAIL'} {name}: {said} ({taken:.1f} s)", flush=True)
     return failed
 
 
+# --------------------------------------------------------------------------------------- times
+
+
+def step_times(ours, args, precision, rounds=3):
+    """(milliseconds of a step in each round, the `State`), once all shapes have been met."""
+    device, dtype, count = ours.device, DTYPES[precision], ours.plan.steps_per_epoch
+    state = steps(ours, dtype, 5 * count if device.type == "cuda" else 1)
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        begin = time.perf_counter()
+        steps(ours, dtype, count, state)
+        synchronize(device)
+        times.append((time.perf_counter() - begin) / count * 1e3)
+    return times, state
+
+
 def measure(args, device):
-    tokenizer = load_tokenizer(str(ROOT / "examples/tiny_bert"))
     rate = gemm_rate("bf16", device, size=8192 if device.type == "cuda" else 1024)
     print(f"GEMM {rate / 1e12:.2f} TFLOP/s in bf16; milliseconds of a step, batch "
-          f"{args.batch_size}, median of 3 times {args.steps} steps")  # fmt: skip
+          f"{args.batch_size}, median (range) of 3 times {args.steps} steps")  # fmt: skip
+    one_run = {}
     for kind in LENGTHS:
         tokens = random_tokens(kind, args.steps * args.batch_size, device)
-
-        def step(epoch):
-            epoch()
-            return sorted(epoch() for _ in range(3))[1] / args.steps * 1e3
-
-        released = step(make_released(random_model(args.size), tokens, args.batch_size))
-        train = partial(
-            make_trainer, tokens=tokens, tokenizer=tokenizer, batch_size=args.batch_size
-        )
-        try:
-            trainer = step(partial(train(partial(random_model, args.size)), "bf16"))
-        except ImportError as error:
-            trainer = float("nan")
-            print(f"Trainer is left out: {error}")
-        print(f"{kind}: released loop {released:.1f}, Trainer bf16 {trainer:.1f}")
+        peers = measure_peers(args, tokens)
+        print(f"{kind}: released loop {peers[0]:.1f}, Trainer {args.precision} {peers[1]:.1f}")
         for runs in args.runs:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            model = random_model(args.size).to(device)
-            ours = Ours(model, tokens, TASKS["cola"], args.batch_size, runs)
-            mine = step(partial(ours.epoch, "bf16"))
-            share = runs * flop_of(model, tokens) / args.steps / (mine / 1e3) / rate
+            ours = make_runs(args, tokens, runs)
+            times, state = step_times(ours, args, args.precision)
+            mine = statistics.median(times)
+            one_run.setdefault(kind, mine)
+            flop = runs * flop_of(ours.plan.forward.model, tokens) / args.steps
             print(
-                f"{kind} {runs:>3} runs: {mine:.1f} ms, {share:.0%} of the GEMM rate, "
-                f"{runs * released / mine:.1f} times the released loop, "
-                f"{runs * trainer / mine:.1f} times Trainer, peak {peak_gib(device):.2f} GiB",
+                f"{kind} {runs:>3} runs: {spread(times, 2)} ms, {flop / (mine / 1e3) / rate:.0%} "
+                f"of the GEMM rate, {mine / one_run[kind]:.2f} times the first, "
+                f"{runs * peers[0] / mine:.1f} times as fast as the released loop, "
+                f"{runs * peers[1] / mine:.1f} times Trainer, peak {peak_gib(device):.2f} GiB, "
+                f"{len(state.graphs.graphs) if state.graphs else 0} graphs",
                 flush=True,
             )
+            del ours, state
+    return one_run
+
+
+def measure_peers(args, tokens):
+    """Milliseconds of a step of the released loop and of Trainer, medians of 3 epochs."""
+
+    def step(epoch, rounds):
+        epoch()
+        return statistics.median(epoch() for _ in range(rounds)) / args.steps * 1e3
+
+    released = step(make_released(random_model(args.size), tokens, args.batch_size), 1)
+    tokenizer = load_tokenizer(str(ROOT / "examples/tiny_bert"))
+    make_model = partial(random_model, args.size)
+    try:
+        train = make_trainer(make_model, tokens, tokenizer, args.batch_size)
+        return released, step(partial(train, args.precision), 3)
+    except ImportError as error:
+        print(f"Trainer is left out: {error}")
+        return released, float("nan")
+
+
+def measure_types(args, device):
+    """A step of one run of each fine-tune type, in both precisions."""
+    tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
+    for method in FINE_TUNE_TYPES:
+        said = []
+        for precision in DTYPES:
+            times, _ = step_times(make_runs(args, tokens, 1, method), args, precision)
+            said.append(f"{precision} {spread(times, 2)} ms")
+        print(f"CoLA {method}: {', '.join(said)}", flush=True)
+
+
+def measure_kernels(args, device):
+    """A step's time by kernel: the most expensive ones."""
+    runs = min(20, max(args.runs))
+    tokens = random_tokens("RTE", 8 * args.batch_size, device)
+    ours = make_runs(args, tokens, runs)
+    state = steps(ours, DTYPES[args.precision], 3, graphs=False)
+    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as seen:
+        steps(ours, DTYPES[args.precision], 4, state, graphs=False)
+        synchronize(device)
+    took = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(((getattr(e, took) / 4e3, e) for e in seen.key_averages()), key=lambda r: -r[0])
+    print(f"kernels of a step of {runs} runs at RTE's lengths, {sum(r[0] for r in rows):.2f} ms")
+    for milliseconds, event in rows[:24]:
+        print(f"  {milliseconds:7.3f} ms {event.count / 4:6.1f} x {event.key[:100]}")
+
+
+def measure_processes(args, device):
+    """As many processes as asked for, one run each, all on this device at once."""
+    context = multiprocessing.get_context("spawn")
+    barrier, times = context.Barrier(args.processes + 1), context.Queue()
+    workers = [
+        context.Process(target=one_process, args=(args, device, barrier, times), daemon=True)
+        for _ in range(args.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait(timeout=300)
+    taken = statistics.median(times.get(timeout=300) for _ in workers)
+    for worker in workers:
+        worker.join()
+    print(f"CoLA, {args.processes} processes with a run each: {taken:.2f} ms a step")
+
+
+def one_process(args, device, barrier, times):
+    tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
+    ours = make_runs(args, tokens, 1)
+    count, dtype = 5 * args.steps, DTYPES[args.precision]
+    state = steps(ours, dtype, count)
+    barrier.wait(timeout=300)
+    begin = time.perf_counter()
+    steps(ours, dtype, count, state)
+    synchronize(device)
+    times.put((time.perf_counter() - begin) / count * 1e3)
 
 
 def main():
-    args = parse_args()
-    device = pick_device()
-    print(f"{args.size}, {machine(device)}")
-    failed = check(args, device)
-    measure(args, device)
+    args, device = parse_args(), pick_device()
+    torch.set_float32_matmul_precision("high")  # as run_glue.py
+    print(f"{args.size}, {args.precision}, {machine(device)}", flush=True)
+    failed = not args.only_times and check(args, device)
+    if not args.only_checks:
+        measure(args, device)
+        measure_types(args, device)
+        measure_processes(args, device)
+        measure_kernels(args, device)
     return int(failed)
 
 

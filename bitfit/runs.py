@@ -92,7 +92,9 @@ class Stack:
         patched, trained = [], {p: p.requires_grad for p in self.parameters.values()}
         try:
             with computing_in(self.model, dtype):
-                self.work = self.values if dtype == self.values.dtype else self.values.to(dtype)
+                self.work = (
+                    self.values if dtype == self.values.dtype else aligned(self.values, dtype)
+                )
                 for name, parameter in self.parameters.items():
                     parameter.requires_grad_(name in self.chosen)
                 patched += self._patch()
@@ -193,6 +195,12 @@ class Stack:
             n: row[a:b] if n in self.positions else row[a:b].view_as(self.parameters[n])
             for n, (a, b) in self.slices.items()
         }
+
+
+def aligned(values, dtype):
+    """(K, n) values in another type, each run's at a multiple of 16 bytes: a GPU copies them so."""
+    runs, size = values.shape
+    return values.new_empty((runs, -(-size // 8) * 8), dtype=dtype)[:, :size].copy_(values)
 
 
 def why_not_stackable(forward, chosen, tokens):

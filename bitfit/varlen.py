@@ -5,13 +5,17 @@ sequences ("cu_seqlens"), so nothing is padded and no matrix of weights is kept.
 FlashAttention, in float32 the memory-efficient kernel. `packing` has the plain implementation.
 
 Some tokens of a batch are fillers: sequences of their own that nobody reads, whose gradient is 0.
-They let each run's tokens fill whole chunks, and batches of similar size have one shape.
+They let each run's tokens fill whole chunks, and batches of similar size have one shape. None is
+empty, because the backward pass of FlashAttention reads outside its memory where a sequence has
+keys and no query.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 CHUNK = 16  # the tokens of a run fill chunks of this many, so that its bias is added per chunk
 QUERY_BLOCK = 128  # the kernels' longest length is rounded up to this, to have few of them
@@ -24,9 +28,10 @@ class Sequences(NamedTuple):
     """How sequences lie in one row of N tokens; arrays on the host, then tensors on the device."""
 
     positions: torch.Tensor  # (N,) int64, of each token in its sequence
-    first: torch.Tensor  # (R,) int64, the first token of each row, without the fillers
-    bounds: torch.Tensor  # (S + 1,) int32, where each sequence, fillers included, begins and ends
-    first_bounds: torch.Tensor  # (S + 1,) int32, the same among the first tokens alone
+    first: torch.Tensor  # (R,) int64, the first token of each row
+    starts: torch.Tensor  # (S,) int64, the first token of each sequence, fillers included
+    bounds: torch.Tensor  # (S + 1,) int32, where each sequence begins and ends
+    start_bounds: torch.Tensor  # (S + 1,) int32, the same among the first tokens alone
     longest: int  # at least the tokens of the longest sequence
 
 
@@ -56,9 +61,10 @@ def plan_sequences(lengths, owner=None, stacked=False):
     begins = sizes.cumsum() - sizes
     row = np.repeat(kept, sizes)
     positions = np.where(row < 0, 0, np.arange(len(row)) - np.repeat(begins, sizes))
-    bounds, first_bounds = (np.append(0, x.cumsum()).astype(np.int32) for x in (sizes, kept >= 0))
+    bounds = np.append(0, sizes.cumsum()).astype(np.int32)
+    start_bounds = np.arange(len(bounds), dtype=np.int32)
     longest = -(-int(sizes.max()) // QUERY_BLOCK) * QUERY_BLOCK
-    sequences = Sequences(positions, begins[kept >= 0], bounds, first_bounds, longest)
+    sequences = Sequences(positions, begins[kept >= 0], begins, bounds, start_bounds, longest)
     last_row = np.maximum.accumulate(np.where(row < 0, 0, np.arange(len(row))))
     return sequences, row, owner[row[last_row[::CHUNK]]] if stacked else None
 
@@ -67,13 +73,13 @@ def add_fillers(lengths, owner, unit):
     """Add a filler after each run, up to a multiple of `unit`, and one at the end.
 
     Returns:
-        (kept, sizes): (S,) the row of each sequence, -1 for fillers, and its tokens, maybe 0.
+        (kept, sizes): (S,) the row of each sequence, -1 for fillers, and its tokens, at least 1.
     """
     ends = np.append(np.flatnonzero(np.diff(owner)) + 1, len(owner))
     totals = np.diff(np.append(0, lengths.cumsum()[ends - 1]))
-    fill = -totals % unit
+    fill = unit - totals % unit
     count = int((totals + fill).sum())
-    fill = np.append(fill, rounded(count) - count)
+    fill = np.append(fill, rounded(count + 1) - count)
     where = np.append(ends, len(owner))
     return np.insert(np.arange(len(lengths)), where, -1), np.insert(lengths, where, fill)
 
@@ -103,10 +109,10 @@ def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, lay
     ends, longest = (sequences.bounds, sequences.bounds), (sequences.longest, sequences.longest)
     if module not in layout.last:
         return kernel(query, key, value, ends, longest, dropout, scaling)[None], None
-    ends, longest = (sequences.first_bounds, sequences.bounds), (1, sequences.longest)
-    first = query.index_select(0, sequences.first)
+    ends, longest = (sequences.start_bounds, sequences.bounds), (1, sequences.longest)
+    first = query.index_select(0, sequences.starts)
     out = kernel(first, key, value, ends, longest, dropout, scaling)
-    return torch.zeros_like(query).index_copy(0, sequences.first, out)[None], None
+    return torch.zeros_like(query).index_copy(0, sequences.starts, out)[None], None
 
 
 def kernel(query, key, value, bounds, longest, dropout, scale):
@@ -125,3 +131,15 @@ def kernel(query, key, value, bounds, longest, dropout, scale):
     return torch.ops.aten._flash_attention_forward(
         query, key, value, *bounds, *longest, dropout, False, False, scale=scale
     )[0]
+
+
+def plain_kernel(query, key, value, bounds, longest, dropout, scale):
+    """The reference implementation of `kernel`, sequence by sequence."""
+    out, begins = torch.empty_like(query), [own.tolist() for own in bounds]
+    for (a, b), (c, d) in zip(*map(pairwise, begins), strict=True):
+        if not (1 <= b - a <= longest[0] and 1 <= d - c <= longest[1]):
+            raise ValueError("a sequence is empty, or longer than the longest")
+        own = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        attended = F.scaled_dot_product_attention(*own, dropout_p=dropout, scale=scale)
+        out[a:b] = attended.transpose(0, 1)
+    return out

@@ -47,22 +47,6 @@ def forward_of(model, packed=True):
     return models.Forward(model, packers_of(model, first)[0])
 
 
-def plain_varlen_kernel(query, key, value, bounds, longest, dropout, scale):
-    """`varlen.kernel` sequence by sequence: what the GPU's kernels compute."""
-    out = torch.zeros_like(query)
-    ends, key_ends = (own.tolist() for own in bounds)
-    for i in range(len(ends) - 1):
-        a, b, c, d = *ends[i : i + 2], *key_ends[i : i + 2]
-        assert b - a <= longest[0] and d - c <= longest[1]
-        if b > a:
-            own = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                *own, dropout_p=dropout, scale=scale
-            )
-            out[a:b] = attended.transpose(0, 1)
-    return out
-
-
 def wait_for(condition):
     """What `condition()` gives, once it is true."""
     end = time.monotonic() + 120

@@ -1,0 +1,258 @@
+"""Whole commands on a GPU: every fine-tune type, sweeps, resuming, ranks, and their times.
+
+    python benchmarks/gpu_commands.py
+    python benchmarks/gpu_commands.py --size tiny --rows 64 --seeds 2   # on a CPU: that it runs
+
+The checks train the tiny BERT on the toy data, several commands at once, and compare their losses
+with a CPU's or with each other's. The times are those of one sweep of a random bert-base on rows of
+RTE's number and lengths, beside one command that trains one of its runs with Hugging Face Trainer
+and scores it as often. Ends with status 1 if a check fails.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import ROOT, SIZES, examples, pick_device, random_model, train_biases
+
+TYPES = ("bitfit", "frozen", "full_ft", "rand_uniform", "rand_row_col")
+TOY = ["--task-name", "cola", "--data-dir", str(ROOT / "examples/glue"), "--train-size", "64",
+       "--batch-size", "8", "--quiet"]  # fmt: skip
+SWEEP = [*TOY, "--fine-tune-type", "bitfit", "--learning-rate", "1e-3", "3e-3", "--seed", "0", "1",
+         "2", "--epochs", "6"]  # fmt: skip
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--size", default="bert-base", choices=SIZES)
+    parser.add_argument("--rows", type=int, default=2490, help="training rows of the timed sweep")
+    parser.add_argument("--seeds", type=int, default=20, help="runs of the timed sweep")
+    parser.add_argument("--epochs", default="2")
+    parser.add_argument("--jobs", type=int, default=13, help="commands at once")
+    parser.add_argument("--trainer", nargs=2, help=argparse.SUPPRESS)  # model and data: one run
+    return parser.parse_args()
+
+
+def run_glue(output, *flags, launcher=(sys.executable,)):
+    """Run a command to its end; RuntimeError with its last line where it fails."""
+    words = [*launcher, str(ROOT / "run_glue.py"), "--output-path", str(output), *flags]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    if result.returncode:
+        raise RuntimeError(f"status {result.returncode}: {result.stderr.strip()[-300:]}")
+    return result
+
+
+def losses(output):
+    """{folder: the training loss of each epoch} of the runs in an output folder."""
+    found = sorted(output.rglob("metrics.json"))
+    return {
+        path.parent.relative_to(output): json.loads(path.read_text())["train_loss"]
+        for path in found
+    }
+
+
+def difference(one, other):
+    """The largest difference of two output folders' losses, relative to the loss."""
+    a, b = losses(one), losses(other)
+    if a.keys() != b.keys() or not a:
+        raise RuntimeError(f"{one} has the runs {list(a)}, {other} {list(b)}")
+    pairs = [(x, y) for run in a for x, y in zip(a[run], b[run], strict=True)]
+    return max(abs(x - y) / abs(y) for x, y in pairs)
+
+
+def without_dropout(folder):
+    """A copy of the tiny BERT that drops nothing, so that two devices give the same losses."""
+    model = folder / "without_dropout"
+    shutil.copytree(ROOT / "examples/tiny_bert", model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    return str(model)
+
+
+def check_type(method, precision, model, folder):
+    """A fine-tune type beside the CPU in float32; bf16 rounds the loss of a batch to 1e-2."""
+    flags = [*TOY, "--model-name", model, "--fine-tune-type", method, "--epochs", "3",
+             "--learning-rate", "1e-4" if method == "full_ft" else "1e-3"]  # fmt: skip
+    gpu, cpu = folder / f"{method}-{precision}", folder / f"{method}-{precision}-cpu"
+    more = ["--precision", precision, "--no-tf32", "--save-evaluator", "--predict-test"]
+    run_glue(gpu, *flags, *more)
+    run_glue(cpu, *flags, "--precision", "fp32", "--gpu-device", "cpu")
+    if not (gpu / "evaluator/evaluator.json").exists() or not (gpu / "CoLA.tsv").exists():
+        raise RuntimeError("its evaluator or its predictions are missing")
+    off = difference(gpu, cpu)
+    return off < (2e-3 if precision == "fp32" else 3e-2), f"losses differ by {off:.1e}"
+
+
+def check_predict(folder):
+    """Sentences answered by a saved evaluator."""
+    script = str(ROOT / "scripts/predict.py")
+    words = [sys.executable, script, str(folder / "bitfit-bf16/evaluator"), "--input", "-"]
+    result = subprocess.run(words, input="a small film\n", capture_output=True, text=True, cwd=ROOT)
+    return result.returncode == 0, result.stdout.strip() or result.stderr.strip()[-300:]
+
+
+def check_micro_batches(model, folder):
+    """A sweep in small micro-batches beside the whole one."""
+    for name, more in (("whole", []), ("small", ["--max-tokens", "200"])):
+        run_glue(folder / name, *SWEEP, "--model-name", model, "--precision", "fp32", *more)
+    off = difference(folder / "small", folder / "whole")
+    return off < 2e-3, f"losses differ by {off:.1e}"
+
+
+def check_resume(folder):
+    """A sweep stopped by SIGTERM after its first checkpoint and resumed, bit by bit."""
+    flags = [*SWEEP, "--model-name", str(ROOT / "examples/tiny_bert")]
+    run_glue(folder / "quiet", *flags)
+    words = [sys.executable, str(ROOT / "run_glue.py"), "--output-path", str(folder / "killed")]
+    process = subprocess.Popen([*words, *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((folder / "killed/checkpoints").glob("*.json")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(timeout=120)
+    run_glue(folder / "killed", *flags, "--resume")
+    off = difference(folder / "killed", folder / "quiet")
+    return status == 143 and off == 0, f"status {status}, losses differ by {off:.1e}"
+
+
+def check_ranks(model, folder):
+    """One run divided among two ranks on this GPU."""
+    flags = [*TOY, "--model-name", model, "--fine-tune-type", "bitfit", "--epochs", "2",
+             "--learning-rate", "1e-3", "--precision", "fp32", "--no-tf32"]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    device = ["--gpu-device", "0"] if pick_device().type == "cuda" else []
+    run_glue(folder / "ranks", *flags, *device, launcher=[*launcher, "2"])
+    run_glue(folder / "rank", *flags)
+    off = difference(folder / "ranks", folder / "rank")
+    return off < 2e-3, f"losses differ by {off:.1e}"
+
+
+def check(args, folder):
+    """Run all checks, several at once; whether any failed."""
+    model, failed = without_dropout(folder), False
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {
+            f"{method} in {precision}": pool.submit(check_type, method, precision, model, folder)
+            for method in TYPES
+            for precision in ("fp32", "bf16")
+        }
+        jobs["a sweep in micro-batches"] = pool.submit(check_micro_batches, model, folder)
+        jobs["a sweep stopped and resumed"] = pool.submit(check_resume, folder)
+        jobs["two ranks"] = pool.submit(check_ranks, model, folder)
+    with ThreadPoolExecutor(1) as pool:
+        jobs["predict.py"] = pool.submit(check_predict, folder)
+    for name, job in jobs.items():
+        try:
+            good, said = job.result()
+        except RuntimeError as error:
+            good, said = False, str(error)
+        failed |= not good
+        print(f"{'ok  ' if good else 'FAIL'} {name}: {said}", flush=True)
+    return failed
+
+
+def write_data(args, folder):
+    """Write a random model and rows of RTE's lengths; returns (model folder, data folder)."""
+    import numpy as np
+    import transformers
+
+    source = str(ROOT / "examples/tiny_bert")
+    model, data = folder / args.size, folder / "data"
+    random_model(args.size).save_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(model)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+    rng = np.random.default_rng(0)
+    (data / "RTE").mkdir(parents=True)
+    for split, rows in (("train", args.rows), ("dev", max(16, args.rows // 9))):
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        for row in range(rows):
+            length = int(np.clip(rng.gamma(6, 66 / 6), 12, 128)) - 3
+            texts = [" ".join(rng.choice(words, size)) for size in (length - 5, 5)]
+            lines.append("\t".join([str(row), *texts, ("entailment", "not_entailment")[row % 2]]))
+        (data / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(model), str(data)
+
+
+def train_with_trainer(args):
+    """What one command with Trainer does: load, train one run, score it after each epoch."""
+    import numpy as np
+    import transformers
+    from peers import arguments
+
+    from bitfit import models, sources
+    from bitfit.data import tokenize
+    from bitfit.tasks import TASKS
+
+    model_folder, data = args.trainer
+    tokenizer = models.load_tokenizer(model_folder)
+    train, dev = (
+        examples(tokenize(sources.read_split(TASKS["rte"], split, data), tokenizer, 128))
+        for split in ("train", "validation")
+    )
+    model, _ = models.load(model_folder, TASKS["rte"])
+    with tempfile.TemporaryDirectory() as folder:
+        settings = arguments(16, "bf16", folder, pick_device())
+        settings.num_train_epochs, settings.eval_strategy = float(args.epochs), "epoch"
+        settings.per_device_eval_batch_size = 128
+        trainer = transformers.Trainer(
+            model=train_biases(model), args=settings, train_dataset=train, eval_dataset=dev,
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda own: {
+                "accuracy": np.mean(own.predictions.argmax(-1) == own.label_ids)
+            },
+        )  # fmt: skip
+        trainer.train()
+
+
+def measure(args, folder):
+    """The seconds of a sweep as one command, of one of its runs, and of one run with Trainer."""
+    model, data = write_data(args, folder)
+    flags = ["--task-name", "rte", "--data-dir", data, "--model-name", model, "--fine-tune-type",
+             "bitfit", "--learning-rate", "1e-4", "--epochs", args.epochs, "--batch-size", "16",
+             "--quiet"]  # fmt: skip
+    seconds = {}
+    for runs in (args.seeds, 1):
+        begin = time.perf_counter()
+        run_glue(folder / f"sweep{runs}", *flags, "--seed", *map(str, range(runs)))
+        seconds[runs] = time.perf_counter() - begin
+        path = next((folder / f"sweep{runs}").rglob("metrics.json"))
+        share = json.loads(path.read_text())["seconds"]
+        print(f"{args.size}, {args.rows} rows, {args.epochs} epochs, {runs} runs: "
+              f"{seconds[runs]:.1f} s as a whole command; of it, for each run: {share}",
+              flush=True)  # fmt: skip
+    words = [sys.executable, __file__, "--trainer", model, data, "--epochs", args.epochs]
+    begin = time.perf_counter()
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    trainer = time.perf_counter() - begin
+    if result.returncode:
+        print(f"Trainer is left out: {result.stderr.strip().splitlines()[-1]}")
+        return
+    print(f"Trainer, 1 run: {trainer:.1f} s as a whole command. So {args.seeds} of them take "
+          f"{args.seeds * trainer / seconds[args.seeds]:.1f} times as long as one sweep, and one "
+          f"{trainer / seconds[1]:.1f} times as long as one run")  # fmt: skip
+
+
+def main():
+    args = parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if args.trainer:
+        return train_with_trainer(args)
+    with tempfile.TemporaryDirectory() as folder:
+        failed = check(args, Path(folder))
+        measure(args, Path(folder))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
