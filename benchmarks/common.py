@@ -24,7 +24,7 @@ from bitfit.predict import Limit  # noqa: E402
 from bitfit.progress import Progress  # noqa: E402
 from bitfit.runs import Run, Stack  # noqa: E402
 from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.train import start, train_epoch  # noqa: E402
+from bitfit.train import start, step_graphs, train_epoch  # noqa: E402
 from bitfit.trainable import matrix_weights, select  # noqa: E402
 
 LENGTH = 128
@@ -76,7 +76,7 @@ def command_flags(args):
 
 
 def pick_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def random_model(size, labels=2):
@@ -147,6 +147,7 @@ class Ours:
         self.stack.bad_step.fill_(-1)
         state = start(self.plan, self.stack)
         with self.stack.bound(DTYPES[precision]):
+            state.graphs = step_graphs(state)
             progress = Progress(self.plan, shows=False)
             return seconds(lambda: train_epoch(state, Saver(), progress), self.device)
 

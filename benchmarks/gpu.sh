@@ -27,9 +27,11 @@ part() { # the seconds it may take, then the command
     python3 -c 'import sys, torch, transformers
 print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda,
       "transformers", transformers.__version__)'
-    part 120 python3 benchmarks/gpu.py ${steps[@]+"${steps[@]}"} --only-checks
-    part 240 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"}
+    part 150 python3 benchmarks/gpu.py ${steps[@]+"${steps[@]}"} --only-checks &
+    part 200 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"} --only-checks
+    wait
     part 240 python3 benchmarks/gpu.py ${steps[@]+"${steps[@]}"} --only-times
+    part 200 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"} --only-times
     echo "== $(date +%T) end"
 } 2>&1 | tee "$log"
 echo

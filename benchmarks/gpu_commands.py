@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common import ROOT, SIZES, examples, pick_device, random_model, train_biases
@@ -39,17 +39,20 @@ def parse_args():
     parser.add_argument("--seeds", type=int, default=20, help="runs of the timed sweep")
     parser.add_argument("--epochs", default="2")
     parser.add_argument("--jobs", type=int, default=13, help="commands at once")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--only-checks", action="store_true")
+    parts.add_argument("--only-times", action="store_true")
     parser.add_argument("--trainer", nargs=2, help=argparse.SUPPRESS)  # model and data: one run
     return parser.parse_args()
 
 
-def run_glue(output, *flags, launcher=(sys.executable,)):
-    """Run a command to its end; RuntimeError with its last line where it fails."""
+def run_glue(output, *flags, launcher=(sys.executable,), threads=1):
+    """Run a command to its end; RuntimeError with its last words where it fails."""
     words = [*launcher, str(ROOT / "run_glue.py"), "--output-path", str(output), *flags]
-    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     if result.returncode:
         raise RuntimeError(f"status {result.returncode}: {result.stderr.strip()[-300:]}")
-    return result
 
 
 def losses(output):
@@ -149,16 +152,20 @@ def check(args, folder):
         jobs["a sweep in micro-batches"] = pool.submit(check_micro_batches, model, folder)
         jobs["a sweep stopped and resumed"] = pool.submit(check_resume, folder)
         jobs["two ranks"] = pool.submit(check_ranks, model, folder)
-    with ThreadPoolExecutor(1) as pool:
-        jobs["predict.py"] = pool.submit(check_predict, folder)
-    for name, job in jobs.items():
-        try:
-            good, said = job.result()
-        except RuntimeError as error:
-            good, said = False, str(error)
-        failed |= not good
-        print(f"{'ok  ' if good else 'FAIL'} {name}: {said}", flush=True)
-    return failed
+        names = {job: name for name, job in jobs.items()}
+        for job in as_completed(names):
+            failed |= not report(names[job], job.result)
+    return failed | (not report("predict.py", lambda: check_predict(folder)))
+
+
+def report(name, work):
+    """Print what a check found; whether it is good."""
+    try:
+        good, said = work()
+    except RuntimeError as error:
+        good, said = False, str(error)
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {said}", flush=True)
+    return good
 
 
 def write_data(args, folder):
@@ -224,7 +231,7 @@ def measure(args, folder):
     seconds = {}
     for runs in (args.seeds, 1):
         begin = time.perf_counter()
-        run_glue(folder / f"sweep{runs}", *flags, "--seed", *map(str, range(runs)))
+        run_glue(folder / f"sweep{runs}", *flags, "--seed", *map(str, range(runs)), threads=None)
         seconds[runs] = time.perf_counter() - begin
         path = next((folder / f"sweep{runs}").rglob("metrics.json"))
         share = json.loads(path.read_text())["seconds"]
@@ -249,8 +256,9 @@ def main():
     if args.trainer:
         return train_with_trainer(args)
     with tempfile.TemporaryDirectory() as folder:
-        failed = check(args, Path(folder))
-        measure(args, Path(folder))
+        failed = not args.only_times and check(args, Path(folder))
+        if not args.only_checks:
+            measure(args, Path(folder))
     return int(failed)
 
 

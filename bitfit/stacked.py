@@ -42,7 +42,8 @@ class Rows(NamedTuple):
     def own(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
         shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
-        return values.index_select(0, self.rows.owner).view(shape)
+        # Not `index_select`: on a GPU its gradient is a sum in any order.
+        return values[self.rows.owner].view(shape)
 
     def add(self, bias, x, weight=None):
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""

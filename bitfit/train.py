@@ -80,7 +80,7 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         "adam": (torch.optim.Adam, {}),
     }[optimizer]
     settings["capturable"] = moved.is_cuda
-    state = State(
+    return State(
         plan=plan,
         stack=stack,
         optimizer=make([moved], lr=rates[0] if one else 1.0, fused=True, **settings),
@@ -92,9 +92,17 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         best=stack.values.clone() if keep == "best" else None,
         loss_sum=torch.zeros_like(stack.values[:, 0]),
     )
-    if moved.is_cuda and plan.group.size == 1 and plan.forward.is_varlen:
-        state.graphs = StepGraphs(partial(whole_step, state), moved.device)
-    return state
+
+
+def step_graphs(state):
+    """The `StepGraphs` of a training within `Stack.bound`, or None where there can be none.
+
+    They compute with the memory of that time, and must not be used after it.
+    """
+    plan, device = state.plan, state.stack.values.device
+    if device.type != "cuda" or plan.group.size > 1 or not plan.forward.is_varlen:
+        return None
+    return StepGraphs(partial(whole_step, state), device)
 
 
 def whole_step(state, step):
@@ -247,6 +255,7 @@ def fit(state, write, saver, tracker=OFF):
     progress = Progress(plan, runs, done, plan.group.speaks)
     if plan.limit.device.type == "cuda":
         fit_limit_to_memory(state, free_bytes(plan.limit.device))
+    state.graphs = step_graphs(state)
     with progress.shown():
         while state.epoch < plan.epochs:
             train_epoch(state, saver, progress, tracker)
