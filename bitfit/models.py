@@ -262,7 +262,7 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
         return (logits - expected).abs().max() < 1e-4 * spread + rounding
 
     what = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
-    packers = packers_of(model, first_position(position_embedding(model)))
+    packers = packers_of(model, first_position(position_embedding(model)), dtype)
     with without_last_bias(model):
         with (
             blaming(cannot(what, "another --model-name")),

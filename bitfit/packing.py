@@ -247,7 +247,7 @@ def pick_output(first, module, args, output):
     return output
 
 
-def packers_of(model, first_position):
+def packers_of(model, first_position, dtype=torch.float32):
     """The `Packer`s to try on a model, the fastest first; none where its layers see windows.
 
     After the last attention no token sees another, and the classifier reads the first of each row
@@ -264,6 +264,6 @@ def packers_of(model, first_position):
     rests = [m for n, m in last.named_modules() if n in ("attention.output", "sa_layer_norm")]
     pairs = [(frozenset(last.modules()), rest) for rest in rests] + [(frozenset(), None)]
     size = getattr(config, "hidden_size", 0) // heads
-    fused = varlen.supports(size, next(model.parameters()).device)
+    fused = varlen.supports(size, next(model.parameters()).device, dtype)
     kinds = (True, False) if fused else (False,)
     return [Packer(layers, *pair, heads, first_position, kind) for kind in kinds for pair in pairs]

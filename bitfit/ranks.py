@@ -44,7 +44,12 @@ class Group(NamedTuple):
 
             with losing():
                 for tensor in tensors:
-                    dist.all_reduce(tensor, group=self.device)
+                    if tensor.is_cuda and self.device is self.host:
+                        own = tensor.cpu()
+                        dist.all_reduce(own, group=self.host)
+                        tensor.copy_(own)
+                    else:
+                        dist.all_reduce(tensor, group=self.device)
 
     def wait(self):
         """Until all ranks are here; a sum of nothing would not wait."""

@@ -1,8 +1,10 @@
 """Attention of packed sequences on a GPU, by PyTorch's fused kernels for sequences of any length.
 
 The kernels read queries, keys and values as they lie, (N, heads, d), and the bounds of the
-sequences ("cu_seqlens"), so nothing is padded and no matrix of weights is kept. In bf16 it is
-FlashAttention, in float32 the memory-efficient kernel. `packing` has the plain implementation.
+sequences ("cu_seqlens"), so nothing is padded and no matrix of weights is kept. It is
+FlashAttention, for bf16. Its float32 counterpart, the memory-efficient kernel, serves comparisons
+alone: its dropout masks repeat (on an H100 with torch 2.11, `benchmarks/gpu.py` found two that were
+the same). `packing` has the plain implementation, for float32 and for other devices.
 
 Some tokens of a batch are fillers: sequences of their own that nobody reads, whose gradient is 0.
 They let each run's tokens fill whole chunks, and batches of similar size have one shape. None is
@@ -92,9 +94,11 @@ def rounded(count):
     return -(-count // step) * step
 
 
-def supports(head_size, device):
-    """Whether the kernels can be tried: `models.find_forward` compares their results."""
-    return device.type == "cuda" and head_size % 8 == 0 and head_size <= 256
+def supports(head_size, device, dtype):
+    """Whether FlashAttention can be tried: `models.find_forward` compares its results."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or head_size % 8 or head_size > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
@@ -121,8 +125,13 @@ def kernel(query, key, value, bounds, longest, dropout, scale):
     Args:
         bounds, longest: of the queries' sequences, and of the keys'.
         dropout: the rate, 0.0 for none.
+
+    Raises:
+        ValueError: for dropout in float32.
     """
     if query.dtype == torch.float32:
+        if dropout:
+            raise ValueError("the float32 kernel repeats its dropout masks")
         out = torch.ops.aten._efficient_attention_forward(
             query[None], key[None], value[None], None, *bounds, *longest, dropout, 0, True,
             scale=scale,

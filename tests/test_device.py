@@ -1,0 +1,166 @@
+"""The program on a simulated GPU: what CUDA would reject or wait for, at the line where it is.
+
+`benchmarks/gpu.sh` does the same on a real one.
+"""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import GLUE, TINY_BERT, forward_of
+from simulated_gpu import CUDA, RejectedByCUDA, simulated_gpu
+
+import run_glue
+from bitfit import data, models, runs, sources, train
+from bitfit.checkpoints import Saver
+from bitfit.data import Split, tokenize
+from bitfit.graphs import USES_BEFORE_CAPTURE
+from bitfit.models import find_forward
+from bitfit.plan import Plan
+from bitfit.predict import Limit, predict_runs
+from bitfit.runs import Run, Stack
+from bitfit.tasks import TASKS
+from bitfit.trainable import FINE_TUNE_TYPES, select
+from glue_evaluator import GLUEvaluator
+
+COLA = TASKS["cola"]
+FLAGS = ["-t", "cola", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "--train-size", "16", "-e",
+         "2", "-q"]  # fmt: skip
+STACKED = ("bitfit", "frozen")
+
+
+def command(folder, *flags):
+    return run_glue.main(["-o", str(folder), *FLAGS, *flags])
+
+
+def new_state(method, count, dtype, packed):
+    """A training of the tiny BERT on the simulated GPU, of `count` runs."""
+    model, _ = models.load(str(TINY_BERT), COLA)
+    model.to(CUDA)
+    texts = sources.read_split(COLA, "train", GLUE).take(range(24))
+    tokens = tokenize(texts, models.load_tokenizer(str(TINY_BERT)), 48).to(CUDA)
+    forward = find_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
+    chosen = select(model, method, ["bias"] if method == "bitfit" else [], 1000,
+                    np.random.default_rng(0))  # fmt: skip
+    stack = Stack(model, chosen, [Run(1e-3, seed) for seed in range(count)], models.draw_head)
+    split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
+    return train.start(Plan(COLA, forward, split, {}, Limit(2000, CUDA), 8, 9), stack)
+
+
+def take_steps(state, count):
+    rows = np.stack([np.arange(8) + k for k in range(len(state.stack.runs))])
+    for _ in range(count):
+        train.take_step(state, np.arange(len(rows)), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [(method, n) for method in FINE_TUNE_TYPES for n in ((1, 3) if method in STACKED else (1,))],
+)
+def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype):
+    with simulated_gpu() as gpu:
+        state = new_state(method, count, dtype, packed=True)
+        before = state.stack.values.clone()
+        assert state.plan.forward.packer and state.plan.forward.is_varlen == (dtype != torch.float)
+        with state.stack.bound(dtype):
+            state.graphs = train.step_graphs(state)
+            assert bool(state.graphs) == state.plan.forward.is_varlen
+            take_steps(state, 1)  # makes the optimizer's state
+            gpu.clear()
+            take_steps(state, USES_BEFORE_CAPTURE - 1)
+            assert not gpu.waits
+            assert len(gpu.copies) == USES_BEFORE_CAPTURE - 1
+            if state.graphs:
+                take_steps(state, 1)  # copies once to capture a graph, and once to use it
+                gpu.clear()
+                take_steps(state, 1)
+                assert len(state.graphs.graphs) == 1 and not gpu.waits and len(gpu.copies) == 1
+            rows = {k: np.arange(5) for k in range(count)}
+            found = dict(predict_runs(state.plan.forward, state.stack, state.plan.train.tokens,
+                                      state.plan.limit, rows))  # fmt: skip
+        assert state.stack.values.device == CUDA
+        assert (state.stack.values != before).any()
+    assert all(np.isfinite(logits).all() and len(logits) == 5 for logits in found.values())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_padded_steps(count):
+    with simulated_gpu():
+        state = new_state("bitfit", count, torch.bfloat16, packed=False)
+        with state.stack.bound(torch.bfloat16):
+            assert train.step_graphs(state) is None
+            take_steps(state, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [("bitfit", ["--predict-test", "--export-model"]), ("full_ft", []),
+     ("frozen", ["-s", "0", "1", "--precision", "fp32"]), ("rand_uniform", []),
+     ("rand_row_col", ["--precision", "fp32"])],
+)  # fmt: skip
+def test_commands(method, flags, tmp_path, capsys):
+    with simulated_gpu():
+        assert command(tmp_path / "out", "-f", method, "--save-evaluator", *flags) == 0
+        folder = next((tmp_path / "out").rglob("evaluator"))
+        loaded = GLUEvaluator.load(folder, gpu_device=0)
+        scores = loaded.evaluate("validation")
+    assert json.loads((tmp_path / "out/args.json").read_text())["device"] == "a simulated GPU"
+    assert scores["MCC"] == loaded.evaluations["validation"]["MCC"][-1]
+    capsys.readouterr()
+
+
+def test_a_sweep_stopped_and_resumed(tmp_path, capsys, monkeypatch):
+    flags = ["-f", "bitfit", "-l", "1e-3", "2e-3", "--keep", "best"]
+    with simulated_gpu():
+        with monkeypatch.context() as patch:
+            after = Saver.after_epoch
+
+            def stop(self, state, last):
+                os.kill(os.getpid(), signal.SIGTERM)
+                after(self, state, last)
+
+            patch.setattr(Saver, "after_epoch", stop)
+            assert command(tmp_path / "out", *flags) == 128 + signal.SIGTERM
+        assert command(tmp_path / "out", *flags, "--resume") == 0
+    found = sorted((tmp_path / "out").rglob("metrics.json"))
+    assert [len(json.loads(path.read_text())["train_loss"]) for path in found] == [2, 2]
+    capsys.readouterr()
+
+
+def left_on_the_host(value, device):
+    return data.with_arrays(value, map(torch.from_numpy, data.arrays_of(value)))
+
+
+def drawn_on_the_gpu(model, seed):
+    rng = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(model.classifier.weight, generator=rng)
+
+
+def clipped_with_a_look(grads, max_norm=1.0):
+    grads.mul_(max_norm / max(1.0, grads.norm().item()))
+    return grads.norm(dim=1)
+
+
+def test_what_cuda_rejects_is_found(monkeypatch):
+    with simulated_gpu(), pytest.raises(RejectedByCUDA, match="generator of the host"):
+        monkeypatch.setattr(models, "draw_head", drawn_on_the_gpu)
+        new_state("bitfit", 1, torch.bfloat16, packed=False)
+    monkeypatch.undo()
+    with simulated_gpu(), pytest.raises(RejectedByCUDA, match=r"on the host|two devices"):
+        monkeypatch.setattr(train, "to_device", left_on_the_host)
+        state = new_state("bitfit", 3, torch.bfloat16, packed=True)
+        with state.stack.bound(torch.bfloat16):
+            take_steps(state, 1)
+    monkeypatch.undo()
+    with simulated_gpu() as gpu:
+        monkeypatch.setattr(train, "clip_", clipped_with_a_look)
+        state = new_state("bitfit", 3, torch.bfloat16, packed=True)
+        with state.stack.bound(torch.bfloat16):
+            gpu.clear()
+            take_steps(state, 1)
+        assert any("item" in wait for wait in gpu.waits)
+    assert runs.clip_ is not train.clip_
