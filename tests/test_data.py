@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from bitfit.data import Dataset, batch_of, batches_by_length, gather, passes_of, to_device, tokenize
@@ -53,6 +54,13 @@ def test_long_rows_are_cut_as_the_tokenizer_cuts_them(tokenizer):
 def test_no_room_for_text(tokenizer):
     with pytest.raises(UserError, match=r"--max-seq-length 3 leaves no room .* adds 3 special"):
         tokenize(TEXTS, tokenizer, 3)
+
+
+def test_a_blank_text_for_a_tokenizer_that_adds_no_tokens(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    assert tokenize(Texts((["", "a"], ["b", ""]), None), tokenizer, 8).lengths.tolist() == [1, 1]
+    with pytest.raises(UserError, match="the text of row 1, counted from 0, has no tokens, not"):
+        tokenize(Texts((["a", " ", "b"],), None), tokenizer, 8)
 
 
 def data_of(tokenizer, splits, monkeypatch, train_size=None, seeds=(0,)):
