@@ -99,6 +99,7 @@ class GLUEvaluator:
         tests = self._test_files() if test_splits else ()
         for split in ("train", *self.task.validation_splits, *tests):
             self.tokens(split)
+        self.data.report_overlap()
 
     def _test_files(self):
         if not self.task.server_files:

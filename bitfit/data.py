@@ -144,7 +144,9 @@ def tokenize(texts, tokenizer, max_length):
     rows = tokenizer(*texts.columns, truncation=True, max_length=max_length)
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
     if not lengths.all():
-        raise UserError("a text has no tokens, not even special ones: give another --model-name")
+        row = int(np.flatnonzero(lengths == 0)[0])
+        what = f"the text of row {row}, counted from 0, has no tokens, not even special ones"
+        raise UserError(f"{what}: give it a text, or another --model-name")
     cut = int((lengths >= max_length).sum())
     if cut:
         LOGGER.info("%d of %d rows fill %d tokens; what was longer is cut", cut, len(lengths),
@@ -224,6 +226,7 @@ class Dataset:
         self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
         self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
         self.device, self.splits = device, {}
+        self.row_hashes = {}  # {split: (rows,) int64 of each row's texts}
 
     def split(self, name):
         """A `Split`; its tokens are None for an optional one that is not there."""
@@ -234,9 +237,25 @@ class Dataset:
             if name == "train" and self.train_size is not None:
                 rows, of_seed = draw_rows(self.seeds, len(texts), self.train_size)
                 texts = texts.take(rows)
+            if texts is not None:
+                hashes = map(hash, zip(*texts.columns, strict=True))
+                self.row_hashes[name] = np.fromiter(hashes, np.int64, len(texts))
             tokens = texts and tokenize(texts, self.tokenizer, self.max_length).to(self.device)
             self.splits[name] = Split(tokens, of_seed)
         return self.splits[name]
+
+    def report_overlap(self):
+        """Log how many training rows have their texts in another split that has been read, too."""
+        others = dict(self.row_hashes)
+        train = others.pop("train")
+        counts = {name: int(np.isin(train, hashes).sum()) for name, hashes in others.items()}
+        found = ", ".join(
+            f"{count} also occur in {name}" for name, count in counts.items() if count
+        )
+        if found:
+            LOGGER.warning("of %d training rows %s", len(train), found)
+        else:
+            LOGGER.info("no training row occurs in %s", " or ".join(others))
 
     def scored(self):
         """{name: Split} of those with labels, of a large training set some rows."""

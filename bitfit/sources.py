@@ -1,29 +1,37 @@
 """GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files; and
 those of a task of one's own, from what its record names.
 
-Every reader answers with `Texts`; every fault is a `UserError` that names file and line.
+Every reader answers with `Texts`; every fault is a `UserError` that names file and line. No row is
+left out but those of a training file that lines in the log tell of, and those that a record
+excludes for want of a gold label; of a split that is predicted, none.
 """
 
 import logging
 import numbers
+import os
 import re
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bitfit.tables import READERS, load_hub, read_lines, read_parquet
+from bitfit import tables
+from bitfit.task_files import data_file
 from bitfit.tasks import written
 from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
 HALVES = re.compile("[\ud800-\udfff]")
+BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # nothing that has a width
 AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
+FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # which holds the rows of dev too
 OTHER_NAMES = {  # MRPC is also shipped under its first names
-    "MRPC/train.tsv": "MRPC/msr_paraphrase_train.txt",
+    "MRPC/train.tsv": FIRST_TRAIN_FILE,
     "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
 }
+IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
 
 
 class Texts(NamedTuple):
@@ -57,47 +65,85 @@ def read_split(task, split, data_dir=None):
         UserError: a missing file or split, broken rows, unknown labels, no network.
     """
     if task.record:
-        texts = read_own(task, split, Path(data_dir or "."))
+        parts, numbered = [read_own(task, split, Path(data_dir or "."))], False
     elif data_dir is None:
-        frame = read_hub(task, split)
-        texts = None if frame is None else from_frame(task, split, frame, HUB_DATASET)
+        parts, numbered = read_hub(task, split), True
     else:
-        texts = read_local(task, split, Path(data_dir))
-    if texts is not None and not len(texts):
-        raise UserError(f"the {split} split of {task.name} is empty: give a file with rows")
+        parts, numbered = read_local(task, split, Path(data_dir))
+    if not parts:
+        return None
+    texts = joined([texts_of(task, split, part, numbered) for part in parts])
+    if not len(texts):
+        what = f"the {split} split of {task.name} is empty"
+        raise UserError(f"{what}: {parts[0].source} has no rows; give a file with rows")
     return texts
 
 
+def columns_of(task, split, numbered=False):
+    """The names of the columns to read: one text or two and, where there are labels, the label.
+
+    Args:
+        numbered: whether they are those of `nyu-mll/glue`, where labels are numbers.
+    """
+    texts, label = (task.texts, "label") if numbered else (task.tsv_columns, task.tsv_label)
+    return [*texts, label] if is_labelled(split) else [*texts]
+
+
+def read_hub(task, split):
+    """[table], or [] for an optional split that is not there."""
+    config, name = ("ax", "test") if split == "ax" else (task.name, split)
+    copies = "give local copies: --data-dir <folder> and --model-name <folder>"
+    wanted = columns_of(task, split, numbered=True)
+    try:
+        return [tables.load_hub(HUB_DATASET, config, name, None, copies, wanted)[0]]
+    except UserError as error:
+        if split != "ax":
+            raise
+        LOGGER.warning("there is no diagnostic set: %s", error)
+        return []
+
+
 def read_local(task, split, data_dir):
-    if not data_dir.is_dir():
+    """(tables of a split in a folder, whether they are those of `nyu-mll/glue`)"""
+    if not os.path.isdir(data_dir):  # Path's own raises where a name is too long
         raise UserError(f"there is no data folder {data_dir}: check --data-dir")
     config, stem = ("ax", "test") if split == "ax" else (task.name, split)
-    parquet = sorted((data_dir / config).glob(f"{stem}-*.parquet"))
-    if parquet:
-        return from_frame(task, split, read_parquet(parquet), parquet[0])
+    shards = find_shards(data_dir / config, stem)
+    if shards:
+        wanted = columns_of(task, split, numbered=True)
+        return [tables.read_parquet(path, wanted) for path in shards], True
     names = AX_FILES if split == "ax" else tsv_names(task, split)
-    found = [data_dir / name for name in names if (data_dir / name).is_file()]
+    found = [name for name in names if (data_dir / name).is_file()]
     if found:
-        return read_tsv(task, found[0], is_labelled(split))
+        return [read_glue_tsv(task, split, data_dir, found[0])], False
     if split == "ax":
-        return None
+        return [], False
     expected = f"{names[0]} or {config}/{stem}-*.parquet"
     raise UserError(f"no {split} split of {task.name} in {data_dir}: expected {expected}")
 
 
-def read_own(task, split, folder):
-    """A split of a task that has a record."""
-    if "hub" in task.record:
-        return from_frame(task, split, *read_own_hub(task, split))
-    path = folder / task.record["files"][split]
-    if not path.is_file():
-        raise UserError(f'there is no file {path}: check the task\'s "files" and --data-dir')
-    if path.suffix == ".tsv":
-        return read_tsv(task, path, is_labelled(split))
-    frame = READERS[path.suffix](path)
-    if not len(frame):
-        raise UserError(f"{path} is empty: give a file with rows")
-    return from_frame(task, split, frame, path)
+def find_shards(folder, stem):
+    """The Parquet files of a split, in order; UserError where one is missing or there twice."""
+    found = {}  # {(its number, of how many): file}
+    for path in sorted(folder.glob(f"{stem}-*.parquet")):
+        match = tables.SHARD.fullmatch(path.name.removeprefix(f"{stem}-"))
+        if not match:
+            raise UserError(f"{path}: a split's files are named {stem}-00000-of-00001.parquet")
+        other = found.setdefault((int(match[1]), int(match[2])), path)
+        if other != path:
+            raise UserError(f"{other} and {path.name} are the same part of {stem}: take one out")
+    counts = sorted({count for _, count in found})
+    if len(counts) > 1:
+        what = f"{folder}: some files of {stem} are of {counts[0]}, others of {counts[1]}"
+        raise UserError(f"{what}: take those of one set out")
+    count, numbers = max(counts, default=0), {number for number, _ in found}
+    for number in range(count):
+        if number not in numbers:
+            name = f"{stem}-{number:05}-of-{count:05}.parquet"
+            raise UserError(f"{folder / name} is missing: {len(found)} of {count} files are there")
+    if len(found) > count:
+        raise UserError(f"{found[max(found)]}: its number is too high: take it out")
+    return [found[key] for key in sorted(found)]
 
 
 def tsv_names(task, split):
@@ -105,102 +151,110 @@ def tsv_names(task, split):
     return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
 
 
-def read_tsv(task, path, labelled):
-    """A file of GLUE's own: tab-separated UTF-8, never quoted, so that a `"` is text."""
-    lines = read_lines(path)
-    names = task.tsv_names if labelled and task.tsv_names else None
-    first = 1 if names else 2  # the number of the first line that holds a row
-    names = names or (lines.pop(0).split("\t") if lines else ())
-    wanted = task.tsv_columns + ((task.tsv_label,) if labelled else ())
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise UserError(f"{path}:1: no column {missing[0]!r} among {', '.join(names) or 'none'}")
-    rows = split_rows(lines, len(names), path, first, task.skips_short_rows)
-    columns = [[row[names.index(name)] for _, row in rows] for name in wanted]
-    if not labelled:
-        return Texts(tuple(columns), None)
-    known = {word: number for number, word in enumerate(task.written_labels)}
-    labels = decode_labels(task, columns[-1], known, lambda row: f"{path}:{rows[row][0]}")
-    return Texts(tuple(columns[:-1]), labels)
+def read_glue_tsv(task, split, data_dir, name):
+    """The table of a file of GLUE's own."""
+    path, wanted = data_dir / name, columns_of(task, split)
+    if name == FIRST_TRAIN_FILE:
+        return without_dev_rows(path, wanted)
+    names = task.tsv_names if is_labelled(split) else None
+    return tables.read_tsv(path, wanted, names, task.skips_short_rows and split == "train")
 
 
-def split_rows(lines, width, path, first, skips_short_rows):
-    """[(line number, fields)], each with `width` fields."""
-    rows = [(number, line.split("\t")) for number, line in enumerate(lines, first)]
-    wrong = [number for number, row in rows if len(row) != width]
-    if wrong and not skips_short_rows:
-        count = len(rows[wrong[0] - first][1])
-        raise UserError(f"{path}:{wrong[0]}: {count} columns where {width} are expected")
-    if wrong:
-        LOGGER.warning("%s: %d broken rows are left out", path, len(wrong))
-    return [(number, row) for number, row in rows if len(row) == width]
+def without_dev_rows(path, wanted):
+    """MRPC's first training file without the rows of dev.tsv; UserError where any is not in it."""
+    dev = path.with_name("dev.tsv")
+    if not dev.is_file():
+        what = f"{path} holds the validation rows too, and without {dev} nothing tells which"
+        raise UserError(f"{what}: give that file, or train.tsv")
+    table, dev_table = (tables.read_tsv(file, [*IDS, *wanted]) for file in (path, dev))
+    found = same_rows(table, dev_table)
+    if not all(found):
+        what = f"{found.count([])} rows of {dev} are not in {path} by their IDs"
+        raise UserError(f"{what}, and may be by others: give train.tsv")
+    dropped, rows = {row for same in found for row in same}, range(len(table.numbers))
+    what = f"{len(dropped)} rows, those of dev.tsv, are left out of {len(rows)}"
+    LOGGER.warning("%s: %s", path, what)
+    table = table.take([row for row in rows if row not in dropped])
+    return table._replace(columns={name: table.columns[name] for name in wanted})
 
 
-def decode_labels(task, values, known, place, number=float):
-    """Labels as files write them -> numbers, float32 for a regression.
-
-    Args:
-        known: {a label as it is written: its number}
-        place: row number -> where that row stands.
-        number: a score as it is written -> that score.
-    """
-    low, high = task.score_range
-    expected = ", ".join(map(str, known)) or f"a score from {low:g} to {high:g}"
-    labels = []
-    for row, value in enumerate(values):
-        try:
-            labels.append(number(value) if task.is_regression else known[value])
-            if task.is_regression and not low <= labels[-1] <= high:
-                raise ValueError
-        except (ValueError, TypeError, LookupError):
-            raise UserError(f"{place(row)}: unknown label {value!r}; expected {expected}") from None
-    return np.array(labels, np.float32 if task.is_regression else np.int64)
+def same_rows(table, others):
+    """[[row of `table`]] for each row of `others`: by the two IDs, or by all where they are not
+    those of one row alone."""
+    rows, by_ids = list(zip(*table.columns.values(), strict=True)), {}
+    for number, row in enumerate(rows):
+        by_ids.setdefault(row[:2], []).append(number)
+    found = []
+    for other in zip(*others.columns.values(), strict=True):
+        same = by_ids.get(other[:2], [])
+        found.append(same if len(same) == 1 else [n for n in same if rows[n] == other])
+    return found
 
 
-def read_hub(task, split):
-    config, name = ("ax", "test") if split == "ax" else (task.name, split)
-    copies = "give local copies: --data-dir <folder> and --model-name <folder>"
-    try:
-        return load_hub(HUB_DATASET, config, name, None, copies)[0]
-    except UserError:
-        if split == "ax":
-            return None
-        raise
-
-
-def read_own_hub(task, split):
-    """(frame, where it is from): a column of class numbers becomes one of their names."""
-    hub, label = task.record["hub"], task.tsv_label
+def read_own(task, split, folder):
+    """The table of a split of a task that has a record."""
+    wanted = columns_of(task, split)
+    if "files" in task.record:
+        return tables.read_file(data_file(folder, task.record["files"][split]), wanted)
+    hub = task.record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
     where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]
-    frame, features = load_hub(*where, copies)
-    names = getattr(features.get(label), "names", None)
-    if names and is_labelled(split):
-        frame[label] = frame[label].map(dict(enumerate(names)))
-    return frame, f"{hub['name']} ({split})"
+    table, features = tables.load_hub(*where, copies, wanted)
+    classes = getattr(features.get(task.tsv_label), "names", None)
+    if classes and is_labelled(split):  # a column of class numbers becomes one of their names
+        known, labels = dict(enumerate(classes)), table.columns[task.tsv_label]
+        table.columns[task.tsv_label] = [known.get(label, label) for label in labels]
+    return table
 
 
-def from_frame(task, split, frame, source):
-    """A table with the columns of `nyu-mll/glue`, labels as numbers, or of a record -> Texts."""
-    labelled, label = is_labelled(split), task.tsv_label if task.record else "label"
-    wanted = task.texts + ((label,) if labelled else ())
-    missing = [name for name in wanted if name not in frame]
-    if missing:
-        raise UserError(f"{source}: no column {missing[0]!r} among {', '.join(frame.columns)}")
-    for name in task.texts:
-        bad = [i for i, text in enumerate(frame[name]) if not is_text(text)]
-        if bad:
-            raise UserError(f"{source}: row {bad[0]} has no text in column {name!r}")
-    columns = tuple(frame[name].tolist() for name in task.texts)
-    if not labelled:
-        return Texts(columns, None)
-    if task.record:
-        values, names, number = map(written, frame[label]), task.labels, float
-    else:
-        values, names, number = frame[label], range(len(task.labels)), real
-    known = {name: place for place, name in enumerate(names)}
-    labels = decode_labels(task, values, known, lambda i: f"{source}: row {i}", number)
-    return Texts(columns, labels)
+def texts_of(task, split, table, numbered):
+    """A table's texts and, where there are, labels.
+
+    Args:
+        numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
+    """
+    if not is_labelled(split):
+        return Texts(tuple(checked_texts(table, table.columns)), None)
+    table = with_gold_labels(task, table)
+    *names, label = table.columns
+    columns = tuple(checked_texts(table, names))
+    return Texts(columns, decode_labels(task, table.columns[label], table.place, numbered))
+
+
+def joined(parts):
+    """Several `Texts` as one."""
+    columns = zip(*(part.columns for part in parts), strict=True)
+    labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
+    return Texts(tuple(list(chain.from_iterable(column)) for column in columns), labels)
+
+
+def with_gold_labels(task, table):
+    """A table without the rows that the task's record excludes; a line tells how many."""
+    if not task.excluded_labels:
+        return table
+    labels = list(map(written, table.columns[task.tsv_label]))
+    kept = [row for row, label in enumerate(labels) if label not in task.excluded_labels]
+    LOGGER.warning("%s: %d of %d rows have no gold label and are left out",
+                   table.source, len(labels) - len(kept), len(labels))  # fmt: skip
+    return table.take(kept)
+
+
+def checked_texts(table, names):
+    """Some columns of texts: a missing one is an error, a blank one is a text, and counted."""
+    columns, blank = [table.columns[name] for name in names], {}
+    for name, column in zip(names, columns, strict=True):
+        for row, text in enumerate(column):
+            if not is_text(text):
+                what = f"no text in column {tables.shown(name)}, but {tables.shown(text)}"
+                raise UserError(f"{table.place(row)}: {what}")
+            if BLANK.fullmatch(text):
+                blank.setdefault(row, name)
+    if blank:
+        first = min(blank)
+        place, name = table.place(first), tables.shown(blank[first])
+        what = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
+        LOGGER.warning("%s: a blank text in column %s; %s", place, name, what)
+    return columns
 
 
 def is_text(value):
@@ -208,7 +262,39 @@ def is_text(value):
     return isinstance(value, str) and HALVES.search(value) is None
 
 
+def decode_labels(task, values, place, numbered):
+    """Labels as files hold them -> numbers, float32 for a regression.
+
+    Args:
+        place: row number -> where that row stands.
+        numbered: as in `texts_of`.
+    """
+    number, read = (real, lambda value: value) if numbered else (float_of, written)
+    names = range(len(task.labels)) if numbered else task.written_labels
+    known, (low, high) = {name: label for label, name in enumerate(names)}, task.score_range
+    labels = []
+    for row, value in enumerate(values):
+        word = read(value)
+        try:
+            labels.append(number(word) if task.is_regression else known[word])
+            if task.is_regression and not low <= labels[-1] <= high:
+                raise ValueError
+        except (ValueError, TypeError, LookupError):
+            expected = tables.shown_all(known) if known else f"a score from {low:g} to {high:g}"
+            what = f"unknown label {tables.shown(value if word is None else word)}"
+            what += tables.look_alike(word, [*known, *task.excluded_labels])
+            raise UserError(f"{place(row)}: {what}; expected {expected}") from None
+    return np.array(labels, np.float32 if task.is_regression else np.int64)
+
+
 def real(value):
     if not isinstance(value, numbers.Real):
         raise TypeError
     return value
+
+
+def float_of(word):
+    """The number that a word is; Python's own float takes 1_0 for one too."""
+    if word is None or "_" in word:
+        raise ValueError
+    return float(word)

@@ -1,78 +1,238 @@
 """Tables as they lie in files and in the Hub's data sets, whatever the task.
 
-Every fault is a `UserError` that names the file and, where there are lines, the line.
+Every reader answers with a `Table`; every fault is a `UserError` that names the file and, where
+there are lines, the line as an editor counts them.
 """
 
+import codecs
 import csv
+import difflib
 import io
 import json
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from utils import UserError, blaming, one_line
 
+LOGGER = logging.getLogger("bitfit")
+SHOWN, MANY = 80, 20  # the most characters of a value, and the most names, that a message quotes
+SHARD = re.compile(r"(\d+)-of-(\d+)(-[0-9a-f]+)?\.[a-z]+")  # some names end with a hash
+# Letters that look like others: Cyrillic, then Greek, then dashes, digits and quotes.
+LIKE_LETTERS = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455"
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0406"
+    "\u03b1\u03bf\u03bd\u03c1\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d"
+    "\u039f\u03a1\u03a4\u03a5\u03a7\u2010\u2011\u2013\u2014\u221210I\u2018\u2019",
+    "aeopcyxijsABEKMHOPCTXlaovpABEZHlKMNOPTYX-----lOl''",
+)
+
+
+class Table(NamedTuple):
+    """Some columns of a file or of a data set, and where each row stands in it."""
+
+    source: str
+    columns: dict  # {name: [the value of each row]}
+    numbers: Sequence  # of each row: its first line from 1, or its index from 0
+    has_lines: bool = True
+
+    def place(self, row):
+        """Where a row stands, as error messages begin."""
+        between = ":" if self.has_lines else ": row index "
+        return f"{self.source}{between}{self.numbers[row]}"
+
+    def take(self, rows):
+        """The given rows, in that order."""
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return self._replace(columns=columns, numbers=[self.numbers[i] for i in rows])
+
+
+def shown(value):
+    """A value as messages quote it: no character of it can break a line, however long it is."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]}...{text[-1]}"
+
+
+def shown_all(names):
+    """Names as messages list them, in quotes where they cannot be told apart without."""
+    names = list(names)
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    plain = re.compile(r"[!-~]([ -~]{,78}[!-~])?")
+    words = [n if plain.fullmatch(str(n)) else shown(n) for n in names[:MANY]]
+    return (", ".join(map(str, words)) or "none") + more
+
+
+def look_alike(word, known):
+    """Where a word looks like a known one, a note of the characters that differ; else ""."""
+    if not isinstance(word, str) or len(word) > SHOWN:
+        return ""
+    for other in known:
+        if isinstance(other, str) and other != word and visible(other) == visible(word):
+            parts = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
+            changes = [
+                f"{code_points(word[a:b])} for {code_points(other[c:d])}"
+                for kind, a, b, c, d in parts
+                if kind != "equal"
+            ]
+            return f" (it looks like {other!r}, but has {', '.join(changes)})"
+    return ""
+
+
+def visible(word):
+    """A word without marks, blanks and characters of no width, like letters as one."""
+    letters = unicodedata.normalize("NFKD", word).translate(LIKE_LETTERS)
+    return "".join(c for c in letters if unicodedata.category(c)[0] not in "MCZ")
+
+
+def code_points(letters):
+    return " ".join(f"U+{ord(c):04X}" for c in letters) or "nothing"
+
+
+def check_names(where, names, wanted):
+    """UserError where a column is there twice, or is missing."""
+    counted = set()
+    for name in names:
+        if name in counted:
+            raise UserError(f"{where}: the column {shown(name)} is there twice: give each once")
+        counted.add(name)
+    for name in wanted:
+        if name not in counted:
+            among = f"{shown_all(names)}{look_alike(name, names)}"
+            raise UserError(f"{where}: no column {shown(name)} among {among}")
+
 
 def read_lines(path):
-    data = path.read_bytes()
+    """The lines of a UTF-8 file; they end with LF, CR LF or, where there is no LF at all, CR."""
     try:
-        text = data.decode("utf-8-sig")
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    end = b"\n" if b"\n" in data else b"\r"
+    try:
+        text = data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(end, 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
+    if "\0" in text:  # so UTF-16 reads without a byte order mark
+        line = data.count(end, 0, data.index(b"\0")) + 1
+        raise UserError(f"{path}:{line}: not text, there is a zero byte; convert it to UTF-8")
     # Not splitlines(): it would also break rows at characters such as U+2028.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in text.split(end.decode())]
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_csv(path):
-    """Comma-separated UTF-8 with a header line, quoted with `"` -> a frame of words.
+def read_tsv(path, wanted, names=None, skips_broken_rows=False):
+    """Tab-separated UTF-8, never quoted, so that a `"` is text.
+
+    Args:
+        wanted: the names of the columns to give.
+        names: of all columns, where the file has no line of them.
+        skips_broken_rows: leave rows with too few or too many fields out, and print how many.
+    """
+    lines = read_lines(path)
+    first = 1 if names else 2  # the number of the first line that holds a row
+    names = names or (lines.pop(0).split("\t") if lines else [])
+    rows = [line.split("\t") for line in lines]
+    numbers = range(first, first + len(rows))
+    if skips_broken_rows:
+        rows, numbers = whole_rows(path, rows, numbers, len(names))
+    return table_of(path, names, rows, numbers, wanted)
+
+
+def whole_rows(path, rows, numbers, width):
+    """The rows that have so many fields, and their numbers; a line tells of the others."""
+    kept = [i for i, row in enumerate(rows) if len(row) == width]
+    if len(kept) < len(rows):
+        first = next(i for i, row in enumerate(rows) if len(row) != width)
+        what = f"{len(rows) - len(kept)} of {len(rows)} rows do not have {width} fields"
+        LOGGER.warning("%s:%d: broken; %s and are left out", path, numbers[first], what)
+    return [rows[i] for i in kept], [numbers[i] for i in kept]
+
+
+def read_csv(path, wanted):
+    """Comma-separated UTF-8 with a line of names, quoted with `"`.
 
     pandas itself would fill up short rows, cut long ones, and take `NA` for nothing.
     """
-    import pandas as pd
-
     csv.field_size_limit(2**31 - 1)  # else a text has no more than 131,072 letters
-    rows = csv.reader(io.StringIO("\n".join(read_lines(path)), newline=""), strict=True)
+    reader = csv.reader(io.StringIO("\n".join(read_lines(path)), newline=""), strict=True)
+    rows, numbers, line = [], [], 1
     try:
-        names, kept = next(rows, []), []
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise UserError(f"{path}:1: the column {twice[0]!r} is there twice")
-        for row in rows:
-            if len(row) != len(names):
-                what = f"{len(row)} columns where {len(names)} are expected"
-                raise UserError(f"{path}:{rows.line_num}: {what}")
-            kept.append(row)
+        for row in reader:
+            rows.append(row)
+            numbers.append(line)
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{rows.line_num}: not CSV: {error}") from None
-    return pd.DataFrame(kept, columns=names)
+        raise UserError(f"{path}:{line}: not CSV: {error}") from None
+    return table_of(path, rows[0] if rows else [], rows[1:], numbers[1:], wanted)
 
 
-def read_json_lines(path):
-    """A JSON object a line -> a frame; nothing is taken for a date or a number that is none."""
-    import pandas as pd
+def table_of(path, names, rows, numbers, wanted):
+    """The `Table` of rows of fields."""
+    for row, number in zip(rows, numbers, strict=True):
+        if len(row) != len(names):
+            what = f"{len(row)} columns where {len(names)} are expected"
+            raise UserError(f"{path}:{number}: {what}")
+        if row == names and len(names) > 1:  # files put together; with no labels it reads as texts
+            raise UserError(f"{path}:{number}: the line of column names once more: take it out")
+    if names:
+        check_names(f"{path}:1", names, wanted)
+    places = {name: names.index(name) for name in wanted} if names else dict.fromkeys(wanted)
+    columns = {name: [row[place] for row in rows] for name, place in places.items()}
+    return Table(str(path), columns, numbers)
 
+
+def read_json_lines(path, wanted):
+    """A JSON object a line; nothing is taken for a date or a number that is none."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            rows.append(None)
-        if not isinstance(rows[-1], dict):
-            raise UserError(f"{path}:{number}: not a JSON object in one line")
-    return pd.DataFrame(rows, dtype=object)
+            rows.append(json.loads(line, object_pairs_hook=each_once))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{shown(rows[-1])} is none")
+        except (ValueError, RecursionError) as error:
+            what = f"not a JSON object in one line: {one_line(error)}"
+            raise UserError(f"{path}:{number}: {what}") from None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if rows:
+        check_names(path, names, wanted)
+    columns = {name: [row.get(name) for row in rows] for name in wanted}
+    return Table(str(path), columns, range(1, len(rows) + 1))
 
 
-def read_parquet(paths):
-    import pandas as pd
+def each_once(pairs):
+    """A JSON object; of a key given twice json itself would keep the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {json.dumps(twice)} is given twice")
+    return value
 
+
+def read_parquet(path, wanted):
     def unreadable(error):
-        return UserError(f"{paths[0]}: not a readable Parquet file: {one_line(error)}")
+        return UserError(f"{path}: not a readable Parquet file: {one_line(error)}")
 
     with blaming(unreadable):  # pyarrow raises several kinds of its own
-        return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+    check_names(path, names, wanted)
+    with blaming(unreadable), ParquetFile(path) as file:
+        return arrow_table(path, file.read(columns=wanted), wanted)
 
 
-def load_hub(name, config, split, revision, otherwise):
-    """(frame, features) of a data set on the Hub; `otherwise`: what to do where there is none."""
+def arrow_table(source, table, wanted):
+    columns = {name: table[name].to_pylist() for name in wanted}
+    return Table(str(source), columns, range(table.num_rows), has_lines=False)
+
+
+def load_hub(name, config, split, revision, otherwise, wanted):
+    """(table, features) of a data set on the Hub; `otherwise`: what to do where there is none."""
 
     def unreachable(error):
         what = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
@@ -83,8 +243,14 @@ def load_hub(name, config, split, revision, otherwise):
 
         datasets.disable_progress_bars()
         rows = datasets.load_dataset(name, config, split=split, revision=revision)
-        return rows.to_pandas(), rows.features
+        source, table = f"{name} ({split})", rows.with_format("arrow")[:]
+    check_names(source, table.column_names, wanted)
+    return arrow_table(source, table, wanted), rows.features
 
 
-READERS = {".csv": read_csv, ".jsonl": read_json_lines, ".parquet": lambda p: read_parquet([p])}
-ENDINGS = (".tsv", *READERS)  # of the files that a record may name
+def read_file(path, wanted):
+    """A file of a task of one's own, read by its ending."""
+    return READERS[path.suffix](path, wanted)
+
+
+READERS = {".tsv": read_tsv, ".csv": read_csv, ".jsonl": read_json_lines, ".parquet": read_parquet}

@@ -7,15 +7,18 @@ its defaults, so that two files that say the same are the same.
 
 import json
 import math
+import os
 import re
+import unicodedata
 from pathlib import Path
 
-from bitfit.tables import ENDINGS
+from bitfit.tables import READERS, SHARD, code_points, each_once
 from bitfit.tasks import METRICS, TASKS, Task, written
 from utils import UserError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
-WORD = r"[^\t\r\n\ud800-\udfff]+"  # what a TSV file can hold; JSON can name halves of letters
+# No control characters, and no halves of letters, which JSON can name.
+WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
@@ -46,6 +49,7 @@ def task_of(record):
         tsv_label=record["label"], labels_by_name=True,
         splits={name: where for name, where in splits.items() if name != "train"},
         score_range=tuple(record.get("scores", Task.score_range)), record=record,
+        excluded_labels=tuple(record.get("exclude_labels", ())),
     )  # fmt: skip
 
 
@@ -73,23 +77,31 @@ def read(path, data_dir=None):
 def check_files(path, record, data_dir=None):
     """UserError where a data file of the record in a task file is not there."""
     for split, name in record.get("files", {}).items():
-        file = Path(data_dir or home_of(path), name)
-        if not file.is_file():
-            raise UserError(f'{path}: "files": {split}: there is no file {file}')
+        try:
+            data_file(data_dir or home_of(path), name)
+        except UserError as error:
+            raise UserError(f'{path}: "files": {split}: {error}') from None
+
+
+def data_file(folder, name):
+    """The path of a data file that a record names; UserError where it cannot be read as a split.
+
+    A name outside the folder would be the same file whatever --data-dir is.
+    """
+    file, shard = Path(folder, name), SHARD.search(name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        what = f"{name} may lie outside of the data folder"
+        raise UserError(f"{what}: give its path inside that folder, and the folder as --data-dir")
+    if not os.path.isfile(file):  # Path's own raises where a name is too long
+        raise UserError(f'there is no file {file}: check the task\'s "files" and --data-dir')
+    if shard and int(shard[2]) > 1:
+        raise UserError(f"{file} is one of {int(shard[2])} files: give one that holds all rows")
+    return file
 
 
 def home_of(path):
     """The folder that the data files of a task file lie in, if nobody says otherwise."""
     return str(Path(path).parent)
-
-
-def each_once(pairs):
-    """A JSON object; of a key given twice json itself would keep the last."""
-    keys = [key for key, _ in pairs]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise ValueError(f'the key "{twice[0]}" is given twice')
-    return dict(pairs)
 
 
 def checked(record, where):
@@ -99,15 +111,16 @@ def checked(record, where):
         UserError: it begins with `where`, then names the key.
     """
     try:
-        need_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES))
+        need_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES, *OPTIONS))
         need_one(record, *KINDS)
         need_one(record, *SOURCES)
         record = dict(sorted(({"label": "label"} | record).items()))
         check_name(record["name"])
         check_columns(record["texts"], record["label"])
-        for key, made in (KINDS | SOURCES).items():
+        for key, made in (KINDS | SOURCES | OPTIONS).items():
             if key in record:
                 record[key] = made(record[key])
+        check_excluded(**{key: record.get(key, ()) for key in (*KINDS, *OPTIONS)})
         check_metrics(record["metrics"], record.get("labels"))
         return record
     except UserError as error:
@@ -156,14 +169,47 @@ def check_name(name):
 
 def check_columns(texts, label):
     need(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
-    need(is_like(".+", label), "label", "give the name of a column")
+    need(is_like(WORD, label), "label", "give the name of a column")
     need(label not in texts, "label", f'"{label}" is one of the texts')
 
 
 def labels_of(labels):
     words = [written(label) for label in labels] if isinstance(labels, list) else None
     need(are_distinct(words, 2), "labels", "give a list of two or more words, each once")
+    seen = {}
+    for word in words:
+        other = seen.setdefault(printed(word), word)
+        alike = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
+        need(other == word, "labels", f"{alike} look alike: give one of them")
     return words
+
+
+def printed(word):
+    """What can be seen of a word: accents composed, no characters without width, single blanks."""
+    letters = [c for c in unicodedata.normalize("NFC", word) if unicodedata.category(c) != "Cf"]
+    return " ".join("".join(letters).split())
+
+
+def excluded_of(labels):
+    """The labels of rows that are left out, as `written` has them; None: there is none."""
+    what = "give a list of labels, or null for a missing one, each once"
+    need(isinstance(labels, list) and labels, "exclude_labels", what)
+    words = [written(label) for label in labels]
+    right = [label is None or word == "" or is_like(WORD, word)
+             for label, word in zip(labels, words, strict=True)]  # fmt: skip
+    need(all(right) and len(set(words)) == len(words), "exclude_labels", what)
+    return words
+
+
+def check_excluded(labels, scores, exclude_labels):
+    """UserError where a label is both one of the task's and one of rows that are left out."""
+    for word in exclude_labels:
+        need(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
+        try:
+            within = scores and scores[0] <= float(word) <= scores[1]
+        except (TypeError, ValueError):
+            within = False
+        need(not within, "exclude_labels", f"{word} is one of the scores")
 
 
 def scores_of(scores):
@@ -194,7 +240,7 @@ def splits_of(splits, key):
     for split, where in splits.items():
         what = "name the splits train, validation, test, validation_... or test_..."
         need(is_like(SPLIT, split), key, f'unknown split "{split}"; {what}')
-        need(is_like(".+", where), key, f"{split}: give a name, not {where!r}")
+        need(is_like(WORD, where), key, f"{split}: give a name, not {where!r}")
     for split in ("train", "validation"):
         need(split in splits, key, f'the split "{split}" is missing')
     return dict(sorted(splits.items()))
@@ -203,8 +249,8 @@ def splits_of(splits, key):
 def files_of(files):
     files = splits_of(files, "files")
     for split, name in files.items():
-        known = ", ".join(ENDINGS)
-        need(Path(name).suffix in ENDINGS, "files", f"{split}: {name} ends with none of {known}")
+        known = ", ".join(READERS)
+        need(Path(name).suffix in READERS, "files", f"{split}: {name} ends with none of {known}")
     return files
 
 
@@ -212,10 +258,11 @@ def hub_of(hub):
     need_keys(hub, ("name", "splits"), ("config", "revision"), '"hub": ')
     hub = {"config": None, "revision": None} | hub
     for key in ("name", "config", "revision"):
-        right = is_like(".+", hub[key]) or (hub[key] is None and key != "name")
+        right = is_like(WORD, hub[key]) or (hub[key] is None and key != "name")
         need(right, "hub", f"{key}: give a name, not {hub[key]!r}")
     return hub | {"splits": splits_of(hub["splits"], "splits")}
 
 
 KINDS = {"labels": labels_of, "scores": scores_of}
 SOURCES = {"files": files_of, "hub": hub_of}
+OPTIONS = {"exclude_labels": excluded_of}

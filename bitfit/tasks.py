@@ -30,10 +30,11 @@ class Task:
     tsv_label: str = "label"
     tsv_names: tuple[str, ...] = ()  # the columns of a train or dev file that has no header line
     labels_by_name: bool = False  # TSV and server files hold names, not numbers
-    skips_short_rows: bool = False  # the published file has broken rows, which all readers skip
+    skips_short_rows: bool = False  # the published train file has broken rows, which all skip
     splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
     validation_rows: tuple[int, ...] = ()  # of GLUE's validation splits, where they are known
     score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; STS-B's
+    excluded_labels: tuple = ()  # of rows without a gold label: None, or as files write them
     record: dict | None = None  # of a task of one's own: the JSON that it was made of
 
     @property

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from bitfit.data import batch_of, batches_by_length, gather, passes_of, to_device, tokenize
+from bitfit.data import Dataset, batch_of, batches_by_length, gather, passes_of, to_device, tokenize
 from bitfit.sources import Texts
+from bitfit.tasks import TASKS
 from utils import UserError
 
 TEXTS = Texts((["a", "a b c d", "", "a b"], ["c", "", "", "d e"]), np.array([0, 1, 0, 1]))
@@ -52,6 +54,47 @@ def test_long_rows_are_cut_as_the_tokenizer_cuts_them(tokenizer):
 def test_no_room_for_text(tokenizer):
     with pytest.raises(UserError, match=r"--max-seq-length 3 leaves no room .* adds 3 special"):
         tokenize(TEXTS, tokenizer, 3)
+
+
+def test_a_blank_text_for_a_tokenizer_that_adds_no_tokens(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    assert tokenize(Texts((["", "a"], ["b", ""]), None), tokenizer, 8).lengths.tolist() == [1, 1]
+    with pytest.raises(UserError, match="the text of row 1, counted from 0, has no tokens, not"):
+        tokenize(Texts((["a", " ", "b"],), None), tokenizer, 8)
+
+
+def data_of(tokenizer, splits, monkeypatch, train_size=None, seeds=(0,)):
+    """A `Dataset` of MNLI whose splits hold these pairs; others are not there."""
+    texts = {name: Texts(tuple(map(list, zip(*rows, strict=True))), None if "test" in name else
+             np.zeros(len(rows), np.int64)) for name, rows in splits.items()}  # fmt: skip
+    monkeypatch.setattr("bitfit.data.read_split", lambda task, name, folder: texts.get(name))
+    data = Dataset(TASKS["mnli"], None, tokenizer, 32, seeds, train_size, torch.device("cpu"))
+    for name in ("train", "validation_matched", "validation_mismatched", "test_matched", "ax"):
+        data.split(name)
+    data.report_overlap()
+
+
+def test_training_rows_that_occur_elsewhere_are_counted(tokenizer, monkeypatch, caplog):
+    """A row is both of its texts, in their order; a row that is there twice counts twice."""
+    caplog.set_level("INFO")
+    train = [("a", "b"), ("c", "d"), ("c", "d"), ("ab", "")]
+    splits = {
+        "train": train,
+        "validation_matched": [("c", "d"), ("b", "a"), ("a", "c")],
+        "validation_mismatched": [("", "ab"), ("A", "b")],
+        "test_matched": [("a", "b"), ("a", "b"), ("c", "d"), ("ab", "")],
+    }
+    data_of(tokenizer, splits, monkeypatch)
+    what = "of 4 training rows 2 also occur in validation_matched, 4 also occur in test_matched"
+    assert caplog.messages == [what]
+    caplog.clear()
+    data_of(tokenizer, splits | {"train": [("b", "b")]}, monkeypatch)
+    others = "validation_matched or validation_mismatched or test_matched"
+    assert caplog.messages == [f"no training row occurs in {others}"]
+    caplog.clear()
+    drawn = {"train": [("a", str(i)) for i in range(50)], "validation_matched": [("a", "7")]}
+    data_of(tokenizer, drawn, monkeypatch, train_size=50, seeds=(0, 1))
+    assert caplog.messages == ["of 50 training rows 1 also occur in validation_matched"]
 
 
 @pytest.mark.parametrize("packed", [True, False])

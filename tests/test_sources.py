@@ -1,5 +1,7 @@
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import GLUE
 
@@ -69,18 +71,91 @@ def test_tabs_inside_parquet_text(tmp_path):
     assert read_split(TASKS["cola"], "train", tmp_path).columns == (["a\tb\nc"],)
 
 
-def test_mrpc_under_its_first_name(tmp_path):
-    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    write(tmp_path, "MRPC/msr_paraphrase_train.txt", header + "1\t5\t6\ta\tb\n")
-    assert read_split(TASKS["mrpc"], "train", tmp_path).columns == (["a"], ["b"])
+MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 
 
-def test_qqp_skips_broken_rows(tmp_path, caplog):
-    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
-    write(tmp_path, "QQP/train.tsv", header + "1\t2\t3\ta\tb\t1\n4\t5\t6\n7\t8\t9\tc\td\t0\n")
+def original_mrpc(folder, dev, train="1\t5\t6\ta\tb\n0\t5\t7\tc\td\n1\t8\t6\te\tf\n"):
+    if dev is not None:
+        write(folder, "MRPC/dev.tsv", MRPC_HEADER + dev)
+    write(folder, "MRPC/msr_paraphrase_train.txt", "\ufeff" + MRPC_HEADER + train)
+    return read_split(TASKS["mrpc"], "train", folder)
+
+
+def test_mrpcs_original_training_file_without_the_rows_of_dev(tmp_path, caplog):
+    """Both IDs tell; a row that has only one of them stays."""
+    texts = original_mrpc(tmp_path, dev="0\t5\t7\tc\td\n")
+    assert texts.columns == (["a", "e"], ["b", "f"])
+    assert texts.labels.tolist() == [1, 1]
+    assert "msr_paraphrase_train.txt: 1 rows, those of dev.tsv, are left out of 3" in caplog.text
+
+
+def test_where_ids_are_not_unique_the_texts_tell_too(tmp_path):
+    rows = "1\t5\t6\ta\tb\n0\t5\t6\tc\td\n"
+    assert original_mrpc(tmp_path, "0\t5\t6\tc\td\n", rows).columns == (["a"], ["b"])
+
+
+@pytest.mark.parametrize(
+    ("dev", "message"),
+    [
+        (None, r"holds the validation rows too, and without .*dev.tsv nothing tells which"),
+        ("0\t0\t1\tc\td\n", r"1 rows of .*dev.tsv are not in .*train.txt by their IDs"),
+        ("0\t7\t5\tc\td\n", r"1 rows of .*dev.tsv are not in .*train.txt by their IDs"),
+    ],
+)
+def test_mrpcs_dev_rows_that_cannot_be_told(tmp_path, dev, message):
+    with pytest.raises(UserError, match=message):
+        original_mrpc(tmp_path, dev)
+
+
+def test_mrpcs_other_training_file_is_read_as_it_is(tmp_path, caplog):
+    write(tmp_path, "MRPC/train.tsv", MRPC_HEADER + "1\t8\t6\te\tf\n")
+    assert len(original_mrpc(tmp_path, dev=None)) == 1
+    write(tmp_path, "MRPC/msr_paraphrase_test.txt", MRPC_HEADER + "1\t8\t6\te\tf\n")
+    assert read_split(TASKS["mrpc"], "test", tmp_path).columns == (["e"], ["f"])
+    assert caplog.text == ""
+
+
+QQP_HEADER = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+
+
+def test_qqps_training_file_has_broken_rows(tmp_path, caplog):
+    write(tmp_path, "QQP/train.tsv", QQP_HEADER + "1\t2\t3\ta\tb\t1\n4\t5\t6\n7\t8\t9\tc\td\t0\n")
     texts = read_split(TASKS["qqp"], "train", tmp_path)
     assert texts.labels.tolist() == [1, 0]
-    assert "1 broken rows are left out" in caplog.text
+    what = "train.tsv:3: broken; 1 of 3 rows do not have 6 fields and are left out"
+    assert what in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["4\t5", "4\ta\tb\tc", "", "4\ta\tb\tc\td\te\tf"])
+def test_no_row_of_a_split_that_is_predicted_is_left_out(tmp_path, broken):
+    """Each later prediction would get the index of the row before."""
+    write(tmp_path, "QQP/test.tsv", f"id\tquestion1\tquestion2\n1\ta\tb\n{broken}\n5\tc\td\n")
+    with pytest.raises(UserError, match=r"test.tsv:3: \d columns where 3 are expected"):
+        read_split(TASKS["qqp"], "test", tmp_path)
+    write(tmp_path, "QQP/dev.tsv", f"{QQP_HEADER}1\t2\t3\ta\tb\t1\n{broken}\n")
+    with pytest.raises(UserError, match=r"dev.tsv:3: \d columns where 6 are expected"):
+        read_split(TASKS["qqp"], "validation", tmp_path)
+
+
+def test_files_put_together_with_their_headers(tmp_path):
+    """In a test split, which has no labels, the second header would be read as texts."""
+    part = "index\tsentence1\tsentence2\n0\ta\tb\n"
+    write(tmp_path, "RTE/test.tsv", part + part)
+    with pytest.raises(UserError, match=r"test.tsv:3: the line of column names once more"):
+        read_split(RTE, "test", tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+def test_all_line_ends(tmp_path, end, last):
+    rows = HEADER.replace("\n", end) + f"0\ta\tb\tentailment{end}1\tc\td\tx" + end * last
+    write(tmp_path, "RTE/train.tsv", rows)
+    with pytest.raises(
+        UserError, match=r"train.tsv:3: unknown label 'x'; expected entailment, not"
+    ):
+        read_split(RTE, "train", tmp_path)
+    write(tmp_path, "RTE/train.tsv", rows.replace("\tx", "\tentailment"))
+    assert read_split(RTE, "train", tmp_path).columns == (["a", "c"], ["b", "d"])
 
 
 def test_the_diagnostic_set_is_optional(tmp_path):
@@ -95,7 +170,15 @@ def test_the_diagnostic_set_is_optional(tmp_path):
         (HEADER + "0\ta\tb\tentailment\n1\ta\tentailment\n", r"train.tsv:3: 3 columns where 4"),
         (HEADER + "0\ta\tb\tentails\n", r"train.tsv:2: unknown label 'entails'; expected entail"),
         (HEADER, "train split of rte is empty"),
-        ("", r"train.tsv:1: no column 'sentence1'"),
+        ("", "train split of rte is empty"),
+        ("index\tlabel\tsentence1\tsentence2\tlabel\n", "train.tsv:1: the column 'label' is there"),
+        (HEADER + "0\ta\tb\tentailment\t\n", r"train.tsv:2: 5 columns where 4"),
+        (HEADER + "0\ta\tb\tentailment\n1\ta\tb", r"train.tsv:3: 3 columns where 4"),
+        (HEADER.encode("utf-16-le") * 2, "train.tsv:1: not text, there is a zero byte"),
+        (b"\xef\xbb\xbf" + HEADER.encode() + b"\xff", "train.tsv:2: not UTF-8"),
+        (HEADER + "0\ta\tb\t" + "x" * 9999, r"unknown label 'x{75}...'; expected"),
+        ("\t".join(map(str, range(99))), "no column 'sentence1' among 0, .*, 19 and 79 more$"),
+        ("\x1b[31m\t \u202e\n", r"among '\\x1b\[31m', ' \\u202e'$"),
         ("index\tsentence1\tlabel\n", r"train.tsv:1: no column 'sentence2'"),
         (HEADER.encode() + b"0\ta\tb\tentailment\n1\tcaf\xe9\tb\tx\n", "train.tsv:3: not UTF-8"),
         (HEADER.encode("utf-16"), "train.tsv:1: not UTF-8"),
@@ -126,11 +209,14 @@ def test_missing_folder_and_split(tmp_path):
     ("frame", "message"),
     [
         ({"sentence": ["a"]}, "no column 'label'"),
-        ({"sentence": ["a", None], "label": [0, 1]}, "row 1 has no text"),
-        ({"sentence": ["a"], "label": [2]}, "row 0: unknown label 2"),
-        ({"sentence": ["a"], "label": [0.5]}, "row 0: unknown label 0.5"),
-        ({"sentence": ["a"], "label": [float("nan")]}, "row 0: unknown label nan"),
-        ({"sentence": ["a"], "label": ["1"]}, "row 0: unknown label '1'"),
+        (
+            {"sentence": ["a", None], "label": [0, 1]},
+            "row index 1: no text in column 'sentence', but None",
+        ),
+        ({"sentence": ["a"], "label": [2]}, "row index 0: unknown label 2"),
+        ({"sentence": ["a"], "label": [0.5]}, "row index 0: unknown label 0.5"),
+        ({"sentence": ["a"], "label": [float("nan")]}, "row index 0: unknown label None"),
+        ({"sentence": ["a"], "label": ["1"]}, "row index 0: unknown label '1'"),
     ],
 )
 def test_broken_parquet(tmp_path, frame, message):
@@ -149,3 +235,69 @@ def test_torn_parquet(tmp_path):
 def test_no_network_names_the_way_out():
     with pytest.raises(UserError, match="--data-dir <folder> and --model-name <folder>"):
         read_split(RTE, "train")
+
+
+def parquet(folder, name, rows=1):
+    path = folder / "cola" / name
+    path.parent.mkdir(exist_ok=True)
+    pd.DataFrame({"sentence": [name] * rows, "label": [0] * rows}).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["-00000-of-00002"], "train-00001-of-00002.parquet is missing: 1 of 2 files are there"),
+        (["-00001-of-00002"], "train-00000-of-00002.parquet is missing: 1 of 2 files are there"),
+        (["-00000-of-00003", "-00002-of-00003"], "train-00001-of-00003.parquet is missing: 2 of 3"),
+        (["-00000-of-00001", "-00000-of-00001-0123abcd"], "are the same part of train: take one"),
+        (["-00000-of-00001", "-0-of-1"], "are the same part of train: take one out"),
+        (
+            ["-00000-of-00001", "-00000-of-00001 (copy)"],
+            r"\(copy\).parquet: a split's files are named",
+        ),
+        (["-00000-of-00001", "-00000-of-00002", "-00001-of-00002"], "are of 1, others of 2"),
+        (["-00000-of-00001", "-00001-of-00001"], "train-00001-of-00001.parquet: its number is too"),
+        (["-part1"], "train-part1.parquet: a split's files are named train-00000-of-00001.parquet"),
+    ],
+)
+def test_files_of_a_split_that_are_missing_or_there_twice(tmp_path, names, message):
+    for name in names:
+        parquet(tmp_path, f"train{name}.parquet")
+    with pytest.raises(UserError, match=message):
+        read_split(TASKS["cola"], "train", tmp_path)
+
+
+def test_files_of_a_split_in_their_order(tmp_path):
+    names = [f"train-{i}-of-11-0af3.parquet" for i in range(11)]
+    for name in names:
+        parquet(tmp_path, name, rows=2)
+    expected = [name for name in names for _ in range(2)]
+    assert read_split(TASKS["cola"], "train", tmp_path).columns == (expected,)
+    bad = pd.DataFrame({"sentence": ["a", None], "label": [0, 1]})
+    bad.to_parquet(tmp_path / "cola" / names[9])  # its own rows are counted
+    with pytest.raises(UserError, match=f"{names[9]}: row index 1: no text"):
+        read_split(TASKS["cola"], "train", tmp_path)
+
+
+def test_a_column_twice_in_parquet(tmp_path):
+    columns = [pa.array(["a"]), pa.array([0]), pa.array(["b"])]
+    (tmp_path / "cola").mkdir()
+    table = pa.table(columns, names=["sentence", "label", "sentence"])
+    pq.write_table(table, tmp_path / "cola/train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"parquet: the column 'sentence' is there twice"):
+        read_split(TASKS["cola"], "train", tmp_path)
+
+
+def test_qqps_blank_questions(tmp_path, caplog):
+    """GLUE's own training file has two, and trains on them."""
+    rows = "1\t2\t3\ta\t\t1\n4\t5\t6\tb\tc\t0\n7\t8\t9\t\u200b \td\t0\n"
+    write(tmp_path, "QQP/train.tsv", QQP_HEADER + rows)
+    assert read_split(TASKS["qqp"], "train", tmp_path).columns[1] == ["", "c", "d"]
+    assert "train.tsv:2: a blank text in column 'question2'; 2 of 3 rows have one" in caplog.text
+
+
+def test_a_score_is_a_number_as_json_writes_it(tmp_path):
+    header = "index\tsentence1\tsentence2\tscore\n"
+    write(tmp_path, "STS-B/train.tsv", f"{header}0\ta\tb\t0_5\n")
+    with pytest.raises(UserError, match=r"train.tsv:2: unknown label '0_5'; expected a score"):
+        read_split(TASKS["stsb"], "train", tmp_path)

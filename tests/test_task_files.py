@@ -32,7 +32,7 @@ import kill_and_resume
 
 PAGE = (ROOT / "docs/own-tasks.md").read_text(encoding="utf-8")
 SHOWN = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
-BOOLQ, CB, ON_HUB = SHOWN
+BOOLQ, CB, SNLI, ON_HUB = SHOWN
 SMALL = ["--model-name", str(TINY_BERT), "--gpu-device", "cpu", "--epochs", "1"]
 WORDS = (GLUE / "RTE/dev.tsv").read_text(encoding="utf-8").split()
 
@@ -234,36 +234,55 @@ def test_a_missing_label_makes_no_other_numbers(tmp_path):
     """pandas makes floats of whole numbers where one is missing."""
     pd.DataFrame({"text": ["a", "b"], "label": [1, None]}).to_parquet(tmp_path / "x.parquet")
     task = task_with(files={"train": "x.parquet", "validation": "x.parquet"})
-    with pytest.raises(UserError, match="row 1: unknown label None; expected 0, 1"):
+    with pytest.raises(UserError, match="row index 1: unknown label None; expected 0, 1"):
         read_split(task, "train", tmp_path)
 
 
 DATA_FAULTS = {
     "x.jsonl": [
-        ('{"text": "a", "label": 2}', "x.jsonl: row 0: unknown label '2'; expected 0, 1"),
-        ('{"text": "a", "label": 1}\n{"text": 7, "label": 1}', "row 1 has no text in column"),
+        ('{"text": "a", "label": 2}', "x.jsonl:1: unknown label '2'; expected 0, 1"),
+        ('{"text": "a", "label": 1}\n{"text": 7, "label": 1}', "x.jsonl:2: no text in column"),
         ('{"txt": "a", "label": 1}', "x.jsonl: no column 'text' among txt, label"),
         ('{"text": "a"}', "x.jsonl: no column 'label' among text"),
-        ('{"text": "\\ud800", "label": 1}', "row 0 has no text in column 'text'"),
+        ('{"text": "\\ud800", "label": 1}', "x.jsonl:1: no text in column 'text', but '\\ud800'"),
         ('{"text": "a", "label": 1}\n{"text": ', "x.jsonl:2: not a JSON object in one line"),
+        ('{"text": "a", "label": 1, "text": "b"}', 'in one line: the key "text" is given twice'),
+        ('{"text": "a", "label": 1}\r{"text": "b", "label": 2}', "x.jsonl:2: unknown label '2'"),
+        ('{"text": "a", "label": 1}\n\n{"text": "b", "label": 1}', "x.jsonl:2: not a JSON object"),
+        ('{"text": "a", "label": 1}\n{"label": 1}', "x.jsonl:2: no text in column"),
+        ('{"text": NaN, "label": 1}', "x.jsonl:1: no text in column 'text', but nan"),
+        ('{"text": "a", "label": [1]}', "x.jsonl:1: unknown label [1]; expected 0, 1"),
+        ('{"text": "a", "label": "\\u0661"}', "unknown label '\u0661'; expected 0, 1"),
         ('["text", "label"]', "x.jsonl:1: not a JSON object in one line"),
-        ("", "x.jsonl is empty: give a file with rows"),
+        ("", "the train split of own is empty: "),
         (b"\xff", "x.jsonl:1: not UTF-8 text"),
     ],
     "x.csv": [
         ("text,label\na,b,1\n", "x.csv:2: 3 columns where 2 are expected"),
         ("text,label\na,1\nb\n", "x.csv:3: 1 columns where 2 are expected"),
         ("text,label,text\na,1,b\n", "x.csv:1: the column 'text' is there twice"),
+        ("text,label\ntext,label\n", "x.csv:2: the line of column names once more: take it out"),
+        ('text,label\n"a\n\nb",1\nc,2\n', "x.csv:5: unknown label '2'; expected 0, 1"),
+        ('text,label\n"a\nb",2\n', "x.csv:2: unknown label '2'"),  # where the row begins
+        ('text,label\na,1\n"b\nc,1\n', "x.csv:3: not CSV: unexpected end of data"),
+        ("text,label\na,1\n\nb,1\n", "x.csv:3: 0 columns where 2 are expected"),
+        ("text,label\ra,1\rb,2\r", "x.csv:3: unknown label '2'"),
+        ("text;label\na;1\n", "x.csv:1: no column 'text' among text;label"),
+        ("text, label\na, 1\n", "x.csv:1: no column 'label' among text, ' label' (it looks like"),
+        ("text,label\na,1.0\n", "x.csv:2: unknown label '1.0'; expected 0, 1"),
         ('text,label\n"a,1\n', "x.csv:2: not CSV: unexpected end of data"),
-        ("text,label\na,True\n", "x.csv: row 0: unknown label 'True'; expected 0, 1"),
-        ("text,label\n", "x.csv is empty: give a file with rows"),
-        ("", "x.csv is empty: give a file with rows"),
+        ("text,label\na,True\n", "x.csv:2: unknown label 'True'; expected 0, 1"),
+        ("text,label\n", "the train split of own is empty: "),
+        ("", "the train split of own is empty: "),
     ],
     "x.tsv": [
         ("text\tlabel\na\tb\n", "x.tsv:2: unknown label 'b'; expected 0, 1"),
         ("text\tlabel\na\t\t1\n", "x.tsv:2: 3 columns where 2 are expected"),
         ("label\n1\n", "x.tsv:1: no column 'text' among label"),
-        ("text\tlabel\n", "the train split of own is empty: give a file with rows"),
+        ("text\tlabel\ttext\na\t1\tb\n", "x.tsv:1: the column 'text' is there twice"),
+        ("text\tlabel\na\t1\ttext\tlabel\n", "x.tsv:2: 4 columns where 2 are expected"),
+        ("text\tlabel\ra\t1\rb\t2", "x.tsv:3: unknown label '2'"),
+        ("text\tlabel\n", "the train split of own is empty: "),
     ],
     "x.parquet": [("no", "x.parquet: not a readable Parquet file")],
 }  # fmt: skip
@@ -277,6 +296,104 @@ def test_broken_data(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
     with pytest.raises(UserError, match=re.escape(message)):
         read_split(task_with(files={"train": name, "validation": name}), "train", tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_blank_texts_are_texts_in_every_format(tmp_path, caplog, ending):
+    """They are counted, and the first is named as an editor, or pandas, counts."""
+    rows = {"text": ["a", "", " \u3000", "b", "\ufeff"], "label": [0, 1, 0, 1, 0]}
+    frames(tmp_path, pd.DataFrame(rows))
+    task = task_with(files=dict.fromkeys(("train", "validation", "test"), f"x.{ending}"))
+    first = {"jsonl": ":2", "parquet": ": row index 1"}.get(ending, ":3")
+    for split in ("train", "validation", "test"):
+        assert read_split(task, split, tmp_path).columns == (rows["text"],)
+        (line,) = caplog.messages
+        what = "a blank text in column 'text'; 3 of 5 rows have one, and are used as they are"
+        assert line == f"{tmp_path / 'x'}.{ending}{first}: {what}"
+        caplog.clear()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_missing_text_is_no_text(tmp_path, ending):
+    frames(tmp_path, pd.DataFrame({"text": ["a", None], "label": [0, 1]}))
+    task = task_with(files=dict.fromkeys(("train", "validation", "test"), f"x.{ending}"))
+    for split in ("train", "validation", "test"):
+        with pytest.raises(
+            UserError, match=r"(:2|row index 1): no text in column 'text', but [Nn]"
+        ):
+            read_split(task, split, tmp_path)
+
+
+NO_GOLD = {"labels": ["no", "yes"], "exclude_labels": ["-", -1, None, ""]}
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_rows_without_a_gold_label(tmp_path, caplog, ending):
+    """They are left out and counted; places in the file are still right, and no test row goes."""
+    rows = {"text": list("abcdef"), "label": ["-", "yes", "-1", "", "no", "maybe"]}
+    frames(tmp_path, pd.DataFrame(rows)[:5])
+    task = task_with(files=dict.fromkeys(("train", "validation", "test"), f"x.{ending}"), **NO_GOLD)
+    for split in ("train", "validation"):
+        texts = read_split(task, split, tmp_path)
+        assert texts.columns == (["b", "e"],) and texts.labels.tolist() == [1, 0]
+        (line,) = caplog.messages
+        assert line == f"{tmp_path}/x.{ending}: 3 of 5 rows have no gold label and are left out"
+        caplog.clear()
+    assert read_split(task, "test", tmp_path).columns == (list("abcde"),)
+    assert caplog.text == ""
+    frames(tmp_path, pd.DataFrame(rows))
+    place = {"jsonl": ":6", "parquet": ": row index 5"}.get(ending, ":7")
+    with pytest.raises(
+        UserError, match=f"x.{ending}{place}: unknown label 'maybe'; expected no, y"
+    ):
+        read_split(task, "train", tmp_path)
+
+
+def test_snli_as_the_docs_have_it(tmp_path):
+    labels = ["neutral", "-", "contradiction", "entailment"]
+    rows = [{"gold_label": label, "sentence1": "a", "sentence2": label} for label in labels]
+    for name in SNLI["files"].values():
+        write_rows(tmp_path / name, rows)
+    task = task_files.find(SNLI)[0]
+    assert read_split(task, "validation", tmp_path).labels.tolist() == [1, 2, 0]
+    assert len(read_split(task, "test", tmp_path)) == 4
+
+
+def test_json_and_parquet_say_null(tmp_path):
+    rows = [{"text": "a", "label": None}, {"text": "b"}, {"text": None, "label": -1.0}]
+    write_rows(tmp_path / "x.jsonl", [*rows, {"text": "c", "label": "yes"}])
+    assert read_split(task_with(**NO_GOLD), "train", tmp_path).columns == (["c"],)
+    pd.DataFrame({"text": ["a", "b"], "label": [None, 0.5]}).to_parquet(tmp_path / "x.parquet")
+    scores = {"labels": None, "scores": [0, 1], "metrics": ["Pearson"], "exclude_labels": [None]}
+    files = {"train": "x.parquet", "validation": "x.parquet"}
+    texts = read_split(task_with(files=files, **scores), "train", tmp_path)
+    assert texts.columns == (["b"],) and texts.labels.tolist() == [0.5]
+
+
+def test_no_row_with_a_gold_label(tmp_path):
+    write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": "-"}])
+    with pytest.raises(UserError, match="the train split of own is empty: "):
+        read_split(task_with(**NO_GOLD), "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("\u0435ntailment", "U+0435 for U+0065"),  # Cyrillic
+        ("entailment\u200b", "U+200B for nothing"),
+        ("ent ailment", "U+0020 for nothing"),
+        ("entailment\r", "U+000D for nothing"),
+        ("\uff45ntailment", "U+FF45 for U+0065"),  # of double width
+        ("entai1ment", "U+0031 for U+006C"),
+        ("e\u0301ntailment", "U+0301 for nothing"),
+    ],
+)
+def test_labels_that_look_alike(tmp_path, label, message):
+    write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": label}])
+    task = task_with(labels=["neutral", "entailment"])
+    what = f"unknown label {label!r} (it looks like 'entailment', but has {message}); expected neut"
+    with pytest.raises(UserError, match=re.escape(what)):
+        read_split(task, "train", tmp_path)
 
 
 # The Hub, by a data set in a folder
@@ -299,8 +416,33 @@ def test_a_data_set_of_the_hubs_kind(tmp_path, monkeypatch):
     assert read_split(task, "train").labels.tolist() == [1, 0] * 4 + [1]  # neg, pos by the record
     assert read_split(task, "validation").columns == (["text 9"],)
     assert read_split(task, "test").labels is None
-    with pytest.raises(UserError, match=r"reviews \(train\): row 0: unknown label 'pos'"):
+    with pytest.raises(
+        UserError, match=r"reviews \(train\[:90%\]\): row index 0: unknown label 'pos'"
+    ):
         read_split(task_files.find(ON_HUB | {"hub": hub, "labels": ["a", "b"]}, None)[0], "train")
+
+
+def test_a_data_set_of_the_hubs_kind_without_gold_labels(tmp_path, monkeypatch, caplog):
+    """SNLI's are -1 in a column of classes; blank and missing texts are as in files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["pos", "neg"])
+    )
+    for split, texts in (("train", ["a", "b", "", "d"]), ("test", ["a", None, "c", "d"])):
+        own = datasets.Dataset.from_dict({"text": texts, "label": [-1, 0, 1, None]}, features)
+        (tmp_path / "snli").mkdir(exist_ok=True)
+        own.to_parquet(tmp_path / f"snli/{split}-00000-of-00001.parquet")
+    splits = {"train": "train", "validation": "train", "test": "test"}
+    record = ON_HUB | {"hub": {"name": str(tmp_path / "snli"), "splits": splits}}
+    with pytest.raises(UserError, match=r"snli \(train\): row index 0: unknown label '-1'"):
+        read_split(task_files.find(record)[0], "train")
+    task = task_files.find(record | {"exclude_labels": [-1, None]})[0]
+    texts = read_split(task, "train")
+    assert texts.columns == (["b", ""],) and texts.labels.tolist() == [1, 0]
+    assert "(train): 2 of 4 rows have no gold label and are left out" in caplog.text
+    assert "(train): row index 2: a blank text in column 'text'; 1 of 2 rows" in caplog.text
+    with pytest.raises(UserError, match=r"snli \(test\): row index 1: no text in column 'text'"):
+        read_split(task, "test")
 
 
 def test_no_network_names_the_record(tmp_path, capsys):
@@ -358,6 +500,37 @@ def test_from_python(superglue, monkeypatch, tmp_path):
         GLUEvaluator("cbb", str(TINY_BERT), None)
 
 
+def test_scores_that_are_excluded_are_none_of_the_range():
+    scores = {"labels": None, "metrics": ["Pearson"], "scores": [-5, 5]}
+    with pytest.raises(UserError, match='"exclude_labels": -1 is one of the scores'):
+        task_with(exclude_labels=[-1], **scores)
+    assert task_with(exclude_labels=[-9], **scores).excluded_labels == ("-9",)
+
+
+def test_a_record_is_checked_to_the_same_record():
+    """A saved evaluator's is checked once more when it is loaded."""
+    record = task_files.checked(CB | {"exclude_labels": [-1, None, "", "-"]}, "")
+    assert record["exclude_labels"] == ["-1", None, "", "-"]
+    assert task_files.checked(record, "") == record
+    assert "exclude_labels" not in task_files.checked(CB, "")  # what older runs have written
+
+
+def test_data_files_outside_of_the_folder(tmp_path):
+    """A link in the folder may lead anywhere; one of several Parquet files is no split."""
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": 1}])
+    (tmp_path / "in/y.jsonl").symlink_to(tmp_path / "x.jsonl")
+    names = ("y.jsonl", str(tmp_path / "x.jsonl"), "../x.jsonl", "a-00000-of-00002.jsonl")
+    tasks = [task_with(files={"train": name, "validation": "y.jsonl"}) for name in names]
+    assert len(read_split(tasks[0], "train", tmp_path / "in")) == 1
+    for task in tasks[1:3]:
+        with pytest.raises(UserError, match=r"x.jsonl may lie outside of the data folder: give"):
+            read_split(task, "train", tmp_path / "in")
+    write_rows(tmp_path / "in" / names[3], [{"text": "a", "label": 1}])
+    with pytest.raises(UserError, match=r"a-00000-of-00002.jsonl is one of 2 files: give one"):
+        read_split(tasks[3], "train", tmp_path / "in")
+
+
 # Faults of the record: status 2, one line that names file and key, nothing written
 
 REMOVED = object()
@@ -389,6 +562,16 @@ FAULTS = [
     ({"labels": ["a", None]}, '"labels": give a list of two or more'),
     ({"labels": ["a", "\ud800"]}, '"labels": give a list of two or more'),
     ({"labels": ["a", "b\tc"]}, '"labels": give a list of two or more'),
+    ({"labels": ["a", "b\x1b"]}, '"labels": give a list of two or more'),
+    ({"labels": ["\u00e9", "e\u0301"]}, "\"labels\": 'e\u0301' (U+0065 U+0301) and '\u00e9' (U"),
+    ({"labels": ["a", "a\u200b"]}, "\"labels\": 'a\\u200b' (U+0061 U+200B) and 'a' (U+0061) look"),
+    ({"labels": ["a", "a "]}, "\"labels\": 'a ' (U+0061 U+0020) and 'a' (U+0061) look alike: give"),
+    ({"label": "a\nb"}, '"label": give the name of a column'),
+    ({"exclude_labels": "-"}, '"exclude_labels": give a list of labels, or null for a missing one'),
+    ({"exclude_labels": []}, '"exclude_labels": give a list of labels, or null'),
+    ({"exclude_labels": [-1, "-1"]}, '"exclude_labels": give a list of labels, or null'),
+    ({"exclude_labels": [["-"]]}, '"exclude_labels": give a list of labels, or null'),
+    ({"exclude_labels": ["neutral"]}, '"exclude_labels": "neutral" is one of the labels'),
     ({"metrics": []}, '"metrics": give a list of some of Accuracy, F1, Macro-F1, MCC, Spearman'),
     ({"metrics": ["accuracy"]}, '"metrics": unknown metric "accuracy"; known: Accuracy, F1'),
     ({"metrics": ["Accuracy", "Accuracy"]}, '"metrics": give a list of some of'),
@@ -405,6 +588,10 @@ FAULTS = [
     ({"files": CB["files"] | {"test": None}}, '"files": test: give a name, not None'),
     ({"files": CB["files"] | {"test": "x.json"}}, '"files": test: x.json ends with none of .tsv'),
     ({"files": CB["files"] | {"test": "no.csv"}}, '"files": test: there is no file '),
+    ({"files": CB["files"] | {"test": "a\x00.csv"}}, '"files": test: give a name, not'),
+    ({"files": CB["files"] | {"test": "x" * 256 + ".csv"}}, '"files": test: there is no file '),
+    ({"files": CB["files"] | {"test": "/x.csv"}}, '"files": test: /x.csv may lie outside of the'),
+    ({"files": CB["files"] | {"test": "CB/../x.csv"}}, '"files": test: CB/../x.csv may lie'),
     ({"files": REMOVED, "hub": "x"}, '"hub": give an object, {...}, with the keys name, splits'),
     ({"files": REMOVED, "hub": {"name": "x"}}, '"hub": the key "splits" is missing'),
     ({"files": REMOVED, "hub": {"name": "x", "splits": {}}}, '"splits": give an object'),
@@ -430,6 +617,29 @@ def test_a_fault_of_the_record(superglue, tmp_path, monkeypatch, capsys, changes
     file = superglue / "mine.json"
     file.write_text(json.dumps(record))
     assert_one_line(flags(tmp_path / "out", file), f"{file}: {message}", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_a_command_tells_what_it_leaves_out_and_what_leaks(
+    quick_pictures, tmp_path, caplog, ending
+):
+    """In every format: one line for each file, and one for training rows that are scored too."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 5)) for _ in range(14)]
+    labels, files = ["-", *["no", "yes"] * 5], {}
+    for split, own in (("train", texts[:11]), ("validation", texts[8:]), ("test", texts[10:])):
+        frames(tmp_path, pd.DataFrame({"text": own, "label": labels[: len(own)]}))
+        files[split] = f"{split}.{ending}"
+        (tmp_path / f"x.{ending}").rename(tmp_path / files[split])
+    record = {"name": "own", "texts": ["text"], "metrics": ["Accuracy"], "files": files}
+    (tmp_path / "own.json").write_text(json.dumps(record | NO_GOLD))
+    argv = flags(tmp_path / "out", tmp_path / "own.json", "--predict-test", kind="frozen")
+    assert run_glue.main(argv) == 0
+    said = caplog.text
+    assert f"train.{ending}: 1 of 11 rows have no gold label and are left out" in said
+    assert f"validation.{ending}: 1 of 6 rows have no gold label and are left out" in said
+    assert "of 10 training rows 2 also occur in validation, 1 also occur in test" in said
+    assert len(predicted(tmp_path / "out/own.tsv")) == 4
 
 
 @pytest.mark.parametrize(
@@ -476,7 +686,7 @@ def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
     message = "train.jsonl: no column 'gold' among premise, hypothesis, idx, label"
     assert_one_line(flags(out, file), message, out, capsys)
     file.write_text(json.dumps(CB | {"labels": ["entailment", "neutral"], "files": files}))
-    message = "train.jsonl: row 0: unknown label 'contradiction'; expected entailment, neutral"
+    message = "train.jsonl:1: unknown label 'contradiction'; expected entailment, neutral"
     assert_one_line(flags(out, file), message, out, capsys)
 
 
