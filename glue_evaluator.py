@@ -186,6 +186,12 @@ class GLUEvaluator:
             self._found = models.find_forward(self.model, self.model_name, tokens, dtype)
         return self._found
 
+    @property
+    def row_batching(self):
+        """How rows share a pass: "packed", "padded" or "equal length"."""
+        self._need("model", "training_preparation")
+        return self._forward("train").kind
+
     def _choose(self, fine_tune_type, mask_size=None):
         rng = generator(self.runs[0].seed, "mask")
         self.chosen = trainable.select(self.model, fine_tune_type, self.components, mask_size, rng)

@@ -130,7 +130,7 @@ def stacked_logits(many, tokens, read_by):
     runs, packed = len(read_by), many.forward.packer is not None
     owner, flat = np.repeat(np.arange(runs), read_by.shape[1]), read_by.ravel()
     lengths = tokens.lengths[flat]
-    parts, outputs = list(passes_of(lengths, many.limit.tokens, packed)), []
+    parts, outputs = passes_of(lengths, many.limit.tokens, packed, many.forward.equal), []
     for part in parts:
         pair = many.forward.routed_batch(tokens, flat[part], owner[part], runs)
         batch, own = to_device(pair, tokens.ids.device)
@@ -158,6 +158,7 @@ def tokens_of(many, rows):
     tokens = Tokens(
         ids=torch.cat([part.ids for part in parts]), types=types, labels=None,
         starts=lengths.cumsum() - lengths, lengths=lengths, pad_id=parts[0].pad_id,
+        pad_left=parts[0].pad_left,
     )  # fmt: skip
     begins = len(rows) * np.array([distinct.index(way) for way in ways])
     return tokens, begins[:, None] + np.arange(len(rows))
