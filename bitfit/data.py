@@ -164,6 +164,16 @@ def tokenize(texts, tokenizer, max_length):
     )
 
 
+def concatenate(parts):
+    """The rows of several `Tokens` in one, without labels."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    types = None if parts[0].types is None else torch.cat([part.types for part in parts])
+    return parts[0]._replace(
+        ids=torch.cat([part.ids for part in parts]), types=types, labels=None,
+        starts=lengths.cumsum() - lengths, lengths=lengths,
+    )  # fmt: skip
+
+
 def flat(rows):
     return torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in rows]))
 
