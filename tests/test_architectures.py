@@ -99,16 +99,15 @@ def test_refused_in_its_own_words(tmp_path, name, capsys):
     assert not (tmp_path / "out").exists()
 
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT = {
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2,
+}  # fmt: skip
 QWEN2 = {"num_key_value_heads": 2, "initializer_range": 0.2}
 GPT2 = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2}
 XLNET = {
-    "d_inner": 64,
-    "d_head": 16,
-    "max_position_embeddings": None,
-    "dropout": 0.0,
+    "d_inner": 64, "d_head": 16, "max_position_embeddings": None, "dropout": 0.0,
     "initializer_range": 0.2,
-}
+}  # fmt: skip
 BATCHED = {  # name -> model type, padding side, config, how its rows share a pass
     "bert": ("bert", "left", NO_DROPOUT, "packed"),
     "xlnet": ("xlnet", "left", XLNET, "padded"),
@@ -118,8 +117,7 @@ BATCHED = {  # name -> model type, padding side, config, how its rows share a pa
     "qwen2 without padding token": ("qwen2", "right", QWEN2 | {"pad_token_id": None}, "padded"),
     "gpt2 of another padding token": ("gpt2", "right", GPT2 | {"pad_token_id": 1}, "padded"),
     "gpt2 padded left": ("gpt2", "left", GPT2, "equal length"),
-    "fnet": ("fnet", "right", {"hidden_dropout_prob": 0.0, "initializer_range": 0.2},
-             "equal length"),
+    "fnet": ("fnet", "right", NO_DROPOUT, "equal length"),
     "convbert": ("convbert", "right", NO_DROPOUT | {"embedding_size": 32}, "equal length"),
     "deberta": ("deberta", "right", NO_DROPOUT, "padded"),
 }  # fmt: skip
