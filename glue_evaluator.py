@@ -17,7 +17,7 @@ import torch
 
 from bitfit import hub, models, outputs, predict, reports, runs, saved, task_files, trainable
 from bitfit.checkpoints import Saver
-from bitfit.data import MAX_TOKENS, Dataset
+from bitfit.data import MAX_TOKENS, Dataset, concatenate
 from bitfit.plan import Plan
 from bitfit.ranks import ALONE
 from bitfit.runs import Run, Stack
@@ -176,15 +176,27 @@ class GLUEvaluator:
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.limit = predict.Limit(self.max_tokens, self.torch_device)
-        for outdated in ("stack", "chosen", "_found"):
+        for outdated in ("stack", "chosen", "_found", "_longest_tried"):
             vars(self).pop(outdated, None)
 
     def _forward(self, split):
-        """The model's `Forward`, found on the rows of the first split that it meets."""
-        if not hasattr(self, "_found"):
-            tokens, dtype = self.tokens(split), DTYPES[self.precision]
+        """The model's `Forward`, found on rows of all splits read so far.
+
+        It is found again for a split that is read later and has longer rows.
+        """
+        longest = self.tokens(split).lengths.max()
+        if longest > vars(self).get("_longest_tried", 0):
+            parts = [own.tokens for own in self.data.splits.values() if own.tokens]
+            tokens, dtype = concatenate(parts), DTYPES[self.precision]
             self._found = models.find_forward(self.model, self.model_name, tokens, dtype)
+            self._longest_tried = tokens.lengths.max()
         return self._found
+
+    @property
+    def row_batching(self):
+        """How rows share a pass: "packed", "padded" or "equal length"."""
+        self._need("model", "training_preparation")
+        return self._forward("train").kind
 
     def _choose(self, fine_tune_type, mask_size=None):
         rng = generator(self.runs[0].seed, "mask")

@@ -27,6 +27,7 @@ HARMLESS = {
 BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes can be compared
 WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
+    "rows",
 }  # fmt: skip
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
 
@@ -179,6 +180,7 @@ def facts_of(args, evaluator):
         "model_commit": evaluator.model_commit,
         "precision": evaluator.precision,
         "max_tokens": evaluator.limit.tokens,
+        "rows": evaluator.row_batching,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
         **{package: installed(package) for package in ("torch", "transformers", "datasets")},
         "python": sys.version.split()[0],

@@ -229,7 +229,8 @@ def stacked_pass_differs(forward, chosen, tokens):
     stack = Stack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
     stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
-    pair = forward.routed_batch(tokens, np.arange(2) % len(tokens.lengths), np.arange(2), 2)
+    distinct = 1 if forward.equal else len(tokens.lengths)
+    pair = forward.routed_batch(tokens, np.arange(2) % distinct, np.arange(2), 2)
     batch, rows = to_device(pair, stack.values.device)
     try:
         with full_float32(), stack.bound():

@@ -133,7 +133,8 @@ def plan_step(state, alive, rows):
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
     packed, parts = plan.forward.packer is not None, []
-    for part in passes_of(lengths, plan.limit.tokens, packed) if len(flat) else ():
+    equal = plan.forward.equal
+    for part in passes_of(lengths, plan.limit.tokens, packed, equal) if len(flat) else ():
         tokens = plan.train.tokens
         parts.append(plan.forward.routed_batch(tokens, flat[part], owner[part], len(runs)))
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
