@@ -11,6 +11,7 @@ With several seeds, or several learning rates, it holds a run for each pair.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,18 +162,18 @@ class GLUEvaluator:
         if len(set(pairs)) < len(pairs):
             raise UserError("a learning rate or seed is given twice: give each once")
         pairs = pairs if only is None else list(only)
-        self._load_model(self.random_encoder)
+        self._load_model(self.random_encoder, report=not hasattr(self, "model"))
         self.runs, self.optimizer, self.verbose = pairs, optimizer, verbose
         self.components, self.selected = list(components), 0
         self.records, self.scores = [Record(run) for run in pairs], reports.frame_of([])
         self._choose(fine_tune_type, mask_size)
         self._forward("train")
 
-    def _load_model(self, random_encoder):
-        self.model, needs_head = models.load(
-            self.model_name, self.task, random_encoder, self.revision
+    def _load_model(self, random_encoder, report=False):
+        self.model, initialized = models.load(
+            self.model_name, self.task, random_encoder, self.revision, report
         )
-        self._draw = models.draw_head if needs_head else None
+        self._draw = partial(models.draw_head, names=initialized) if initialized else None
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.limit = predict.Limit(self.max_tokens, self.torch_device)

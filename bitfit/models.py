@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from bitfit import loading
 from bitfit.data import batch_of, gather, to_device, varlen_batch
+from bitfit.loading import cannot_load
 from bitfit.packing import Packer, packers_of
 from bitfit.predict import computing_in, full_float32
 from bitfit.stacked import rows_in_chunks, rows_of
@@ -20,7 +22,7 @@ from utils import UserError, blaming, one_line, whole_folder
 
 LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+LOGGER = logging.getLogger("bitfit")
 
 
 def load_tokenizer(model_name, revision=None):
@@ -30,30 +32,38 @@ def load_tokenizer(model_name, revision=None):
         revision: as from `hub.resolve`; likewise below.
 
     Raises:
-        UserError: nothing there, no tokenizer files, no padding token.
+        UserError: nothing there, no tokenizer files, or a tokenizer that does not fit the model.
     """
     import transformers
 
     folder = Path(model_name)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
-        # transformers would make an empty vocabulary without a word
-        raise UserError(f"the model folder {folder} has no tokenizer: save one there with "
-                        "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`")  # fmt: skip
     with blaming(lambda error: cannot_load(model_name, error, revision)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, revision=revision)
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
+        loading.check_files(model_name, revision)
+        if folder.is_dir() and not any(any(folder.glob(p)) for p in loading.VOCABULARY_FILES):
+            # transformers would make an empty vocabulary without a word
+            advice = "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`"
+            raise UserError(f"the model folder {folder} has no tokenizer: save one with {advice}")
+        config, raw = read_config(model_name, revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_name, revision=revision, trust_remote_code=False
+        )
+    loading.check_tokenizer(tokenizer, config, model_name)
+    loading.warn_of_shadow(model_name)
+    if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
+        what = "its own code (auto_map) was not run, transformers' %s is used"
+        LOGGER.warning(f"%s: custom code is not supported: {what}", model_name, config.model_type)
     return tokenizer
 
 
-def load(model_name, task, random_encoder=False, revision=None):
-    """(a float32 classifier on the CPU, whether its head is still to be drawn)
+def load(model_name, task, random_encoder=False, revision=None, report=False):
+    """(a float32 classifier on the CPU, the names of its head's parameters to initialize)
 
     Args:
         random_encoder: leave the checkpoint's weights unused: the encoder is drawn at random.
+        report: log which weights of the checkpoint are used.
 
     Raises:
-        UserError: nothing there, no weights, or weights of another architecture.
+        UserError: nothing there, no weights, or weights that config.json does not describe.
     """
     from transformers import AutoModelForSequenceClassification as Auto
 
@@ -64,7 +74,8 @@ def load(model_name, task, random_encoder=False, revision=None):
         config = load_config(model_name, task, revision)
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
-            return Auto.from_config(config, dtype=torch.float32), True
+            model = from_config(config, dtype=torch.float32)
+            return model, frozenset(head_names(model))
         model, info = Auto.from_pretrained(
             model_name,
             revision=revision,
@@ -73,59 +84,66 @@ def load(model_name, task, random_encoder=False, revision=None):
             use_safetensors=True,  # never unpickle
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
+    loading.check_weights(model, model_name, info)
+    loading.check_dtypes(model_name, revision)
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
-    check_encoder(model, model_name, absent)
-    return model, not absent.isdisjoint(head_names(model))
+    raw = read_config(model_name, revision)[1]
+    initialized, outputs = loading.start_head(model, task, absent, raw)
+    loading.check_finite(model, model_name, initialized)
+    if report:
+        loading.report(model, model_name, info, absent, initialized, outputs)
+    return model, frozenset(initialized)
+
+
+def from_config(config, **more):
+    """A model with random weights, or on the device `meta` without any."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    return Auto.from_config(config, trust_remote_code=False, **more)
 
 
 def load_config(model_name, task, revision=None):
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """The config of a classifier for a task."""
     numbers = dict(enumerate(task.labels)) or {0: "score"}
-    return transformers.AutoConfig.from_pretrained(
+    return read_config(
         model_name,
-        revision=revision,
+        revision,
         num_labels=task.num_labels,
         id2label=numbers,
         label2id={name: number for number, name in numbers.items()},
         problem_type="regression" if task.is_regression else "single_label_classification",
+    )[0]
+
+
+def read_config(model_name, revision=None, **changes):
+    """(the config, the dictionary in config.json), for code within `blaming`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    loading.check_files(model_name, revision)
+    config = transformers.AutoConfig.from_pretrained(
+        model_name, revision=revision, trust_remote_code=False, **changes
     )
-
-
-def check_encoder(model, model_name, absent):
-    """A pooler may be absent (MLM checkpoints have none); any other encoder weight may not."""
-    absent = sorted(n for n in absent if in_encoder(model, n) and ".pooler." not in n)
-    if absent:
-        what = "it is not a checkpoint of the architecture in its config.json"
-        lacks = f"lacks {len(absent)} encoder weights (the first: {absent[0]})"
-        raise UserError(f"{model_name} {lacks}: {what}")
-
-
-def cannot_load(model_name, error, revision=None):
-    name = str(model_name)
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not Path(name).is_dir() and (local or ("/" in name and Path(name).parent.is_dir())):
-        return UserError(f"there is no model folder {name}: check --model-name")
-    name += f" at revision {revision}" if revision else ""
-    return UserError(
-        f"cannot load the model {name}: {one_line(error)}; give a name on the Hub (network "
-        "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
-        "--model-name <folder>"
-    )
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
+    loading.check_config(config, raw, model_name)
+    return config, raw
 
 
 @torch.no_grad()
-def draw_head(model, seed):
+def draw_head(model, seed, names=None):
     """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed.
 
     They are sampled on the CPU, so that a head starts alike on every device.
+
+    Args:
+        names: of the parameters to draw; None: the whole classifier.
     """
     rng = torch.Generator().manual_seed(seed % 2**63)
     std = getattr(model.config, "initializer_range", 0.02)
-    heads = set(head_names(model))
+    heads = set(head_names(model) if names is None else names)
     for name, parameter in model.named_parameters():
         if name in heads and parameter.dim() > 1:
             sample = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -136,13 +154,11 @@ def draw_head(model, seed):
 
 def check_length(model_name, task, max_length, revision=None):
     """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
-    from transformers import AutoModelForSequenceClassification as Auto
-
     with blaming(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     try:
         with torch.device("meta"):
-            limit = position_limit(Auto.from_config(config))
+            limit = position_limit(from_config(config))
     except Exception:  # not all can be made without weights; `find_forward` tries the longest row
         return
     if limit is not None and max_length > limit:
