@@ -214,7 +214,12 @@ class GLUEvaluator:
             "data_sha256": models.sha256(data),
             "encoder_sha256": self.encoder_sha256,
             "chosen_sha256": models.sha256(v for item in self.chosen.items() for v in item),
+            **self.base_fingerprints(),
         }
+
+    def base_fingerprints(self):
+        """Return what identifies the base model's config and tokenizer."""
+        return models.base_fingerprints(self.model_name, self.task, self.tokenizer, self.revision)
 
     @property
     def masks(self):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from bitfit.fingerprints import describe_change
 from utils import FORMAT, UserError, as_list, is_temporary, remove_temporaries, write_text
 
 LOGGER = logging.getLogger("bitfit")
@@ -28,6 +29,7 @@ BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes 
 WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
 }  # fmt: skip
+FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
 
 
@@ -147,13 +149,21 @@ def check_same(old, new):
         UserError: they differ in something that results depend on.
     """
     harmless = HARMLESS - (BY_NAME if old["finished"] else set())
-    missing = sorted(new.keys() - HARMLESS - WARNED - old.keys())
+    missing = sorted(new.keys() - HARMLESS - WARNED - FINGERPRINTS - old.keys())
     if missing:
         raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
-    differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
+    if FINGERPRINTS & new.keys() - old.keys():
+        LOGGER.warning("an earlier version began this: args.json does not say which config and "
+                       "tokenizer the base model had, they cannot be verified")  # fmt: skip
+    names = new.keys() & old.keys() - harmless - FINGERPRINTS
+    base = describe_change(old, new)
+    if base and "tokenizer" in base:
+        names -= {"data_sha256"}  # a hash of tokens
+    differ = [name for name in names if as_list(new[name]) != as_list(old[name])]
     for name in sorted(WARNED.intersection(differ)):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
     said = [difference(name, old[name], new[name]) for name in sorted(set(differ) - WARNED)]
+    said += [f"the base model's {base}"] * bool(base)
     if said:
         what = f"{'; '.join(said)}: give that again, or a new folder"
         raise UserError(f"--resume: this is not the interrupted run: {what}")
