@@ -251,17 +251,18 @@ class GLUEvaluator:
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
         lr_schedule="constant", warmup_ratio=0.0, keep="last", saver=None,
-        tracker=OFF,
+        tracker=OFF, curves=True,
     ):  # fmt: skip
         """Train all runs together, score them, write their metrics and learning curves.
 
         Args:
             output_path: folder for metrics and curves; with several runs each has a folder in it,
-                named `Run.name`. Or {run: its folder}.
+                named `Run.name`. Or {run: its folder}, of some runs: the others write nothing.
             evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.plan.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
             saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
             tracker: a `bitfit.tracking.Tracker`, to be told what is measured while it is.
+            curves: plot the learning curves.
 
         Raises:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
@@ -297,7 +298,7 @@ class GLUEvaluator:
                 self.stack.take(state.best)
             self._note(state)
         self._note(state, folders)
-        for run, folder in folders.items():
+        for run, folder in folders.items() if curves else ():
             if len(self._scores_of(run)):
                 self.plot_learning_curves(folder, run)
         if diverged:
@@ -311,7 +312,9 @@ class GLUEvaluator:
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
-        for k, record in enumerate(state.records if folders else ()):
+        for k, record in enumerate(state.records):
+            if not folders or record.run not in folders:
+                continue
             folder, scores = folders[record.run], self._scores_of(record.run)
             reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
             saved.write_logits(folder, state, k)

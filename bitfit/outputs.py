@@ -61,7 +61,7 @@ def is_finished(output, facts, resume):
         if not old["finished"] and "ranks" in facts:
             check_ranks(old.get("ranks", 1), facts["ranks"])
         if old["finished"]:
-            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            drop_checkpoints(output)
             print(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     check_place(output)
@@ -222,7 +222,10 @@ def is_done(folder):
 
 
 def write_args(folder, facts, finished):
-    """Write args.json; when nothing is left to do the checkpoints go."""
+    """Write args.json: what was asked for, and whether nothing is left to do."""
     write_text(folder / "args.json", json.dumps(facts | {"finished": finished}, indent=2) + "\n")
-    if finished:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def drop_checkpoints(folder):
+    """Remove checkpoints that nobody needs any more."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
