@@ -133,7 +133,7 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
 
 
 def unfinished_of(runs, folders, group):
-    """{run: its folder} of those whose files are not complete; all ranks of a group get the same."""
+    """Return {run: its folder} of those whose files are not complete, alike on all ranks."""
     finished = [group.rank == 0 and outputs.is_done(folders[run]) for run in runs]
     finished = group.most(*finished)
     return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT
+from test_ranks import in_ranks
 
 import run_glue
 import utils
@@ -181,6 +182,54 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
         for result in pool.map(abuse, ("single", "stacked")):
             assert result["kills"] == 7
             assert result["differences"] == []
+
+
+def die_at_second(name, flags, log):
+    """Run the command, and end it without a word when a second file of that name is complete."""
+    plain, seen = os.replace, []
+
+    def replace(source, target):
+        seen.extend([target] * (os.path.basename(target) == name))
+        if len(seen) > 1:
+            os._exit(9)
+        plain(source, target)
+
+    os.replace = replace
+    kill_and_resume.job(flags, log)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seeds", "name", "more"),
+    [
+        (1, "01", "CoLA.tsv", ["-f", "bitfit", "--export-model"]),
+        (1, "012", "bias_term_changes.csv", ["-f", "bitfit", "--keep", "best"]),
+        (1, "01", "evaluator.json", ["-f", "rand_row_col"]),
+        (2, "0123", "CoLA.tsv", ["-f", "bitfit"]),
+    ],
+    ids=["one pass", "keep best", "one by one", "ranks"],
+)
+def test_each_start_completes_one_run_more(tmp_path, ranks, seeds, name, more):
+    """Each process of a sweep is killed while it writes the files of a second run."""
+    flags = [*BASE, *more, "-s", *seeds, "-e", "1", "--train-size", "20", "--resume", "-o"]
+    killed, quiet, log = tmp_path / "killed", tmp_path / "quiet", tmp_path / "log"
+    starts = len(seeds) // ranks
+
+    def start(work, *args):
+        (status,) = {*in_ranks(ranks, work, *args)}
+        return status
+
+    statuses = [start(die_at_second, name, [*flags, str(killed)], log) for _ in range(starts)]
+    assert statuses == [9] * (starts - 1) + [0], log.read_text()
+    assert start(kill_and_resume.job, [*flags, str(quiet)], log) == 0
+    assert kill_and_resume.differences(without_places(quiet), without_places(killed)) == []
+
+
+def without_places(folder):
+    """What a command left; model cards quote the command and so its output folder."""
+    return {
+        name: content.replace(folder.name.encode(), b"") if name.endswith(".md") else content
+        for name, content in kill_and_resume.left(folder).items()
+    }
 
 
 # Faults
