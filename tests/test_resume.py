@@ -415,6 +415,36 @@ def test_resume_refuses_other_data_and_another_base(interrupted, tmp_path, capsy
     assert "run: the base model changed" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("config.json", "layer_norm_eps", 1e-3,
+         "the base model's config changed (layer_norm_eps was 1e-12 and is now 0.001)"),
+        ("tokenizer_config.json", "do_lower_case", False,
+         "the base model's tokenizer changed (normalizer)"),
+    ],
+)  # fmt: skip
+def test_resume_refuses_another_config_or_tokenizer(
+    interrupted, tmp_path, file, key, value, message, capsys
+):
+    model = shutil.copytree(TINY_BERT, tmp_path / "model")
+    content = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(content | {key: value}))
+    before = kill_and_resume.left(interrupted)
+    assert run_glue.main([*flags(interrupted), "--resume", "--model-name", str(model)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"not the interrupted run: {message}: give that again, or a new folder")
+    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+
+
+def test_what_was_begun_without_fingerprints_goes_on_with_a_line(interrupted, quiet, caplog):
+    args = json.loads((interrupted / "args.json").read_text())
+    del args["model_config"], args["tokenizer"]
+    (interrupted / "args.json").write_text(json.dumps(args))
+    assert_as_if_never_stopped(interrupted, quiet, "stacked")
+    assert caplog.text.count("had, they cannot be verified") == 1
+
+
 def test_a_moved_folder_and_the_same_data_elsewhere_resume(interrupted, tmp_path, quiet):
     shutil.move(interrupted, tmp_path / "moved")
     shutil.copytree(GLUE / "CoLA", tmp_path / "glue" / "CoLA")
