@@ -209,13 +209,19 @@ class GLUEvaluator:
 
     def fingerprints(self):
         """What results depend on beside flags: hashes of the data, the base model, what trains."""
-        data = [array for split in self.data.scored().values() for array in split.tokens[:5]]
+        scored = self.data.scored()
+        tests = [split for name, split in self.data.splits.items() if name not in scored]
         return {
-            "data_sha256": models.sha256(data),
+            "data_sha256": hash_of_splits(scored.values()),
+            "test_sha256": hash_of_splits(split for split in tests if split.tokens),
             "encoder_sha256": self.encoder_sha256,
-            "chosen_sha256": models.sha256(v for item in self.chosen.items() for v in item),
+            "chosen_sha256": self.chosen_sha256(),
             **self.base_fingerprints(),
         }
+
+    def chosen_sha256(self):
+        """Return the hash of the names and positions that train."""
+        return models.sha256(v for item in self.chosen.items() for v in item)
 
     def base_fingerprints(self):
         """Return what identifies the base model's config and tokenizer."""
@@ -434,3 +440,8 @@ class GLUEvaluator:
     def load(path, gpu_device, model_name=None, data_dir=None):
         """As it was saved; `model_name`, `data_dir`: where base model and data are now."""
         return saved.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)
+
+
+def hash_of_splits(splits):
+    """Return one hash of the tokens and labels of some splits."""
+    return models.sha256(array for split in splits for array in split.tokens[:5])

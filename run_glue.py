@@ -179,7 +179,7 @@ def settle(args, evaluator, unfinished, folders, facts, tracker):
     evaluator.group.wait()  # of its ranks one has written the metrics, and now writes the rest
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
-    facts = facts | {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
+    facts = facts | {"chosen_sha256": evaluator.chosen_sha256()}
     facts |= {"trained_by": list(evaluator.group.members)}
     # The best first: it has its files whatever becomes of the others after an interruption.
     for number, run in sorted(enumerate(evaluator.runs), key=lambda item: item[1].name != best):

@@ -45,8 +45,9 @@ def tokenizer_hashes(tokenizer):
     """Return {part: SHA-256} of a tokenizer; the tokens of a text depend on nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # it is written in Python
+        merges = sorted(getattr(tokenizer, "bpe_ranks", {}).items())
         lower = getattr(tokenizer, "do_lower_case", None)
-        parts = {"model": tokenizer.get_vocab(), "normalizer": lower}
+        parts = {"model": [tokenizer.get_vocab(), merges], "normalizer": lower}
     else:
         parts = json.loads(backend.to_str())
     parts = {name: part for name, part in parts.items() if name not in NOT_ENCODING}

@@ -30,7 +30,14 @@ WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
 }  # fmt: skip
 FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
-NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
+TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
+NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
+NAMES = {
+    "data": "the data",
+    "test": "the test data",
+    "encoder": "the base model",
+    "chosen": "what trains",
+}
 
 
 def folders_of(output, runs):
@@ -149,16 +156,17 @@ def check_same(old, new):
         UserError: they differ in something that results depend on.
     """
     harmless = HARMLESS - (BY_NAME if old["finished"] else set())
-    missing = sorted(new.keys() - HARMLESS - WARNED - FINGERPRINTS - old.keys())
+    missing = sorted(new.keys() - HARMLESS - WARNED - NEW - old.keys())
     if missing:
         raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
-    if FINGERPRINTS & new.keys() - old.keys():
+    if NEW & new.keys() - old.keys():
         LOGGER.warning("an earlier version began this: args.json does not say which config and "
-                       "tokenizer the base model had, they cannot be verified")  # fmt: skip
+                       "tokenizer the base model had, and which test rows there were: they "
+                       "cannot be verified")  # fmt: skip
     names = new.keys() & old.keys() - harmless - FINGERPRINTS
     base = describe_change(old, new)
     if base and "tokenizer" in base:
-        names -= {"data_sha256"}  # a hash of tokens
+        names -= TOKENS
     differ = [name for name in names if as_list(new[name]) != as_list(old[name])]
     for name in sorted(WARNED.intersection(differ)):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
