@@ -109,6 +109,9 @@ class GLUEvaluator:
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
         self.train_size = train_size
         self.tokenizer = models.load_tokenizer(self.model_name, self.revision)
+        self.base_fingerprints = models.base_fingerprints(
+            self.model_name, self.task, self.tokenizer, self.revision
+        )
         self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
                             train_size, self.torch_device)  # fmt: skip
 
@@ -216,16 +219,12 @@ class GLUEvaluator:
             "test_sha256": hash_of_splits(split for split in tests if split.tokens),
             "encoder_sha256": self.encoder_sha256,
             "chosen_sha256": self.chosen_sha256(),
-            **self.base_fingerprints(),
+            **self.base_fingerprints,
         }
 
     def chosen_sha256(self):
         """Return the hash of the names and positions that train."""
         return models.sha256(v for item in self.chosen.items() for v in item)
-
-    def base_fingerprints(self):
-        """Return what identifies the base model's config and tokenizer."""
-        return models.base_fingerprints(self.model_name, self.task, self.tokenizer, self.revision)
 
     @property
     def masks(self):

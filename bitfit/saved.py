@@ -60,7 +60,7 @@ def write(evaluator, folder):
         facts["model_sha256"] = models.fingerprint(evaluator.model, head=True)
         facts["model_files"] = file_hashes(folder / "model")
     else:
-        facts |= evaluator.base_fingerprints()
+        facts |= evaluator.base_fingerprints
         values = evaluator.stack.named_values(evaluator.selected)
         tensors = {name: value.cpu().contiguous() for name, value in values.items()}
         tensors |= {n + POSITIONS: p.cpu() for n, p in evaluator.stack.positions.items()}
@@ -153,7 +153,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
     evaluator.scores = reports.frame_of(facts["scores"])
     evaluator.averaged = facts.get("averaged", [])
-    check_base(folder, facts, evaluator.base_fingerprints())
+    check_base(folder, facts, evaluator.base_fingerprints)
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
     evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
