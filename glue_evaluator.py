@@ -111,6 +111,9 @@ class GLUEvaluator:
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
         self.train_size = train_size
         self.tokenizer = models.load_tokenizer(self.model_name, self.revision)
+        self.base_fingerprints = models.base_fingerprints(
+            self.model_name, self.task, self.tokenizer, self.revision
+        )
         self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
                             train_size, self.torch_device)  # fmt: skip
 
@@ -223,12 +226,19 @@ class GLUEvaluator:
 
     def fingerprints(self):
         """What results depend on beside flags: hashes of the data, the base model, what trains."""
-        data = [array for split in self.data.scored().values() for array in split.tokens[:5]]
+        scored = self.data.scored()
+        tests = [split for name, split in self.data.splits.items() if name not in scored]
         return {
-            "data_sha256": models.sha256(data),
+            "data_sha256": hash_of_splits(scored.values()),
+            "test_sha256": hash_of_splits(split for split in tests if split.tokens),
             "encoder_sha256": self.encoder_sha256,
-            "chosen_sha256": models.sha256(v for item in self.chosen.items() for v in item),
+            "chosen_sha256": self.chosen_sha256(),
+            **self.base_fingerprints,
         }
+
+    def chosen_sha256(self):
+        """Return the hash of the names and positions that train."""
+        return models.sha256(v for item in self.chosen.items() for v in item)
 
     @property
     def masks(self):
@@ -260,17 +270,18 @@ class GLUEvaluator:
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
         lr_schedule="constant", warmup_ratio=0.0, keep="last", saver=None,
-        tracker=OFF,
+        tracker=OFF, curves=True,
     ):  # fmt: skip
         """Train all runs together, score them, write their metrics and learning curves.
 
         Args:
             output_path: folder for metrics and curves; with several runs each has a folder in it,
-                named `Run.name`. Or {run: its folder}.
+                named `Run.name`. Or {run: its folder}, of some runs: the others write nothing.
             evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.plan.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
             saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
             tracker: a `bitfit.tracking.Tracker`, to be told what is measured while it is.
+            curves: plot the learning curves.
 
         Raises:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
@@ -306,7 +317,7 @@ class GLUEvaluator:
                 self.stack.take(state.best)
             self._note(state)
         self._note(state, folders)
-        for run, folder in folders.items():
+        for run, folder in folders.items() if curves else ():
             if len(self._scores_of(run)):
                 self.plot_learning_curves(folder, run)
         if diverged:
@@ -320,7 +331,9 @@ class GLUEvaluator:
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
-        for k, record in enumerate(state.records if folders else ()):
+        for k, record in enumerate(state.records):
+            if not folders or record.run not in folders:
+                continue
             folder, scores = folders[record.run], self._scores_of(record.run)
             reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
             saved.write_logits(folder, state, k)
@@ -440,3 +453,8 @@ class GLUEvaluator:
     def load(path, gpu_device, model_name=None, data_dir=None):
         """As it was saved; `model_name`, `data_dir`: where base model and data are now."""
         return saved.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)
+
+
+def hash_of_splits(splits):
+    """Return one hash of the tokens and labels of some splits."""
+    return models.sha256(array for split in splits for array in split.tokens[:5])

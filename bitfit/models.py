@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from bitfit import loading
 from bitfit.data import batch_of, gather, to_device, varlen_batch
+from bitfit.fingerprints import fingerprints_of
 from bitfit.loading import cannot_load
 from bitfit.packing import Packer, packers_of
 from bitfit.predict import computing_in, full_float32
@@ -192,6 +193,13 @@ def fingerprint(model, head=False):
         if head or in_encoder(model, name)
         for value in (name, parameter.detach())
     )
+
+
+def base_fingerprints(model_name, task, tokenizer, revision=None):
+    """Return the `fingerprints_of` a base model, before its weights are loaded."""
+    with blaming(lambda error: cannot_load(model_name, error, revision)):
+        config = load_config(model_name, task, revision)
+    return fingerprints_of(config, tokenizer)
 
 
 def sha256(values):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from bitfit.fingerprints import describe_change
 from utils import FORMAT, UserError, as_list, is_temporary, remove_temporaries, write_text
 
 LOGGER = logging.getLogger("bitfit")
@@ -29,7 +30,15 @@ WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
     "rows",
 }  # fmt: skip
-NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
+FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
+TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
+NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
+NAMES = {
+    "data": "the data",
+    "test": "the test data",
+    "encoder": "the base model",
+    "chosen": "what trains",
+}
 
 
 def folders_of(output, runs):
@@ -60,7 +69,7 @@ def is_finished(output, facts, resume):
         if not old["finished"] and "ranks" in facts:
             check_ranks(old.get("ranks", 1), facts["ranks"])
         if old["finished"]:
-            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            drop_checkpoints(output)
             print(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     check_place(output)
@@ -148,13 +157,22 @@ def check_same(old, new):
         UserError: they differ in something that results depend on.
     """
     harmless = HARMLESS - (BY_NAME if old["finished"] else set())
-    missing = sorted(new.keys() - HARMLESS - WARNED - old.keys())
+    missing = sorted(new.keys() - HARMLESS - WARNED - NEW - old.keys())
     if missing:
         raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
-    differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
+    if NEW & new.keys() - old.keys():
+        LOGGER.warning("an earlier version began this: args.json does not say which config and "
+                       "tokenizer the base model had, and which test rows there were: they "
+                       "cannot be verified")  # fmt: skip
+    names = new.keys() & old.keys() - harmless - FINGERPRINTS
+    base = describe_change(old, new)
+    if base and "tokenizer" in base:
+        names -= TOKENS
+    differ = [name for name in names if as_list(new[name]) != as_list(old[name])]
     for name in sorted(WARNED.intersection(differ)):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
     said = [difference(name, old[name], new[name]) for name in sorted(set(differ) - WARNED)]
+    said += [f"the base model's {base}"] * bool(base)
     if said:
         what = f"{'; '.join(said)}: give that again, or a new folder"
         raise UserError(f"--resume: this is not the interrupted run: {what}")
@@ -214,7 +232,10 @@ def is_done(folder):
 
 
 def write_args(folder, facts, finished):
-    """Write args.json; when nothing is left to do the checkpoints go."""
+    """Write args.json: what was asked for, and whether nothing is left to do."""
     write_text(folder / "args.json", json.dumps(facts | {"finished": finished}, indent=2) + "\n")
-    if finished:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def drop_checkpoints(folder):
+    """Remove checkpoints that nobody needs any more."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

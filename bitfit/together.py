@@ -69,6 +69,9 @@ def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
     widest = max(tasks, key=lambda task: task.num_labels)
     revision, _ = hub.resolve(name, base["model_revision"])
     tokenizer = models.load_tokenizer(name, revision)
+    fingerprints = models.base_fingerprints(name, widest, tokenizer, revision)
+    for folder, facts, _ in found:
+        saved.check_base(folder, facts, fingerprints)
     models.check_length(name, widest, max(lengths), revision)
     drawn = base["random_encoder"] and not base["model_sha256"]
     model, _ = models.load(name, widest, drawn, revision)

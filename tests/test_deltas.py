@@ -1,6 +1,8 @@
 """Deltas shown, compared, averaged and applied, beside plain NumPy and plain transformers."""
 
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from bitfit import deltas, members
 from glue_evaluator import GLUEvaluator
 
 sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kill_and_resume
 from deltas import main
 
 KINDS = {  # folder: (task, seeds, fine-tune type, components, random encoder)
@@ -66,6 +70,44 @@ def values_of(folder):
 def base_values():
     model = transformers.AutoModel.from_pretrained(TINY_BERT)
     return {f"bert.{name}": p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def die_at_call(number, argv):
+    """Run the command, and end it without a word before file `number` gets its name, from 1."""
+    calls = iter(range(1, 1_000))
+
+    def dying(plain):
+        def call(*args):
+            if next(calls) == number:
+                os._exit(9)
+            plain(*args)
+
+        return call
+
+    os.replace, os.rename = dying(os.replace), dying(os.rename)
+    sys.exit(main(argv))
+
+
+@pytest.mark.parametrize("words", [["average", *SEEDS], ["apply", SEEDS[0]]])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_killed_command_can_be_given_again(here, words, exists):
+    """It is killed between any two of its files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(kill_and_resume.PRELOADED)
+    if exists:
+        Path("made").mkdir()
+    for number in (1, 2, 4, 1_000):
+        process = context.Process(target=die_at_call, args=(number, [*words, "-o", "made"]))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        assert not list(Path().glob("made/*"))
+    assert process.exitcode == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["made", "out"]
+    assert main([*words, "-o", "expected"]) == 0
+    assert kill_and_resume.left(Path("made")) == kill_and_resume.left(Path("expected"))
 
 
 def change(folder):
