@@ -282,6 +282,58 @@ def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(study, tmp_pat
     assert states(study) == ["done", "done"]
 
 
+KILLED = """
+import os, pathlib, sys
+left = pathlib.Path(os.environ["LEFT"])
+steps = left.read_text()
+left.write_text(steps[1:])
+if not steps:
+    os.execv(sys.executable, [sys.executable, PROGRAM, *sys.argv[1:]])
+if steps[0] == "e":
+    sys.exit("a fault")
+if steps[0] == "p":  # progress: one more checkpoint
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output-path") + 1]) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath(f"{len(steps):06}.json").touch()
+if steps[0] == "r":  # as torchrun ends where a rank was killed
+    print("  exitcode  : -9 (pid: 7)", flush=True)
+    sys.exit(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kills", "ranks", "expected"),
+    [
+        ("k", 1, ["missing", "done"]),
+        ("kk", 1, ["missing", "failed"]),
+        ("kpk", 1, ["missing", "missing", "failed"]),
+        ("pppp", 1, ["missing"] * 4),
+        ("kek", 1, ["missing", "failed", "missing", "done"]),
+        ("rr", 2, ["missing", "failed"]),
+        ("r", 1, ["failed"]),
+    ],
+)
+def test_a_killed_command_goes_on_until_it_gets_no_further(
+    study, tmp_path, monkeypatch, kills, ranks, expected
+):
+    """The kernel kills what takes too much memory; before args.json a cell counts as missing."""
+    program, left = tmp_path / "killed.py", tmp_path / "left"
+    program.write_text(KILLED.replace("PROGRAM", repr(str(work.PROGRAM))))
+    left.write_text(kills)
+    monkeypatch.setattr(work, "PROGRAM", program)
+    monkeypatch.setattr(work, "launcher", lambda ranks: [sys.executable])
+    monkeypatch.setenv("LEFT", str(left))
+    seen = []
+    for _ in expected:
+        work.work(study, study.cells[:1], work.takes(retry_failed=True), "cpu", ranks=ranks)
+        seen += states(study)[:1]
+    assert seen == expected
+    failure = ledger.failure_of(study, study.cells[0])
+    assert "without progress" in failure["line"] if kills[-2:] in ("kk", "rr") else True
+    assert ledger.beside(study, study.cells[0], ".killed.json").exists() == (kills == "pppp")
+
+
 @pytest.mark.parametrize(
     ("word", "environment", "part"),
     [
