@@ -15,6 +15,7 @@ import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
+from bitfit import outputs
 from bitfit.study import cells, cost, ledger, work
 from utils import UserError
 
@@ -216,6 +217,32 @@ def test_a_lock_is_held_as_long_as_anybody_has_it(study):
     assert states(study)[0] == "running"  # who began it is gone, the command is not
     child.kill()
     child.wait()
+    assert states(study)[0] == "missing"
+
+
+def test_a_command_begun_by_hand_is_running(study, monkeypatch):
+    """It holds the lock in its folder; whoever takes the cell beside it leaves it alone."""
+    cell, begun = study.cells[0], []
+    monkeypatch.setattr(work, "run", lambda study, cell, *more: begun.append(cell))
+    folder = ledger.folder_of(study, cell)
+    with outputs.held(folder):
+        facts = cell.args | {"finished": False, "precision": "fp32"}
+        (folder / "args.json").write_text(json.dumps(facts))
+        assert states(study) == ["running", "missing"]
+        work.work(study, study.cells, work.takes(retry_failed=True))
+        assert begun == study.cells[1:]
+    assert states(study)[0] == "interrupted"
+
+
+def test_a_failure_counts_under_its_own_configuration(study):
+    cell = study.cells[0]
+    ledger.folder_of(study, cell).mkdir(parents=True)
+    ledger.note_failure(study, cell._replace(hash="of another epoch"), 1, "a fault")
+    assert states(study)[0] == "missing"
+    ledger.note_failure(study, cell, 1, "a fault")
+    assert states(study)[0] == "failed"
+    assert ledger.failure_of(study, cell)["line"] == "a fault"
+    ledger.beside(study, cell, ".failed.json").write_text("[]")  # damaged
     assert states(study)[0] == "missing"
 
 
@@ -502,6 +529,9 @@ def test_operations_are_counted_from_the_sizes(study):
     scoring = 2 * (2 * (24 * 5 + 10 * 4) + 7 * 3)
     assert cost.operations(cell, sizes) == 1000 * 2 * (training + scoring)  # two runs
     assert cost.disk_bytes(cell, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 2 * 2 + 10 * 7)
+    few = sizes._replace(rows=sizes.rows | {"train": 20})  # fewer than --train-size, 24
+    training, scoring = 4 * 2 * 20 * 5, 2 * (2 * (20 * 5 + 10 * 4) + 7 * 3)
+    assert cost.operations(cell, few) == 1000 * 2 * (training + scoring)
 
 
 @pytest.mark.parametrize(

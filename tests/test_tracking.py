@@ -249,7 +249,27 @@ def test_mlflow(sweep):
     assert "best of 2 trials" in runs["sweep"][2]["results.txt"].decode()
 
 
-# Resumed, failing, missing
+# Diverged, resumed, failing, missing
+
+
+def test_a_diverged_run_has_failed_and_the_others_have_not(tmp_path):
+    output = tmp_path / "diverged"
+    assert run(output, "-l", "1e-3", "1e36", "--report-to", *ALL) == 0
+    failed = {"lr0.001_seed0": False, "lr1e+36_seed0": True, "sweep": False}
+    status = {name: run.info.status for name, (run, *_) in mlflow_runs(output).items()}
+    assert status == {name: "FAILED" if bad else "FINISHED" for name, bad in failed.items()}
+    assert {begun.display_name: ended for begun, _, ended in wandb_runs(output)} == failed
+    said = text(events(output, "lr1e+36_seed0"), "results")
+    assert "was not finite at epoch 1, step" in said
+    assert "not finite" not in text(events(output, "lr0.001_seed0"), "results")
+
+
+def test_a_single_run_that_diverges_has_failed(tmp_path):
+    output = tmp_path / "single"
+    assert run(output, "-l", "1e36", "--report-to", *ALL) == 1
+    ((run_, *_),) = mlflow_runs(output).values()
+    ((_, _, ended),) = wandb_runs(output)
+    assert (run_.info.status, ended) == ("FAILED", 1)
 
 
 def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
