@@ -144,7 +144,8 @@ def test_figure_1_is_the_mean_over_the_seeds(made, entries):
                           "bias_term_changes.csv", index_col="term")
               for seed in range(3)]  # fmt: skip
     expected = np.mean([table.loc[changes.index].to_numpy() for table in tables], axis=0)
-    assert np.allclose(changes.to_numpy(), expected)
+    assert np.allclose(changes.to_numpy(), expected, equal_nan=True)
+    assert list(changes.index[changes.isna().all(axis=1)]) == ["attention.self.key.bias"]
     assert changes.sum(axis=1).is_monotonic_decreasing
 
 
@@ -214,7 +215,7 @@ def test_runs_that_diverged_count_nowhere(study):
     assert np.isnan(found[MODEL, "full_ft", "CoLA", None].selected["best"].values).all()
     changes, seeds = results.bias_changes(study, found[MODEL, "bitfit", "CoLA", None])
     assert seeds == 2
-    assert changes.notna().all(axis=None)
+    assert changes.notna().sum().tolist() == [7, 7, 7]  # all but the key's, which is fixed
     report.write(study, resamples=10)
     table = (study.output / "tables.md").read_text()
     assert "(2 of 3 seeds)" in table
