@@ -281,6 +281,12 @@ def test_lines_of_any_system(saved, capsys, monkeypatch):
     assert main(capsys, saved["cola"]) == (0, [], "")
 
 
+def test_a_byte_order_mark_within_the_lines_is_text(saved):
+    lines = [b"\xef\xbb\xbfa\n", b"\xef\xbb\xbfb\n"]
+    ((first, second),) = answers.batches(load(saved["cola"]), lines, 9, "in")
+    assert (first, second) == (("a",), ("\ufeffb",))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

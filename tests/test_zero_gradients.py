@@ -58,6 +58,8 @@ def found_in(folder):
         # The queries of positions meet this key and its bias; those of words meet the positions'.
         ("deberta-v2", P2C, "self.pos_key_proj.bias", [[0, 32]]),
         ("roformer", {"embedding_size": 32}, None, None),  # turns keys, and what is added to them
+        # Single numbers of slowly rotated keys have small gradients, but those of no head all do.
+        ("esm", {"mask_token_id": 4, "position_embedding_type": "rotary"}, None, None),
         ("fnet", {}, None, None),  # no attention
     ],
 )
@@ -73,6 +75,15 @@ def test_a_pretrained_attention_that_is_all_but_certain():
     """In float32 what is left of the sums would be a thousandth of their terms."""
     names, found = found_in(str(TINY_BERT))
     assert found == {n: [[0, 128]] for n in names if n.endswith(KEY)}
+
+
+def test_a_bias_that_is_read_elsewhere_is_not_fixed():
+    """Its module's gradients cancel, and yet the logits depend on it."""
+    tokens = tokenize(Texts(TEXTS, None), models.load_tokenizer(TINY_BERT), 64)
+    model = load_model(TINY_BERT, TASKS["rte"])
+    bias = model.bert.encoder.layer[1].attention.self.key.bias
+    model.classifier.register_forward_hook(lambda module, inputs, logits: logits + bias[:2])
+    assert zero_gradients.find(model, bitfit_names(model, [ALL_BIASES]), tokens) == {}
 
 
 def run(output, *more):
