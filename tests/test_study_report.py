@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -120,6 +121,34 @@ def test_differences_are_paired_and_pooled(entries):
     assert list(own["least_p"]) == [statistics.least_p(n) for n in (3, 3, 3, 6)]
     assert (frame["p_holm"] >= frame["p"]).all()
     assert (frame["low"] <= frame["high"]).all()
+
+
+def entry_of(task, column, right):
+    """An entry of one rate, epoch and ten rows, of which seeds know all or none: right (S,)."""
+    split = next(s for s, own in results.columns_of(task).items() if own == column)
+    logits = np.zeros((1, len(right), 1, 10, TASKS[task].num_labels), np.float32)
+    logits[0, :, 0, :, 0] = np.where(right, 1, -1)[:, None]
+    cell = SimpleNamespace(task=task, seeds=list(range(len(right))), rates=[1e-3])
+    made = results.Results(cell, "done", {split: logits}, {split: np.zeros(10, int)}, None)
+    return results.Entry(column, made, split, results.select(made, split))
+
+
+def test_columns_of_the_same_runs_are_resampled_together():
+    """On MNLI each seed knows one of the two sets, so that the mean of both is the same for all."""
+    known = {"MNLI-m": [1, 0, 1, 0], "MNLI-mm": [0, 1, 0, 1], "SST-2": [1, 1, 1, 1]}
+    entries = {}
+    for column, right in known.items():
+        task = "sst2" if column == "SST-2" else "mnli"
+        other = right if column == "SST-2" else [0] * 4
+        entries["m", "bitfit", column, None] = entry_of(task, column, right)
+        entries["m", "full_ft", column, None] = entry_of(task, column, other)
+    frame = results.comparisons(entries, np.random.default_rng(0), 500).set_index("column")
+    assert frame.loc["MNLI-m", "high"] > 90
+    assert frame.loc["all", ["difference", "low", "high"]].tolist() == pytest.approx([25] * 3)
+    # Pooled rows are corrected among themselves.
+    assert frame.loc["all", "p_holm"] == frame.loc["all", "p"] < 0.2
+    columns = frame.drop(index="all")
+    assert columns["p_holm"].tolist() == statistics.holm(columns["p"]).tolist()
 
 
 def test_the_gap_is_that_of_the_metrics(made, entries):
