@@ -149,7 +149,8 @@ def test_a_checkpoint_without_pooler_serves_any_number_of_classes(tmp_path):
 
 
 def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
-    folders = [saved["sst2"], saved["rte frozen"]]
+    alike = save(tmp_path / "qnli", "qnli", kind=("frozen", []))  # reads what RTE's reads
+    folders = [saved["sst2"], saved["rte frozen"], alike]
     many = check_like_each_alone(folders, tmp_path)
     assert many.stack.shares_encoder
     seen = []
