@@ -16,7 +16,18 @@ from pathlib import Path
 
 import torch
 
-from bitfit import hub, models, outputs, predict, reports, runs, saved, task_files, trainable
+from bitfit import (
+    hub,
+    models,
+    outputs,
+    predict,
+    reports,
+    runs,
+    saved,
+    task_files,
+    trainable,
+    zero_gradients,
+)
 from bitfit.checkpoints import Saver
 from bitfit.data import MAX_TOKENS, Dataset, concatenate
 from bitfit.plan import Plan
@@ -42,6 +53,7 @@ class GLUEvaluator:
         model: the plain Hugging Face classifier.
         model_commit: the hash of the commit that a model on the Hub is at; None for a folder.
         scores: one table of all runs' scores; `records`: what else each of them measured.
+        zero_gradient: {name: [[start, stop], ...]} of the biases that bitfit leaves as they are.
     """
 
     def __init__(
@@ -73,6 +85,7 @@ class GLUEvaluator:
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
         self.precision = precision or default_precision(self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
+        self.zero_gradient = {}  # as from `zero_gradients.find`
         self.averaged = []  # of an average, each member: see `bitfit.deltas.average`
         self.group = ALONE  # the `bitfit.ranks.Group` that trains and predicts together
 
@@ -171,6 +184,7 @@ class GLUEvaluator:
         self.records, self.scores = [Record(run) for run in pairs], reports.frame_of([])
         self._choose(fine_tune_type, mask_size)
         self._forward("train")
+        self.zero_gradient = self._find_zero_gradient()
 
     def _load_model(self, random_encoder, report=False):
         self.model, initialized = models.load(
@@ -201,6 +215,16 @@ class GLUEvaluator:
         """How rows share a pass: "packed", "padded" or "equal length"."""
         self._need("model", "training_preparation")
         return self._forward("train").kind
+
+    def _find_zero_gradient(self):
+        """The biases whose gradient is zero; a line says which, unless an earlier one did."""
+        if not self.trains_only_biases:
+            return {}
+        found = zero_gradients.find(self.model, self.chosen, self.tokens("train"))
+        if found and found != self.zero_gradient:
+            LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
+                        "%s", zero_gradients.in_words(found, self.model))  # fmt: skip
+        return found
 
     def _choose(self, fine_tune_type, mask_size=None):
         rng = generator(self.runs[0].seed, "mask")
@@ -234,6 +258,7 @@ class GLUEvaluator:
             "encoder_sha256": self.encoder_sha256,
             "chosen_sha256": self.chosen_sha256(),
             **self.base_fingerprints,
+            **({"zero_gradient": self.zero_gradient} if self.zero_gradient else {}),
         }
 
     def chosen_sha256(self):
@@ -302,7 +327,7 @@ class GLUEvaluator:
                     self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
         set_seed(self._dropout_seed())
-        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
+        self.stack = Stack(self.model, self.chosen, self.runs, self._draw, self.zero_gradient)
         state = start(plan, self.stack, self.optimizer, keep)
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
@@ -432,7 +457,8 @@ class GLUEvaluator:
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before = self.stack.named_values(self.selected, self.stack.start)
-        return reports.bias_changes(before, self.stack.named_values(self.selected))
+        after = self.stack.named_values(self.selected)
+        return reports.bias_changes(before, after, self.zero_gradient)
 
     def plot_terms_changes(self, output_path=None):
         """The paper's figure 1, how far each bias term moved; its numbers too are saved to

@@ -181,6 +181,8 @@ def check_same(old, new):
 def difference(name, old, new):
     if name.endswith("_sha256"):
         return f"{NAMES[name.removesuffix('_sha256')]} changed"
+    if name == "zero_gradient":
+        return "other biases have a zero gradient here"
     if name == "task":
         keys = [key for key in old | new if old.get(key) != new.get(key)]
         return f"the task of --task-file has another {' and '.join(keys)}"

@@ -53,7 +53,7 @@ def write(evaluator, folder):
     facts |= run._asdict() | {"train_loss": evaluator.record.train_loss}
     scores = evaluator.scores[evaluator.scores["run"] == run.name]
     facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
-    facts |= {"averaged": evaluator.averaged} if evaluator.averaged else {}
+    facts |= {n: v for n in ("averaged", "zero_gradient") if (v := getattr(evaluator, n))}
     tensors = {}
     if trainable.trains_all(evaluator.model, evaluator.chosen):
         evaluator.export_model(folder / "model")
@@ -154,6 +154,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.scores = reports.frame_of(facts["scores"])
     evaluator.averaged = facts.get("averaged", [])
     check_base(folder, facts, evaluator.base_fingerprints)
+    evaluator.zero_gradient = facts.get("zero_gradient", {})
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
     evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)

@@ -170,7 +170,8 @@ def update(state, step, losses):
     norms = clip_(stack.grads, MAX_GRAD_NORM)
     stack.note_bad(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0
-    stack.grads.masked_fill_(bad[:, None], 0.0)
+    still = bad[:, None] if stack.fixed is None else bad[:, None] | stack.fixed
+    stack.grads.masked_fill_(still, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
     move(state)
     state.loss_sum += losses * step.count

@@ -60,6 +60,7 @@ def here(out, tmp_path, monkeypatch):
     return tmp_path
 
 
+ZERO = "zero_gradient"
 SEEDS = [f"out/rte/seed{seed}" for seed in range(3)]
 
 
@@ -194,11 +195,34 @@ def test_an_average_is_an_evaluator_with_the_mean(here, capsys):
         f"validation Accuracy: average {100 * scores[3]:.1f}; its members "
         f"{100 * np.mean(scores[:3]):.1f} on average, {100 * max(scores[:3]):.1f} the best"
     )
+    assert json.loads(Path("soup/evaluator.json").read_text())["train_loss"] == []  # of none
     loaded.save(here / "again")
     assert GLUEvaluator.load(here / "again", None).averaged == loaded.averaged
     assert [own["weight"] for own in loaded.averaged] == pytest.approx([1 / 3] * 3)
     assert [Path(own["folder"]).samefile(f"{f}/evaluator") for own, f in zip(
         loaded.averaged, SEEDS, strict=True)] == [True] * 3  # fmt: skip
+
+
+def test_an_average_with_one_whose_key_moved(here):
+    """Evaluators from before biases without a gradient were kept fixed."""
+    found = members.read(SEEDS[:2])
+    old = found[1]._replace(facts={k: v for k, v in found[1].facts.items() if k != ZERO})
+    evaluator = GLUEvaluator.load(found[0].folder, None)
+    deltas.average(found, [1, 1], evaluator)
+    assert len(evaluator.zero_gradient) == 3
+    deltas.average([found[0], old], [1, 1], evaluator)
+    assert evaluator.zero_gradient == {}
+
+
+def test_the_order_of_bias_terms_is_no_difference():
+    query, value = "attention.self.query.bias", "attention.self.value.bias"
+    facts = {"fine_tune_type": "bitfit", "seed": 0}
+    pair = [members.Member("a", Path("a"), facts | {"components": own}, {})
+            for own in ([query, value], [value, query])]  # fmt: skip
+    members.check_trained(pair)
+    other = pair[0]._replace(facts=facts | {"components": [query]})
+    with pytest.raises(members.UserError, match="different trained parameters"):
+        members.check_trained([pair[0], other])
 
 
 def test_weights(here):
