@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def is_finished(output, facts, resume):
             check_ranks(old.get("ranks", 1), facts["ranks"])
         if old["finished"]:
             drop_checkpoints(output)
+            drop_lock(output)
             print(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     check_place(output)
@@ -133,6 +134,13 @@ def held(output):
     finally:
         (output / ".lock").unlink(missing_ok=True)
         lock.release()
+
+
+def drop_lock(output):
+    """Remove the lock file of a process that was killed after its last file."""
+    if (output / ".lock").exists():
+        with suppress(UserError, OSError), held(output):
+            pass
 
 
 def read_args(folder):

@@ -470,6 +470,7 @@ def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0  # nothing there: it starts
     assert not (tmp_path / "out/checkpoints").exists()
     before = kill_and_resume.left(tmp_path / "out")
+    (tmp_path / "out/.lock").touch()  # the process was killed after its last file
     capsys.readouterr()
     monkeypatch.setattr(run_glue, "prepare", None)  # not even loaded
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0
