@@ -14,7 +14,16 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from utils import FORMAT, UserError, as_list, is_temporary, remove_temporaries, write_text
+from utils import (
+    FORMAT,
+    UserError,
+    as_list,
+    is_temporary,
+    print_result,
+    remove_temporaries,
+    temporary_name,
+    write_text,
+)  # fmt: skip
 
 LOGGER = logging.getLogger("bitfit")
 CHECKPOINTS = "checkpoints"
@@ -28,6 +37,9 @@ BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes 
 WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
 }  # fmt: skip
+# Of what is computed with, beside `finished` and `precision`; flags are only compared.
+TYPES = {"format": int, "ranks": int, "threads": int, "task": dict, "commit": str, "device": str,
+         "torch": str, "transformers": str, "python": str}  # fmt: skip
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
 
 
@@ -57,10 +69,10 @@ def is_finished(output, facts, resume):
             raise UserError(f"--resume: {output} {what}")
         check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
         if not old["finished"] and "ranks" in facts:
-            check_ranks(old.get("ranks", 1), facts["ranks"])
+            check_ranks(old.get("ranks") or 1, facts["ranks"])
         if old["finished"]:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-            print(f"{output} is finished: there is nothing to resume")
+            print_result(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     check_place(output)
     return False
@@ -76,16 +88,53 @@ def check_new(output):
 
 def is_used(output):
     """Whether there is anything in a folder; UserError where it is a file."""
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"--output-path {output} is a file: give a folder")
-    return output.is_dir() and any(not is_leftover(inside.name) for inside in output.iterdir())
+    if not os.path.isdir(output):
+        return False
+    try:
+        return any(not is_leftover(name) for name in os.listdir(output))
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}: give another place"
+        raise UserError(f"--output-path {output} {what}") from None
 
 
 def check_place(output):
     """UserError where a folder cannot be made or written."""
-    nearest = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--output-path {output} cannot be made in {nearest}: give another place")
+    path = Path(output).absolute()
+    places = [path, *path.parents]
+    # Also a link to nowhere is there, and a name that is too long never can be.
+    nearest = next(place for place in places if os.path.lexists(place))
+    missing = places[: places.index(nearest)]
+    wrong = next(filter(None, (wrong_name(nearest / place.name) for place in missing)), None)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        wrong = "a link to nowhere" if nearest.is_symlink() and not nearest.exists() else ""
+    if wrong is not None:
+        why = f" ({wrong})" if wrong else ""
+        what = f"cannot be made in {nearest}{why}: give another place"
+        raise UserError(f"--output-path {output} {what}")
+
+
+def wrong_file(path, suffix):
+    """What is wrong with the path of a file that is to be written, or None."""
+    folder = os.path.dirname(path)
+    if not path.endswith(suffix) or not os.path.isdir(folder or "."):
+        return f"give a {suffix} file in a folder that is there"
+    if os.path.isdir(path) or not os.access(folder or ".", os.W_OK | os.X_OK):
+        return "cannot be written: give another place"
+    wrong = wrong_name(temporary_name(path))  # it is written under this name
+    return wrong and f"{wrong}: give another name"
+
+
+def wrong_name(path):
+    """Why the operating system refuses a name, or None."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def check_ranks(old, new):
@@ -128,13 +177,21 @@ def held(output):
 def read_args(folder):
     """The args.json in a folder; UserError where it is not there or not ours."""
     try:
-        facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
-            raise ValueError("it is not of run_glue.py")
-        return facts
+        return checked(json.loads((folder / "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         what = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
         raise UserError(f"--resume: {what}") from None
+
+
+def checked(facts):
+    """The content of an args.json; ValueError or others where a fact that is used is not ours."""
+    if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
+        raise ValueError("it is not of run_glue.py")
+    for name, kinds in TYPES.items():
+        value = facts.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"{name} is {json.dumps(value)}")
+    return facts
 
 
 def check_same(old, new):
@@ -163,6 +220,7 @@ def difference(name, old, new):
     if name.endswith("_sha256"):
         return f"{NAMES[name.removesuffix('_sha256')]} changed"
     if name == "task":
+        old = old or {}
         keys = [key for key in old | new if old.get(key) != new.get(key)]
         return f"the task of --task-file has another {' and '.join(keys)}"
     old, new = (" ".join(map(str, as_list(value))) for value in (old, new))

@@ -9,10 +9,17 @@ A study is a folder. Each cell of a table is a command of run_glue.py, and `plan
 `run` may be killed at any moment, and any number of them may work on one folder.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from bitfit import early
+
+if __name__ == "__main__":
+    early.catch_signals("paper.py")
+
+from pathlib import Path
 
 import utils
 from bitfit.flags import POSITIVE, gpu, make_commands, number
@@ -139,8 +146,7 @@ def plan(args):
     if args.calibrate:
         precision = args.precision or utils.default_precision(device)
         cost.calibrate(study, device, DTYPES[precision])
-    print(plan.table(study, cost.Costs(study)))
-    print(plan.commands(study))
+    utils.print_result(f"{plan.table(study, cost.Costs(study))}\n{plan.commands(study)}")
     return 0
 
 
@@ -165,7 +171,7 @@ def run(args):
     else:
         work.work(study, fit, states, gpus[0], args.shard is None, args.nproc_per_node)
         statuses = []
-    print(plan.summary(study, cells_here, left))
+    utils.print_result(plan.summary(study, cells_here, left))
     bad = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in cells_here)
     return int(bad or any(statuses))
 
@@ -173,7 +179,7 @@ def run(args):
 def report(args):
     from bitfit.study import report
 
-    print(report.write(cells.read(args.output_path), args.resamples))
+    utils.print_result(report.write(cells.read(args.output_path), args.resamples))
     return 0
 
 
@@ -184,7 +190,7 @@ def submit(args):
     path = args.output_path / name
     study = cells.read(args.output_path)
     said = submit.write(study, args.model, args.method, path, args.placeholder_missing)
-    print("\n".join([*said, str(path)]))
+    utils.print_result("\n".join([*said, str(path)]))
     return 0
 
 
@@ -201,8 +207,9 @@ COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}
 
 def main(argv=None):
     args = parse_args(argv)
+    utils.setup_logging()
     words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}
-    return utils.end_of("paper.py", lambda: COMMANDS[args.command](args), **words)
+    return utils.end_of("paper.py", lambda signals: COMMANDS[args.command](args), **words)
 
 
 if __name__ == "__main__":
