@@ -191,6 +191,8 @@ def checked(facts):
         value = facts.get(name)
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
             raise ValueError(f"{name} is {json.dumps(value)}")
+    if facts.get("ranks") is not None and facts["ranks"] < 1:
+        raise ValueError(f"ranks is {facts['ranks']}")
     return facts
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 import utils
+from bitfit import escape
 from bitfit.flags import OneLineParser
 from bitfit.outputs import wrong_file
 from bitfit.reports import curve_figure, read_metrics, save_figure
@@ -88,7 +89,7 @@ def picture(runs, path):
     figure, axes = curve_figure(f"{caption}validation score", "epoch", f"{scores} x 100", height)
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         style = {"color": COLORS[number % 10], "linestyle": STYLES[number // 10 % 4]}
-        axes.plot(curve(*run), marker="o", markersize=3.5, label=label, **style)
+        axes.plot(curve(*run), marker="o", markersize=3.5, label=escape.plot(label), **style)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     save_figure(figure, path)
 

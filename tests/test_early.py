@@ -98,6 +98,7 @@ def test_after_the_end_a_signal_changes_nothing(tmp_path, last):
     result = run("run_glue.py", tmp_path, script)
     assert result.returncode == 0, result.stderr
     assert "stopped" not in result.stderr
+    assert "Traceback" not in result.stderr
     assert "validation" in result.stdout
 
 

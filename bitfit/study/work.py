@@ -68,7 +68,7 @@ def work(study, cells, states, gpu=None, shared=True, ranks=1):
             if lock is None or ledger.state_of_taken(study, cell) not in states:
                 continue
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
-            run(study, cell, lock, gpu, (ledger.args_of(study, cell) or {}).get("ranks", ranks))
+            run(study, cell, lock, gpu, (ledger.args_of(study, cell) or {}).get("ranks") or ranks)
 
 
 def run(study, cell, lock, gpu=None, ranks=1):
