@@ -195,6 +195,8 @@ def outcome(error, stopped, fault, less_memory):
         return 128 + error.number, f"stopped: {error}{stopped}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, f"stopped: at once{stopped}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only input has those
+        return 2, f"error: {one_line(error)}: give another name"
     if is_fault(error) or isinstance(error, (Damaged, Lost, OSError)):
         memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
         return 1, f"stopped: {memory}{one_line(error)}{fault}"

@@ -103,37 +103,39 @@ def check_place(output):
     """UserError where a folder cannot be made or written."""
     path = Path(output).absolute()
     places = [path, *path.parents]
-    # Also a link to nowhere is there, and a name that is too long never can be.
-    nearest = next(place for place in places if os.path.lexists(place))
+    nearest = next(place for place in places if os.path.lexists(place))  # a link to nowhere too
     missing = places[: places.index(nearest)]
-    wrong = next(filter(None, (wrong_name(nearest / place.name) for place in missing)), None)
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        wrong = "a link to nowhere" if nearest.is_symlink() and not nearest.exists() else ""
-    if wrong is not None:
-        why = f" ({wrong})" if wrong else ""
-        what = f"cannot be made in {nearest}{why}: give another place"
-        raise UserError(f"--output-path {output} {what}")
+    try:
+        for name in (path, *(nearest / place.name for place in missing)):
+            is_there(name)  # OSError for what is too long to be a name
+        probe = temporary_name(nearest / "probe")  # the one true answer is to try
+        os.mkdir(probe)
+        os.rmdir(probe)
+    except OSError as error:
+        what = f"cannot be made in {nearest} ({error.strerror}): give another place"
+        raise UserError(f"--output-path {output} {what}") from None
+
+
+def is_there(path):
+    """Whether a name is taken; OSError where the operating system refuses it."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def wrong_file(path, suffix):
     """What is wrong with the path of a file that is to be written, or None."""
-    folder = os.path.dirname(path)
-    if not path.endswith(suffix) or not os.path.isdir(folder or "."):
+    if not path.endswith(suffix) or not os.path.isdir(os.path.dirname(path) or "."):
         return f"give a {suffix} file in a folder that is there"
-    if os.path.isdir(path) or not os.access(folder or ".", os.W_OK | os.X_OK):
-        return "cannot be written: give another place"
-    wrong = wrong_name(temporary_name(path))  # it is written under this name
-    return wrong and f"{wrong}: give another name"
-
-
-def wrong_name(path):
-    """Why the operating system refuses a name, or None."""
+    if os.path.isdir(path):
+        return "it is a folder: give another name"
     try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass
+        temporary_name(path).touch()  # as it will be written
+        temporary_name(path).unlink()
     except OSError as error:
-        return error.strerror
+        return f"cannot be written ({error.strerror}): give another place"
     return None
 
 

@@ -111,7 +111,7 @@ def parse_args(argv=None):
     if args.command == "plan":
         given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
         new = [name for name in given if name not in ANYWAY]
-        there = (args.output_path / cells.STUDY).exists()
+        there = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
         by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
@@ -134,9 +134,11 @@ def collect(parser, name, pairs, known):
 
 
 def plan(args):
+    from bitfit import outputs
     from bitfit.study import cost, plan
     from glue_evaluator import DTYPES
 
+    outputs.check_place(args.output_path)
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
     utils.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan(args.output_path, args)

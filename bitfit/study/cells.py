@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -228,7 +229,7 @@ def plan(output, args):
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
-    old = read(output) if (Path(output) / STUDY).exists() else Study(Path(output), [], [], [])
+    old = read(output) if os.path.exists(Path(output) / STUDY) else Study(Path(output), [], [], [])
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
             what = f"{cell.name}: {difference(cell, new[cell.name])}"
