@@ -8,6 +8,7 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ended = []  # the exit status, once the program's work is done
@@ -20,7 +21,8 @@ def catch_signals(program):
         if ended:
             die(ended[-1])
         if is_first_rank():
-            os.write(2, f"{program}: stopped: {signal.Signals(number).name}\n".encode())
+            with suppress(OSError):
+                os.write(2, f"{program}: stopped: {signal.Signals(number).name}\n".encode())
         die(128 + number)
 
     for number in NUMBERS:
@@ -51,7 +53,5 @@ def die(status):
 def leave(status):
     """End a program with the exit status of its work; as `die`, but in the ordinary way."""
     if status == 128 + signal.SIGINT:
-        if sys.stdout:
-            sys.stdout.flush()
         die(status)
     sys.exit(status)

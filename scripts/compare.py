@@ -23,7 +23,7 @@ from bitfit import escape
 from bitfit.flags import OneLineParser
 from bitfit.outputs import wrong_file
 from bitfit.reports import curve_figure, read_metrics, save_figure
-from utils import UserError, blaming, one_line
+from utils import UserError, blaming, escaped, one_line
 
 COLORS = [f"C{number}" for number in range(10)]
 STYLES = ("-", "--", ":", "-.")  # so that 40 lines can be told apart
@@ -52,8 +52,8 @@ def describe(facts, scores):
     validation = curve(facts, scores)
     train = 100 * scores.query("split == 'train' and metric == @metric")["value"]
     return {
-        "task": facts["task"],
-        "model": Path(facts["model"]).name,
+        "task": escaped(facts["task"]),
+        "model": escaped(Path(facts["model"]).name),
         "method": method + " (random encoder)" * facts["random_encoder"],
         "learning rate": f"{facts['learning_rate']:g}",
         "seed": facts["seed"],
