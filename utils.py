@@ -410,9 +410,9 @@ def flush(path):
 
 
 def write_text(path, text):
-    """Write a whole text file (UTF-8)."""
+    """Write a whole text file (UTF-8; bytes of a path that are not, escaped)."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def is_temporary(name):

@@ -33,11 +33,17 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; `-h` has the rest."""
 
     def parse_known_args(self, args=None, namespace=None):
+        # Such names would end up in logs, tables, JSON and commands to be pasted.
+        what = "has control characters, or bytes that are not UTF-8: rename what it names"
         for word in sys.argv[1:] if args is None else args:
-            # Such names would end up in logs, tables, JSON and commands to be pasted.
-            if any(unicodedata.category(character) in ("Cc", "Cs") for character in word):
-                what = "has control characters, or bytes that are not UTF-8"
-                self.error(f"the argument '{word}' {what}: rename what it names")
+            if is_unreadable(word):
+                self.error(f"the argument '{word}' {what}")
+        try:
+            folder = os.getcwd()
+        except OSError as error:
+            self.error(f"the current folder: {error.strerror}: work in another one")
+        if is_unreadable(folder):
+            self.error(f"the current folder '{folder}' {what}")
         return super().parse_known_args(args, namespace)
 
     def _print_message(self, message, file=None):
@@ -52,6 +58,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         Ranks().tell(f"{self.prog}: error: {message}")
         self.exit(2)
+
+
+def is_unreadable(word):
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in word)
 
 
 def make_commands(prog, description, commands, add_common):
@@ -103,7 +113,7 @@ def new_file(suffix):
 
     def parse(word):
         if wrong := wrong_file(word, suffix):
-            raise argparse.ArgumentTypeError(f"{word!r}: {wrong}")
+            raise argparse.ArgumentTypeError(f"{word!r} {wrong}")
         return Path(word)
 
     return parse

@@ -128,9 +128,9 @@ def is_there(path):
 def wrong_file(path, suffix):
     """What is wrong with the path of a file that is to be written, or None."""
     if not path.endswith(suffix) or not os.path.isdir(os.path.dirname(path) or "."):
-        return f"give a {suffix} file in a folder that is there"
+        return f"is not a {suffix} file in a folder that is there"
     if os.path.isdir(path):
-        return "it is a folder: give another name"
+        return "is a folder: give another name"
     try:
         temporary_name(path).touch()  # as it will be written
         temporary_name(path).unlink()

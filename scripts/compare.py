@@ -104,7 +104,7 @@ def make_parser():
 def run(args):
     runs = [read(folder) for folder in args.folders]
     if args.plot and (wrong := wrong_file(args.plot, ".png")):
-        raise UserError(f"--plot {args.plot}: {wrong}")
+        raise UserError(f"--plot {args.plot} {wrong}")
     table = pd.DataFrame([describe(*run) for run in runs]).to_string(index=False)
     if args.plot:
         picture(runs, args.plot)

@@ -82,7 +82,7 @@ def run(study, cell, lock, gpu=None, ranks=1):
     command = [*launcher(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
     ledger.forget_failure(study, cell)
     with open(log, "ab") as output:
-        output.write(f"$ {cell.shell(study.output)}\n".encode())
+        output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
         output.flush()
         # In a session of its own a Ctrl-C reaches it once, from here.
         process = subprocess.Popen(
