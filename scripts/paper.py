@@ -146,7 +146,7 @@ def plan(args):
     plan.check(study)
     cells.write(study)
     if args.calibrate:
-        precision = args.precision or utils.default_precision(device)
+        precision = utils.choose_precision(args.precision, device)
         cost.calibrate(study, device, DTYPES[precision])
     utils.print_result(f"{plan.table(study, cost.Costs(study))}\n{plan.commands(study)}")
     return 0
