@@ -37,9 +37,9 @@ BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes 
 WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
 }  # fmt: skip
-# Of what is computed with, beside `finished` and `precision`; flags are only compared.
-TYPES = {"format": int, "ranks": int, "threads": int, "task": dict, "commit": str, "device": str,
-         "torch": str, "transformers": str, "python": str}  # fmt: skip
+# Of what is computed with, beside `finished`; flags are only compared.
+TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
+         "device": str, "torch": str, "transformers": str, "python": str}  # fmt: skip
 NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
 
 
@@ -179,16 +179,17 @@ def held(output):
 def read_args(folder):
     """The args.json in a folder; UserError where it is not there or not ours."""
     try:
-        return checked(json.loads((folder / "args.json").read_text(encoding="utf-8")))
+        facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
+            raise ValueError("it is not of run_glue.py")
+        return typed(facts)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         what = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
         raise UserError(f"--resume: {what}") from None
 
 
-def checked(facts):
-    """The content of an args.json; ValueError or others where a fact that is used is not ours."""
-    if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
-        raise ValueError("it is not of run_glue.py")
+def typed(facts):
+    """The content of an args.json; ValueError where a fact that is used was edited."""
     for name, kinds in TYPES.items():
         value = facts.get(name)
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):

@@ -35,8 +35,9 @@ def beside(study, cell, suffix):
 def args_of(study, cell):
     """The args.json in a cell's folder, or None; what cannot be read is none."""
     try:
-        return outputs.read_args(folder_of(study, cell))
-    except UserError:
+        facts = json.loads((folder_of(study, cell) / "args.json").read_text(encoding="utf-8"))
+        return outputs.typed(facts) if isinstance(facts, dict) else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 
