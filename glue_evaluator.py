@@ -11,13 +11,25 @@ With several seeds, or several learning rates, it holds a run for each pair.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bitfit import hub, models, outputs, predict, reports, runs, saved, task_files, trainable
+from bitfit import (
+    hub,
+    models,
+    outputs,
+    predict,
+    reports,
+    runs,
+    saved,
+    task_files,
+    trainable,
+    zero_gradients,
+)
 from bitfit.checkpoints import Saver
-from bitfit.data import MAX_TOKENS, Dataset
+from bitfit.data import MAX_TOKENS, Dataset, concatenate
 from bitfit.plan import Plan
 from bitfit.ranks import ALONE
 from bitfit.runs import Run, Stack
@@ -49,6 +61,7 @@ class GLUEvaluator:
         model: the plain Hugging Face classifier.
         model_commit: the hash of the commit that a model on the Hub is at; None for a folder.
         scores: one table of all runs' scores; `records`: what else each of them measured.
+        zero_gradient: {name: [[start, stop], ...]} of the biases that bitfit leaves as they are.
     """
 
     def __init__(
@@ -80,6 +93,7 @@ class GLUEvaluator:
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
         self.precision = choose_precision(precision, self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
+        self.zero_gradient = {}  # as from `zero_gradients.find`
         self.averaged = []  # of an average, each member: see `bitfit.deltas.average`
         self.group = ALONE  # the `bitfit.ranks.Group` that trains and predicts together
 
@@ -118,6 +132,9 @@ class GLUEvaluator:
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
         self.train_size = train_size
         self.tokenizer = models.load_tokenizer(self.model_name, self.revision)
+        self.base_fingerprints = models.base_fingerprints(
+            self.model_name, self.task, self.tokenizer, self.revision
+        )
         self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
                             train_size, self.torch_device)  # fmt: skip
 
@@ -169,30 +186,53 @@ class GLUEvaluator:
         if len(set(pairs)) < len(pairs):
             raise UserError("a learning rate or seed is given twice: give each once")
         pairs = pairs if only is None else list(only)
-        self._load_model(self.random_encoder)
+        self._load_model(self.random_encoder, report=not hasattr(self, "model"))
         self.runs, self.optimizer, self.verbose = pairs, optimizer, verbose
         self.components, self.selected = list(components), 0
         self.records, self.scores = [Record(run) for run in pairs], reports.frame_of([])
         self._choose(fine_tune_type, mask_size)
         self._forward("train")
+        self.zero_gradient = self._find_zero_gradient()
 
-    def _load_model(self, random_encoder):
-        self.model, needs_head = models.load(
-            self.model_name, self.task, random_encoder, self.revision
+    def _load_model(self, random_encoder, report=False):
+        self.model, initialized = models.load(
+            self.model_name, self.task, random_encoder, self.revision, report
         )
-        self._draw = models.draw_head if needs_head else None
+        self._draw = partial(models.draw_head, names=initialized) if initialized else None
         self.encoder_sha256 = models.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.limit = predict.Limit(self.max_tokens, self.torch_device)
-        for outdated in ("stack", "chosen", "_found"):
+        for outdated in ("stack", "chosen", "_found", "_longest_tried"):
             vars(self).pop(outdated, None)
 
     def _forward(self, split):
-        """The model's `Forward`, found on the rows of the first split that it meets."""
-        if not hasattr(self, "_found"):
-            tokens, dtype = self.tokens(split), DTYPES[self.precision]
+        """The model's `Forward`, found on rows of all splits read so far.
+
+        It is found again for a split that is read later and has longer rows.
+        """
+        longest = self.tokens(split).lengths.max()
+        if longest > vars(self).get("_longest_tried", 0):
+            parts = [own.tokens for own in self.data.splits.values() if own.tokens]
+            tokens, dtype = concatenate(parts), DTYPES[self.precision]
             self._found = models.find_forward(self.model, self.model_name, tokens, dtype)
+            self._longest_tried = tokens.lengths.max()
         return self._found
+
+    @property
+    def row_batching(self):
+        """How rows share a pass: "packed", "padded" or "equal length"."""
+        self._need("model", "training_preparation")
+        return self._forward("train").kind
+
+    def _find_zero_gradient(self):
+        """The biases whose gradient is zero; a line says which, unless an earlier one did."""
+        if not self.trains_only_biases:
+            return {}
+        found = zero_gradients.find(self.model, self.chosen, self.tokens("train"))
+        if found and found != self.zero_gradient:
+            LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
+                        "%s", zero_gradients.in_words(found, self.model))  # fmt: skip
+        return found
 
     def _choose(self, fine_tune_type, mask_size=None):
         rng = generator(self.runs[0].seed, "mask")
@@ -218,12 +258,20 @@ class GLUEvaluator:
 
     def fingerprints(self):
         """What results depend on beside flags: hashes of the data, the base model, what trains."""
-        data = [array for split in self.data.scored().values() for array in split.tokens[:5]]
+        scored = self.data.scored()
+        tests = [split for name, split in self.data.splits.items() if name not in scored]
         return {
-            "data_sha256": models.sha256(data),
+            "data_sha256": hash_of_splits(scored.values()),
+            "test_sha256": hash_of_splits(split for split in tests if split.tokens),
             "encoder_sha256": self.encoder_sha256,
-            "chosen_sha256": models.sha256(v for item in self.chosen.items() for v in item),
+            "chosen_sha256": self.chosen_sha256(),
+            **self.base_fingerprints,
+            **({"zero_gradient": self.zero_gradient} if self.zero_gradient else {}),
         }
+
+    def chosen_sha256(self):
+        """Return the hash of the names and positions that train."""
+        return models.sha256(v for item in self.chosen.items() for v in item)
 
     @property
     def masks(self):
@@ -255,17 +303,18 @@ class GLUEvaluator:
     def train_and_evaluate(
         self, num_epochs, output_path=None, evaluation_frequency=1,
         lr_schedule="constant", warmup_ratio=0.0, keep="last", saver=None,
-        tracker=OFF,
+        tracker=OFF, curves=True,
     ):  # fmt: skip
         """Train all runs together, score them, write their metrics and learning curves.
 
         Args:
             output_path: folder for metrics and curves; with several runs each has a folder in it,
-                named `Run.name`. Or {run: its folder}.
+                named `Run.name`. Or {run: its folder}, of some runs: the others write nothing.
             evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.plan.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
             saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
             tracker: a `bitfit.tracking.Tracker`, to be told what is measured while it is.
+            curves: plot the learning curves.
 
         Raises:
             Diverged: in every run a loss or gradient was not finite. Each holds its last good
@@ -286,7 +335,7 @@ class GLUEvaluator:
                     self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
         set_seed(self._dropout_seed())
-        self.stack = Stack(self.model, self.chosen, self.runs, self._draw)
+        self.stack = Stack(self.model, self.chosen, self.runs, self._draw, self.zero_gradient)
         state = start(plan, self.stack, self.optimizer, keep)
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
@@ -301,7 +350,7 @@ class GLUEvaluator:
                 self.stack.take(state.best)
             self._note(state)
         self._note(state, folders)
-        for run, folder in folders.items():
+        for run, folder in folders.items() if curves else ():
             if len(self._scores_of(run)):
                 self.plot_learning_curves(folder, run)
         if diverged:
@@ -315,7 +364,9 @@ class GLUEvaluator:
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
         self.records, self.scores = state.records, reports.frame_of(state.scores)
-        for k, record in enumerate(state.records if folders else ()):
+        for k, record in enumerate(state.records):
+            if not folders or record.run not in folders:
+                continue
             folder, scores = folders[record.run], self._scores_of(record.run)
             reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
             saved.write_logits(folder, state, k)
@@ -414,7 +465,8 @@ class GLUEvaluator:
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before = self.stack.named_values(self.selected, self.stack.start)
-        return reports.bias_changes(before, self.stack.named_values(self.selected))
+        after = self.stack.named_values(self.selected)
+        return reports.bias_changes(before, after, self.zero_gradient)
 
     def plot_terms_changes(self, output_path=None):
         """The paper's figure 1, how far each bias term moved; its numbers too are saved to
@@ -435,3 +487,8 @@ class GLUEvaluator:
     def load(path, gpu_device, model_name=None, data_dir=None):
         """As it was saved; `model_name`, `data_dir`: where base model and data are now."""
         return saved.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)
+
+
+def hash_of_splits(splits):
+    """Return one hash of the tokens and labels of some splits."""
+    return models.sha256(array for split in splits for array in split.tokens[:5])

@@ -110,14 +110,16 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
     share, group = ranks.share(evaluator.runs, on_own_gpus=alone)
     evaluator.group = group._replace(speaks=group.speaks and not args.quiet)
     for runs in evaluator.passes(share):
-        together = {run: folders[run] for run in runs}
-        home = output if together == folders else folders[runs[0]]
-        if home != output and all(map(outputs.is_done, together.values())):
-            continue
-        if evaluator.runs != runs:
+        home = output if len(runs) == len(folders) else folders[runs[0]]
+        unfinished = unfinished_of(runs, folders, evaluator.group)
+        if unfinished and evaluator.runs != runs:
             choose(evaluator, args, runs)
-        train(args, evaluator, together, home, signals, tracker, single=len(folders) == 1)
-        settle(args, evaluator, {run: folders[run] for run in share}, facts, tracker)
+        if unfinished:
+            train(args, evaluator, unfinished, home, signals, tracker, single=len(folders) == 1)
+            own = {run: folders[run] for run in share}
+            settle(args, evaluator, unfinished, own, facts, tracker)
+        if group.rank == 0:
+            outputs.drop_checkpoints(home)
     ranks.end()
     if ranks.rank > 0:
         return
@@ -133,11 +135,18 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
         utils.print_result(table)
 
 
+def unfinished_of(runs, folders, group):
+    """Return {run: its folder} of those whose files are not complete, alike on all ranks."""
+    finished = [group.rank == 0 and outputs.is_done(folders[run]) for run in runs]
+    finished = group.most(*finished)
+    return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
+
+
 def train(args, evaluator, folders, home, signals, tracker, single):
     """Train some runs together; Diverged only where there is no other.
 
     Args:
-        folders: {run: its folder}.
+        folders: {run: its folder} of those that are to write files.
         home: where their checkpoints are.
     """
     from bitfit.checkpoints import Saver
@@ -148,53 +157,75 @@ def train(args, evaluator, folders, home, signals, tracker, single):
         evaluator.train_and_evaluate(
             args.epochs, folders if group.rank == 0 else {}, args.evaluation_frequency,
             args.lr_schedule, args.warmup_ratio, args.keep, saver,
-            tracker,
+            tracker, curves=False,
         )  # fmt: skip
     except Diverged as error:
+        if single and group.rank == 0:
+            write_curves(evaluator, home)
         if single:
             raise
         who = evaluator.runs[0].name if len(evaluator.runs) == 1 else "no run is left"
         utils.LOGGER.warning("%s: %s", who, error)
 
 
-def settle(args, evaluator, folders, facts, tracker):
-    """What trained runs leave beside their metrics; with --keep best only the best so far leaves
-    what was asked for.
+def settle(args, evaluator, unfinished, folders, facts, tracker):
+    """Write what trained runs leave beside their metrics, and mark each as soon as it has all.
+
+    With --keep best only the best so far leaves what was asked for.
 
     Args:
+        unfinished: {run: its folder} of those just trained whose files are not complete.
         folders: {run: its folder} of all that this rank trains.
     """
-    from bitfit import cards, sweeps
+    from bitfit import sweeps
 
     evaluator.group.wait()  # of its ranks one has written the metrics, and now writes the rest
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
-    for number, run in enumerate(evaluator.runs):
+    facts = facts | {"chosen_sha256": evaluator.chosen_sha256()}
+    facts |= {"trained_by": list(evaluator.group.members)}
+    # The best first: it has its files whatever becomes of the others after an interruption.
+    for number, run in sorted(enumerate(evaluator.runs), key=lambda item: item[1].name != best):
+        if run not in unfinished:
+            continue
         evaluator.select(number)
-        folder = folders[run]
-        if writes and evaluator.trains_only_biases:
-            evaluator.plot_terms_changes(folder / "bias_term_changes")
-        if writes:
-            tracker.results(run.name, folder, evaluator.score_table(), evaluator.record.diverged)
         # All ranks of a run go on alike, whatever each of them sees of the files.
         (kept,) = evaluator.group.most(writes and (args.keep != "best" or run.name == best))
-        if not kept:
-            continue
-        if writes and args.save_evaluator:
-            evaluator.save(folder / "evaluator")
-        if writes and args.export_model:
-            evaluator.export_model(folder / "model")
-            cards.write(folder, evaluator.task, facts)
-        if args.predict_test:
-            evaluator.export_model_test_set_predictions(folder)
-    if not writes:
-        return
-    if args.keep == "best":
-        sweeps.drop_beaten(folders, best)
-    facts = facts | {"chosen_sha256": evaluator.fingerprints()["chosen_sha256"]}
-    facts |= {"trained_by": list(evaluator.group.members)}
-    for run in reversed(evaluator.runs):  # the first has the checkpoints of all
-        outputs.write_args(folders[run], facts | run._asdict(), finished=True)
+        write_run(args, evaluator, folders[run], facts, tracker, kept)
+        if writes and args.keep == "best":
+            sweeps.drop_beaten(folders, best)
+        if writes:
+            outputs.write_args(folders[run], facts | run._asdict(), finished=True)
+
+
+def write_run(args, evaluator, folder, facts, tracker, kept):
+    """Write the files of the selected run; its ranks predict together, and one of them writes.
+
+    Args:
+        kept: whether it also leaves what was asked for: evaluator, model, predictions.
+    """
+    from bitfit import cards
+
+    writes, record = evaluator.group.rank == 0, evaluator.record
+    if writes:
+        write_curves(evaluator, folder)
+    if writes and evaluator.trains_only_biases:
+        evaluator.plot_terms_changes(folder / "bias_term_changes")
+    if writes:
+        tracker.results(record.run.name, folder, evaluator.score_table(), record.diverged)
+    if writes and kept and args.save_evaluator:
+        evaluator.save(folder / "evaluator")
+    if writes and kept and args.export_model:
+        evaluator.export_model(folder / "model")
+        cards.write(folder, evaluator.task, facts)
+    if kept and args.predict_test:
+        evaluator.export_model_test_set_predictions(folder)
+
+
+def write_curves(evaluator, folder):
+    """Write the learning curves of the selected run; one that diverged at once has none."""
+    if evaluator.evaluations:
+        evaluator.plot_learning_curves(folder)
 
 
 def main(argv=None):

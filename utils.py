@@ -370,7 +370,8 @@ def whole_file(path):
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        publish(temporary, path, mode)
+        finish(temporary, mode)
+        os.replace(temporary, path)
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -378,26 +379,60 @@ def whole_file(path):
 
 @contextmanager
 def whole_folder(path):
-    """The same for the files of a folder, config.json last; others in it are left alone."""
+    """The same for a folder: one that is new or empty appears with all of its files.
+
+    In another one the files get their names one by one, config.json last; others are left alone.
+    """
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = home_of_temporary(path) / f".{path.name}.{os.getpid()}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_temporaries_of(temporary)
         temporary.mkdir(parents=True)
         yield temporary
-        path.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            publish(file, path / file.name, temporary.stat().st_mode & 0o666)
+        files = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
+        for file in files:
+            finish(file, temporary.stat().st_mode & 0o666)
+        if not rename_folder(temporary, path):
+            path.mkdir(exist_ok=True)
+            for file in files:
+                os.replace(file, path / file.name)
         flush(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish(file, path, mode):
-    """Give a file its name, and the mode of the umask: safetensors makes its files 0600."""
+def home_of_temporary(path):
+    """Return where `whole_folder` writes: beside the folder, or in it if beside it cannot be."""
+    there = path.is_dir() and (
+        not os.access(path.parent, os.W_OK) or path.stat().st_dev != path.parent.stat().st_dev
+    )
+    return path if there else path.parent
+
+
+def remove_temporaries_of(temporary):
+    """Remove what killed processes left of a `whole_folder` with the same path."""
+    name = re.sub(r"\d+\.tmp$", "", temporary.name)
+    for path in temporary.parent.glob(".*.tmp"):
+        if re.fullmatch(re.escape(name) + r"\d+\.tmp", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rename_folder(temporary, path):
+    """Whether a folder could take a name that is free or an empty folder's."""
+    if path == Path.cwd() or temporary.parent == path:
+        return False  # a shell would stay in the replaced folder
+    try:
+        os.rename(temporary, path)
+    except OSError:  # it holds files, or is a link; if the disk fails, the next call raises that
+        return False
+    flush(path.parent)
+    return True
+
+
+def finish(file, mode):
+    """Give a file the mode of the umask, for safetensors makes its files 0600; write it to disk."""
     file.chmod(mode)
     flush(file)
-    os.replace(file, path)
 
 
 def flush(path):

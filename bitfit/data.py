@@ -31,6 +31,7 @@ class Tokens(NamedTuple):
     labels: torch.Tensor | None  # (rows,) int64, or float32 for a regression
     lengths: np.ndarray  # (rows,) int64 tokens in each row
     pad_id: int
+    pad_left: bool = False  # which side of a padded row the padding is on
 
     def to(self, device):
         moved = {k: v.to(device) for k, v in self._asdict().items() if torch.is_tensor(v)}
@@ -60,8 +61,9 @@ def batch_of(tokens, rows, packed):
         packing = packing_of(lengths, SPARE[tokens.ids.device.type])
         index = np.repeat(starts, lengths) + packing.positions
         return Batch(rows, index[None], None, packing)
-    column = np.arange(lengths.max())
-    real = column < lengths[:, None]
+    shift = lengths.max() - lengths[:, None] if tokens.pad_left else 0
+    column = np.arange(lengths.max()) - shift
+    real = (column >= 0) & (column < lengths[:, None])
     index = starts[:, None] + np.where(real, column, 0)
     return Batch(rows, index, None if real.all() else real, None)
 
@@ -158,7 +160,18 @@ def tokenize(texts, tokenizer, max_length):
         labels=None if texts.labels is None else torch.from_numpy(texts.labels),
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
+        pad_left=tokenizer.padding_side == "left",
     )
+
+
+def concatenate(parts):
+    """The rows of several `Tokens` in one, without labels."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    types = None if parts[0].types is None else torch.cat([part.types for part in parts])
+    return parts[0]._replace(
+        ids=torch.cat([part.ids for part in parts]), types=types, labels=None,
+        starts=lengths.cumsum() - lengths, lengths=lengths,
+    )  # fmt: skip
 
 
 def flat(rows):
@@ -181,7 +194,7 @@ def gather(tokens, batch):
     return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask.long()}
 
 
-def passes_of(lengths, max_tokens, packed):
+def passes_of(lengths, max_tokens, packed, equal=False):
     """Cut a step's rows into passes of at most `max_tokens` tokens; one row always fits.
 
     Packed rows stay in their order, run after run, in passes of like size; padded ones go by
@@ -189,12 +202,13 @@ def passes_of(lengths, max_tokens, packed):
 
     Args:
         lengths: (rows,) tokens in each row.
+        equal: put only rows of equal length into one pass.
 
     Returns:
         A list of position arrays; together they hold each position once.
     """
     if not packed:
-        return list(batches_by_length(lengths, max_tokens))
+        return list(batches_by_length(lengths, max_tokens, equal))
     ends, cuts = lengths.cumsum(), [0]
     like = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
     while cuts[-1] < len(lengths):
@@ -204,12 +218,18 @@ def passes_of(lengths, max_tokens, packed):
     return np.split(np.arange(len(lengths)), cuts[1:-1])
 
 
-def batches_by_length(lengths, max_tokens):
-    """All rows, the longest first, in batches of at most `max_tokens` padded tokens."""
+def batches_by_length(lengths, max_tokens, equal=False):
+    """All rows, the longest first, in batches of at most `max_tokens` padded tokens.
+
+    Args:
+        equal: put only rows of equal length into one batch.
+    """
     order = np.argsort(-lengths, kind="stable")
-    start = 0
+    start, falling = 0, -lengths[order]
     while start < len(order):
         stop = start + max(1, int(max_tokens // lengths[order[start]]))
+        if equal:
+            stop = min(stop, int(np.searchsorted(falling, falling[start], "right")))
         yield order[start:stop]
         start = stop
 

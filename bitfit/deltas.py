@@ -26,12 +26,14 @@ def terms_text(evaluator, names, changes):
     """What `evaluator.terms_changes` gave as text, with what lies outside the layers."""
     table = reports.changes_table(term_names(names), changes)
     table["mean"] = table.mean(axis=1)
+    fixed = [f"{term} {reports.FIXED}" for term in table.index[table["mean"].isna()]]
     stack = evaluator.stack
     start, end = stack.named_values(0, stack.start), stack.named_values()
     outside = [n for n in encoder_names(evaluator) if layer_and_name(n)[0] is None]
     return "\n".join([
         f"{evaluator.caption}: mean absolute change of each bias term, by layer",
         table.to_string(float_format="{:.5f}".format, na_rep="-"),
+        *fixed,
         *(f"{name} {(end[name] - start[name]).abs().mean():.5f}" for name in outside),
     ])  # fmt: skip
 
@@ -139,6 +141,8 @@ def average(members, weights, evaluator):
         {"folder": str(member.folder.resolve()), "weight": weight}
         for member, weight in zip(members, weights.tolist(), strict=True)
     ]
+    if any(m.facts.get("zero_gradient", {}) != evaluator.zero_gradient for m in members):
+        evaluator.zero_gradient = {}  # of one from before these were kept fixed, they moved
     evaluator.record.train_loss.clear()  # it was the first member's, as are these scores
     run = evaluator.record.run.name
     evaluator.scores = reports.frame_of([(run, 0, *of, value) for of, value in last.items()])

@@ -28,13 +28,32 @@ def resolve(model_name, revision=None):
             what = f"--model-revision {revision}: {model_name} is a folder, which has no revisions"
             raise UserError(f"{what}: leave the flag out, or give a name on the Hub")
         return None, None
+    config = find_file(model_name, "config.json", revision)
+    if config is None:  # no such model or revision, no network: loading fails with a message
+        return revision, None
+    commit = config.parent.name  # the cache keeps the files of a commit in a folder of that name
+    return commit, commit
+
+
+def find_file(model_name, file, revision=None):
+    """The path of a model's file, in its folder or the Hub's cache; None where it has none."""
+    if Path(model_name).is_dir():
+        path = Path(model_name) / file
+        return path if path.exists() else None
     from huggingface_hub import hf_hub_download
 
-    try:  # The cache keeps each file in a folder that is named after its commit.
-        commit = Path(hf_hub_download(model_name, "config.json", revision=revision)).parent.name
-    except Exception:  # no such model or revision, no network: loading fails with a message
-        return revision, None
-    return commit, commit
+    try:
+        return Path(hf_hub_download(str(model_name), file, revision=revision))
+    except Exception:  # its client has many classes for: not there, or nobody answers
+        return None
+
+
+def is_cached(model_name):
+    """Whether the Hub's cache holds files of a model of that name."""
+    from huggingface_hub import constants
+
+    folder = f"models--{str(model_name).replace('/', '--')}"
+    return (Path(constants.HF_HUB_CACHE) / folder).is_dir()
 
 
 def check_push(name):

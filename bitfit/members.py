@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitfit import saved
+from bitfit.fingerprints import describe_change
 from bitfit.trainable import term_names
 from utils import UserError
 
@@ -38,6 +39,12 @@ def read(folders):
             )
             raise UserError(f"{member.folder} trained everything (full_ft): {what}")
     check_same(members, "base models", lambda m: m.facts["encoder_sha256"], base_of)
+    first, *others = members
+    for other in others:
+        change = describe_change(first.facts, other.facts)
+        if change:
+            what = f"{first.name} and {other.name} have different base models, whose {change}"
+            raise UserError(f"{what}: give evaluators with the same")
     return members
 
 

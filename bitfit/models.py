@@ -1,23 +1,29 @@
 """A Hugging Face classifier for a task, from the Hub or a folder, and the errors on the way."""
 
 import hashlib
+import logging
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from bitfit import loading
 from bitfit.data import batch_of, gather, to_device, varlen_batch
+from bitfit.fingerprints import fingerprints_of
+from bitfit.loading import cannot_load
 from bitfit.packing import Packer, packers_of
 from bitfit.predict import computing_in, full_float32
 from bitfit.stacked import rows_in_chunks, rows_of
 from bitfit.trainable import head_names, in_encoder, is_bias
 from utils import UserError, blaming, one_line, whole_folder
 
+LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+LOGGER = logging.getLogger("bitfit")
 
 
 def load_tokenizer(model_name, revision=None):
@@ -27,30 +33,38 @@ def load_tokenizer(model_name, revision=None):
         revision: as from `hub.resolve`; likewise below.
 
     Raises:
-        UserError: nothing there, no tokenizer files, no padding token.
+        UserError: nothing there, no tokenizer files, or a tokenizer that does not fit the model.
     """
     import transformers
 
     folder = Path(model_name)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
-        # transformers would make an empty vocabulary without a word
-        raise UserError(f"the model folder {folder} has no tokenizer: save one there with "
-                        "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`")  # fmt: skip
     with blaming(lambda error: cannot_load(model_name, error, revision)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, revision=revision)
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
+        loading.check_files(model_name, revision)
+        if folder.is_dir() and not any(any(folder.glob(p)) for p in loading.VOCABULARY_FILES):
+            # transformers would make an empty vocabulary without a word
+            advice = "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`"
+            raise UserError(f"the model folder {folder} has no tokenizer: save one with {advice}")
+        config, raw = read_config(model_name, revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_name, revision=revision, trust_remote_code=False
+        )
+    loading.check_tokenizer(tokenizer, config, model_name)
+    loading.warn_of_shadow(model_name)
+    if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
+        what = "its own code (auto_map) was not run, transformers' %s is used"
+        LOGGER.warning(f"%s: custom code is not supported: {what}", model_name, config.model_type)
     return tokenizer
 
 
-def load(model_name, task, random_encoder=False, revision=None):
-    """(a float32 classifier on the CPU, whether its head is still to be drawn)
+def load(model_name, task, random_encoder=False, revision=None, report=False):
+    """(a float32 classifier on the CPU, the names of its head's parameters to initialize)
 
     Args:
         random_encoder: leave the checkpoint's weights unused: the encoder is drawn at random.
+        report: log which weights of the checkpoint are used.
 
     Raises:
-        UserError: nothing there, no weights, or weights of another architecture.
+        UserError: nothing there, no weights, or weights that config.json does not describe.
     """
     from transformers import AutoModelForSequenceClassification as Auto
 
@@ -61,7 +75,8 @@ def load(model_name, task, random_encoder=False, revision=None):
         config = load_config(model_name, task, revision)
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
-            return Auto.from_config(config, dtype=torch.float32), True
+            model = from_config(config, dtype=torch.float32)
+            return model, frozenset(head_names(model))
         model, info = Auto.from_pretrained(
             model_name,
             revision=revision,
@@ -70,59 +85,66 @@ def load(model_name, task, random_encoder=False, revision=None):
             use_safetensors=True,  # never unpickle
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
+    loading.check_weights(model, model_name, info)
+    loading.check_dtypes(model_name, revision)
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
-    check_encoder(model, model_name, absent)
-    return model, not absent.isdisjoint(head_names(model))
+    raw = read_config(model_name, revision)[1]
+    initialized, outputs = loading.start_head(model, task, absent, raw)
+    loading.check_finite(model, model_name, initialized)
+    if report:
+        loading.report(model, model_name, info, absent, initialized, outputs)
+    return model, frozenset(initialized)
+
+
+def from_config(config, **more):
+    """A model with random weights, or on the device `meta` without any."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    return Auto.from_config(config, trust_remote_code=False, **more)
 
 
 def load_config(model_name, task, revision=None):
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """The config of a classifier for a task."""
     numbers = dict(enumerate(task.labels)) or {0: "score"}
-    return transformers.AutoConfig.from_pretrained(
+    return read_config(
         model_name,
-        revision=revision,
+        revision,
         num_labels=task.num_labels,
         id2label=numbers,
         label2id={name: number for number, name in numbers.items()},
         problem_type="regression" if task.is_regression else "single_label_classification",
+    )[0]
+
+
+def read_config(model_name, revision=None, **changes):
+    """(the config, the dictionary in config.json), for code within `blaming`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    loading.check_files(model_name, revision)
+    config = transformers.AutoConfig.from_pretrained(
+        model_name, revision=revision, trust_remote_code=False, **changes
     )
-
-
-def check_encoder(model, model_name, absent):
-    """A pooler may be absent (MLM checkpoints have none); any other encoder weight may not."""
-    absent = sorted(n for n in absent if in_encoder(model, n) and ".pooler." not in n)
-    if absent:
-        what = "it is not a checkpoint of the architecture in its config.json"
-        lacks = f"lacks {len(absent)} encoder weights (the first: {absent[0]})"
-        raise UserError(f"{model_name} {lacks}: {what}")
-
-
-def cannot_load(model_name, error, revision=None):
-    name = str(model_name)
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not Path(name).is_dir() and (local or ("/" in name and Path(name).parent.is_dir())):
-        return UserError(f"there is no model folder {name}: check --model-name")
-    name += f" at revision {revision}" if revision else ""
-    return UserError(
-        f"cannot load the model {name}: {one_line(error)}; give a name on the Hub (network "
-        "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
-        "--model-name <folder>"
-    )
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
+    loading.check_config(config, raw, model_name)
+    return config, raw
 
 
 @torch.no_grad()
-def draw_head(model, seed):
+def draw_head(model, seed, names=None):
     """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed.
 
     They are sampled on the CPU, so that a head starts alike on every device.
+
+    Args:
+        names: of the parameters to draw; None: the whole classifier.
     """
     rng = torch.Generator().manual_seed(seed % 2**63)
     std = getattr(model.config, "initializer_range", 0.02)
-    heads = set(head_names(model))
+    heads = set(head_names(model) if names is None else names)
     for name, parameter in model.named_parameters():
         if name in heads and parameter.dim() > 1:
             sample = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -133,13 +155,11 @@ def draw_head(model, seed):
 
 def check_length(model_name, task, max_length, revision=None):
     """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
-    from transformers import AutoModelForSequenceClassification as Auto
-
     with blaming(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     try:
         with torch.device("meta"):
-            limit = position_limit(Auto.from_config(config))
+            limit = position_limit(from_config(config))
     except Exception:  # not all can be made without weights; `find_forward` tries the longest row
         return
     if limit is not None and max_length > limit:
@@ -175,6 +195,13 @@ def fingerprint(model, head=False):
     )
 
 
+def base_fingerprints(model_name, task, tokenizer, revision=None):
+    """Return the `fingerprints_of` a base model, before its weights are loaded."""
+    with blaming(lambda error: cannot_load(model_name, error, revision)):
+        config = load_config(model_name, task, revision)
+    return fingerprints_of(config, tokenizer)
+
+
 def sha256(values):
     """SHA-256 over texts, arrays, tensors and Nones, their kinds, shapes and lengths included."""
     digest = hashlib.sha256()
@@ -194,6 +221,12 @@ class Forward(NamedTuple):
 
     model: torch.nn.Module
     packer: Packer | None = None  # how it runs on packed rows; None: on padded ones
+    equal: bool = False  # a batch has rows of one length only, for padding changes the logits
+
+    @property
+    def kind(self):
+        """How rows share a pass: "packed", "padded" or "equal length"."""
+        return "packed" if self.packer else "equal length" if self.equal else "padded"
 
     @property
     def is_varlen(self):
@@ -233,18 +266,18 @@ class Forward(NamedTuple):
 @torch.no_grad()
 @full_float32()
 def find_forward(model, model_name, tokens, dtype=torch.float32):
-    """The `Forward` of a model: on packed rows, if those give what padded ones give.
+    """The fastest `Forward` that gives each row the logits that it has alone; the log says which.
 
-    Tried on the longest, the shortest and a middling row.
+    Packed rows are tried first, then padded rows, then batches of rows of equal length, each on a
+    few rows in several batches. The model's padding token becomes the tokenizer's.
 
     Raises:
-        UserError: the model cannot run on the rows, or compute in `dtype`, in its own words.
+        UserError: the model cannot run on the rows, or compute in `dtype`, in its own words; or
+            its logits depend on the other rows of a batch in any case.
     """
-    order, device = np.argsort(tokens.lengths, kind="stable"), tokens.ids.device
-    rows = order[[-1, 0, len(order) // 2]]
-    # Packed, they are more tokens than a row of this model may have.
-    times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
-    plain = Forward(model)
+    set_pad_token(model, tokens.pad_id)
+    tokens, rows = trial_rows(model, tokens)
+    device = tokens.ids.device
 
     def cannot(what, instead):
         return lambda error: UserError(
@@ -252,46 +285,129 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
             f"give {instead}"
         )
 
-    def same(packed):
-        try:
-            logits = packed.rows(tokens, np.tile(rows, times)).view(times, *expected.shape)
-        except Exception:  # whatever it is: padded rows will do
-            return False
-        spread = (expected - expected.mean(0)).abs().max()
-        rounding = 4 * torch.finfo(expected.dtype).eps * expected.abs().max()
-        return (logits - expected).abs().max() < 1e-4 * spread + rounding
-
     what = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
-    packers = packers_of(model, first_position(position_embedding(model)), dtype)
-    with without_last_bias(model):
-        with (
-            blaming(cannot(what, "another --model-name")),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):
+    with (
+        with_trial_head(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
+        with blaming(cannot(what, "another --model-name")):
             model.train()  # some are strict in training alone (Reformer)
-            plain.rows(tokens, rows[1:2])
+            Forward(model).rows(tokens, rows[1:2])
             model.eval()
-            expected = plain.rows(tokens, rows)
-        found = next((f for p in packers if same(f := Forward(model, p))), plain)
+            alone = {row: Forward(model).rows(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
+        forward = first_independent(model, model_name, tokens, rows, alone, dtype)
     if dtype != torch.float32:
         with blaming(cannot("compute in bf16", "--precision fp32")), computing_in(model, dtype):
-            if not found.rows(tokens, rows).isfinite().all():
+            if not all(forward.rows(tokens, rows[[i]]).isfinite().all() for i in range(3)):
                 raise ValueError("its logits are not finite")
-    return found
+    return forward
+
+
+def set_pad_token(model, pad_id):
+    """Let a decoder, which reads the last token before the padding, look for the tokenizer's.
+
+    Where positions count from the padding token (RoBERTa), the number belongs to the weights: a
+    model loaded again with another one would have other positions.
+    """
+    if not first_position(position_embedding(model)):
+        model.config.get_text_config().pad_token_id = pad_id
+
+
+def trial_rows(model, tokens):
+    """(tokens, rows): the longest row, the shortest, a middling one, and where there is one, a
+    row with a token that the model may take for padding.
+
+    Where all rows have one length, half of a row is added as the shortest.
+    """
+    paddings = {getattr(module, "padding_idx", None) for module in model.modules()}
+    paddings = torch.tensor([tokens.pad_id, *(paddings - {None})], device=tokens.ids.device)
+    places = torch.isin(tokens.ids, paddings.to(tokens.ids.dtype)).nonzero().flatten()[:1].tolist()
+    unlike = np.searchsorted(tokens.starts, places, "right") - 1
+    starts, lengths = tokens.starts, tokens.lengths
+    if lengths.min() == lengths.max() > 1:
+        half = lengths[0] // 2  # the second, for some models read the token that ends a row
+        starts = np.append(starts, starts[0] + lengths[0] - half)
+        lengths = np.append(lengths, half)
+    order = np.argsort(lengths, kind="stable")
+    rows = np.concatenate([order[[-1, 0, len(order) // 2]], unlike])
+    return tokens._replace(starts=starts, lengths=lengths), rows
+
+
+def first_independent(model, model_name, tokens, rows, alone, dtype):
+    """The first `Forward` that gives rows in batches the logits that they have alone.
+
+    Args:
+        alone: {row: the logits (C,) that it has alone}.
+
+    Raises:
+        UserError: there is none.
+    """
+    ways, problems = ways_to_batch(model, tokens, rows, dtype), []
+    if not ways[0][0].packer:
+        problems.append("packed rows need other layers")
+    for forward, batches in ways:
+        problem = neighbour_problem(forward, tokens, batches, alone)
+        if problem is None:
+            why = f" ({'; '.join(problems)})" if problems and not forward.packer else ""
+            LOGGER.info("rows: %s%s", forward.kind, why)
+            return forward
+        if (problem := f"{forward.kind} rows {problem}") not in problems:
+            problems.append(problem)
+    what = f"gives a row other logits in a batch than alone ({'; '.join(problems)})"
+    raise UserError(f"the model {model_name} {what}; give another --model-name")
+
+
+def ways_to_batch(model, tokens, rows, dtype):
+    """[(`Forward`, batches of row numbers to try it on)], the fastest first."""
+    # Packed, they are more tokens than a row of this model may have.
+    times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
+    packed = [np.tile(rows, times), rows[1:2]]
+    padded = [rows, rows[::-1].copy(), rows[1:], rows[[2, 1]]]
+    equal = [np.append(np.flatnonzero(tokens.lengths == tokens.lengths[r])[:2], r) for r in rows]
+    packers = packers_of(model, first_position(position_embedding(model)), dtype)
+    ways = [(Forward(model, packer), packed) for packer in packers]
+    return [*ways, (Forward(model), padded), (Forward(model, equal=True), equal)]
+
+
+def neighbour_problem(forward, tokens, batches, alone):
+    """What is wrong with running these batches so, or None if the logits are those of `alone`."""
+    logits = torch.stack([*alone.values()])
+    spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
+    bound = 1e-4 * spread + 16 * torch.finfo(logits.dtype).eps * largest
+    try:
+        for batch in batches:
+            known = np.flatnonzero(np.isin(batch, [*alone]))
+            expected = torch.stack([alone[row] for row in batch[known]])
+            found = forward.rows(tokens, batch)
+            if len(found) < len(batch) or not (found[known] - expected).abs().max() <= bound:
+                return "give other logits"
+    except Exception as error:  # whatever it is: the next way may do
+        return f"raise {type(error).__name__}: {shorten(one_line(error), 100)}"
+    return None
 
 
 @contextmanager
-def without_last_bias(model):
-    """Within: the bias behind the last product is 0; in its sums small differences would drown."""
-    last = [p for n, p in model.named_parameters() if is_bias(n) and not in_encoder(model, n)][-1:]
-    own = [p.data for p in last]
+def with_trial_head(model):
+    """Within: the head hides no difference between two ways to run the encoder.
+
+    The bias behind the last product is 0, for small differences would drown in its sums. A matrix
+    of zeros is random.
+    """
+    head = [(n, p) for n, p in model.named_parameters() if not in_encoder(model, n)]
+    generator = torch.Generator().manual_seed(0)
+    biases = [p for n, p in head if is_bias(n)]
+    trial = {p: torch.zeros_like(p) for p in biases[-1:]}
+    for _, p in head:
+        if p.dim() > 1 and not p.any():
+            trial[p] = torch.randn(p.shape, generator=generator).to(p)
+    before = {p: p.data for p in trial}
     try:
-        for p in last:
-            p.data = torch.zeros_like(p)
+        for p, values in trial.items():
+            p.data = values
         yield
     finally:
-        for p, data in zip(last, own, strict=True):
-            p.data = data
+        for p, values in before.items():
+            p.data = values
 
 
 def write_model(model, tokenizer, folder):

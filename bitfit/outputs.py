@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from bitfit.fingerprints import describe_change
 from utils import (
     FORMAT,
     UserError,
@@ -36,11 +37,20 @@ HARMLESS = {
 BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes can be compared
 WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
+    "rows",
 }  # fmt: skip
 # Of what is computed with, beside `finished`; flags are only compared.
 TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
          "device": str, "torch": str, "transformers": str, "python": str}  # fmt: skip
-NAMES = {"data": "the data", "encoder": "the base model", "chosen": "what trains"}
+FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
+TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
+NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
+NAMES = {
+    "data": "the data",
+    "test": "the test data",
+    "encoder": "the base model",
+    "chosen": "what trains",
+}
 
 
 def folders_of(output, runs):
@@ -71,7 +81,7 @@ def is_finished(output, facts, resume):
         if not old["finished"] and "ranks" in facts:
             check_ranks(old.get("ranks") or 1, facts["ranks"])
         if old["finished"]:
-            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            drop_checkpoints(output)
             print_result(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     check_place(output)
@@ -209,13 +219,22 @@ def check_same(old, new):
         UserError: they differ in something that results depend on.
     """
     harmless = HARMLESS - (BY_NAME if old["finished"] else set())
-    missing = sorted(new.keys() - HARMLESS - WARNED - old.keys())
+    missing = sorted(new.keys() - HARMLESS - WARNED - NEW - old.keys())
     if missing:
         raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
-    differ = [n for n in new.keys() & old.keys() - harmless if as_list(new[n]) != as_list(old[n])]
+    if NEW & new.keys() - old.keys():
+        LOGGER.warning("an earlier version began this: args.json does not say which config and "
+                       "tokenizer the base model had, and which test rows there were: they "
+                       "cannot be verified")  # fmt: skip
+    names = new.keys() & old.keys() - harmless - FINGERPRINTS
+    base = describe_change(old, new)
+    if base and "tokenizer" in base:
+        names -= TOKENS
+    differ = [name for name in names if as_list(new[name]) != as_list(old[name])]
     for name in sorted(WARNED.intersection(differ)):
         LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
     said = [difference(name, old[name], new[name]) for name in sorted(set(differ) - WARNED)]
+    said += [f"the base model's {base}"] * bool(base)
     if said:
         what = f"{'; '.join(said)}: give that again, or a new folder"
         raise UserError(f"--resume: this is not the interrupted run: {what}")
@@ -224,6 +243,8 @@ def check_same(old, new):
 def difference(name, old, new):
     if name.endswith("_sha256"):
         return f"{NAMES[name.removesuffix('_sha256')]} changed"
+    if name == "zero_gradient":
+        return "other biases have a zero gradient here"
     if name == "task":
         old = old or {}
         keys = [key for key in old | new if old.get(key) != new.get(key)]
@@ -242,6 +263,7 @@ def facts_of(args, evaluator):
         "model_commit": evaluator.model_commit,
         "precision": evaluator.precision,
         "max_tokens": evaluator.limit.tokens,
+        "rows": evaluator.row_batching,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
         **{package: installed(package) for package in ("torch", "transformers", "datasets")},
         "python": sys.version.split()[0],
@@ -275,7 +297,10 @@ def is_done(folder):
 
 
 def write_args(folder, facts, finished):
-    """Write args.json; when nothing is left to do the checkpoints go."""
+    """Write args.json: what was asked for, and whether nothing is left to do."""
     write_text(folder / "args.json", json.dumps(facts | {"finished": finished}, indent=2) + "\n")
-    if finished:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def drop_checkpoints(folder):
+    """Remove checkpoints that nobody needs any more."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

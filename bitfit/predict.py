@@ -107,7 +107,8 @@ def predict(forward, tokens, limit, rows=None, group=ALONE):
     own = group.share(tokens.lengths[rows])
 
     def batches():
-        parts = list(batches_by_length(tokens.lengths[rows[own]], limit.tokens))
+        lengths = tokens.lengths[rows[own]]
+        parts = list(batches_by_length(lengths, limit.tokens, forward.equal))
         return parts, [forward.rows(tokens, rows[own[part]]) for part in parts]
 
     parts, outputs = limit.hold(batches)

@@ -15,6 +15,8 @@ import pandas as pd
 from bitfit.trainable import TERMS, count, layer_and_name, term_names
 from utils import whole_file, write_text
 
+FIXED = "fixed: its gradient is zero"
+
 
 def frame_of(scores):
     """The long table of rows (run's name, epoch, split, metric, value)."""
@@ -76,6 +78,7 @@ def facts(evaluator):
         },
         "runs_in_one_pass": len(evaluator.runs),
         "trained_parameters": count(evaluator.model, evaluator.chosen),
+        "zero_gradient": evaluator.zero_gradient,
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
     }
 
@@ -198,23 +201,28 @@ def curve_figure(caption, x, y, height=5):
     return figure, axes
 
 
-def bias_changes(start, end):
+def bias_changes(start, end, fixed=None):
     """The paper's amount of change, 1/dim(b) * |b_0 - b_F|_1, per term and layer.
 
     Args:
         start, end: {parameter name: values} before and after training.
+        fixed: {parameter name: [[start, stop], ...]} of what cannot move, and is not counted.
 
     Returns:
         (names, changes): the layers' bias names by falling total change, and (names, layers); NaN
-        where a layer has no such bias. Where a model has several stacks of layers (CANINE), the
-        names begin with the stack's.
+        where a layer has no such bias, or one that is fixed. Where a model has several stacks of
+        layers (CANINE), the names begin with the stack's.
     """
     rows = []
     for name in start:
         layer, term = layer_and_name(name)
         if layer is not None:
             stack = name[: -len(f".{layer}.{term}")]
-            rows.append((stack, layer, term, (end[name] - start[name]).abs().mean().item()))
+            moved = (end[name] - start[name]).abs()
+            trains = np.ones(len(moved), bool)
+            for a, b in (fixed or {}).get(name, ()):
+                trains[a:b] = False
+            rows.append((stack, layer, term, moved[trains].mean().item()))
     table = pd.DataFrame(rows, columns=["stack", "layer", "name", "change"])
     if table["stack"].nunique() > 1:
         table["name"] = table["stack"] + ": " + table["name"]
@@ -240,8 +248,8 @@ def bias_heatmap(names, changes, caption):
     """
     from seaborn import heatmap
 
-    changes = np.column_stack([changes, np.nanmean(changes, axis=1)])
-    layers = changes.shape[1] - 1
+    changes = np.column_stack([changes, pd.DataFrame(changes).mean(axis=1)])
+    layers, fixed = changes.shape[1] - 1, np.isnan(changes).all(axis=1)
     symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}
     longest = max((len(name) for name in names if name not in symbols), default=0)
     width = max(6.0, 2.5 + 0.62 * changes.shape[1] + 0.11 * longest)
@@ -249,8 +257,11 @@ def bias_heatmap(names, changes, caption):
     axes = figure.subplots()
     columns, rows = [*range(1, layers + 1), "Avg."], [symbols.get(name, name) for name in names]
     bar = {"label": "mean absolute change"}
-    heatmap(changes, ax=axes, cmap="Blues", vmin=0, xticklabels=columns, yticklabels=rows,
-            cbar_kws=bar)  # fmt: skip
+    highest = 1.0 if fixed.all() else None
+    heatmap(changes, ax=axes, cmap="Blues", vmin=0, vmax=highest, xticklabels=columns,
+            yticklabels=rows, cbar_kws=bar)  # fmt: skip
+    for row in np.flatnonzero(fixed):
+        axes.text((layers + 1) / 2, row + 0.5, FIXED, ha="center", va="center", color="0.4")
     axes.axvline(layers, color="white", linewidth=4)
     axes.tick_params(axis="y", rotation=0, labelsize=13)
     axes.tick_params(axis="x", rotation=0)

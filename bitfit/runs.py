@@ -48,14 +48,16 @@ class Stack:
         bad_step: (K,) int64, the step of a run's first loss or gradient not finite; -1: none.
         slices: {parameter name: (start, stop)} into the n columns.
         shares_encoder: whether only the classifier trains, so that the encoder is the same for all.
+        fixed: (n,) bool, which columns get no gradient; None: none of them.
     """
 
-    def __init__(self, model, chosen, runs, draw=None):
+    def __init__(self, model, chosen, runs, draw=None, fixed=None):
         """
         Args:
             chosen: {parameter name: None, or the flat positions that train}.
             runs: a list of `Run`; more than one only where `why_not_stackable` is None.
             draw: a function (model, seed) that draws what a run's seed decides of its start.
+            fixed: {parameter name: [[start, stop], ...]} of what stays as it is.
         """
         self.model, self.chosen, self.runs, self.rows = model, chosen, runs, None
         self.leaves, self.work = {}, None
@@ -82,6 +84,11 @@ class Stack:
                 values = parameters[name].data.flatten()
                 row[a:b] = values[self.positions[name]] if name in self.positions else values
         self.start = self.values.clone()
+        self.fixed = torch.zeros_like(self.values[0], dtype=torch.bool) if fixed else None
+        for name, ranges in (fixed or {}).items():
+            a, _ = self.slices[name]
+            for start, stop in ranges:
+                self.fixed[a + start : a + stop] = True
 
     @contextmanager
     def bound(self, dtype=torch.float32):
@@ -229,7 +236,8 @@ def stacked_pass_differs(forward, chosen, tokens):
     stack = Stack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
     stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
-    pair = forward.routed_batch(tokens, np.arange(2) % len(tokens.lengths), np.arange(2), 2)
+    distinct = 1 if forward.equal else len(tokens.lengths)
+    pair = forward.routed_batch(tokens, np.arange(2) % distinct, np.arange(2), 2)
     batch, rows = to_device(pair, stack.values.device)
     try:
         with full_float32(), stack.bound():

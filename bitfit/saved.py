@@ -6,20 +6,23 @@ the base model's encoder guards it: it is never put on another one. Where everyt
 whole model is kept instead, in `model/`.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from bitfit import models, reports, store, task_files, trainable
+from bitfit.fingerprints import describe_change
 from bitfit.runs import Run, Stack
 from bitfit.train import Record, evaluations
-from utils import Damaged, UserError, whole_file
+from utils import LOGGER, Damaged, UserError, whole_file
 
 FACTS = "evaluator.json"
 LOGITS = "validation_logits.safetensors"
 POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 DATA = ("max_sequence_len", "batch_size", "train_size")
+READ = (".json", ".txt", ".model", ".jinja")  # endings of what transformers reads beside weights
 SETTINGS = ("base_name", "fine_tune_type", "components", "model_commit")
 
 
@@ -50,12 +53,14 @@ def write(evaluator, folder):
     facts |= run._asdict() | {"train_loss": evaluator.record.train_loss}
     scores = evaluator.scores[evaluator.scores["run"] == run.name]
     facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
-    facts |= {"averaged": evaluator.averaged} if evaluator.averaged else {}
+    facts |= {n: v for n in ("averaged", "zero_gradient") if (v := getattr(evaluator, n))}
     tensors = {}
     if trainable.trains_all(evaluator.model, evaluator.chosen):
         evaluator.export_model(folder / "model")
         facts["model_sha256"] = models.fingerprint(evaluator.model, head=True)
+        facts["model_files"] = file_hashes(folder / "model")
     else:
+        facts |= evaluator.base_fingerprints
         values = evaluator.stack.named_values(evaluator.selected)
         tensors = {name: value.cpu().contiguous() for name, value in values.items()}
         tensors |= {n + POSITIONS: p.cpu() for n, p in evaluator.stack.positions.items()}
@@ -78,9 +83,51 @@ def files(folder, model_name=None):
     facts["model_name"] = str(model_name or facts["model_name"])
     if facts["model_sha256"]:
         facts["model_name"] = str(folder / "model")
+    if ("model_files" if facts["model_sha256"] else "model_config") not in facts:
+        warn_unverified(folder)
+    elif facts["model_sha256"]:
+        check_files(folder, facts)
     moved = model_name or Path(facts["model_name"]).is_dir()
     facts["model_revision"] = None if moved else commit
     return facts, tensors
+
+
+def file_hashes(folder):
+    """{name: SHA-256} of the files of a model's folder, without its weights."""
+    found = [path for path in sorted(folder.glob("*")) if path.suffix in READ and path.is_file()]
+    return {path.name: store.file_sha256(path) for path in found}
+
+
+def check_files(folder, facts):
+    """UserError where a file beside the weights of a whole model is not as it was written."""
+    written, found = facts["model_files"], file_hashes(folder / "model")
+    for name in sorted(written.keys() | found.keys()):
+        if written.get(name) != found.get(name):
+            what = "is not as it was written" if name in written else "was not written with it"
+            what = what if name in found else "is missing"
+            raise UserError(f"{folder / 'model' / name} {what}: train and save it again")
+
+
+def check_base(folder, facts, fingerprints):
+    """UserError unless a model's fingerprints are those of the base model that was trained.
+
+    Of a whole model `check_files` verifies the files that config and tokenizer are read from.
+    """
+    change = describe_change(facts, fingerprints)
+    if change:
+        raise another_base(folder, facts, f": its {change}")
+
+
+def another_base(folder, facts, why=""):
+    what = f"{folder} was trained on another base model than {facts['model_name']}{why}"
+    return UserError(f"{what}: give the one it was trained on as model_name")
+
+
+@cache
+def warn_unverified(folder):
+    """Log one line, once for each folder."""
+    LOGGER.warning("%s was saved by an earlier version of this program: the config and the "
+                   "tokenizer of its model cannot be verified", folder)  # fmt: skip
 
 
 def task_of(facts):
@@ -106,6 +153,8 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
     evaluator.scores = reports.frame_of(facts["scores"])
     evaluator.averaged = facts.get("averaged", [])
+    check_base(folder, facts, evaluator.base_fingerprints)
+    evaluator.zero_gradient = facts.get("zero_gradient", {})
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
     evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
     evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
@@ -118,14 +167,11 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
 def chosen(model, encoder_sha256, facts, tensors, folder):
     """What trained, as for `Stack`; the model must be the one that it trained on."""
     if facts["model_sha256"]:
-        same = models.fingerprint(model, head=True) == facts["model_sha256"]
-        what = f"{folder / 'model'} is not as it was written: train and save it again"
-    else:
-        same = encoder_sha256 == facts["encoder_sha256"]
-        what = (f"{folder} was trained on another base model than {facts['model_name']}: "
-                "give the one it was trained on as model_name")  # fmt: skip
-    if not same:
-        raise UserError(what)
+        if models.fingerprint(model, head=True) != facts["model_sha256"]:
+            what = f"{folder / 'model'} is not as it was written: train and save it again"
+            raise UserError(what)
+    elif encoder_sha256 != facts["encoder_sha256"]:
+        raise another_base(folder, facts)
     positions = {n: tensors.get(n + POSITIONS) for n, _ in model.named_parameters()}
     return {
         name: None if own is None else own.numpy()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bitfit import hub, models, saved
-from bitfit.data import MAX_TOKENS, Tokens, passes_of, to_device, tokenize
+from bitfit.data import MAX_TOKENS, concatenate, passes_of, to_device, tokenize
 from bitfit.members import evaluators_in
 from bitfit.predict import Limit, predict
 from bitfit.runs import Run, Stack, why_not_stackable
@@ -69,6 +69,9 @@ def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
     widest = max(tasks, key=lambda task: task.num_labels)
     revision, _ = hub.resolve(name, base["model_revision"])
     tokenizer = models.load_tokenizer(name, revision)
+    fingerprints = models.base_fingerprints(name, widest, tokenizer, revision)
+    for folder, facts, _ in found:
+        saved.check_base(folder, facts, fingerprints)
     models.check_length(name, widest, max(lengths), revision)
     drawn = base["random_encoder"] and not base["model_sha256"]
     model, _ = models.load(name, widest, drawn, revision)
@@ -130,7 +133,7 @@ def stacked_logits(many, tokens, read_by):
     runs, packed = len(read_by), many.forward.packer is not None
     owner, flat = np.repeat(np.arange(runs), read_by.shape[1]), read_by.ravel()
     lengths = tokens.lengths[flat]
-    parts, outputs = list(passes_of(lengths, many.limit.tokens, packed)), []
+    parts, outputs = passes_of(lengths, many.limit.tokens, packed, many.forward.equal), []
     for part in parts:
         pair = many.forward.routed_batch(tokens, flat[part], owner[part], runs)
         batch, own = to_device(pair, tokens.ids.device)
@@ -153,11 +156,5 @@ def tokens_of(many, rows):
     for texts, length in distinct:
         columns = tuple(map(list, zip(*(row[:texts] for row in rows), strict=True)))
         parts.append(tokenize(Texts(columns, None), many.tokenizer, length))
-    lengths = np.concatenate([part.lengths for part in parts])
-    types = None if parts[0].types is None else torch.cat([part.types for part in parts])
-    tokens = Tokens(
-        ids=torch.cat([part.ids for part in parts]), types=types, labels=None,
-        starts=lengths.cumsum() - lengths, lengths=lengths, pad_id=parts[0].pad_id,
-    )  # fmt: skip
     begins = len(rows) * np.array([distinct.index(way) for way in ways])
-    return tokens, begins[:, None] + np.arange(len(rows))
+    return concatenate(parts), begins[:, None] + np.arange(len(rows))

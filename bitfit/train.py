@@ -133,7 +133,8 @@ def plan_step(state, alive, rows):
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
     packed, parts = plan.forward.packer is not None, []
-    for part in passes_of(lengths, plan.limit.tokens, packed) if len(flat) else ():
+    equal = plan.forward.equal
+    for part in passes_of(lengths, plan.limit.tokens, packed, equal) if len(flat) else ():
         tokens = plan.train.tokens
         parts.append(plan.forward.routed_batch(tokens, flat[part], owner[part], len(runs)))
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
@@ -169,7 +170,8 @@ def update(state, step, losses):
     norms = clip_(stack.grads, MAX_GRAD_NORM)
     stack.note_bad(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0
-    stack.grads.masked_fill_(bad[:, None], 0.0)
+    still = bad[:, None] if stack.fixed is None else bad[:, None] | stack.fixed
+    stack.grads.masked_fill_(still, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
     move(state)
     state.loss_sum += losses * step.count

@@ -22,6 +22,11 @@ TERMS = {
     "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
 }
 ALL_BIASES = "bias"  # the released code's name for `all`
+# Some models hold biases beside their Linear and LayerNorm modules: q_bias and v_bias (DeBERTa),
+# r_w_bias, r_r_bias and r_s_bias (XLNet, Funnel), in_proj_bias, bias_ih_l0, pos_bias_u.
+BIAS = re.compile(r"(\w+_)?bias(_[kuv]|_[ih]h_l\d+\w*)?")
+# Tables that attention adds for the distance of two tokens: embeddings of positions, not biases.
+POSITION_TABLE = re.compile(r"(\w+_)?(position|attention)_bias")
 # Table 3's sizes of the random mask; other models train as many numbers as bitfit would.
 MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_000}
 
@@ -56,12 +61,14 @@ def matrix_weights(model):
     return sum(
         p.numel()
         for n, p in model.named_parameters()
-        if in_encoder(model, n) and p.dim() > 1 and ".embeddings." not in n
+        if in_encoder(model, n) and p.dim() > 1 and not is_bias(n) and ".embeddings." not in n
     )
 
 
 def is_bias(name):
-    return name.rsplit(".", 1)[-1] == "bias"
+    """Whether a parameter is a bias: by the last part of its name, for some have two dimensions."""
+    last = name.rsplit(".", 1)[-1]
+    return bool(BIAS.fullmatch(last)) and not POSITION_TABLE.fullmatch(last)
 
 
 def head_names(model):
@@ -191,7 +198,8 @@ def select(model, kind, components=(), mask_size=None, rng=None):
 
 def trains_matrices(model, chosen):
     """Whether what trains includes matrices of the encoder, or parts of some."""
-    return any(in_encoder(model, n) and model.get_parameter(n).dim() > 1 for n in chosen)
+    inside = [n for n in chosen if in_encoder(model, n) and not is_bias(n)]
+    return any(model.get_parameter(n).dim() > 1 for n in inside)
 
 
 def trains_all(model, chosen):

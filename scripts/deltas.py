@@ -148,9 +148,9 @@ def average(args):
     members.check_trained(found)
     evaluator = load(args, found[0])
     table = deltas.average(found, args.weights or [1] * len(found), evaluator)
-    args.output_path.mkdir(parents=True, exist_ok=True)
-    write_text(args.output_path / "members.csv", table.to_csv(index=False))
-    evaluator.save(args.output_path)
+    with utils.whole_folder(args.output_path) as folder:
+        write_text(folder / "members.csv", table.to_csv(index=False))
+        evaluator.save(folder)
     utils.print_result(deltas.average_text(table, evaluator))
 
 

@@ -33,9 +33,8 @@ def set_dropout(model, p):
 
 def load_model(folder, task, seed=0, random_encoder=False):
     """A model with its head drawn, as a run of that seed starts."""
-    model, needs_head = models.load(folder, task, random_encoder)
-    if needs_head:
-        models.draw_head(model, seed)
+    model, initialized = models.load(folder, task, random_encoder)
+    models.draw_head(model, seed, initialized)
     return model
 
 

@@ -149,7 +149,8 @@ def test_a_checkpoint_without_pooler_serves_any_number_of_classes(tmp_path):
 
 
 def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
-    folders = [saved["sst2"], saved["rte frozen"]]
+    alike = save(tmp_path / "qnli", "qnli", kind=("frozen", []))  # reads what RTE's reads
+    folders = [saved["sst2"], saved["rte frozen"], alike]
     many = check_like_each_alone(folders, tmp_path)
     assert many.stack.shares_encoder
     seen = []
@@ -279,6 +280,12 @@ def test_lines_of_any_system(saved, capsys, monkeypatch):
     assert told[0] == told[1]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert main(capsys, saved["cola"]) == (0, [], "")
+
+
+def test_a_byte_order_mark_within_the_lines_is_text(saved):
+    lines = [b"\xef\xbb\xbfa\n", b"\xef\xbb\xbfb\n"]
+    ((first, second),) = answers.batches(load(saved["cola"]), lines, 9, "in")
+    assert (first, second) == (("a",), ("\ufeffb",))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,18 @@
 """Models beside BERT and RoBERTa, with random weights: trained, or refused in one line."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import GLUE, TINY_BERT
 
 import run_glue
+from bitfit import together
+from bitfit.packing import Packer
+from bitfit.reports import read_metrics
+from glue_evaluator import GLUEvaluator
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -13,16 +20,15 @@ SIZES = {
 }  # fmt: skip
 CANINE = {
     "upsampling_kernel_size": 4, "downsampling_rate": 4, "num_hash_functions": 8,
-    "num_hash_buckets": 64, "max_position_embeddings": 512,
+    "num_hash_buckets": 64, "max_position_embeddings": 512, "vocab_size": None,
 }  # fmt: skip
 
 
-def folder_of(path, name, **more):
-    """A model folder with BERT's toy tokenizer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_BERT)
+def folder_of(path, name, padding_side="right", **more):
+    """A model folder with BERT's toy tokenizer; of a size that is None the config has its own."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_BERT, padding_side=padding_side)
     sizes = {"vocab_size": len(tokenizer)} | SIZES | more
-    if name == "canine":
-        del sizes["vocab_size"]
+    sizes = {key: size for key, size in sizes.items() if size is not None}
     config = transformers.AutoConfig.for_model(name, **sizes)
     torch.manual_seed(0)
     transformers.AutoModel.from_config(config).save_pretrained(path)
@@ -91,3 +97,140 @@ def test_refused_in_its_own_words(tmp_path, name, capsys):
     assert last.startswith("run_glue.py: error: ")
     assert words in last
     assert not (tmp_path / "out").exists()
+
+
+NO_DROPOUT = {
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2,
+}  # fmt: skip
+QWEN2 = {"num_key_value_heads": 2, "initializer_range": 0.2}
+GPT2 = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2}
+XLNET = {
+    "d_inner": 64, "d_head": 16, "max_position_embeddings": None, "dropout": 0.0,
+    "initializer_range": 0.2,
+}  # fmt: skip
+BATCHED = {  # name -> model type, padding side, config, how its rows share a pass
+    "bert": ("bert", "left", NO_DROPOUT, "packed"),
+    "xlnet": ("xlnet", "left", XLNET, "padded"),
+    "xlnet padded right": ("xlnet", "right", XLNET, "equal length"),
+    "qwen2 padded left": ("qwen2", "left", QWEN2, "padded"),
+    "qwen2 of another padding token": ("qwen2", "right", QWEN2 | {"pad_token_id": 1}, "padded"),
+    "qwen2 without padding token": ("qwen2", "right", QWEN2 | {"pad_token_id": None}, "padded"),
+    "gpt2 of another padding token": ("gpt2", "right", GPT2 | {"pad_token_id": 1}, "padded"),
+    "gpt2 padded left": ("gpt2", "left", GPT2, "equal length"),
+    "fnet": ("fnet", "right", NO_DROPOUT, "equal length"),
+    "convbert": ("convbert", "right", NO_DROPOUT | {"embedding_size": 32}, "equal length"),
+    "deberta": ("deberta", "right", NO_DROPOUT, "padded"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory):
+    """A data folder with 16 rows to train on and 24 to score."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "RTE").mkdir()
+    for name, count in (("train.tsv", 16), ("dev.tsv", 24)):
+        lines = (GLUE / "RTE" / name).read_text(encoding="utf-8").splitlines()[: 1 + count]
+        (folder / "RTE" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def prepared(model, data, seeds, max_tokens=None):
+    evaluator = GLUEvaluator("rte", model, None, seeds, data, max_tokens=max_tokens)
+    evaluator.preprocess_dataset("longest", 128, 8, train_size=16)
+    evaluator.training_preparation(1e-3, "adamw", False, ["bias"], verbose=False)
+    return evaluator
+
+
+@pytest.mark.parametrize("case", BATCHED)
+def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
+    """In training, scoring, a loaded evaluator and many answers: passes of one row, and of many.
+
+    Those of one row are transformers' own, without padding.
+    """
+    name, side, more, kind = BATCHED[case]
+    model, logits = folder_of(tmp_path / "model", name, side, **more), []
+    losses = []
+    for cap in (1, 2048):
+        evaluator = prepared(model, few_rows, 0, cap)
+        assert evaluator.row_batching == kind
+        evaluator.train_and_evaluate(1)
+        losses += evaluator.record.train_loss
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    evaluator.save(tmp_path / "evaluator")
+    loaded = GLUEvaluator.load(tmp_path / "evaluator", None)
+    for cap in (1, 2048):
+        loaded.limit.tokens = cap
+        logits.append(loaded.predict("validation"))
+    bound = 1e-3 * logits[0].std(0).max()
+    assert np.abs(logits[0] - logits[1]).max() < bound
+    tokens = loaded.tokens("validation")
+    with torch.no_grad():
+        for row in range(4):
+            own = slice(tokens.starts[row], tokens.starts[row] + tokens.lengths[row])
+            inputs = {"input_ids": tokens.ids[None, own].long()}
+            if tokens.types is not None:
+                inputs["token_type_ids"] = tokens.types[None, own].long()
+            plain = loaded.model(**inputs).logits[0].numpy()
+            assert np.abs(logits[1][row] - plain).max() < bound
+
+    many = together.load(together.read([tmp_path / "evaluator"]), torch.device("cpu"))
+    rows = [("a film", "good"), ("a small film is good, and long", "it is bad"), ("no", "no")]
+    with many.stack.bound():
+        alone = [together.logits_of(many, [row])[0][0] for row in rows]
+        assert np.abs(together.logits_of(many, rows)[0] - alone).max() < bound
+
+
+@pytest.mark.parametrize("case", ["xlnet", "deberta", "fnet"])
+def test_several_runs_give_what_each_gives_alone(tmp_path, few_rows, case):
+    """One after the other, or in one pass of rows of equal length."""
+    name, side, more, kind = BATCHED[case]
+    model = folder_of(tmp_path / "model", name, side, **more)
+    alone = [prepared(model, few_rows, seed) for seed in (0, 1)]
+    for evaluator in alone:
+        evaluator.train_and_evaluate(1)
+    evaluator = prepared(model, few_rows, [0, 1])
+    assert len(evaluator.passes()) == (1 if name == "fnet" else 2)
+    assert run(tmp_path, model, "-s", "0", "1", "--data-dir", str(few_rows)) == 0
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["rows"] == kind
+    for seed, evaluator in enumerate(alone):
+        (folder,) = (tmp_path / "out").glob(f"lr*_seed{seed}")
+        losses = read_metrics(folder)[0]["train_loss"]
+        assert losses == pytest.approx(evaluator.record.train_loss, rel=1e-4)
+
+
+def test_an_exception_while_packing_is_named(tmp_path, monkeypatch, caplog):
+    def broken(*args):
+        raise TypeError("no such kernel")
+
+    monkeypatch.setattr(Packer, "__call__", broken)
+    with caplog.at_level("INFO", "bitfit"):
+        assert run(tmp_path, str(TINY_BERT)) == 0
+    assert "rows: padded (packed rows raise TypeError: no such kernel)" in caplog.text
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["rows"] == "padded"
+
+
+def test_a_model_that_mixes_the_rows_of_a_batch_is_refused(tmp_path, monkeypatch, capsys):
+    """In one line, before anything is written."""
+    from transformers.models.bert.modeling_bert import BertPooler
+
+    plain = BertPooler.forward
+    mixed = lambda pooler, x: (y := plain(pooler, x)) + y.mean(0)  # noqa: E731
+    monkeypatch.setattr(BertPooler, "forward", mixed)
+    assert run(tmp_path, str(TINY_BERT)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "gives a row other logits in a batch than alone (packed rows give other logits" in last
+    assert "equal length rows give other logits); give another --model-name" in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_biases_beside_linear_modules_train(tmp_path, capsys):
+    """DeBERTa's query and value biases: listed, in the figure's table, and changed."""
+    model = folder_of(tmp_path / "model", "deberta")
+    assert run(tmp_path, model, "--verbose", "--save-evaluator") == 0
+    printed, name = capsys.readouterr().out, "deberta.encoder.layer.1.attention.self.q_bias"
+    assert name in printed
+    table = (tmp_path / "out" / "bias_term_changes.csv").read_text()
+    assert "\nattention.self.v_bias," in table
+    loaded = GLUEvaluator.load(tmp_path / "out" / "evaluator", None)
+    assert loaded.model.get_parameter(name).abs().max() > 1e-4  # it was 0

@@ -5,7 +5,7 @@ import torch
 import transformers
 from conftest import TINY_BERT, load_model
 
-from bitfit.checkpoints import Saver, capture, restore
+from bitfit.checkpoints import Saver, capture, found, restore
 from bitfit.data import Split
 from bitfit.plan import Plan
 from bitfit.predict import Limit
@@ -79,3 +79,16 @@ def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
     Saver(tmp_path).save(state)
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 3 * 20 * 4 * 104_450 < size < 30e6
+
+
+def test_after_so_many_minutes_one_checkpoint_is_written(tmp_path):
+    """And not another one after each step from then on."""
+    state = new_state([Run(1e-3, 0)], load_model(TINY_BERT, TASKS["rte"]))
+    saver = Saver(tmp_path / "checkpoints", every=0, minutes=1)
+    written = []
+    for waited in (0, 59, 2, 0, 59, 2):
+        saver.written -= waited  # as if it were longer ago
+        state.step += 1
+        saver.after_step(state)
+        written.append(found(tmp_path / "checkpoints") if saver.folder.exists() else [])
+    assert written == [[], [], [1], [1], [1], [1, 2]]

@@ -4,7 +4,16 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from bitfit.data import Dataset, batch_of, batches_by_length, gather, passes_of, to_device, tokenize
+from bitfit.data import (
+    Dataset,
+    batch_of,
+    batches_by_length,
+    concatenate,
+    gather,
+    passes_of,
+    to_device,
+    tokenize,
+)
 from bitfit.sources import Texts
 from bitfit.tasks import TASKS
 from utils import UserError
@@ -21,8 +30,10 @@ def inputs_of(tokens, rows, packed=False):
     return gather(tokens, to_device(batch_of(tokens, np.array(rows), packed), "cpu"))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 1], [2], [1, 1, 0]])
-def test_a_gather_is_what_the_tokenizer_pads(tokenizer, rows):
+def test_a_gather_is_what_the_tokenizer_pads(tokenizer, rows, side):
+    tokenizer.padding_side = side
     tokens = tokenize(TEXTS, tokenizer, 128)
     inputs = inputs_of(tokens, rows)
     picked = TEXTS.take(rows)
@@ -110,6 +121,24 @@ def test_passes_hold_each_row_once_and_no_more_tokens_than_allowed(packed, cap):
         assert np.array_equal(np.concatenate(parts), np.arange(500))
         sizes = [lengths[part].sum() for part in parts[:-1]] or [0]
         assert max(sizes) - min(sizes) <= 127 or cap < 127
+
+
+def test_concatenated_rows_are_the_rows_of_each(tokenizer):
+    parts = [tokenize(TEXTS, tokenizer, 128), tokenize(TEXTS.take([3, 1]), tokenizer, 128)]
+    inputs, expected = (inputs_of(t, rows) for t, rows in (
+        (concatenate(parts), [4, 2, 5]), (parts[0], [3, 2, 1])))  # fmt: skip
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("cap", [1, 60, 512])
+def test_rows_of_equal_length_alone_share_a_batch(cap):
+    lengths = np.random.default_rng(0).integers(1, 32, 500)
+    parts = passes_of(lengths, cap, False, equal=True)
+    assert sorted(np.concatenate(parts)) == list(range(500))
+    assert all(len(set(lengths[part])) == 1 for part in parts)
+    assert all(lengths[part].sum() <= cap or len(part) == 1 for part in parts)
+    fewest = sum(-(-np.sum(lengths == n) // max(1, cap // n)) for n in set(lengths))
+    assert len(parts) == fewest
 
 
 def test_batches_by_length_hold_each_row_once():

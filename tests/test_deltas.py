@@ -1,6 +1,8 @@
 """Deltas shown, compared, averaged and applied, beside plain NumPy and plain transformers."""
 
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from bitfit import deltas, members
 from glue_evaluator import GLUEvaluator
 
 sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kill_and_resume
 from deltas import main
 
 KINDS = {  # folder: (task, seeds, fine-tune type, components, random encoder)
@@ -56,6 +60,7 @@ def here(out, tmp_path, monkeypatch):
     return tmp_path
 
 
+ZERO = "zero_gradient"
 SEEDS = [f"out/rte/seed{seed}" for seed in range(3)]
 
 
@@ -66,6 +71,44 @@ def values_of(folder):
 def base_values():
     model = transformers.AutoModel.from_pretrained(TINY_BERT)
     return {f"bert.{name}": p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def die_at_call(number, argv):
+    """Run the command, and end it without a word before file `number` gets its name, from 1."""
+    calls = iter(range(1, 1_000))
+
+    def dying(plain):
+        def call(*args):
+            if next(calls) == number:
+                os._exit(9)
+            plain(*args)
+
+        return call
+
+    os.replace, os.rename = dying(os.replace), dying(os.rename)
+    sys.exit(main(argv))
+
+
+@pytest.mark.parametrize("words", [["average", *SEEDS], ["apply", SEEDS[0]]])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_killed_command_can_be_given_again(here, words, exists):
+    """It is killed between any two of its files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(kill_and_resume.PRELOADED)
+    if exists:
+        Path("made").mkdir()
+    for number in (1, 2, 4, 1_000):
+        process = context.Process(target=die_at_call, args=(number, [*words, "-o", "made"]))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        assert not list(Path().glob("made/*"))
+    assert process.exitcode == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["made", "out"]
+    assert main([*words, "-o", "expected"]) == 0
+    assert kill_and_resume.left(Path("made")) == kill_and_resume.left(Path("expected"))
 
 
 def change(folder):
@@ -152,11 +195,34 @@ def test_an_average_is_an_evaluator_with_the_mean(here, capsys):
         f"validation Accuracy: average {100 * scores[3]:.1f}; its members "
         f"{100 * np.mean(scores[:3]):.1f} on average, {100 * max(scores[:3]):.1f} the best"
     )
+    assert json.loads(Path("soup/evaluator.json").read_text())["train_loss"] == []  # of none
     loaded.save(here / "again")
     assert GLUEvaluator.load(here / "again", None).averaged == loaded.averaged
     assert [own["weight"] for own in loaded.averaged] == pytest.approx([1 / 3] * 3)
     assert [Path(own["folder"]).samefile(f"{f}/evaluator") for own, f in zip(
         loaded.averaged, SEEDS, strict=True)] == [True] * 3  # fmt: skip
+
+
+def test_an_average_with_one_whose_key_moved(here):
+    """Evaluators from before biases without a gradient were kept fixed."""
+    found = members.read(SEEDS[:2])
+    old = found[1]._replace(facts={k: v for k, v in found[1].facts.items() if k != ZERO})
+    evaluator = GLUEvaluator.load(found[0].folder, None)
+    deltas.average(found, [1, 1], evaluator)
+    assert len(evaluator.zero_gradient) == 3
+    deltas.average([found[0], old], [1, 1], evaluator)
+    assert evaluator.zero_gradient == {}
+
+
+def test_the_order_of_bias_terms_is_no_difference():
+    query, value = "attention.self.query.bias", "attention.self.value.bias"
+    facts = {"fine_tune_type": "bitfit", "seed": 0}
+    pair = [members.Member("a", Path("a"), facts | {"components": own}, {})
+            for own in ([query, value], [value, query])]  # fmt: skip
+    members.check_trained(pair)
+    other = pair[0]._replace(facts=facts | {"components": [query]})
+    with pytest.raises(members.UserError, match="different trained parameters"):
+        members.check_trained([pair[0], other])
 
 
 def test_weights(here):
@@ -240,7 +306,7 @@ def test_a_moved_base_model_and_moved_data(here):
         ("show out/frozen/seed0", "seed0 is frozen: only bitfit has bias terms to show"),
         ("show out/rte/seed0 --plot x.pdf", "argument --plot: 'x.pdf' is not a .png file in a "),
         ("show out/rte/seed0 --csv no/x.csv", "argument --csv: 'no/x.csv' is not a .csv file in a"),
-        ("show out/rte/seed0 -m used", "the model folder used has no tokenizer"),
+        ("show out/rte/seed0 -m used", "used has no config.json; it hides a model of that name"),
         ("compare out/rte/seed0", "give two folders or more"),
         ("compare out/rte/seed0 out/rte/seed0/evaluator", "seed0/evaluator is given twice: give"),
         ("compare out/rte/seed0 out/mask0", "mask0 is rand_uniform: only bitfit has bias terms"),

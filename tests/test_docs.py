@@ -65,7 +65,13 @@ def test_every_command_is_known_to_these_tests():
     known = (
         *("python run_glue.py ", "OMP_NUM_THREADS=1 python run_glue.py ", "torchrun "),
         *("bash scripts/demo.sh", "bash scripts/test.sh", "bash scripts/sweep_learning_rates.sh"),
-        *("python benchmarks/", "python scripts/compare.py ", "pip install accelerate", *CONDA),
+        *(
+            "python benchmarks/",
+            "bash benchmarks/gpu.sh",
+            "python scripts/compare.py ",
+            "pip install accelerate",
+            *CONDA,
+        ),
         *(f"python scripts/deltas.py {name} " for name in deltas.COMMANDS),
         *("python scripts/predict.py ", *HUB),
         *(f"python scripts/paper.py {name} " for name in ("plan", "run", "report", "submit")),
@@ -237,7 +243,7 @@ def test_the_benchmarks(command, checkout):
             "1e-3",
         ],
         "ranks": ["--train-size", "16", "--cases", "one bitfit"],
-        "gpu": [],
+        "gpu": ["--runs", "1", "--steps", "2", "--processes", "1", "--only-times"],
         "many_tasks": ["--rows", "2", "--rounds", "1", "--tasks", "2", "--size", "tiny"],
     }
     more = small[re.search(r"benchmarks/(\w+)\.py", command)[1]]
@@ -251,7 +257,32 @@ def test_the_benchmarks(command, checkout):
         ]
         return
     assert result.returncode == 0, result.stderr
-    assert re.search(r"ratio|differences found: 0|times the released loop", result.stdout)
+    assert re.search(
+        r"ratio|differences found: 0|times as fast as the released loop", result.stdout
+    )
+
+
+@pytest.mark.parametrize("failing", [None, "gpu.py", "gpu_commands.py"])
+def test_the_gpu_script_ends_with_a_table_of_all_checks(failing, tmp_path):
+    """With a stand-in for Python: the checks themselves have tests of their own."""
+    (tmp_path / "python3").write_text(f"""#!/bin/bash
+        case "$1" in *.py) echo "ok   $(basename $1) $*";; esac
+        case "$1" in *{failing}) echo "FAIL something: 1.0"; exit 1;; esac""")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OUT": str(tmp_path / "out")}
+    (command,) = plain("bash benchmarks/gpu.sh")
+    result = subprocess.run(
+        [*command.split(), "small"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    table = result.stdout.split("end\n")[1].splitlines()
+    assert len([line for line in table if line.startswith("ok   ")]) == 4
+    assert (result.returncode, table[-1].startswith("FAILED")) == (
+        int(bool(failing)),
+        bool(failing),
+    )
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "gpu.py --size tiny --runs 1 2 --steps 3 --processes 2 --only-checks" in log
 
 
 def test_compare(checkout, tmp_path, monkeypatch):

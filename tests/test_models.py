@@ -91,7 +91,7 @@ def test_random_encoder(tiny_bert):
     ("leave_out", "message"),
     [
         (["tokenizer.json", "vocab.txt"], "has no tokenizer"),
-        (["*.safetensors"], "cannot load the model .*no file named model.safetensors"),
+        (["*.safetensors"], "cannot load the model .*there is no model.safetensors"),
         (["config.json"], "cannot load the model"),
     ],
 )

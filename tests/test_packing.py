@@ -206,3 +206,16 @@ def test_what_cannot_be_packed_is_found_out(name):
             expected = plain_logits(model, own)
             assert torch.allclose(forward.rows(own, np.arange(6)), expected, atol=1e-5)
             assert torch.allclose(forward.rows(own, np.array([4, 1])), expected[[4, 1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (8, 8, 8)])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("name", ["bert", "fnet"])
+def test_neighbours_are_noticed(name, lengths, zeros):
+    """In rows of one length too, for others may follow; and behind a head that is zero."""
+    model = random_model(name, intermediate_size=64)
+    if zeros:
+        torch.nn.init.zeros_(model.classifier.weight)
+    kind = {"bert": "packed", "fnet": "equal length"}[name]
+    assert find_forward(model, name, tokens(*lengths)).kind == kind
+    assert model.classifier.weight.any() != zeros

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT
+from test_ranks import in_ranks
 
 import run_glue
 import utils
@@ -181,6 +182,54 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
         for result in pool.map(abuse, ("single", "stacked")):
             assert result["kills"] == 7
             assert result["differences"] == []
+
+
+def die_at_second(name, flags, log):
+    """Run the command, and end it without a word when a second file of that name is complete."""
+    plain, seen = os.replace, []
+
+    def replace(source, target):
+        seen.extend([target] * (os.path.basename(target) == name))
+        if len(seen) > 1:
+            os._exit(9)
+        plain(source, target)
+
+    os.replace = replace
+    kill_and_resume.job(flags, log)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seeds", "name", "more"),
+    [
+        (1, "01", "CoLA.tsv", ["-f", "bitfit", "--export-model"]),
+        (1, "012", "bias_term_changes.csv", ["-f", "bitfit", "--keep", "best"]),
+        (1, "01", "evaluator.json", ["-f", "rand_row_col"]),
+        (2, "0123", "CoLA.tsv", ["-f", "bitfit"]),
+    ],
+    ids=["one pass", "keep best", "one by one", "ranks"],
+)
+def test_each_start_completes_one_run_more(tmp_path, ranks, seeds, name, more):
+    """Each process of a sweep is killed while it writes the files of a second run."""
+    flags = [*BASE, *more, "-s", *seeds, "-e", "1", "--train-size", "20", "--resume", "-o"]
+    killed, quiet, log = tmp_path / "killed", tmp_path / "quiet", tmp_path / "log"
+    starts = len(seeds) // ranks
+
+    def start(work, *args):
+        (status,) = {*in_ranks(ranks, work, *args)}
+        return status
+
+    statuses = [start(die_at_second, name, [*flags, str(killed)], log) for _ in range(starts)]
+    assert statuses == [9] * (starts - 1) + [0], log.read_text()
+    assert start(kill_and_resume.job, [*flags, str(quiet)], log) == 0
+    assert kill_and_resume.differences(without_places(quiet), without_places(killed)) == []
+
+
+def without_places(folder):
+    """What a command left; model cards quote the command and so its output folder."""
+    return {
+        name: content.replace(folder.name.encode(), b"") if name.endswith(".md") else content
+        for name, content in kill_and_resume.left(folder).items()
+    }
 
 
 # Faults
@@ -365,6 +414,47 @@ def test_resume_refuses_other_data_and_another_base(interrupted, tmp_path, capsy
     other = ["--model-name", str(tmp_path / "model")]
     assert run_glue.main([*flags(interrupted), "--resume", *other]) == 2
     assert "run: the base model changed" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_resume_refuses_other_test_rows(interrupted, tmp_path, capsys):
+    """Runs that have their predictions already would be of other rows than the rest."""
+    shutil.copytree(GLUE / "CoLA", tmp_path / "glue" / "CoLA")
+    path = tmp_path / "glue/CoLA/test.tsv"
+    *rows, last = path.read_text().splitlines()
+    path.write_text("\n".join([*rows, f"{last} indeed", ""]))
+    other = ["--data-dir", str(tmp_path / "glue")]
+    assert run_glue.main([*flags(interrupted), "--resume", *other]) == 2
+    assert "run: the test data changed: give that" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("config.json", "layer_norm_eps", 1e-3,
+         "the base model's config changed (layer_norm_eps was 1e-12 and is now 0.001)"),
+        ("tokenizer_config.json", "do_lower_case", False,
+         "the base model's tokenizer changed (normalizer)"),
+    ],
+)  # fmt: skip
+def test_resume_refuses_another_config_or_tokenizer(
+    interrupted, tmp_path, file, key, value, message, capsys
+):
+    model = shutil.copytree(TINY_BERT, tmp_path / "model")
+    content = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(content | {key: value}))
+    before = kill_and_resume.left(interrupted)
+    assert run_glue.main([*flags(interrupted), "--resume", "--model-name", str(model)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"not the interrupted run: {message}: give that again, or a new folder")
+    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+
+
+def test_what_was_begun_without_fingerprints_goes_on_with_a_line(interrupted, quiet, caplog):
+    args = json.loads((interrupted / "args.json").read_text())
+    del args["model_config"], args["tokenizer"], args["test_sha256"]
+    (interrupted / "args.json").write_text(json.dumps(args))
+    assert_as_if_never_stopped(interrupted, quiet, "stacked")
+    assert caplog.text.count("they cannot be verified") == 1
 
 
 def test_a_moved_folder_and_the_same_data_elsewhere_resume(interrupted, tmp_path, quiet):

@@ -379,7 +379,7 @@ def test_damaged_data(tmp_path, case, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("leave_out", "message"),
-    [("*.safetensors", "no file named model.safetensors"), ("tokenizer*", "has no tokenizer")],
+    [("*.safetensors", "there is no model.safetensors"), ("tokenizer*", "has no tokenizer")],
 )
 def test_incomplete_model_folder(tmp_path, leave_out, message, capsys, monkeypatch):
     monkeypatch.setattr("utils.setup_logging", lambda *_: None)

@@ -334,6 +334,14 @@ def test_the_interval_is_over_seeds_and_over_rows():
         assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.06)
 
 
+def test_the_interval_is_widened_for_the_column_with_the_fewest_seeds():
+    columns = [(np.array([0.0, 0.2]), np.linspace(-1, 1, 201)),
+               (np.full(5, 0.1), np.linspace(-1, 1, 201))]  # fmt: skip
+    wider = stats.t.ppf(0.975, 1 + 4) / stats.norm.ppf(0.975) * 2**0.5  # 2 / (2 - 1)
+    expected = [0.1 + wider * (end - 0.1) for end in (-0.95, 0.95)]
+    assert statistics.interval(columns) == pytest.approx(tuple(expected))
+
+
 def test_seeds_that_one_method_lacks_are_left_out():
     logits, labels = drawn(ACCURACY, (1, 5, 2), 40)
     other = drawn(ACCURACY, (1, 5, 2), 40, 1)[0]

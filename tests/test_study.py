@@ -1,6 +1,7 @@
 """The study: cells, ledger, cost, workers."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -9,12 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
+from bitfit import outputs
 from bitfit.study import cells, cost, ledger, work
 from utils import UserError
 
@@ -202,8 +208,37 @@ def test_done_is_what_finished_under_the_same_settings(study):
     assert state(finished=True) == "done"
     assert state(finished="true") == "interrupted"
     assert state(finished=True, epochs=3) == "foreign"
-    (folder / "args.json").write_text("{")
+    for damaged in ("{", "[]", "null"):
+        (folder / "args.json").write_text(damaged)
+        assert states(study)[0] == "missing"
+    for changes, expected in (({"finished": True}, "done"), ({"epochs": 3}, "foreign")):
+        with ledger.taken(study, study.cells[0]):  # such a cell is left at once
+            assert state(**changes) == expected
+
+
+def test_who_looks_whether_a_lock_is_held_holds_nothing(study):
+    """Neither for others who look, nor for long against one who takes it."""
+    cell = study.cells[0]
+    with ledger.taken(study, cell):
+        pass
+    looking = os.open(ledger.beside(study, cell, ".lock"), os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
     assert states(study)[0] == "missing"
+    threading.Timer(0.2, os.close, [looking]).start()
+    with ledger.taken(study, cell) as file:
+        assert file is not None
+
+
+def test_a_kill_counts_under_its_own_configuration(study):
+    cell = study.cells[0]
+    ledger.folder_of(study, cell).mkdir(parents=True)
+    assert not ledger.note_kill(study, cell._replace(hash="of another epoch"))
+    assert not ledger.note_kill(study, cell)
+    assert ledger.note_kill(study, cell)
+    (ledger.folder_of(study, cell) / "args.json").write_text('{"finished": true}')
+    assert not ledger.note_kill(study, cell)  # a run is complete
+    ledger.beside(study, cell, ".killed.json").write_text("{")  # damaged
+    assert not ledger.note_kill(study, cell)
 
 
 def test_a_lock_is_held_as_long_as_anybody_has_it(study):
@@ -216,6 +251,32 @@ def test_a_lock_is_held_as_long_as_anybody_has_it(study):
     assert states(study)[0] == "running"  # who began it is gone, the command is not
     child.kill()
     child.wait()
+    assert states(study)[0] == "missing"
+
+
+def test_a_command_begun_by_hand_is_running(study, monkeypatch):
+    """It holds the lock in its folder; whoever takes the cell beside it leaves it alone."""
+    cell, begun = study.cells[0], []
+    monkeypatch.setattr(work, "run", lambda study, cell, *more: begun.append(cell))
+    folder = ledger.folder_of(study, cell)
+    with outputs.held(folder):
+        facts = cell.args | {"finished": False, "precision": "fp32"}
+        (folder / "args.json").write_text(json.dumps(facts))
+        assert states(study) == ["running", "missing"]
+        work.work(study, study.cells, work.takes(retry_failed=True))
+        assert begun == study.cells[1:]
+    assert states(study)[0] == "interrupted"
+
+
+def test_a_failure_counts_under_its_own_configuration(study):
+    cell = study.cells[0]
+    ledger.folder_of(study, cell).mkdir(parents=True)
+    ledger.note_failure(study, cell._replace(hash="of another epoch"), 1, "a fault")
+    assert states(study)[0] == "missing"
+    ledger.note_failure(study, cell, 1, "a fault")
+    assert states(study)[0] == "failed"
+    assert ledger.failure_of(study, cell)["line"] == "a fault"
+    ledger.beside(study, cell, ".failed.json").write_text("[]")  # damaged
     assert states(study)[0] == "missing"
 
 
@@ -280,6 +341,58 @@ def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(study, tmp_pat
     assert "running" not in states(study)
     assert paper.main(["run", "--output-path", str(study.output), "--gpus", "cpu"]) == 0
     assert states(study) == ["done", "done"]
+
+
+KILLED = """
+import os, pathlib, sys
+left = pathlib.Path(os.environ["LEFT"])
+steps = left.read_text()
+left.write_text(steps[1:])
+if not steps:
+    os.execv(sys.executable, [sys.executable, PROGRAM, *sys.argv[1:]])
+if steps[0] == "e":
+    sys.exit("a fault")
+if steps[0] == "p":  # progress: one more checkpoint
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output-path") + 1]) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath(f"{len(steps):06}.json").touch()
+if steps[0] == "r":  # as torchrun ends where a rank was killed
+    print("  exitcode  : -9 (pid: 7)", flush=True)
+    sys.exit(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kills", "ranks", "expected"),
+    [
+        ("k", 1, ["missing", "done"]),
+        ("kk", 1, ["missing", "failed"]),
+        ("kpk", 1, ["missing", "missing", "failed"]),
+        ("pppp", 1, ["missing"] * 4),
+        ("kek", 1, ["missing", "failed", "missing", "done"]),
+        ("rr", 2, ["missing", "failed"]),
+        ("r", 1, ["failed"]),
+    ],
+)
+def test_a_killed_command_goes_on_until_it_gets_no_further(
+    study, tmp_path, monkeypatch, kills, ranks, expected
+):
+    """The kernel kills what takes too much memory; before args.json a cell counts as missing."""
+    program, left = tmp_path / "killed.py", tmp_path / "left"
+    program.write_text(KILLED.replace("PROGRAM", repr(str(work.PROGRAM))))
+    left.write_text(kills)
+    monkeypatch.setattr(work, "PROGRAM", program)
+    monkeypatch.setattr(work, "launcher", lambda ranks: [sys.executable])
+    monkeypatch.setenv("LEFT", str(left))
+    seen = []
+    for _ in expected:
+        work.work(study, study.cells[:1], work.takes(retry_failed=True), "cpu", ranks=ranks)
+        seen += states(study)[:1]
+    assert seen == expected
+    failure = ledger.failure_of(study, study.cells[0])
+    assert "without progress" in failure["line"] if kills[-2:] in ("kk", "rr") else True
+    assert ledger.beside(study, study.cells[0], ".killed.json").exists() == (kills == "pppp")
 
 
 @pytest.mark.parametrize(
@@ -450,6 +563,70 @@ def test_operations_are_counted_from_the_sizes(study):
     scoring = 2 * (2 * (24 * 5 + 10 * 4) + 7 * 3)
     assert cost.operations(cell, sizes) == 1000 * 2 * (training + scoring)  # two runs
     assert cost.disk_bytes(cell, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 2 * 2 + 10 * 7)
+    few = sizes._replace(rows=sizes.rows | {"train": 20})  # fewer than --train-size, 24
+    training, scoring = 4 * 2 * 20 * 5, 2 * (2 * (20 * 5 + 10 * 4) + 7 * 3)
+    assert cost.operations(cell, few) == 1000 * 2 * (training + scoring)
+
+
+def cell_of(tmp_path, row, *more, task="rte"):
+    """One cell of two runs; "stsb" is the regression."""
+    words = ["plan", "-o", str(tmp_path / "one"), "--tables", "3", *TOY, "--tasks", task]
+    args = paper.parse_args([*words, "--rows", row, *more])
+    return cells.plan(tmp_path / "one", args).cells[0]
+
+
+def test_a_large_training_set_is_scored_in_part(tmp_path):
+    cell = cell_of(tmp_path, "bitfit", "--train-size", "70000")
+    sizes = cost.Sizes(1, 1, {"train": 80_000, "validation": 0}, {"train": 1.0, "validation": 0}, 2)
+    assert cost.operations(cell, sizes) == 2 * (4 * 2 * 70_000 + 2 * 2 * 50_000)
+
+
+def test_what_a_cell_has_on_disk(tmp_path):
+    sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10, "test": 7},
+                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 1)  # fmt: skip
+    regression = cell_of(tmp_path, "frozen", task="stsb")  # float32, and no test predictions
+    assert cost.disk_bytes(regression, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 4)
+    whole = cell_of(tmp_path, "full_ft", task="stsb")  # two checkpoints of values and moments
+    own = cost.RUN_BYTES + 2 * 10 * 4 + 10 * 7
+    assert cost.disk_bytes(whole, sizes) == 2 * own + 2 * 3 * 4 * 2000
+
+
+def test_hours_from_rates(study):
+    """Done cells of the row count before those of the kind, and all of them before --calibrate."""
+    costs, (stacked, single) = cost.Costs(study), study.cells
+    sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10}, {"train": 5.0,
+                       "validation": 4.0}, 2)  # fmt: skip
+    costs.sizes_of = lambda cell: sizes
+    rates = {"stacked": 800.0, "single": 100.0, "full": 50.0}
+    costs.measured = {"tiny_bert": rates}
+    work_of = cost.operations(stacked, sizes)
+    assert costs.seconds(stacked) == work_of / 800 + 8 + 1
+    assert costs.seconds_apart(stacked) == work_of / 100 + 2 * (8 + 1)
+    apart = cost.operations(single, sizes)
+    assert costs.seconds(single) == apart / 50 + 8 + 2 * 1  # a model for each run
+    assert costs.seconds_apart(single) == apart / 50 + 2 * (8 + 1)
+    costs.done = [(stacked, 3000.0, 1.0), (stacked, 1000.0, 3.0)]
+    assert costs.rate(stacked) == 1000
+    assert costs.rate(stacked._replace(row="frozen")) == 1000  # of its kind
+    assert costs.rate(single) == 50
+    assert costs.rate(stacked._replace(model="other")) is None
+    costs.done += [(stacked._replace(row="frozen"), 10.0, 1.0)]
+    assert costs.rate(stacked._replace(row="frozen")) == 10
+    assert costs.seconds_apart(stacked) == work_of / (1000 / 8) + 2 * (8 + 1)
+
+
+def test_the_tokens_of_all_runs_count(monkeypatch):
+    clock = [0.0]
+
+    def step(state, alive, rows):
+        clock[0] += 2
+        return torch.zeros(rows.shape)
+
+    monkeypatch.setattr(cost, "take_step", step)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    tokens = SimpleNamespace(lengths=np.array([5, 7, 9]))
+    state = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(tokens=tokens)))
+    assert cost.step_rate(state, np.arange(4), np.array([0, 2])) == 4 * 14 / 2
 
 
 @pytest.mark.parametrize(

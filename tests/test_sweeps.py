@@ -9,7 +9,7 @@ from bitfit.runs import Run
 from bitfit.tasks import TASKS
 from utils import Diverged
 
-RTE = TASKS["rte"]
+RTE, NAN = TASKS["rte"], float("nan")
 
 
 def result(rate, seed, scores, diverged=None):
@@ -113,14 +113,35 @@ def test_a_score_that_is_no_number_hides_nothing(tmp_path):
         ({1e-3: [0.8, 0.8]}, []),
         ({1e-3: [0.8]}, []),
         ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.8]}, ["the highest of the grid", "still rise"]),
+        ({1e-3: [0.9, 0.5, 0.7]}, []),  # it rises, but not above what it was
+        ({1e-4: [0.9, 0.1], 1e-3: [0.7, 0.6]}, ["0.001, is the highest"]),  # by the last epoch
+        ({1e-4: [0.5, 0.4], 1e-3: [0.7, 0.6], 1e-2: None}, []),  # diverged, but it was tried
+        ({1e-4: [0.5, 0.4], 1e-3: [NAN, 0.6]}, ["the highest of the grid", "still rise"]),
+        ({1e-4: [0.5, 0.4], 1e-3: [0.7, NAN]}, ["0.0001, is the lowest"]),
+        ({1e-4: [NAN, NAN], 1e-3: [NAN, NAN]}, []),
     ],
 )
 def test_warnings(tmp_path, curves, expected):
-    folders = write(tmp_path, [result(rate, 0, scores) for rate, scores in curves.items()])
+    results = [
+        result(rate, 0, scores or [0.5], None if scores else "diverged")
+        for rate, scores in curves.items()
+    ]
+    folders = write(tmp_path, results)
     warnings = sweeps.warnings_of(sweeps.by_learning_rate(*sweeps.read(folders), RTE))
     assert len(warnings) == len(expected)
     for warning, part in zip(warnings, expected, strict=True):
         assert part in warning
+
+
+def test_a_rate_with_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    """The mean of the other seeds would be above."""
+    results = [
+        result(1e-4, 0, [0.6]), result(1e-3, 0, [0.5]), result(1e-2, 0, [0.9]),
+        result(1e-4, 1, [0.6]), result(1e-3, 1, [0.5]), result(1e-2, 1, [NAN]),
+    ]  # fmt: skip
+    groups = sweeps.by_learning_rate(*sweeps.read(write(tmp_path, results)), RTE)
+    (warning,) = sweeps.warnings_of(groups)
+    assert "0.0001, is the lowest of the grid" in warning
 
 
 def test_curves_show_mean_and_range(tmp_path):

@@ -6,16 +6,19 @@ import struct
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sqlalchemy
+import torch
 import wandb
 from conftest import GLUE, TINY_BERT
 from matplotlib.image import imread
 
 import run_glue
 from bitfit import trackers, tracking, train
+from bitfit.runs import Run
 from bitfit.tracking import Tracker
 from glue_evaluator import GLUEvaluator
 
@@ -249,7 +252,27 @@ def test_mlflow(sweep):
     assert "best of 2 trials" in runs["sweep"][2]["results.txt"].decode()
 
 
-# Resumed, failing, missing
+# Diverged, resumed, failing, missing
+
+
+def test_a_diverged_run_has_failed_and_the_others_have_not(tmp_path):
+    output = tmp_path / "diverged"
+    assert run(output, "-l", "1e-3", "1e36", "--report-to", *ALL) == 0
+    failed = {"lr0.001_seed0": False, "lr1e+36_seed0": True, "sweep": False}
+    status = {name: run.info.status for name, (run, *_) in mlflow_runs(output).items()}
+    assert status == {name: "FAILED" if bad else "FINISHED" for name, bad in failed.items()}
+    assert {begun.display_name: ended for begun, _, ended in wandb_runs(output)} == failed
+    said = text(events(output, "lr1e+36_seed0"), "results")
+    assert "was not finite at epoch 1, step" in said
+    assert "not finite" not in text(events(output, "lr0.001_seed0"), "results")
+
+
+def test_a_single_run_that_diverges_has_failed(tmp_path):
+    output = tmp_path / "single"
+    assert run(output, "-l", "1e36", "--report-to", *ALL) == 1
+    ((run_, *_),) = mlflow_runs(output).values()
+    ((_, _, ended),) = wandb_runs(output)
+    assert (run_.info.status, ended) == ("FAILED", 1)
 
 
 def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
@@ -288,6 +311,65 @@ def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
     assert run(output, "--resume", "--report-to", "wandb") == 0
     assert "there is nothing to resume" in capsys.readouterr().out
     assert len(wandb_runs(output)) == 2
+
+
+def test_the_speed_is_that_since_the_last_look():
+    """In examples of each run; of a look in an earlier epoch nothing counts."""
+    plan = SimpleNamespace(batch_size=8, rows_per_run=36, steps_per_epoch=5)
+    state = SimpleNamespace(plan=plan, epoch=1, step=4, seconds=3.0)
+    assert tracking.examples_per_second(state) == 32 / 3
+    assert tracking.examples_per_second(state, (1, 2, 1.0)) == 16 / 2
+    assert tracking.examples_per_second(state, (0, 2, 1.0)) == 32 / 3
+    state.step = 5  # the last batch has four
+    assert tracking.examples_per_second(state, (1, 4, 2.0)) == 4 / 1
+
+
+def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
+    told = []
+
+    class Kept:
+        def __init__(self, *given):
+            pass
+
+        def log(self, step, values):
+            told.append((step, values["train/examples_per_second"]))
+
+        def close(self, failed):
+            pass
+
+    monkeypatch.setitem(trackers.KINDS, "kept", Kept)
+    plan = SimpleNamespace(batch_size=8, rows_per_run=80, steps_per_epoch=10, factors=[1.0] * 10)
+    stack = SimpleNamespace(runs=[Run(1e-3, 0)], values=torch.zeros(1, 1))
+    state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
+    with Tracker(["kept"], tmp_path) as tracker:
+        tracker.begin(state, {stack.runs[0]: tmp_path})
+        for step, seconds in ((2, 4.0), (6, 8.0)):
+            state.step, state.seconds = step, seconds
+            tracker.watch(state, {0: 0.7})
+            tracker.told["kept"].result()
+    assert told == [(2, 16 / 4), (6, 32 / 4)]
+
+
+def test_what_wandb_has_already_is_not_told_again():
+    """Its step would go back; results go behind the last."""
+    run, told = object.__new__(trackers.WandB), []
+    run.run = SimpleNamespace(log=lambda values, step: told.append((step, values)))
+    run.begins = 12
+    for step in (11, 12, 13):
+        run.log(step, {"a": step})
+    assert [step for step, _ in told] == [12, 13]
+    run.results(10, [], "a table")
+    assert told[-1][0] == 12
+
+
+def test_mlflow_takes_parameters_of_any_length(tmp_path, caplog):
+    output = tmp_path / "long"
+    output.mkdir()
+    with Tracker(["mlflow"], output, {"terms": "x" * 7000}) as tracker:
+        tracker.results("run", output, "a table")
+    assert caplog.records == []
+    ((run_, *_),) = mlflow_runs(output).values()
+    assert run_.data.params["terms"] == "x" * 6000
 
 
 def fail(*given, **named):

@@ -13,10 +13,13 @@ from bitfit.trainable import (
     describe,
     head_names,
     in_encoder,
+    is_bias,
     row_column_positions,
     row_or_column,
     select,
     term_names,
+    trains_matrices,
+    trains_only_biases,
     uniform_positions,
     whole,
 )
@@ -105,6 +108,52 @@ def test_a_model_without_the_bias_says_what_it_has():
         chosen_names(modern, "all")
     with pytest.raises(UserError, match="unknown bias term 'bias'; known: query"):
         actual_components(["bias"])
+
+
+@pytest.mark.parametrize(
+    ("name", "biases"),
+    [
+        ("deberta", {"attention.self.q_bias": 768, "attention.self.v_bias": 768}),
+        ("xlnet", {f"rel_attn.r_{kind}_bias": 1024 for kind in "wrs"}),
+        ("funnel", {f"0.attention.r_{kind}_bias": 768 for kind in "wrs"}),
+    ],
+)
+def test_biases_beside_linear_modules(name, biases):
+    """All biases include them; a random mask of matrices does not, though some have two axes."""
+    model = small(name, **({} if name == "funnel" else {"num_hidden_layers": 2}))
+    chosen = select(model, "bitfit", ["bias"])
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    for bias, size in biases.items():
+        layers = [n for n in sizes if n.endswith(f".{bias}")]
+        assert {sizes[n] for n in layers} == {size}
+        assert set(layers) <= chosen.keys()
+        assert all(n in describe(model, chosen) for n in layers)
+        assert not chosen_names_of_mask(model).intersection(layers)
+        assert set(layers) < set(bitfit_names(model, [bias]))
+    assert trains_only_biases(model, chosen)
+    assert not trains_matrices(model, chosen)
+    assert default_mask_size(model) == encoder_count(model, chosen)
+
+
+def chosen_names_of_mask(model):
+    return set(row_column_positions(model, np.random.default_rng(0)))
+
+
+def test_what_is_a_bias():
+    """Tables that attention adds for the distance of two tokens are embeddings."""
+    biases = ["output.dense.bias", "self.q_bias", "in_proj_bias", "rnn.bias_ih_l0_reverse",
+              "pos_bias_u", "experts.down_proj_bias", "mixer.dt_bias"]  # fmt: skip
+    others = ["relative_attention_bias.weight", "relative_attention_bias", "position_bias",
+              "relative_position_bias_table", "LayerNorm.weight", "unbiased"]  # fmt: skip
+    assert [name for name in biases + others if is_bias(name)] == biases
+
+
+@pytest.mark.parametrize("name", ["mpnet", "mt5"])
+def test_tables_of_relative_positions_are_no_biases(name):
+    model = small(name, num_hidden_layers=2, num_layers=2)
+    tables = [n for n, _ in model.named_parameters() if "relative_attention_bias" in n]
+    assert tables
+    assert not any(is_bias(n) for n in tables)
 
 
 def test_uniform_mask_is_exact_and_distinct(bert_base):

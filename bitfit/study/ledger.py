@@ -3,7 +3,8 @@
 missing      nothing there
 running      a process holds its lock
 interrupted  begun, not finished, held by nobody: it goes on where it stopped
-failed       the last attempt ended with an error; <cell>.failed.json says which
+failed       the last attempt ended with an error, or SIGKILL ended two that got just as far;
+             <cell>.failed.json says which
 foreign      its folder is of another command
 done         its own args.json says finished, under the cell's configuration hash
 """
@@ -16,6 +17,7 @@ import time
 from contextlib import contextmanager
 
 from bitfit import outputs
+from bitfit.outputs import CHECKPOINTS
 from bitfit.study.cells import is_of
 from utils import UserError, write_text
 
@@ -137,3 +139,35 @@ def note_failure(study, cell, status, line):
 
 def forget_failure(study, cell):
     beside(study, cell, ".failed.json").unlink(missing_ok=True)
+
+
+def progress_of(study, cell):
+    """What grows while a cell's command gets on: its checkpoints, and runs that are complete."""
+    folder = folder_of(study, cell)
+    complete = [path.parent for path in folder.rglob("args.json") if is_finished(path)]
+    paths = [*folder.rglob(f"{CHECKPOINTS}/*.json"), *complete]
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def is_finished(path):
+    """Whether an args.json says so."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["finished"] is True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def note_kill(study, cell):
+    """Note that SIGKILL ended a command; returns whether the one before got just as far."""
+    path, kill = beside(study, cell, ".killed.json"), {"hash": cell.hash}
+    kill["progress"] = progress_of(study, cell)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    write_text(path, json.dumps(kill, indent=2) + "\n")
+    return kill == before
+
+
+def forget_kill(study, cell):
+    beside(study, cell, ".killed.json").unlink(missing_ok=True)

@@ -6,6 +6,7 @@ Any number of them may work on one folder. What one leaves when it is killed, th
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,11 @@ LOGGER = logging.getLogger("bitfit")
 PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # of torchrun: passed on to the ranks
 STOPPED = {status for n in Signals.NUMBERS for status in (128 + n, -n)}
+KILLED = {128 + signal.SIGKILL, -signal.SIGKILL}  # as the kernel does where memory runs out
+NO_PROGRESS = (
+    "killed (SIGKILL) twice without progress in between: memory may have run out; give it more, "
+    "or run fewer workers at once"
+)
 
 
 # The environment's names of a process's number, how many there are, the first number, the step.
@@ -74,6 +80,8 @@ def work(study, cells, states, gpu=None, shared=True, ranks=1):
 def run(study, cell, lock, gpu=None, ranks=1):
     """Run a cell's command to its end, output to its log; what fails is noted.
 
+    What a signal ended counts as interrupted; but SIGKILL twice without progress is a failure.
+
     Args:
         lock: the file of `ledger.taken`.
     """
@@ -96,12 +104,17 @@ def run(study, cell, lock, gpu=None, ranks=1):
             process.wait()
             raise
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
+    line = last_line(log)
+    killed = status in KILLED or (status and ranks > 1 and a_rank_was_killed(log))
+    stuck = killed and ledger.note_kill(study, cell)
+    if not killed or stuck:
+        ledger.forget_kill(study, cell)
     if status == 0 and ledger.state_of_taken(study, cell) == "done":
         LOGGER.info("%s: done in %s", cell.name, took)
-    elif status in STOPPED:
+    elif status in STOPPED or (killed and not stuck):
         LOGGER.info("%s: stopped by a signal after %s; the next worker goes on", cell.name, took)
     else:
-        line = last_line(log)
+        line = NO_PROGRESS if stuck else line
         ledger.note_failure(study, cell, status, line)
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
 
@@ -135,6 +148,12 @@ def last_line(path):
     lines = [line.strip() for line in lines if line.strip()]
     said = [line for line in lines if line.startswith("run_glue.py: ")]
     return (said or lines or [""])[-1]
+
+
+def a_rank_was_killed(path):
+    """Whether torchrun's last report in a log says that SIGKILL ended a rank."""
+    text = path.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1]
+    return f"exitcode  : {-signal.SIGKILL} " in text
 
 
 def work_on(commands):
