@@ -41,7 +41,8 @@ WARNED = {
 }  # fmt: skip
 # Of what is computed with, beside `finished`; flags are only compared.
 TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
-         "device": str, "torch": str, "transformers": str, "python": str}  # fmt: skip
+         "device": str, "torch": str, "transformers": str, "python": str, "model_config": dict,
+         "tokenizer": dict}  # fmt: skip
 FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
 NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
@@ -94,6 +95,7 @@ def check_new(output):
         what = "is not empty: give a new folder, nothing is replaced"
         raise UserError(f"--output-path {output} {what}")
     check_place(output)
+    check_place(temporary_name(output))  # it is written under this name
 
 
 def is_used(output):
