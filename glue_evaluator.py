@@ -36,7 +36,15 @@ from bitfit.runs import Run, Stack
 from bitfit.tasks import predictions, score
 from bitfit.tracking import OFF
 from bitfit.train import Record, fit, start
-from utils import Diverged, UserError, as_list, choose_device, default_precision, generator
+from utils import (
+    Diverged,
+    UserError,
+    as_list,
+    choose_device,
+    choose_precision,
+    generator,
+    print_result,
+)  # fmt: skip
 from utils import set_seed as set_seed  # a name of the released code
 
 LOGGER = logging.getLogger("bitfit")
@@ -83,7 +91,7 @@ class GLUEvaluator:
         self.torch_device = choose_device(device)
         self.base_name = Path(model_name).name  # for captions
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
-        self.precision = precision or default_precision(self.torch_device)
+        self.precision = choose_precision(precision, self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
         self.zero_gradient = {}  # as from `zero_gradients.find`
         self.averaged = []  # of an average, each member: see `bitfit.deltas.average`
@@ -232,7 +240,7 @@ class GLUEvaluator:
         self.fine_tune_type = fine_tune_type
         vars(self).pop("_reason", None)
         if self.verbose:
-            print(trainable.describe(self.model, self.chosen))
+            print_result(trainable.describe(self.model, self.chosen))
 
     def set_uniform_mask(self, mask_size=None):
         """Train so many parameters drawn uniformly from the encoder, and the classifier."""

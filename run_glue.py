@@ -6,19 +6,22 @@
 Flags in, checks, a GLUEvaluator, files out. Bad input ends with status 2 and one line.
 """
 
+from bitfit import early
+
+if __name__ == "__main__":
+    early.catch_signals("run_glue.py")
+
 import logging
-import os
 import shlex
-import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import utils
 from bitfit import outputs, task_files, tracking
 from bitfit.flags import parse_args
 from bitfit.ranks import Ranks
-from utils import Damaged, Diverged, Lost, NotPushed, Stopped, UserError
+from utils import Diverged, Lost, UserError
 
 
 def prepare(args, ranks):
@@ -69,7 +72,7 @@ def run(args, signals, ranks):
     if not finished:
         fine_tune(args, output, signals, ranks)
     if args.push_to_hub and ranks.rank == 0:
-        print(hub.push(output, args.push_to_hub))
+        utils.print_result(hub.push(output, args.push_to_hub))
 
 
 def fine_tune(args, output, signals, ranks):
@@ -121,15 +124,15 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
     if ranks.rank > 0:
         return
     if output in folders.values():
-        print(evaluator.score_table())
+        utils.print_result(evaluator.score_table())
     else:
         if args.keep == "best":
             best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
             sweeps.drop_beaten(folders, best)
         table = sweeps.report(output, evaluator.task, folders, evaluator.method_caption)
-        print(table)
         tracker.results("sweep", output, table)
         outputs.write_args(output, facts, finished=True)
+        utils.print_result(table)
 
 
 def unfinished_of(runs, folders, group):
@@ -232,39 +235,28 @@ def main(argv=None):
     resume = f"{ranks.launcher} {words}"
     level = logging.WARNING if args.quiet else logging.INFO
     utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] if ranks.rank else [level])
-    try:
-        with utils.Signals() as signals:
-            run(args, signals, ranks)
-        return 0
-    except UserError as error:
-        status, said = 2, f"error: {error}"
-        if ranks.rank and not error.shared:
-            utils.LOGGER.error(said)
-    except (Diverged, NotPushed) as error:
-        status, said = 1, f"stopped: {error}"
-    except Stopped as error:
-        status, said = 128 + error.number, f"stopped: {error}; to go on: {resume}"
-    except KeyboardInterrupt:
-        status, said = 130, f"stopped: at once; to go on: {resume}"
-    except (Damaged, Lost, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = utils.is_out_of_memory(error)
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise
-        what = "out of memory (a lower --max-tokens needs less): " * out_of_memory
-        what += (
-            f"{utils.one_line(error)}; what was saved before is kept; when that is mended, go on"
+    kept = "what was saved before is kept; when that is mended, go on with"
+
+    def tell(line, error, status):
+        told = (
+            isinstance(error, (Diverged, Lost)) or status > 128 or getattr(error, "shared", False)
         )
-        status, said = 1, f"stopped: {what} with: {resume}"
-        if ranks.rank and not isinstance(error, Lost):
-            utils.LOGGER.error(said)
-    ranks.tell(f"run_glue.py: {said}", at_once=status > 128)
-    return status
+        if ranks.rank and not told:
+            utils.LOGGER.error(line.partition(": ")[2])
+        ranks.tell(line, at_once=status > 128)
+
+    return utils.end_of(
+        "run_glue.py", lambda signals: run(args, signals, ranks), f"; to go on: {resume}",
+        f"; {kept}: {resume}", " (a lower --max-tokens needs less)", tell,
+        lambda: is_finished(args),
+    )  # fmt: skip
+
+
+def is_finished(args):
+    """Whether the output folder says that nothing is left to do."""
+    with suppress(UserError):
+        return not args.push_to_hub and outputs.is_done(Path(args.output_path))
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == 128 + signal.SIGINT:  # die of it, so that a shell loop around this ends too
-        sys.stdout.flush()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    sys.exit(status)
+    early.leave(main())

@@ -1,6 +1,7 @@
 """What every file needs: the user's errors, logging, seeds, the device, whole files on disk."""
 
 import errno
+import io
 import logging
 import os
 import random
@@ -9,20 +10,27 @@ import shutil
 import signal
 import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
+from bitfit import early
 
 LOGGER = logging.getLogger("bitfit")
 FORMAT = 4  # of args.json, checkpoints and saved evaluators
+LONGEST_MESSAGE = 2000  # characters of a UserError
 
 
 class UserError(Exception):
     """Bad input. The message is one line: what was wrong and what to do."""
 
     shared = False  # whether all ranks of torchrun raise it
+
+    def __init__(self, message):
+        message = escaped(str(message))
+        if len(message) > LONGEST_MESSAGE:  # a file's content, or an edited fact
+            message = f"{message[: LONGEST_MESSAGE - 300]} ... {message[-300:]}"
+        super().__init__(message)
 
 
 class Diverged(Exception):
@@ -59,10 +67,11 @@ class Signals:
     the training loop to finish its step; a second SIGINT stops at once even there.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NUMBERS = early.NUMBERS
 
     def __init__(self):
         self.received, self.waits = None, False
+        self.raised = False  # whether `received` was raised as Stopped
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
@@ -75,6 +84,8 @@ class Signals:
             signal.signal(number, handler)
         if self.received and kind is None:
             raise Stopped(self.received)  # a destructor swallowed it, and nobody asked since
+        if self.raised and not issubclass(kind, (Stopped, KeyboardInterrupt)):
+            raise Stopped(self.received) from None  # C code made another exception of it
 
     def _swallowed(self, unraisable):
         if unraisable.exc_type is not Stopped:
@@ -85,6 +96,7 @@ class Signals:
             raise KeyboardInterrupt
         self.received = number
         if not self.waits:
+            self.raised = True
             raise Stopped(number)
         LOGGER.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
 
@@ -102,40 +114,98 @@ class Signals:
             raise Stopped(self.received)  # it came too late for anybody inside to ask
 
 
+class OneLine(logging.Formatter):
+    """Log lines that no character of a message can break."""
+
+    def formatMessage(self, record):
+        return escaped(super().formatMessage(record))
+
+
 def setup_logging(level=logging.INFO, speaker=""):
     """Log to standard error, so that standard output holds the results alone."""
-    form = f"%(asctime)s {speaker}%(message)s"
-    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def end_of(program, work, stopped="", fault=""):
-    """A program's exit status: that of `work()`, or with one line where it did not end well.
+def escaped(text):
+    """Text in one line: what cannot be printed (newlines, bytes that are no UTF-8) as `\\n`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def write_line(line):
+    """Write one line to standard error, if anybody can read it."""
+    with suppress(OSError, AttributeError):
+        sys.stderr.write(f"{escaped(line)}\n")
+
+
+def print_result(text):
+    """Print to standard output at once, whatever its encoding.
+
+    A reader that left (`| head -1`) has all that it wants.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        sys.stdout = io.StringIO()  # else the interpreter's end would try again
+        if error.errno != errno.EPIPE:
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_finished=None):
+    """A program's exit status: that of `work(signals)`, or with one line where it ended badly.
 
     Args:
         program: its name.
         stopped, fault: what the line says after the name of the signal, and after the fault.
+        less_memory: what needs less memory.
+        tell: writes the line, given it, the exception and the status.
+        is_finished: whether all is done, so that a signal comes too late to stop anything.
     """
-    setup_logging()
+    tell = tell or (lambda line, error, status: write_line(line))
     try:
-        with Signals():
-            return work() or 0
-    except UserError as error:
-        status, said = 2, f"error: {error}"
-    except (Stopped, KeyboardInterrupt) as error:
-        number = getattr(error, "number", signal.SIGINT)
-        status, said = 128 + number, f"stopped: {signal.Signals(number).name}{stopped}"
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        with Signals() as signals:
+            status = work(signals) or 0
+            early.ended.append(status)
+        return status
+    except BaseException as error:
+        status, said = outcome(error, stopped, fault, less_memory)
+        if status is None:
             raise
-        status, said = 1, f"stopped: {one_line(error)}{fault}"
-    sys.stderr.write(f"{program}: {said}\n")
-    return status
+        if status > 128 and is_finished and is_finished():
+            status, said = 0, f"finished before {signal.Signals(status - 128).name}"
+        early.ended.append(status)
+        tell(f"{program}: {said}", error, status)
+        return status
+
+
+def outcome(error, stopped, fault, less_memory):
+    """(exit status, message) of the exception that ended a program; (None, None): it is a bug."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, (Diverged, NotPushed)):
+        return 1, f"stopped: {error}"
+    if isinstance(error, Stopped):
+        return 128 + error.number, f"stopped: {error}{stopped}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, f"stopped: at once{stopped}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only input has those
+        return 2, f"error: {one_line(error)}: give another name"
+    if is_fault(error) or isinstance(error, (Damaged, Lost, OSError)):
+        memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
+        return 1, f"stopped: {memory}{one_line(error)}{fault}"
+    return None, None
 
 
 def set_seed(seed):
     """Seed Python's, NumPy's and torch's global generators."""
+    import numpy as np
     import torch
 
     random.seed(seed)
@@ -145,6 +215,8 @@ def set_seed(seed):
 
 def generator(seed, purpose):
     """A NumPy generator of its own for each (seed, purpose): no draw can move another's stream."""
+    import numpy as np
+
     return np.random.default_rng([seed, *purpose.encode()])
 
 
@@ -180,17 +252,37 @@ def default_precision(device):
     return "bf16" if native else "fp32"
 
 
+def choose_precision(precision, device):
+    """The precision that was asked for, or the device's default.
+
+    Says so where a CPU would compute it without instructions for it.
+    """
+    if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
+        LOGGER.warning("--precision bf16: this CPU has no bf16 instructions and emulates them, "
+                       "about 15 times slower than fp32")  # fmt: skip
+    return precision or default_precision(device)
+
+
+def has_bf16_instructions():
+    """Whether this machine's CPU multiplies in bfloat16 by itself, as far as torch can tell."""
+    import torch
+
+    names = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "avx10_2", "bf16", "sve_bf16")
+    known = getattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))()
+    return any(known.get(name) for name in names)
+
+
 def use_local_copies_when_offline(needs_hub=True):
     """Tell the Hub's clients to use their cache when the Hub is out of reach or not needed.
 
-    They would ask for every file six times over 20 seconds; one connection tells as much.
+    They would ask for every file six times over 20 seconds; one connection tells as much. What
+    goes through a proxy is not tried.
     """
     if not needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy")):
+    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if os.environ.get("HF_HUB_OFFLINE") or has_proxy(url):
         return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = urlsplit(endpoint)
     port = url.port or (80 if url.scheme == "http" else 443)
     try:
         socket.create_connection((url.hostname, port), timeout=5).close()
@@ -198,25 +290,51 @@ def use_local_copies_when_offline(needs_hub=True):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def has_proxy(url):
+    """Whether the environment gives a proxy for a URL, as for the Hub's client.
+
+    ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
+    """
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    there = proxies.get(url.scheme) or proxies.get("all")
+    return bool(there) and not proxy_bypass(url.netloc)
+
+
 def as_list(value):
     return [*value] if isinstance(value, (list, tuple)) else [value]
 
 
+# Not all of torch has a class for it: its CPU allocator, oneDNN and CUDA's libraries only say so.
+# oneDNN's "could not create a primitive descriptor" is of what it cannot compute at all.
+NO_MEMORY = re.compile(
+    "out of memory|DefaultCPUAllocator|ALLOC_FAILED|ALLOCATION_FAILED|[Cc]annot allocate memory|"
+    "bad_alloc|could not create a primitive(?! desc)|could not (create|initialize) a memory|"
+    "could not execute a primitive"
+)
+NO_THREAD = re.compile("can't start new thread|Resource temporarily unavailable")
+MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+
+
 def is_out_of_memory(error):
     """Whether an exception says that a device, or the machine, has no memory left."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    torch = sys.modules.get("torch")  # what was not imported raised nothing
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
-    # Not all of torch says it with a class: its CPU allocator and CUDA's libraries do not.
-    said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, OSError)) and bool(NO_MEMORY.search(str(error)))
 
 
 def is_fault(error):
-    """Whether an exception is the machine's fault (memory, disk), not that of what was given."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    return full or is_out_of_memory(error)
+    """Whether an exception is the machine's fault (memory, disk, threads), not the input's."""
+    if isinstance(error, OSError) and error.errno in MACHINES:
+        return True
+    # The tokenizers' threads are Rust's, whose panics are no Exception.
+    other = not isinstance(error, Exception) and type(error).__name__ == "PanicException"
+    threads = isinstance(error, RuntimeError) or other
+    return is_out_of_memory(error) or (threads and bool(NO_THREAD.search(str(error))))
 
 
 @contextmanager
@@ -235,14 +353,19 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def temporary_name(path):
+    """The name beside `path` under which it is written; see `is_temporary`."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
 @contextmanager
 def whole_file(path):
     """Give a temporary name beside `path`; what is written there becomes `path` at the end.
 
     A reader sees the old file or the new one, never half of one, even after a power cut.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    path, temporary = Path(path), temporary_name(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -322,9 +445,9 @@ def flush(path):
 
 
 def write_text(path, text):
-    """Write a whole text file (UTF-8)."""
+    """Write a whole text file (UTF-8; bytes of a path that are not, escaped)."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def is_temporary(name):

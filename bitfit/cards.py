@@ -10,7 +10,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from bitfit import flags, reports
+from bitfit import escape, flags, reports
 from bitfit.outputs import BY_NAME, HARMLESS
 from utils import whole_file, write_text
 
@@ -118,7 +118,7 @@ def without_path(value):
 
 def text(task, metrics, facts, pictures):
     """The paragraphs below the metadata."""
-    yield f"# {title(metrics, facts)}"
+    yield f"# {escape.markdown(title(metrics, facts))}"
     yield " ".join(sentences(task, metrics, facts))
     rows = [
         f"| {split} | {metrics['validation_rows'][split]:,} | {metric} | {100 * value:.1f} |"
@@ -141,9 +141,9 @@ def sentences(task, metrics, facts):
     """What it is: base model, data, what trained."""
     base, commit = without_path(facts["model_name"]), facts["model_commit"]
     link = f"[{base}](https://huggingface.co/{base}) (commit {commit})"
-    yield link if commit else f"`{base}`, a local folder,"
+    yield link if commit else f"{escape.markdown_code(base)}, a local folder,"
     rows = f"{facts['train_size']:,} training rows of " if facts["train_size"] else ""
-    yield f"fine-tuned on {rows}{task.folder}"
+    yield f"fine-tuned on {rows}{escape.markdown(task.folder)}"
     if is_glue(task, metrics):
         yield "of [GLUE](https://huggingface.co/datasets/nyu-mll/glue)."
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bitfit import reports
+from bitfit import escape, reports
 from bitfit.trainable import in_encoder, layer_and_name, term_names
 
 
@@ -110,6 +110,7 @@ def comparison_heatmap(comparison, caption):
         figure.subplots(1, 2, sharey=True), colors, titled(comparison).items(), strict=True
     ):
         table = table.round(2) + 0.0  # no -0.00
+        table = table.rename(index=escape.plot, columns=escape.plot)
         heatmap(table, ax=axes, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, linewidths=0.5,
                 **own)  # fmt: skip
         axes.set_title(title, fontsize=9)

@@ -3,14 +3,18 @@
 import argparse
 import math
 import os
+import sys
+import unicodedata
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from bitfit.outputs import commit
+from bitfit.outputs import commit, wrong_file
 from bitfit.ranks import Ranks
 from bitfit.tasks import TASKS
 from bitfit.trackers import KINDS
 from bitfit.tracking import is_installed
 from bitfit.trainable import FINE_TUNE_TYPES, TERMS
+from utils import print_result, write_line
 
 EXAMPLES = """\
 examples:
@@ -28,9 +32,36 @@ examples:
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; `-h` has the rest."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        # Such names would end up in logs, tables, JSON and commands to be pasted.
+        what = "has control characters, or bytes that are not UTF-8: rename what it names"
+        for word in sys.argv[1:] if args is None else args:
+            if is_unreadable(word):
+                self.error(f"the argument '{word}' {what}")
+        try:
+            folder = os.getcwd()
+        except OSError as error:
+            self.error(f"the current folder: {error.strerror}: work in another one")
+        if is_unreadable(folder):
+            self.error(f"the current folder '{folder}' {what}")
+        return super().parse_known_args(args, namespace)
+
+    def _print_message(self, message, file=None):
+        if file is not sys.stdout:
+            return super()._print_message(message, file)
+        try:
+            print_result(message.removesuffix("\n"))
+        except OSError as error:
+            write_line(f"{self.prog}: stopped: {error}")
+            self.exit(1)
+
     def error(self, message):
         Ranks().tell(f"{self.prog}: error: {message}")
         self.exit(2)
+
+
+def is_unreadable(word):
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in word)
 
 
 def make_commands(prog, description, commands, add_common):
@@ -75,6 +106,17 @@ def gpu(word):
         return int(word)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
+
+
+def new_file(suffix):
+    """An argparse type: the path of a file that can be written, with that ending."""
+
+    def parse(word):
+        if wrong := wrong_file(word, suffix):
+            raise argparse.ArgumentTypeError(f"{word!r} {wrong}")
+        return Path(word)
+
+    return parse
 
 
 POSITIVE = number(int, 1, 2**31)
@@ -193,7 +235,7 @@ class Versions(argparse.Action):
                 said.append(f"{name} {version(name)}")
             except PackageNotFoundError:
                 said.append(f"no {name}")
-        print(f"{parser.prog}: {', '.join(said)}")
+        parser._print_message(f"{parser.prog}: {', '.join(said)}\n", sys.stdout)
         parser.exit()
 
 

@@ -15,7 +15,16 @@ from importlib import metadata
 from pathlib import Path
 
 from bitfit.fingerprints import describe_change
-from utils import FORMAT, UserError, as_list, is_temporary, remove_temporaries, write_text
+from utils import (
+    FORMAT,
+    UserError,
+    as_list,
+    is_temporary,
+    print_result,
+    remove_temporaries,
+    temporary_name,
+    write_text,
+)  # fmt: skip
 
 LOGGER = logging.getLogger("bitfit")
 CHECKPOINTS = "checkpoints"
@@ -30,6 +39,10 @@ WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
     "rows",
 }  # fmt: skip
+# Of what is computed with, beside `finished`; flags are only compared.
+TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
+         "device": str, "torch": str, "transformers": str, "python": str, "model_config": dict,
+         "tokenizer": dict}  # fmt: skip
 FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
 NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
@@ -67,11 +80,11 @@ def is_finished(output, facts, resume):
             raise UserError(f"--resume: {output} {what}")
         check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
         if not old["finished"] and "ranks" in facts:
-            check_ranks(old.get("ranks", 1), facts["ranks"])
+            check_ranks(old.get("ranks") or 1, facts["ranks"])
         if old["finished"]:
             drop_checkpoints(output)
             drop_lock(output)
-            print(f"{output} is finished: there is nothing to resume")
+            print_result(f"{output} is finished: there is nothing to resume")
         return old["finished"]
     check_place(output)
     return False
@@ -83,20 +96,60 @@ def check_new(output):
         what = "is not empty: give a new folder, nothing is replaced"
         raise UserError(f"--output-path {output} {what}")
     check_place(output)
+    check_place(temporary_name(output))  # it is written under this name
 
 
 def is_used(output):
     """Whether there is anything in a folder; UserError where it is a file."""
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"--output-path {output} is a file: give a folder")
-    return output.is_dir() and any(not is_leftover(inside.name) for inside in output.iterdir())
+    if not os.path.isdir(output):
+        return False
+    try:
+        return any(not is_leftover(name) for name in os.listdir(output))
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}: give another place"
+        raise UserError(f"--output-path {output} {what}") from None
 
 
 def check_place(output):
     """UserError where a folder cannot be made or written."""
-    nearest = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--output-path {output} cannot be made in {nearest}: give another place")
+    path = Path(output).absolute()
+    places = [path, *path.parents]
+    nearest = next(place for place in places if os.path.lexists(place))  # a link to nowhere too
+    missing = places[: places.index(nearest)]
+    try:
+        for name in (path, *(nearest / place.name for place in missing)):
+            is_there(name)  # OSError for what is too long to be a name
+        probe = temporary_name(nearest / "probe")  # the one true answer is to try
+        os.mkdir(probe)
+        os.rmdir(probe)
+    except OSError as error:
+        what = f"cannot be made in {nearest} ({error.strerror}): give another place"
+        raise UserError(f"--output-path {output} {what}") from None
+
+
+def is_there(path):
+    """Whether a name is taken; OSError where the operating system refuses it."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def wrong_file(path, suffix):
+    """What is wrong with the path of a file that is to be written, or None."""
+    if not path.endswith(suffix) or not os.path.isdir(os.path.dirname(path) or "."):
+        return f"is not a {suffix} file in a folder that is there"
+    if os.path.isdir(path):
+        return "is a folder: give another name"
+    try:
+        temporary_name(path).touch()  # as it will be written
+        temporary_name(path).unlink()
+    except OSError as error:
+        return f"cannot be written ({error.strerror}): give another place"
+    return None
 
 
 def check_ranks(old, new):
@@ -149,10 +202,21 @@ def read_args(folder):
         facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
             raise ValueError("it is not of run_glue.py")
-        return facts
+        return typed(facts)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         what = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
         raise UserError(f"--resume: {what}") from None
+
+
+def typed(facts):
+    """The content of an args.json; ValueError where a fact that is used was edited."""
+    for name, kinds in TYPES.items():
+        value = facts.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"{name} is {json.dumps(value)}")
+    if facts.get("ranks") is not None and facts["ranks"] < 1:
+        raise ValueError(f"ranks is {facts['ranks']}")
+    return facts
 
 
 def check_same(old, new):
@@ -192,6 +256,7 @@ def difference(name, old, new):
     if name == "zero_gradient":
         return "other biases have a zero gradient here"
     if name == "task":
+        old = old or {}
         keys = [key for key in old | new if old.get(key) != new.get(key)]
         return f"the task of --task-file has another {' and '.join(keys)}"
     old, new = (" ".join(map(str, as_list(value))) for value in (old, new))

@@ -9,7 +9,6 @@ summed. torchrun starts the ranks, and ends all of them where one fails.
 import hashlib
 import json
 import os
-import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils import Lost, UserError, gpu_of, one_line
+from utils import Lost, UserError, gpu_of, one_line, write_line
 
 LOOK_SECONDS = 0.05  # between two looks at what the others said
 TELL_SECONDS = 5
@@ -240,7 +239,7 @@ class Ranks:
         to say it, unless they are to end `at_once`.
         """
         if self.rank == 0:
-            sys.stderr.write(f"{line}\n")
+            write_line(line)
         elif not at_once:
             time.sleep(TELL_SECONDS)
 

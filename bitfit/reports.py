@@ -97,9 +97,14 @@ def write_metrics(folder, task, record, scores, facts):
 
 
 def read_metrics(folder):
-    """(metrics.json, the table metrics.csv) of a run; OSError, ValueError where there is none."""
+    """(metrics.json, the table metrics.csv) of a run; OSError, ValueError and others where there
+    is none, or they were edited."""
     content = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-    return content, pd.read_csv(Path(folder) / "metrics.csv")
+    for name, kind in (("seconds", dict), ("train_loss", list), ("diverged", str)):
+        if content.get(name) is not None and not isinstance(content[name], kind):
+            raise ValueError(f"metrics.json: {name} is {json.dumps(content[name])}")
+    table = pd.read_csv(Path(folder) / "metrics.csv")
+    return content, table[["epoch", "split", "metric", "value"]].astype({"value": float})
 
 
 def score_table(scores, task):
@@ -140,7 +145,8 @@ def new_figure(width, height, caption):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(textwrap.fill(caption, int(12 * width)), fontsize=10)  # 12 letters an inch
+    caption = textwrap.fill(caption, int(12 * width))  # 12 letters an inch
+    figure.suptitle(caption, fontsize=10, parse_math=False)
     return figure
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from bitfit import reports
 from bitfit.reports import frame_of, main_rows, main_scores
-from utils import Diverged, write_text
+from utils import Diverged, UserError, blaming, one_line, write_text
 
 
 def read(folders):
@@ -23,16 +23,17 @@ def read(folders):
     facts, scores = [], [frame_of([])]
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
-            content, table = reports.read_metrics(folder)
+            with blaming(lambda e, f=folder: UserError(f"{f} cannot be read: {one_line(e)}")):
+                content, table = reports.read_metrics(folder)
+                facts.append({
+                    "run": run.name,
+                    "learning_rate": run.learning_rate,
+                    "seed": run.seed,
+                    "train_loss": next(reversed(content["train_loss"]), None),
+                    "seconds": round(sum(content["seconds"].values()), 2),
+                    "diverged": content["diverged"] or "",
+                })  # fmt: skip
             scores += [table.assign(run=run.name)] * bool(len(table))
-            facts.append({
-                "run": run.name,
-                "learning_rate": run.learning_rate,
-                "seed": run.seed,
-                "train_loss": next(reversed(content["train_loss"]), None),
-                "seconds": round(sum(content["seconds"].values()), 2),
-                "diverged": content["diverged"] or "",
-            })  # fmt: skip
     return pd.DataFrame(facts), pd.concat(scores[1:] or scores)
 
 

@@ -3,31 +3,45 @@
 python scripts/compare.py out/a out/b --plot out/methods.png
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from bitfit import early
+
+if __name__ == "__main__":
+    early.catch_signals("compare.py")
+
 import textwrap
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import pandas as pd
 
+import utils
+from bitfit import escape
+from bitfit.flags import OneLineParser
+from bitfit.outputs import wrong_file
 from bitfit.reports import curve_figure, read_metrics, save_figure
+from utils import UserError, blaming, escaped, one_line
 
 COLORS = [f"C{number}" for number in range(10)]
 STYLES = ("-", "--", ":", "-.")  # so that 40 lines can be told apart
 
 
 def read(folder):
-    """(facts, scores) of a run's folder, or what is wrong with it."""
+    """(facts, scores) of a run's folder; UserError where it is none, or was edited."""
     if (Path(folder) / "results.csv").exists():
-        return f"{folder} is a sweep: give its runs, {folder}/lr*"
-    try:
+        raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
+
+    def unreadable(error):
+        what = f"{type(error).__name__}: {one_line(error)}"
+        return UserError(f"{folder} holds no scores of run_glue.py: {what}")
+
+    with blaming(unreadable):
         facts, scores = read_metrics(folder)
         facts["finished"] = not (Path(folder) / "checkpoints").exists()
         describe(facts, scores)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{folder} holds no scores of run_glue.py: {type(error).__name__}: {error}"
     return facts, scores
 
 
@@ -38,8 +52,8 @@ def describe(facts, scores):
     validation = curve(facts, scores)
     train = 100 * scores.query("split == 'train' and metric == @metric")["value"]
     return {
-        "task": facts["task"],
-        "model": Path(facts["model"]).name,
+        "task": escaped(facts["task"]),
+        "model": escaped(Path(facts["model"]).name),
         "method": method + " (random encoder)" * facts["random_encoder"],
         "learning rate": f"{facts['learning_rate']:g}",
         "seed": facts["seed"],
@@ -75,25 +89,34 @@ def picture(runs, path):
     figure, axes = curve_figure(f"{caption}validation score", "epoch", f"{scores} x 100", height)
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         style = {"color": COLORS[number % 10], "linestyle": STYLES[number // 10 % 4]}
-        axes.plot(curve(*run), marker="o", markersize=3.5, label=label, **style)
+        axes.plot(curve(*run), marker="o", markersize=3.5, label=escape.plot(label), **style)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.splitlines()[0])
+def make_parser():
+    parser = OneLineParser(prog="compare.py", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output folder of a run")
     parser.add_argument("--plot", metavar="FILE.png", help="write their curves as a picture")
-    args = parser.parse_args()
+    return parser
+
+
+def run(args):
     runs = [read(folder) for folder in args.folders]
-    wrong = [run for run in runs if isinstance(run, str)]
-    if args.plot and (not args.plot.endswith(".png") or not Path(args.plot).parent.is_dir()):
-        wrong.append(f"--plot {args.plot}: give a .png file in a folder that is there")
-    if wrong:
-        parser.exit(2, f"compare.py: error: {wrong[0]}\n")
-    print(pd.DataFrame([describe(*run) for run in runs]).to_string(index=False))
+    if args.plot and (wrong := wrong_file(args.plot, ".png")):
+        raise UserError(f"--plot {args.plot} {wrong}")
+    table = pd.DataFrame([describe(*run) for run in runs]).to_string(index=False)
     if args.plot:
         picture(runs, args.plot)
+    utils.print_result(table)
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    utils.setup_logging()
+    status = utils.end_of("compare.py", lambda signals: run(args))
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

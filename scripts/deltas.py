@@ -8,34 +8,27 @@
 Each folder is one that --save-evaluator wrote, or the run's folder around it.
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from bitfit import early
+
+if __name__ == "__main__":
+    early.catch_signals("deltas.py")
+
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import utils
-from bitfit.flags import gpu, make_commands, number
+from bitfit.flags import gpu, make_commands, new_file, number
 from utils import UserError, write_text
-
-
-def file(suffix):
-    """An argparse type: a path with that ending in a folder that is there."""
-
-    def parse(word):
-        if not word.endswith(suffix) or not Path(word).parent.is_dir():
-            what = f"{word!r} is not a {suffix} file in a folder that is there"
-            raise argparse.ArgumentTypeError(what)
-        return Path(word)
-
-    return parse
-
 
 # fmt: off
 
 def add_files(add, what):
-    add("--csv", metavar="FILE.csv", type=file(".csv"), help="write the table")
-    add("--plot", metavar="FILE.png", type=file(".png"), help=f"write {what}")
+    add("--csv", metavar="FILE.csv", type=new_file(".csv"), help="write the table")
+    add("--plot", metavar="FILE.png", type=new_file(".png"), help=f"write {what}")
 
 
 def add_output(add, what):
@@ -126,7 +119,7 @@ def show(args):
     if args.plot:
         figure = reports.bias_heatmap(names, changes, evaluator.caption)
         reports.save_figure(figure, args.plot)
-    print(deltas.terms_text(evaluator, names, changes))
+    utils.print_result(deltas.terms_text(evaluator, names, changes))
 
 
 def compare(args):
@@ -143,8 +136,7 @@ def compare(args):
         write_text(args.csv, deltas.pairs(comparison).to_csv(index=False))
     if args.plot:
         reports.save_figure(deltas.comparison_heatmap(comparison, what), args.plot)
-    print(what)
-    print(deltas.comparison_text(comparison))
+    utils.print_result(f"{what}\n{deltas.comparison_text(comparison)}")
 
 
 def average(args):
@@ -159,7 +151,7 @@ def average(args):
     with utils.whole_folder(args.output_path) as folder:
         write_text(folder / "members.csv", table.to_csv(index=False))
         evaluator.save(folder)
-    print(deltas.average_text(table, evaluator))
+    utils.print_result(deltas.average_text(table, evaluator))
 
 
 def apply(args):
@@ -173,7 +165,7 @@ def apply(args):
     deltas.scale(evaluator, args.scale)
     evaluator.export_model(args.output_path)
     times = f"{args.scale:g} x " * (args.scale != 1)
-    print(f"{args.output_path}: {members.base_of(member)} + {times}{member.name}")
+    utils.print_result(f"{args.output_path}: {members.base_of(member)} + {times}{member.name}")
 
 
 COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply}
@@ -181,7 +173,8 @@ COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply
 
 def main(argv=None):
     args = parse_args(argv)
-    return utils.end_of("deltas.py", lambda: COMMANDS[args.command](args))
+    utils.setup_logging()
+    return utils.end_of("deltas.py", lambda signals: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":

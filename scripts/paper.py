@@ -9,10 +9,17 @@ A study is a folder. Each cell of a table is a command of run_glue.py, and `plan
 `run` may be killed at any moment, and any number of them may work on one folder.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from bitfit import early
+
+if __name__ == "__main__":
+    early.catch_signals("paper.py")
+
+from pathlib import Path
 
 import utils
 from bitfit.flags import POSITIVE, gpu, make_commands, number
@@ -104,7 +111,7 @@ def parse_args(argv=None):
     if args.command == "plan":
         given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
         new = [name for name in given if name not in ANYWAY]
-        there = (args.output_path / cells.STUDY).exists()
+        there = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
         by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
@@ -127,9 +134,11 @@ def collect(parser, name, pairs, known):
 
 
 def plan(args):
+    from bitfit import outputs
     from bitfit.study import cost, plan
     from glue_evaluator import DTYPES
 
+    outputs.check_place(args.output_path)
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
     utils.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan(args.output_path, args)
@@ -137,10 +146,9 @@ def plan(args):
     plan.check(study)
     cells.write(study)
     if args.calibrate:
-        precision = args.precision or utils.default_precision(device)
+        precision = utils.choose_precision(args.precision, device)
         cost.calibrate(study, device, DTYPES[precision])
-    print(plan.table(study, cost.Costs(study)))
-    print(plan.commands(study))
+    utils.print_result(f"{plan.table(study, cost.Costs(study))}\n{plan.commands(study)}")
     return 0
 
 
@@ -165,7 +173,7 @@ def run(args):
     else:
         work.work(study, fit, states, gpus[0], args.shard is None, args.nproc_per_node)
         statuses = []
-    print(plan.summary(study, cells_here, left))
+    utils.print_result(plan.summary(study, cells_here, left))
     bad = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in cells_here)
     return int(bad or any(statuses))
 
@@ -173,7 +181,7 @@ def run(args):
 def report(args):
     from bitfit.study import report
 
-    print(report.write(cells.read(args.output_path), args.resamples))
+    utils.print_result(report.write(cells.read(args.output_path), args.resamples))
     return 0
 
 
@@ -184,7 +192,7 @@ def submit(args):
     path = args.output_path / name
     study = cells.read(args.output_path)
     said = submit.write(study, args.model, args.method, path, args.placeholder_missing)
-    print("\n".join([*said, str(path)]))
+    utils.print_result("\n".join([*said, str(path)]))
     return 0
 
 
@@ -201,8 +209,9 @@ COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}
 
 def main(argv=None):
     args = parse_args(argv)
+    utils.setup_logging()
     words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}
-    return utils.end_of("paper.py", lambda: COMMANDS[args.command](args), **words)
+    return utils.end_of("paper.py", lambda signals: COMMANDS[args.command](args), **words)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,21 @@ A line of input is a text, or two with a tab between them; a line of output is a
 entry for each evaluator, written as soon as its batch is answered.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from bitfit import early
+
+if __name__ == "__main__":
+    early.catch_signals("predict.py")
+
 import json
 import logging
 import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from bitfit.flags import POSITIVE, OneLineParser, add_machine
@@ -42,6 +49,8 @@ def make_parser():
 
 
 def opened(path):
+    if path == "-" and sys.stdin is None:
+        raise UserError("standard input is closed: give --input FILE")
     if path == "-":
         return nullcontext(sys.stdin.buffer)
     try:
@@ -61,7 +70,7 @@ def run(args):
         import torch
 
         device = utils.choose_device(utils.gpu_of(args.gpu_device))
-        precision = args.precision or utils.default_precision(device)
+        precision = utils.choose_precision(args.precision, device)
         dtype = DTYPES[precision]
         if not args.no_tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
@@ -70,28 +79,16 @@ def run(args):
         with many.stack.bound(dtype):
             for rows in answers.batches(many, lines, args.batch_size, name):
                 told = map(json.dumps, answers.answers(many, rows))
-                print("\n".join(told), flush=True)
+                utils.print_result("\n".join(told))
 
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
     utils.setup_logging(logging.WARNING)
-    try:
-        run(args)
-        return 0
-    except UserError as error:
-        status, said = 2, f"error: {error}"
-    except (OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = utils.is_out_of_memory(error)
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise
-        what = "out of memory (a lower --max-tokens needs less): " * out_of_memory
-        status, said = 1, f"stopped: {what}{utils.one_line(error)}"
-    print(f"predict.py: {said}", file=sys.stderr)
-    return status
+    less_memory = " (a lower --max-tokens needs less)"
+    return utils.end_of("predict.py", lambda signals: run(args), less_memory=less_memory)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGPIPE):  # end as other filters do, without a word
-        signal.signal(number, signal.SIG_DFL)
-    sys.exit(main())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as other filters do, without a word
+    early.leave(main())

@@ -335,9 +335,9 @@ def started(*words, **options):
     )
 
 
-def test_it_answers_as_lines_come_and_ends_quietly(saved):
-    """What is asked is answered before the input ends; an interrupt leaves no traceback, nor does
-    a reader that has seen enough."""
+def test_it_answers_as_lines_come_and_ends_without_a_traceback(saved):
+    """What is asked is answered before the input ends; an interrupt is one line, and a reader that
+    has seen enough is none."""
     both = [started(saved["cola"], saved["sst2"], "--batch-size", "1") for _ in range(2)]
     for process in both:
         for text in (b"a film\n", b"the plot\n"):
@@ -349,9 +349,12 @@ def test_it_answers_as_lines_come_and_ends_quietly(saved):
     unread.stdout.close()  # as `| head -2` does
     unread.stdin.write(b"the film\n")
     unread.stdin.flush()
-    for process, number in ((interrupted, signal.SIGINT), (unread, signal.SIGPIPE)):
+    said = b"predict.py: stopped: SIGINT\n"
+    for process, number, line in (
+        (interrupted, signal.SIGINT, said), (unread, signal.SIGPIPE, b""),
+    ):  # fmt: skip
         assert process.wait(timeout=60) == -number
-        assert process.stderr.read() == b""
+        assert process.stderr.read() == line
         for stream in (process.stdin, process.stdout, process.stderr):
             stream.close()
 

@@ -6,19 +6,26 @@ tables and random JSON in place of their files.
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from conftest import GLUE, TINY_BERT
+from conftest import GLUE, ROOT, TINY_BERT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitfit import store
+import run_glue
+from bitfit import flags, outputs, store, sweeps
 from bitfit.outputs import read_args
+from bitfit.runs import Run
 from bitfit.sources import read_split
 from bitfit.tasks import TASKS
 from glue_evaluator import GLUEvaluator
 from utils import Damaged, UserError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import compare
 
 many = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
@@ -137,3 +144,61 @@ def test_checkpoint_and_args(tmp_path, content):
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(UserError):
         read_args(tmp_path)
+
+
+ARGV = ["-t", "rte", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "-f", "bitfit", "-d", "cpu",
+        "-e", "1", "--train-size", "8"]  # fmt: skip
+NOT_OURS = [None, [], ["x"], {}, "many\n", "x" * 10**5, True, -1, 10**400, 1e999, 0.5, [[]]]
+edits = values | st.sampled_from(NOT_OURS)
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    assert run_glue.main(["-o", str(folder), *ARGV]) == 0
+    return folder
+
+
+def assert_one_line(error):
+    assert "\n" not in str(error)
+    assert len(str(error)) < 2500
+
+
+@many
+@given(data=st.data(), finished=st.booleans())
+def test_resuming_with_any_facts(a_run, tmp_path, data, finished):
+    facts = json.loads((a_run / "args.json").read_text()) | {"finished": finished}
+    name, value = data.draw(st.sampled_from(sorted(facts))), data.draw(edits)
+    command = vars(flags.parse_args("", ["-o", str(tmp_path), *ARGV, "--resume"]))
+    loaded = {name: fact for name, fact in facts.items() if name not in command}
+    (tmp_path / "args.json").write_text(json.dumps(facts | {name: value}))
+    for known in (command, loaded | command | {"precision": "fp32", "max_tokens": 2048}):
+        try:
+            assert outputs.is_finished(tmp_path, known, resume=True) in (False, True)
+        except UserError as error:
+            assert_one_line(error)
+
+
+@many
+@given(data=st.data())
+def test_scores_with_any_facts(a_run, tmp_path, data):
+    content = json.loads((a_run / "metrics.json").read_text())
+    name, value = data.draw(st.sampled_from(sorted(content))), data.draw(edits)
+    shutil.copyfile(a_run / "metrics.csv", tmp_path / "metrics.csv")
+    (tmp_path / "metrics.json").write_text(json.dumps(content | {name: value}))
+    for read in (compare.read, lambda folder: sweeps.read({Run(1e-3, 0): folder})):
+        try:
+            read(tmp_path)
+        except UserError as error:
+            assert_one_line(error)
+
+
+@many
+@given(content=contents)
+def test_any_table_of_scores(a_run, tmp_path, content):
+    shutil.copyfile(a_run / "metrics.json", tmp_path / "metrics.json")
+    (tmp_path / "metrics.csv").write_bytes(content)
+    for read in (compare.read, lambda folder: sweeps.read({Run(1e-3, 0): folder})):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert_one_line(error.value)

@@ -316,9 +316,10 @@ def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("could not create a primitive"),
         MemoryError("no room"),
     ],
-    ids=["cuda", "cpu", "cuda library", "python"],
+    ids=["cuda", "cpu", "cuda library", "oneDNN", "python"],
 )
 def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
     """Where halving the passes does not help: one line, and the checkpoint before it."""
@@ -542,6 +543,23 @@ def test_another_process_was_faster(tmp_path, monkeypatch, capsys):
 def test_a_signal_while_loading_is_no_bad_input(tmp_path, monkeypatch, name, module):
     at_call(monkeypatch, getattr(transformers, name), "from_pretrained", 1, send(signal.SIGUSR1))
     assert run_glue.main(flags(tmp_path / "out")) == 128 + signal.SIGUSR1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    ],
+)
+def test_a_machine_without_threads_is_no_bad_model(tmp_path, monkeypatch, capsys, error):
+    def fail():
+        raise error
+
+    at_call(monkeypatch, transformers.AutoTokenizer, "from_pretrained", 1, fail)
+    assert run_glue.main(flags(tmp_path / "out")) == 1
+    assert f"run_glue.py: stopped: {utils.one_line(error)}; " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

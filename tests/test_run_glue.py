@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import os
 import shutil
@@ -405,6 +407,39 @@ def test_a_process_ends_with_one_line_and_no_traceback(tmp_path):
         result.stderr == "run_glue.py: error: there is no data folder nowhere: check --data-dir\n"
     )
     assert result.stdout == ""
+
+
+class Output(io.RawIOBase):
+    """A standard output whose writes end with an error number, or are kept."""
+
+    def __init__(self, number=None):
+        self.number, self.kept = number, b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if self.number:
+            raise OSError(self.number, os.strerror(self.number))
+        self.kept += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(None, 0), (errno.EPIPE, 0), (errno.ENOSPC, 1)],
+    ids=["ascii", "closed pipe", "full disk"],
+)  # fmt: skip
+def test_a_finished_sweep_is_finished_whatever_takes_its_table(
+    tmp_path, monkeypatch, capsys, number, status
+):
+    output = Output(number)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(output), "ascii"))
+    assert run_glue.main(flags(tmp_path / "out", "-s", "0", "1")) == status
+    assert (rb" \xb1 " in output.kept) == (number is None)
+    assert json.loads((tmp_path / "out/args.json").read_text())["finished"]
+    last = (capsys.readouterr().err.splitlines() or [""])[-1]
+    full = "run_glue.py: stopped: [Errno 28] No space left on device: 'standard output'; "
+    assert last.startswith(full) == (status == 1)
 
 
 def test_a_process_is_quiet_when_no_one_looks(tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -228,7 +229,7 @@ def plan(output, args):
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
-    old = read(output) if (Path(output) / STUDY).exists() else Study(Path(output), [], [], [])
+    old = read(output) if os.path.exists(Path(output) / STUDY) else Study(Path(output), [], [], [])
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
             what = f"{cell.name}: {difference(cell, new[cell.name])}"
@@ -277,7 +278,8 @@ def read(output):
         for cell in cells:
             if not is_whole(cell):
                 raise ValueError(f"{cell.name} was edited")
-        return Study(Path(output), content["tables"], content["figures"], cells)
+        shown = {name: sorted(map(int, content[name])) for name in ("tables", "figures")}
+        return Study(Path(output), **shown, cells=cells)
     except FileNotFoundError:
         raise UserError(f"{output} holds no study: make one with `paper.py plan`") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -291,7 +293,9 @@ def is_whole(cell):
             same = hash_of(cell.flags) == cell.hash
     except SystemExit:  # these are no flags of run_glue.py
         return False
-    return same and cell.task in TASKS and cell.row in ROWS
+    same = same and cell.args["model_name"] == cell.model and cell.args["task_name"] == cell.task
+    known = cell.task in TASKS and cell.row in ROWS
+    return same and known and (cell.size is None or isinstance(cell.size, int))
 
 
 def one_number(kind, low, high=math.inf):

@@ -24,7 +24,7 @@ from bitfit.study.cells import ROWS, slug
 from bitfit.tasks import TASKS
 from bitfit.train import start, take_step
 from bitfit.trainable import matrix_weights, select
-from utils import UserError, blaming, write_text
+from utils import UserError, blaming, one_line, write_text
 
 RATES = "rates.json"
 SAMPLED = 2000  # rows whose tokens are counted, evenly spaced
@@ -159,7 +159,8 @@ def seconds_of(study, cell):
         return None
     folder = ledger.folder_of(study, cell)
     files = sorted(folder.rglob("metrics.json"))
-    return sum(sum(read_metrics(file.parent)[0]["seconds"].values()) for file in files)
+    with blaming(lambda error: UserError(f"{folder} cannot be read: {one_line(error)}")):
+        return sum(sum(read_metrics(file.parent)[0]["seconds"].values()) for file in files)
 
 
 def read_rates(output):

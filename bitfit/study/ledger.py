@@ -16,6 +16,7 @@ import os
 import time
 from contextlib import contextmanager
 
+from bitfit import outputs
 from bitfit.outputs import CHECKPOINTS
 from bitfit.study.cells import is_of
 from utils import UserError, write_text
@@ -37,8 +38,8 @@ def args_of(study, cell):
     """The args.json in a cell's folder, or None; what cannot be read is none."""
     try:
         facts = json.loads((folder_of(study, cell) / "args.json").read_text(encoding="utf-8"))
-        return facts if isinstance(facts, dict) else None
-    except (OSError, ValueError):
+        return outputs.typed(facts) if isinstance(facts, dict) else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -2,10 +2,12 @@
 
 import base64
 import html
+from collections import defaultdict
 
 import numpy as np
 import pandas as pd
 
+from bitfit import escape
 from bitfit.reports import save_figure
 from bitfit.study import cost, figures, ledger, results
 from bitfit.study.cells import (
@@ -176,17 +178,22 @@ def deviations(study):
 def markdown(study, headline, differences):
     parts = ["# Results", LEGEND]
     for model, table in headline.items():
-        parts += [f"## {model}", pipes(table.reset_index(names=""))]
+        parts += [f"## {escape.markdown(model)}", pipes(table.reset_index(names=""))]
     if len(differences):
         parts += ["## Differences", STATISTICS, pipes(difference_table(differences))]
-    parts += ["## Not the paper's", "\n".join(f"- {text}" for text in deviations(study)) or "-"]
+    parts += ["## Not the paper's", items_of(deviations(study))]
     return "\n\n".join(parts) + "\n"
+
+
+def items_of(texts):
+    """A list in Markdown."""
+    return "\n".join(f"- {escape.markdown(text)}" for text in texts) or "-"
 
 
 def pipes(frame):
     """A frame as a Markdown table."""
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
-    lines += [list(map(str, row)) for row in frame.to_numpy()]
+    lines += [[escape.markdown(str(cell)) for cell in row] for row in frame.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -194,10 +201,9 @@ def latex(headline):
     """A tabular per model, for booktabs."""
     parts = []
     for model, table in headline.items():
-        table = table.map(lambda text: text.replace("±", r"$\pm$"))
         lines = [[model, *table.columns], *([i, *row] for i, row in zip(
             table.index, table.to_numpy(), strict=True))]  # fmt: skip
-        body = [" & ".join(line).replace("_", r"\_") + r" \\" for line in lines]
+        body = [" & ".join(map(escape.latex, line)) + r" \\" for line in lines]
         body[1:1] = [r"\midrule"]
         begin = rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
         parts.append("\n".join([begin, r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]))
@@ -255,8 +261,9 @@ def machine(study):
     for cell in study.cells:
         facts = ledger.args_of(study, cell)
         if facts:
+            facts = defaultdict(lambda: "unknown", facts)
             versions = " ".join(f"{n} {facts[n]}" for n in ("torch", "transformers", "python"))
-            commit = (facts.get("commit") or "unknown")[:7]
+            commit = (facts["commit"] or "unknown")[:7]
             where = f"{facts['device']}, {facts['threads']} threads, {facts['precision']}"
             said.append(f"{where}; {versions}; commit {commit}")
         hours += (cost.seconds_of(study, cell) or 0) / 3600

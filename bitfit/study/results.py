@@ -56,8 +56,9 @@ def read(study, cell):
             ):
                 kept[run] = load_file(folder / LOGITS)
                 content, table = read_metrics(folder)
+                diverged = content["diverged"]
             scores.append(table.assign(learning_rate=run.learning_rate, seed=run.seed))
-            for split in TASKS[cell.task].validation_splits if content["diverged"] else ():
+            for split in TASKS[cell.task].validation_splits if diverged else ():
                 kept[run][split][:] = np.nan
     if not kept:
         return None

@@ -74,7 +74,7 @@ def work(study, cells, states, gpu=None, shared=True, ranks=1):
             if lock is None or ledger.state_of_taken(study, cell) not in states:
                 continue
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
-            run(study, cell, lock, gpu, (ledger.args_of(study, cell) or {}).get("ranks", ranks))
+            run(study, cell, lock, gpu, (ledger.args_of(study, cell) or {}).get("ranks") or ranks)
 
 
 def run(study, cell, lock, gpu=None, ranks=1):
@@ -90,7 +90,7 @@ def run(study, cell, lock, gpu=None, ranks=1):
     command = [*launcher(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
     ledger.forget_failure(study, cell)
     with open(log, "ab") as output:
-        output.write(f"$ {cell.shell(study.output)}\n".encode())
+        output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
         output.flush()
         # In a session of its own a Ctrl-C reaches it once, from here.
         process = subprocess.Popen(
