@@ -150,16 +150,19 @@ def take_step(state, alive, rows):
     A run whose loss or gradient is not finite is held at its last good values from then on, and
     `stack.bad_step` says since which step.
     """
-    stack, device = state.stack, state.stack.values.device
+    stack, device, limit = state.stack, state.stack.values.device, state.plan.limit
+    tokens = limit.tokens
 
     def attempt():
+        if limit.tokens < tokens:
+            state.graphs = None  # the device is out of memory, of which they hold some
         planned = plan_step(state, alive, rows)
         if state.graphs and (run := state.graphs.find(planned)):
             return None, run()
         step = to_device(planned, device)
         return step, forward_backward(state.plan, stack, step)
 
-    step, losses = state.plan.limit.hold(attempt)
+    step, losses = limit.hold(attempt)
     return losses if step is None else update(state, step, losses)
 
 

@@ -14,7 +14,7 @@ from conftest import GLUE, TINY_BERT, forward_of
 from simulated_gpu import CUDA, RejectedByCUDA, simulated_gpu
 
 import run_glue
-from bitfit import data, models, runs, sources, train
+from bitfit import data, models, runs, sources, train, varlen
 from bitfit.checkpoints import Saver
 from bitfit.data import Split, tokenize
 from bitfit.graphs import USES_BEFORE_CAPTURE
@@ -85,6 +85,39 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
         assert state.stack.values.device == CUDA
         assert (state.stack.values != before).any()
     assert all(np.isfinite(logits).all() and len(logits) == 5 for logits in found.values())
+
+
+@pytest.mark.parametrize("broken", [torch.zeros_like, torch.logdet])
+def test_the_grouped_attention_where_flashattention_fails(broken):
+    """In bf16 alone: one that gives wrong numbers, and one that cannot run."""
+    with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
+        kernel = varlen.kernel
+
+        def only_in_float32(query, *rest):
+            out = kernel(query, *rest)
+            return out if out.dtype == torch.float32 else broken(out)
+
+        patch.setattr(varlen, "kernel", only_in_float32)
+        state = new_state("bitfit", 3, torch.bfloat16, packed=True)
+        assert state.plan.forward.packer and not state.plan.forward.is_varlen
+
+
+def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
+    with simulated_gpu():
+        state = new_state("bitfit", 1, torch.bfloat16, packed=True)
+        with state.stack.bound(torch.bfloat16):
+            state.graphs = train.step_graphs(state)
+            fails = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
+
+            def pass_or_fail(*args):
+                if error := next(fails):
+                    raise error
+                return forward_backward(*args)
+
+            forward_backward = train.forward_backward
+            monkeypatch.setattr(train, "forward_backward", pass_or_fail)
+            take_steps(state, 1)
+        assert state.graphs is None and state.plan.limit.tokens == 1000
 
 
 @pytest.mark.parametrize("count", [1, 3])
