@@ -210,7 +210,7 @@ def check_tokenizer(tokenizer, config, model_name):
     last, rows = max(tokens, key=tokens.get), getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(rows, int):
         return
-    if tokens[last] >= rows:
+    if tokens[last] >= rows and not is_unused_end(tokenizer, last):
         what = f"the tokenizer of {model_name} goes up to token {tokens[last]} ({last!r}), but the "
         what += f"model has embeddings for {rows} tokens, from 0 (vocab_size in config.json)"
         raise UserError(f"{what}: give each model its own tokenizer, or save the model after "
@@ -219,6 +219,17 @@ def check_tokenizer(tokenizer, config, model_name):
         what = "tokens, and the model embeddings for %d: is it the tokenizer of this model?"
         LOGGER.warning(f"the tokenizer of %s has %d {what}", model_name, len(tokens), rows)
     warn_of_case(tokenizer, tokens, model_name)
+
+
+def is_unused_end(tokenizer, token):
+    """Whether a token is an end of text that the tokenizer's class adds and no row gets (Qwen2).
+
+    `models.find_forward` refuses texts that spell it out.
+    """
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
+    return (
+        token in ends and tokenizer.convert_tokens_to_ids(token) not in tokenizer("a")["input_ids"]
+    )
 
 
 def warn_of_case(tokenizer, tokens, model_name):

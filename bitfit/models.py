@@ -276,6 +276,7 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
             its logits depend on the other rows of a batch in any case.
     """
     set_pad_token(model, tokens.pad_id)
+    check_ids(model, model_name, tokens)
     tokens, rows = trial_rows(model, tokens)
     device = tokens.ids.device
 
@@ -301,6 +302,14 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
             if not all(forward.rows(tokens, rows[[i]]).isfinite().all() for i in range(3)):
                 raise ValueError("its logits are not finite")
     return forward
+
+
+def check_ids(model, model_name, tokens):
+    """Refuse texts with a token beyond the model's embeddings."""
+    known, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
+    if isinstance(known, int) and last >= known:
+        what = f"a text has token {last}, but the model {model_name} has embeddings for {known}"
+        raise UserError(f"{what} tokens, from 0: give a model that fits its tokenizer")
 
 
 def set_pad_token(model, pad_id):

@@ -22,6 +22,7 @@ from bitfit.packing import (
 )
 from bitfit.runs import Run, Stack
 from bitfit.trainable import FINE_TUNE_TYPES, select
+from utils import UserError
 
 LENGTHS = (9, 4, 40, 17, 6, 16)
 FAMILY = ["bert", "roberta", "electra", "distilbert"]
@@ -219,3 +220,10 @@ def test_neighbours_are_noticed(name, lengths, zeros):
     kind = {"bert": "packed", "fnet": "equal length"}[name]
     assert find_forward(model, name, tokens(*lengths)).kind == kind
     assert model.classifier.weight.any() != zeros
+
+
+def test_a_token_beyond_the_embeddings_is_refused():
+    own = tokens(*LENGTHS)
+    own.ids[3] = 60
+    with pytest.raises(UserError, match="a text has token 60, but the model bert has embeddings"):
+        find_forward(random_model("bert"), "bert", own)
