@@ -5,6 +5,7 @@ a checkpoint are used.
 """
 
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -207,10 +208,12 @@ def check_tokenizer(tokenizer, config, model_name):
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
     tokens = tokenizer.get_vocab()
-    last, rows = max(tokens, key=tokens.get), getattr(config.get_text_config(), "vocab_size", None)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(rows, int):
         return
-    if tokens[last] >= rows and not is_unused_end(tokenizer, last):
+    beyond = [token for token in tokens if tokens[token] >= rows]
+    if beyond and not are_of_the_class(beyond, tokenizer, rows):
+        last = max(beyond, key=tokens.get)
         what = f"the tokenizer of {model_name} goes up to token {tokens[last]} ({last!r}), but the "
         what += f"model has embeddings for {rows} tokens, from 0 (vocab_size in config.json)"
         raise UserError(f"{what}: give each model its own tokenizer, or save the model after "
@@ -221,15 +224,15 @@ def check_tokenizer(tokenizer, config, model_name):
     warn_of_case(tokenizer, tokens, model_name)
 
 
-def is_unused_end(tokenizer, token):
-    """Whether a token is an end of text that the tokenizer's class adds and no row gets (Qwen2).
+def are_of_the_class(beyond, tokenizer, rows):
+    """Whether transformers' class alone added tokens beyond the embeddings, which it never gives.
 
-    `models.find_forward` refuses texts that spell it out.
+    Qwen2's adds `<|endoftext|>` to every vocabulary, whatever the model's files hold.
     """
-    ends = (tokenizer.bos_token, tokenizer.eos_token)
-    return (
-        token in ends and tokenizer.convert_tokens_to_ids(token) not in tokenizer("a")["input_ids"]
-    )
+    parameters = inspect.signature(type(tokenizer).__init__).parameters.values()
+    defaults = {str(parameter.default) for parameter in parameters}
+    ids = tokenizer("a", "A \u2603 \ufdd0")["input_ids"]
+    return defaults.issuperset(beyond) and max(*ids, tokenizer.pad_token_id) < rows
 
 
 def warn_of_case(tokenizer, tokens, model_name):

@@ -96,6 +96,12 @@ def add_token(folder):
     tokenizer.save_pretrained(folder)
 
 
+def add_special_token(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "[\u00c91]"})
+    tokenizer.save_pretrained(folder)
+
+
 def adapter(folder):
     """An adapter of peft: beside the base model."""
     write("adapter_config.json", json.dumps({"peft_type": "LORA"}))(folder)
@@ -149,6 +155,7 @@ WRONG = {
     "adapter": (adapter, "holds an adapter of peft"),
     "adapter-alone": (adapter_alone, "holds an adapter of peft"),
     "added-token": (add_token, r"goes up to token 345 \('@user'\), but the model has embeddings f"),
+    "special-token": (add_special_token, r"goes up to token 345 \('\[\u00c91\]'\), but"),
     "int8": (changed(lambda t: t | {LAYER: t[LAYER].to(torch.int8)}), "are quantized .*is I8"),
     "no-object": (write("config.json", "null"), "config.json is not JSON .it holds no object"),
     "typed": (configured(num_hidden_layers="3"), "'num_hidden_layers' expected int, got str"),
@@ -186,6 +193,19 @@ def test_pickled_weights_are_converted_as_the_message_says(folder):
         torch.equal(t, expected[n]) for n, t in load_file(folder / "model.safetensors").items()
     )
     models.load(folder, RTE)
+
+
+def test_a_token_that_only_the_class_adds_is_no_fault(folder):
+    """Qwen2's adds `<|endoftext|>`, which no text of the task holds."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Qwen2Config(
+        vocab_size=345, num_key_value_heads=2, intermediate_size=64, pad_token_id=0, **sizes
+    )
+    transformers.Qwen2ForSequenceClassification(config).save_pretrained(folder)
+    tokenizer = models.load_tokenizer(folder)
+    assert max(tokenizer.get_vocab().values()) == 345
+    tokenizer.save_pretrained(folder)  # as with an exported model
+    models.load_tokenizer(folder)
 
 
 # Heads
@@ -342,8 +362,8 @@ def test_one_line_says_which_weights_are_used(folder, caplog, kind):
     caplog.set_level("INFO", logger="bitfit")
     for _ in range(2):  # as for runs one after the other
         evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
-    lines = [r.getMessage() for r in caplog.records if r.name == "bitfit"]
-    assert [x for x in lines if not x.startswith("rows: ")] == [f"weights of {folder}: {expected}"]
+    said = [m for m in caplog.messages if m.startswith("weights of ")]
+    assert said == [f"weights of {folder}: {expected}"]
 
 
 # Custom code
