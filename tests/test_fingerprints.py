@@ -26,7 +26,6 @@ CHANGES = [  # file, keys on the way to a value, the value, what the message say
     (CONFIG, ["hidden_dropout_prob"], 0.3, "(hidden_dropout_prob was 0.1 and is now 0.3)"),
     (CONFIG, ["num_attention_heads"], 2, "(num_attention_heads was 4 and is now 2)"),
     (CONFIG, ["num_hidden_layers"], 2, "(num_hidden_layers was 3 and is now 2)"),
-    (CONFIG, ["vocab_size"], 344, "(vocab_size was 345 and is now 344)"),
     (CONFIG, ["position_embedding_type"], "relative_key", "(position_embedding_type was None and"),
     (SETTINGS, ["do_lower_case"], False, "tokenizer changed (normalizer)"),
     (SETTINGS, ["strip_accents"], False, "tokenizer changed (normalizer)"),
