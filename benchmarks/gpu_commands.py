@@ -173,6 +173,7 @@ def write_data(args, folder):
     import numpy as np
     import transformers
 
+    transformers.logging.disable_progress_bar()
     source = str(ROOT / "examples/tiny_bert")
     model, data = folder / args.size, folder / "data"
     random_model(args.size).save_pretrained(model)

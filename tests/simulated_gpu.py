@@ -262,10 +262,10 @@ def simulated_gpu():
         "torch.cuda.mem_get_info": lambda *_: (2**33, 2**34),
         "torch.cuda.reset_peak_memory_stats": lambda *_: None,
         "torch.cuda.graph_pool_handle": lambda: None,
+        "torch.cuda.is_current_stream_capturing": lambda: False,
         "bitfit.graphs.capture_on_gpu": capture,
         "bitfit.varlen.kernel": lambda q, k, v, *rest: Kernel.apply(q, k, v, gpu, *rest),
         "torch.optim.Optimizer._group_tensors_by_device_and_dtype": staticmethod(groups_by_device),
-        "torch.optim.Optimizer._cuda_graph_capture_health_check": lambda self: None,
     }
     with contextlib.ExitStack() as held:
         for name, value in patches.items():
