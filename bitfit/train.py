@@ -286,8 +286,8 @@ def fit(state, write, saver, tracker=OFF):
 def fit_limit_to_memory(state, free):
     """Lower the limit of tokens in one pass to what fits into so many bytes, a power of two.
 
-    A trial pass of the longest row counts what autograd keeps for the backward pass; as much again
-    is left for gradients and what passes.
+    A trial pass of the longest row counts what autograd keeps for the backward pass. Twice as much
+    is left for gradients and for the grouped attention of `packing`, whose weights are not counted.
     """
     plan, stack = state.plan, state.stack
     tokens = plan.train.tokens
@@ -301,7 +301,7 @@ def fit_limit_to_memory(state, free):
         stack.computing(rows),
     ):
         plan.forward(tokens, batch)
-    most = free / 2 / (sum(kept.values()) / batch.index.numel())
+    most = free / 3 / (sum(kept.values()) / batch.index.numel())
     plan.limit.tokens = min(plan.limit.tokens, max(64, 2 ** int(math.log2(most))))
 
 

@@ -6,13 +6,17 @@ from transformers import AutoTokenizer
 
 from bitfit.data import (
     Dataset,
+    arrays_of,
     batch_of,
     batches_by_length,
     concatenate,
     gather,
+    host_buffer,
     passes_of,
     to_device,
     tokenize,
+    views_of,
+    with_arrays,
 )
 from bitfit.sources import Texts
 from bitfit.tasks import TASKS
@@ -147,3 +151,28 @@ def test_batches_by_length_hold_each_row_once():
     assert sorted(np.concatenate(parts)) == list(range(500))
     assert all(len(p) * lengths[p].max() <= 512 for p in parts)
     assert [len(p) for p in batches_by_length(np.array([900, 3]), 512)] == [1, 1]
+
+
+def test_one_buffer_holds_all_arrays_of_a_step():
+    rng = np.random.default_rng(0)
+    step = (
+        rng.normal(size=(3, 5)).astype(np.float32), [np.arange(7), None, 4], np.array(2.5),
+        rng.random((2, 3)) < 0.5, np.empty((0, 2), np.int32), np.arange(5, dtype=np.int32),
+    )  # fmt: skip
+    arrays = arrays_of(step)
+    buffer = host_buffer(arrays, pin=False)
+    assert buffer.dtype == torch.uint8 and len(buffer) < sum(a.nbytes + 16 for a in arrays)
+    moved, plain = with_arrays(step, views_of(buffer, arrays)), to_device(step, "cpu")
+    pairs = list(zip(tensors_of(moved), tensors_of(plain), strict=True))
+    assert len(pairs) == 6
+    for own, expected in pairs:
+        assert own.dtype == expected.dtype and torch.equal(own, expected)
+        assert not own.numel() or 0 <= own.data_ptr() - buffer.data_ptr() < len(buffer)
+    assert moved[1][1:] == [None, 4]
+
+
+def tensors_of(value):
+    if torch.is_tensor(value):
+        return [value]
+    inside = value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in inside for tensor in tensors_of(item)]

@@ -589,3 +589,35 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
     moved = np.abs(value - start)
     assert moved.min() < 1e-3 * moved.max()  # eps decides for the smallest
     assert np.allclose(state.stack.values.numpy(), value, rtol=1e-5, atol=1e-8)
+
+
+def test_what_autograd_keeps_is_counted():
+    """A Linear keeps its input and a GELU its own; weights are not counted, nor a storage twice."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    with train.count_kept_bytes(model) as kept:
+        model(x).sum()
+    assert sum(kept.values()) == 4 * 3 * (4 + 8 + 8)
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("method", ["full_ft", "bitfit"])
+def test_the_limit_fits_into_memory(tiny_bert, method):
+    """It is a power of two, in proportion to what is free, and a step of it fits."""
+    model, limits = new_model(tiny_bert, dropout=0.1), {}
+    state = new_state(model, tokens_of(tiny_bert), choose(model, method), limit=Limit(2**22))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with state.stack.bound():
+        for free in (2**30, 2**28, 2**20):
+            train.fit_limit_to_memory(state, free)
+            limits[free] = state.plan.limit.tokens
+        assert torch.equal(torch.get_rng_state(), before)
+        state.plan.limit.tokens = 100
+        train.fit_limit_to_memory(state, 2**30)  # what the user gave is not raised
+    assert limits[2**30] == 4 * limits[2**28] and limits[2**30].bit_count() == 1
+    assert state.plan.limit.tokens == 100
+    # Each layer keeps at least the inputs of two LayerNorms (128) and of GELU (256), in float32.
+    least = 3 * 4 * (2 * 128 + 256)
+    assert least * limits[2**30] < 2**30 / 2 < 30 * least * limits[2**30]
+    assert limits[2**20] >= 64
