@@ -71,6 +71,7 @@ class StepGraphs:
                 raise
             LOGGER.warning("training without CUDA graphs: %s", one_line(error.__context__ or error))
             self.enabled = False
+            self.graphs.clear()  # they hold memory
         return self.enabled
 
 

@@ -95,6 +95,8 @@ def broken_file(folder, error):
         try:
             if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
                 raise ValueError("it holds no object")
+        except OSError as fault:  # a folder of that name, or no permission
+            return f"{path.name} cannot be read ({fault.strerror}): fetch or save it again"
         except (ValueError, RecursionError) as fault:
             return f"{path.name} is not JSON ({one_line(fault)}): fetch or save it again"
     if "safetensors" not in f"{type(error)} {error}".lower():

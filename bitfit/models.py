@@ -23,7 +23,6 @@ from utils import UserError, blaming, one_line, whole_folder
 
 LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
-LOGGER = logging.getLogger("bitfit")
 
 
 def load_tokenizer(model_name, revision=None):
@@ -379,7 +378,7 @@ def ways_to_batch(model, tokens, rows, dtype):
 
 
 def neighbour_problem(forward, tokens, batches, alone):
-    """What is wrong with running these batches so, or None if the logits are those of `alone`."""
+    """Return why rows must not be batched this way, or None if the logits are those of `alone`."""
     logits = torch.stack([*alone.values()])
     spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
     bound = 1e-4 * spread + 16 * torch.finfo(logits.dtype).eps * largest
@@ -390,11 +389,11 @@ def neighbour_problem(forward, tokens, batches, alone):
             found = forward.rows(tokens, batch)
             if len(found) < len(batch) or not (found[known] - expected).abs().max() <= bound:
                 return "give other logits"
-        if forward.is_varlen:  # trained with FlashAttention, which computes in bf16 alone
-            with computing_in(forward.model, torch.bfloat16):
-                found = forward.rows(tokens, batch)
-            if not (found[known] - expected).abs().max() <= 0.2 * largest:
-                return "give other logits in bf16"
+            if forward.is_varlen:  # trained with FlashAttention, which computes in bf16 alone
+                with computing_in(forward.model, torch.bfloat16):
+                    found = forward.rows(tokens, batch)
+                if not (found[known] - expected).abs().max() <= 0.2 * largest:
+                    return "give other logits in bf16"
     except Exception as error:  # whatever it is: the next way may do
         return f"raise {type(error).__name__}: {shorten(one_line(error), 100)}"
     return None

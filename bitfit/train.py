@@ -302,7 +302,11 @@ def fit_limit_to_memory(state, free):
     ):
         plan.forward(tokens, batch)
     most = free / 3 / (sum(kept.values()) / batch.index.numel())
-    plan.limit.tokens = min(plan.limit.tokens, max(64, 2 ** int(math.log2(most))))
+    fitting = max(64, 2 ** int(math.log2(most)))
+    if fitting < plan.limit.tokens:
+        plan.limit.tokens = fitting
+        LOGGER.info("--max-tokens %d: more does not fit into %.1f GiB of free memory", fitting,
+                    free / 2**30)  # fmt: skip
 
 
 @contextmanager

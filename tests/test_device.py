@@ -102,6 +102,32 @@ def test_the_grouped_attention_where_flashattention_fails(broken):
         assert state.plan.forward.packer and not state.plan.forward.is_varlen
 
 
+def test_flashattention_is_tried_on_several_sequences_in_bf16():
+    with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
+        kernel = varlen.kernel
+
+        def mixes_sequences(query, key, value, bounds, *rest):
+            out = kernel(query, key, value, bounds, *rest)
+            several = len(bounds[1]) > 2 and out.dtype != torch.float32
+            return torch.zeros_like(out) if several else out
+
+        patch.setattr(varlen, "kernel", mixes_sequences)
+        state = new_state("bitfit", 3, torch.bfloat16, packed=True)
+        assert state.plan.forward.packer and not state.plan.forward.is_varlen
+
+
+def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
+    caplog.set_level("INFO", "bitfit")
+    with simulated_gpu():
+        state = new_state("bitfit", 1, torch.bfloat16, packed=True)
+        with state.stack.bound(torch.bfloat16):
+            train.fit_limit_to_memory(state, 2**33)
+            assert "--max-tokens" not in caplog.text
+            train.fit_limit_to_memory(state, 2**21)
+    assert state.plan.limit.tokens < 2000
+    assert f"--max-tokens {state.plan.limit.tokens}: more does not fit" in caplog.text
+
+
 def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)

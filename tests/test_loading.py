@@ -63,6 +63,14 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def folder_named(name):
+    def replace(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return replace
+
+
 def cut(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
@@ -157,6 +165,8 @@ WRONG = {
     "added-token": (add_token, r"goes up to token 345 \('@user'\), but the model has embeddings f"),
     "special-token": (add_special_token, r"goes up to token 345 \('\[\u00c91\]'\), but"),
     "int8": (changed(lambda t: t | {LAYER: t[LAYER].to(torch.int8)}), "are quantized .*is I8"),
+    "folder": (folder_named("config.json"), "config.json cannot be read .Is a directory"),
+    "folder-tokenizer": (folder_named("tokenizer.json"), "tokenizer.json cannot be read"),
     "no-object": (write("config.json", "null"), "config.json is not JSON .it holds no object"),
     "typed": (configured(num_hidden_layers="3"), "'num_hidden_layers' expected int, got str"),
     "small-embeddings": (configured(vocab_size=300), "has embeddings for 300 tokens"),
