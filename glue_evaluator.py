@@ -216,6 +216,8 @@ class GLUEvaluator:
             tokens, dtype = concatenate(parts), DTYPES[self.precision]
             self._found = models.find_forward(self.model, self.model_name, tokens, dtype)
             self._longest_tried = tokens.lengths.max()
+        else:
+            models.check_ids(self.model, self.model_name, self.tokens(split))
         return self._found
 
     @property

@@ -116,6 +116,8 @@ def logits_of(many, rows):
     Where only heads trained, the encoder runs once for all.
     """
     tokens, read_by = tokens_of(many, rows)
+    model = many.forward.model
+    models.check_ids(model, model.name_or_path, tokens)
     tokens = tokens.to(many.stack.values.device)
     if many.stack.shares_encoder and len(many.tasks) > 1:
         with many.stack.computing():

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import run_glue
 from bitfit import models
+from bitfit.data import Split, tokenize
+from bitfit.sources import Texts
 from bitfit.study import cost
 from bitfit.tasks import TASKS
 from glue_evaluator import GLUEvaluator
@@ -205,17 +207,41 @@ def test_pickled_weights_are_converted_as_the_message_says(folder):
     models.load(folder, RTE)
 
 
-def test_a_token_that_only_the_class_adds_is_no_fault(folder):
-    """Qwen2's adds `<|endoftext|>`, which no text of the task holds."""
+def save_qwen2(folder):
+    """Save a Qwen2 beside the tiny BERT's tokenizer, without an embedding of `<|endoftext|>`."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Qwen2Config(
         vocab_size=345, num_key_value_heads=2, intermediate_size=64, pad_token_id=0, **sizes
     )
     transformers.Qwen2ForSequenceClassification(config).save_pretrained(folder)
+
+
+def test_a_token_that_only_the_class_adds_is_no_fault(folder):
+    """Qwen2's adds `<|endoftext|>`, which no text of the task holds."""
+    save_qwen2(folder)
     tokenizer = models.load_tokenizer(folder)
     assert max(tokenizer.get_vocab().values()) == 345
     tokenizer.save_pretrained(folder)  # as with an exported model
     models.load_tokenizer(folder)
+
+
+def test_a_token_beyond_the_embeddings_is_refused_in_later_texts(folder, tmp_path, capsys):
+    save_qwen2(folder)
+    evaluator = GLUEvaluator("cola", str(folder), None, 0, GLUE)
+    evaluator.preprocess_dataset("longest", 32, 8, train_size=16)
+    evaluator.prepare("frozen", 1e-3, verbose=False)
+    evaluator.train_and_evaluate(1)
+    evaluator.save(tmp_path / "evaluator")
+    text = Texts((["film <|endoftext|>"],), None)
+    tokens = tokenize(text, evaluator.tokenizer, 32)
+    evaluator.data.splits["test"] = Split(tokens, {})
+    message = f"a text has token 345, but the model {folder} has embeddings for 345"
+    with pytest.raises(UserError, match=message):
+        evaluator.predict("test")
+    (tmp_path / "texts.txt").write_text(f"{text.columns[0][0]}\n")
+    words = [str(tmp_path / "evaluator"), "--input", str(tmp_path / "texts.txt")]
+    assert predict.main(words) == 2
+    assert message in capsys.readouterr().err
 
 
 # Heads
