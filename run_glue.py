@@ -116,8 +116,8 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
             choose(evaluator, args, runs)
         if unfinished:
             train(args, evaluator, unfinished, home, signals, tracker, single=len(folders) == 1)
-            own = {run: folders[run] for run in share}
-            settle(args, evaluator, unfinished, own, facts, tracker)
+            shared = {run: folders[run] for run in share}
+            settle(args, evaluator, unfinished, shared, facts, tracker)
         if group.rank == 0:
             outputs.drop_checkpoints(home)
     ranks.end()

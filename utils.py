@@ -175,13 +175,13 @@ def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_fi
             early.ended.append(status)
         return status
     except BaseException as error:
-        status, said = outcome(error, stopped, fault, less_memory)
+        status, message = outcome(error, stopped, fault, less_memory)
         if status is None:
             raise
         if status > 128 and is_finished and is_finished():
-            status, said = 0, f"finished before {signal.Signals(status - 128).name}"
+            status, message = 0, f"finished before {signal.Signals(status - 128).name}"
         early.ended.append(status)
-        tell(f"{program}: {said}", error, status)
+        tell(f"{program}: {message}", error, status)
         return status
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: checks of the kernels and of a step, then times of a step.
+"""Check the kernels and a training step on a GPU, then time steps.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --size tiny --runs 1 2 --steps 3   # on a CPU, to see that it runs
@@ -88,7 +88,7 @@ def make_runs(args, tokens, runs, method="bitfit", size=None):
 
 @contextmanager
 def training(ours, dtype, graphs=True):
-    """Within: a training that `steps` takes further."""
+    """Yield the `State` of a training, for `steps`."""
     state = start(ours.plan_in(dtype), ours.stack)
     ours.plan.forward.model.train()
     with ours.stack.bound(dtype):
@@ -97,7 +97,7 @@ def training(ours, dtype, graphs=True):
 
 
 def steps(state, count):
-    """Take so many steps, the same however they are cut up."""
+    """Take `count` steps; two calls continue as one longer call would."""
     plan, runs = state.plan, state.stack.runs
     orders = np.stack([plan.order(run, 0) for run in runs])
     for _ in range(count):
@@ -117,7 +117,7 @@ def trained(ours, dtype, count, graphs=True):
 
 
 def check_kernels(args, device):
-    """The kernels beside the plain ones: outputs and gradients, all queries and first ones."""
+    """Compare the kernels with plain ones: outputs, gradients, all queries and first ones."""
     worst = {}
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         lengths, owner = np.random.default_rng(0).integers(3, 120, 9), np.repeat([0, 1, 2], 3)
@@ -126,8 +126,8 @@ def check_kernels(args, device):
             for first in (False, True):
                 off = kernel_difference(sequences, size, first, dtype, device)
                 worst[dtype] = max(worst.get(dtype, 0.0), off / allowed)
-    said = ", ".join(f"{str(d)[6:]} {off:.2f}" for d, off in worst.items())
-    return max(worst.values()) < 1, f"differences, in shares of what is allowed: {said}"
+    message = ", ".join(f"{str(d)[6:]} {off:.2f}" for d, off in worst.items())
+    return max(worst.values()) < 1, f"differences, in shares of what is allowed: {message}"
 
 
 def kernel_difference(sequences, size, first, dtype, device):
@@ -154,7 +154,7 @@ def kernel_difference(sequences, size, first, dtype, device):
 
 
 def check_dropout(args, device):
-    """FlashAttention drops the share of weights that is asked for, each sequence and head its own.
+    """Check that FlashAttention drops the requested share of weights, and other ones in each head.
 
     It has 8 random bits for a weight: 0.1 becomes 0.1016.
     """
@@ -172,12 +172,12 @@ def check_dropout(args, device):
         for axis in range(4)
     ]
     alike = max(abs(share - (rate**2 + (1 - rate) ** 2)) for share in same)
-    said = f"{rate:.4f}, two masks are alike as often as by chance to {alike:.3f}"
-    return abs(rate - 0.1) < 3e-3 and alike < 0.01, said
+    message = f"{rate:.4f}, two masks are alike as often as by chance to {alike:.3f}"
+    return abs(rate - 0.1) < 3e-3 and alike < 0.01, message
 
 
 def check_packing(args, device):
-    """BERT trains on packed rows, on a GPU in bf16 with FlashAttention."""
+    """Check that BERT trains on packed rows, on a GPU in bf16 with FlashAttention."""
     ours = make_runs(args, random_tokens("RTE", 64, device), 1)
     packer = ours.plan_in(DTYPES[args.precision]).forward.packer
     fused = device.type == "cuda" and args.precision == "bf16"
@@ -186,7 +186,7 @@ def check_packing(args, device):
 
 
 def check_stack(args, device):
-    """Three runs without dropout, in float32, beside each alone."""
+    """Compare three runs without dropout, in float32, with each of them alone."""
     tokens = random_tokens("CoLA", 4 * args.batch_size, device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -215,8 +215,8 @@ def without_dropout(model):
 
 
 def check_repeat(args, device):
-    """The same training twice, and without CUDA graphs: bit by bit, dropout and all."""
-    said, good = [], True
+    """Compare a training with a second one, and with one without CUDA graphs, bit by bit."""
+    messages, good = [], True
     for runs in (1, 3):
         results = []
         for graphs in (True, True, False):
@@ -227,19 +227,19 @@ def check_repeat(args, device):
             results.append(torch.cat([ours.stack.values.flatten(), state.loss_sum]))
             used = len(state.graphs.graphs) if state.graphs else 0
             good &= not (graphs and device.type == "cuda" and not used)
-            said.append(f"{used} graphs" if graphs and len(results) == 1 else "")
+            messages.append(f"{used} graphs" if graphs and len(results) == 1 else "")
         off = [(results[0] - other).abs().max().item() for other in results[1:]]
         good &= off == [0, 0]
-        said.append(f"{runs} runs: again off by {off[0]:.0e}, without graphs {off[1]:.0e}")
-    return good, ", ".join(filter(None, said))
+        messages.append(f"{runs} runs: again off by {off[0]:.0e}, without graphs {off[1]:.0e}")
+    return good, ", ".join(filter(None, messages))
 
 
 def check_waits(args, device):
-    """CUDA raises an error at whatever makes the host wait; all copies are from pinned memory."""
+    """Check that nothing in a step makes the host wait, and that all copies are pinned."""
     if device.type == "cpu":
         return True, "not asked: no GPU"
     tokens, dtype = random_tokens("CoLA", 16 * args.batch_size, device), DTYPES[args.precision]
-    said, good = [], True
+    messages, good = [], True
     for graphs in (False, True):
         ours = make_runs(args, tokens, 5)
         with training(ours, dtype, graphs) as state:
@@ -250,9 +250,9 @@ def check_waits(args, device):
                 synchronize(device)
         copies = {e.key: e.count for e in seen.key_averages() if "HtoD" in e.key}
         pageable = sum(n for name, n in copies.items() if "Pageable" in name)
-        said.append(f"{sum(copies.values()) / 8:.1f} copies a step, {pageable} stalled")
+        messages.append(f"{sum(copies.values()) / 8:.1f} copies a step, {pageable} stalled")
         good &= pageable == 0
-    return good, f"none; without graphs {said[0]}; with graphs {said[1]}"
+    return good, f"none; without graphs {messages[0]}; with graphs {messages[1]}"
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def forbid_waiting():
 
 
 def check_memory(args, device):
-    """With about a fifth of the memory that a step's one pass takes, it is halved until it fits."""
+    """Check that a step with a fifth of the memory it takes is cut into smaller passes."""
     tokens = random_tokens("CoLA", 4 * args.batch_size, device)
     ours = make_runs(args, tokens, 20)
     limit, config = ours.plan.limit, ours.plan.forward.model.config
@@ -280,8 +280,8 @@ def check_memory(args, device):
         with little_memory(device, left):
             steps(state, 1)
         losses = state.loss_sum
-    said = f"{before} -> {limit.tokens} tokens a pass, {left / 2**20:.0f} MiB left"
-    return limit.tokens < before and bool(losses.isfinite().all()), said
+    message = f"{before} -> {limit.tokens} tokens a pass, {left / 2**20:.0f} MiB left"
+    return limit.tokens < before and bool(losses.isfinite().all()), message
 
 
 @contextmanager
@@ -309,7 +309,7 @@ def little_memory(device, left):
 
 
 def check_resume(args, device):
-    """Twenty steps, and twelve and eight with a checkpoint between: bit by bit, dropout and all."""
+    """Compare 20 steps with 12 and 8 that a checkpoint separates, bit by bit."""
     tokens, dtype = random_tokens("CoLA", 4 * args.batch_size, device), DTYPES[args.precision]
     whole, first, second = (make_runs(args, tokens, 3) for _ in range(3))
     set_seed(0)
@@ -341,10 +341,10 @@ def check(args, device):
     failed = False
     for name, work in CHECKS.items():
         begin = time.perf_counter()
-        good, said = work(args, device)
+        good, message = work(args, device)
         failed |= not good
         taken = time.perf_counter() - begin
-        print(f"{'ok  ' if good else 'FAIL'} {name}: {said} ({taken:.1f} s)", flush=True)
+        print(f"{'ok  ' if good else 'FAIL'} {name}: {message} ({taken:.1f} s)", flush=True)
     return failed
 
 
@@ -412,18 +412,18 @@ def measure_peers(args, tokens):
 
 
 def measure_types(args, device):
-    """A step of one run of each fine-tune type, in both precisions."""
+    """Time a step of one run of each fine-tune type, in both precisions."""
     tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
     for method in FINE_TUNE_TYPES:
-        said = []
+        messages = []
         for precision in DTYPES:
             times, _ = step_times(make_runs(args, tokens, 1, method), precision)
-            said.append(f"{precision} {spread(times, 2)} ms")
-        print(f"CoLA {method}: {', '.join(said)}", flush=True)
+            messages.append(f"{precision} {spread(times, 2)} ms")
+        print(f"CoLA {method}: {', '.join(messages)}", flush=True)
 
 
 def measure_kernels(args, device):
-    """A step's time by kernel: the most expensive ones."""
+    """Print the most expensive kernels of a step."""
     runs = min(20, max(args.runs))
     tokens = random_tokens("RTE", 8 * args.batch_size, device)
     ours = make_runs(args, tokens, runs)
@@ -441,7 +441,7 @@ def measure_kernels(args, device):
 
 
 def measure_processes(args, device):
-    """As many processes as asked for, one run each, all on this device at once."""
+    """Time steps of several processes that share this device, one run each."""
     context = multiprocessing.get_context("spawn")
     barrier, times = context.Barrier(args.processes + 1), context.Queue()
     workers = [

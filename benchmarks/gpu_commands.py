@@ -1,7 +1,7 @@
-"""Whole commands on a GPU: every fine-tune type, sweeps, resuming, ranks, and their times.
+"""Check and time whole commands on a GPU: fine-tune types, sweeps, resuming, ranks.
 
     python benchmarks/gpu_commands.py
-    python benchmarks/gpu_commands.py --size tiny --rows 64 --seeds 2   # on a CPU: that it runs
+    python benchmarks/gpu_commands.py --size tiny --rows 64 --seeds 2   # on a CPU, as a trial
 
 The checks train the tiny BERT on the toy data, several commands at once, and compare their losses
 with a CPU's or with each other's. The times are those of one sweep of a random bert-base on rows of
@@ -84,7 +84,7 @@ def without_dropout(folder):
 
 
 def check_type(method, precision, model, folder):
-    """A fine-tune type beside the CPU in float32; bf16 rounds the loss of a batch to 1e-2."""
+    """Compare a fine-tune type with the CPU in float32; bf16 rounds the loss of a batch to 1e-2."""
     flags = [*TOY, "--model-name", model, "--fine-tune-type", method, "--epochs", "3",
              "--learning-rate", "1e-4" if method == "full_ft" else "1e-3"]  # fmt: skip
     gpu, cpu = folder / f"{method}-{precision}", folder / f"{method}-{precision}-cpu"
@@ -98,7 +98,7 @@ def check_type(method, precision, model, folder):
 
 
 def check_predict(folder):
-    """Sentences answered by a saved evaluator."""
+    """Let a saved evaluator answer a sentence."""
     script = str(ROOT / "scripts/predict.py")
     words = [sys.executable, script, str(folder / "bitfit-bf16/evaluator"), "--input", "-"]
     result = subprocess.run(words, input="a small film\n", capture_output=True, text=True, cwd=ROOT)
@@ -106,7 +106,7 @@ def check_predict(folder):
 
 
 def check_micro_batches(model, folder):
-    """A sweep in small micro-batches beside the whole one."""
+    """Compare a sweep in small micro-batches with the same sweep in one."""
     for name, more in (("whole", []), ("small", ["--max-tokens", "200"])):
         run_glue(folder / name, *SWEEP, "--model-name", model, "--precision", "fp32", *more)
     off = difference(folder / "small", folder / "whole")
@@ -114,7 +114,7 @@ def check_micro_batches(model, folder):
 
 
 def check_resume(folder):
-    """A sweep stopped by SIGTERM after its first checkpoint and resumed, bit by bit."""
+    """Stop a sweep by SIGTERM after its first checkpoint, resume it, and compare bit by bit."""
     flags = [*SWEEP, "--model-name", str(ROOT / "examples/tiny_bert")]
     run_glue(folder / "quiet", *flags)
     words = [sys.executable, str(ROOT / "run_glue.py"), "--output-path", str(folder / "killed")]
@@ -122,14 +122,17 @@ def check_resume(folder):
     while process.poll() is None and not list((folder / "killed/checkpoints").glob("*.json")):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    status = process.wait(timeout=120)
+    try:
+        status = process.wait(timeout=120)
+    finally:
+        process.kill()
     run_glue(folder / "killed", *flags, "--resume")
     off = difference(folder / "killed", folder / "quiet")
     return status == 143 and off == 0, f"status {status}, losses differ by {off:.1e}"
 
 
 def check_ranks(model, folder):
-    """One run divided among two ranks on this GPU."""
+    """Divide one run among two ranks on this GPU."""
     flags = [*TOY, "--model-name", model, "--fine-tune-type", "bitfit", "--epochs", "2",
              "--learning-rate", "1e-3", "--precision", "fp32", "--no-tf32"]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -141,7 +144,7 @@ def check_ranks(model, folder):
 
 
 def check(args, folder):
-    """Run all checks, several at once; whether any failed."""
+    """Run all checks, several at once, and return whether any failed."""
     model, failed = without_dropout(folder), False
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {
@@ -159,12 +162,12 @@ def check(args, folder):
 
 
 def report(name, work):
-    """Print what a check found; whether it is good."""
+    """Print what a check found, and return whether it passed."""
     try:
-        good, said = work()
-    except RuntimeError as error:
-        good, said = False, str(error)
-    print(f"{'ok  ' if good else 'FAIL'} {name}: {said}", flush=True)
+        good, message = work()
+    except Exception as error:  # the other checks go on
+        good, message = False, f"{type(error).__name__}: {error}"
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {message}", flush=True)
     return good
 
 
@@ -193,7 +196,7 @@ def write_data(args, folder):
 
 
 def train_with_trainer(args):
-    """What one command with Trainer does: load, train one run, score it after each epoch."""
+    """Do the work of one command with Trainer: load, train one run, score it after each epoch."""
     import numpy as np
     import transformers
     from peers import arguments
@@ -224,7 +227,7 @@ def train_with_trainer(args):
 
 
 def measure(args, folder):
-    """The seconds of a sweep as one command, of one of its runs, and of one run with Trainer."""
+    """Time a sweep as one command, one of its runs, and one run with Trainer."""
     model, data = write_data(args, folder)
     flags = ["--task-name", "rte", "--data-dir", data, "--model-name", model, "--fine-tune-type",
              "bitfit", "--learning-rate", "1e-4", "--epochs", args.epochs, "--batch-size", "16",

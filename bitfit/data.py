@@ -69,7 +69,7 @@ def batch_of(tokens, rows, packed):
 
 
 def varlen_batch(tokens, rows, owner=None, stacked=False):
-    """(`Batch` for the kernels of `varlen`, the run of each chunk); arguments as there."""
+    """Return (`Batch`, runs of its chunks) for the kernels of `varlen`; see `plan_sequences`."""
     sequences, row, chunks = plan_sequences(tokens.lengths[rows], owner, stacked)
     index = np.where(row < 0, 0, tokens.starts[rows][row]) + sequences.positions
     return Batch(rows, index[None], None, sequences), chunks
@@ -147,8 +147,8 @@ def tokenize(texts, tokenizer, max_length):
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
     if not lengths.all():
         row = int(np.flatnonzero(lengths == 0)[0])
-        what = f"the text of row {row}, counted from 0, has no tokens, not even special ones"
-        raise UserError(f"{what}: give it a text, or another --model-name")
+        message = f"the text of row {row}, counted from 0, has no tokens, not even special ones"
+        raise UserError(f"{message}: give it a text, or another --model-name")
     cut = int((lengths >= max_length).sum())
     if cut:
         LOGGER.info("%d of %d rows fill %d tokens; what was longer is cut", cut, len(lengths),
@@ -165,7 +165,7 @@ def tokenize(texts, tokenizer, max_length):
 
 
 def concatenate(parts):
-    """The rows of several `Tokens` in one, without labels."""
+    """Return the rows of several `Tokens` as one `Tokens` without labels."""
     lengths = np.concatenate([part.lengths for part in parts])
     types = None if parts[0].types is None else torch.cat([part.types for part in parts])
     return parts[0]._replace(
@@ -265,7 +265,7 @@ class Dataset:
         return self.splits[name]
 
     def report_overlap(self):
-        """Log how many training rows have their texts in another split that has been read, too."""
+        """Log how many training rows occur in other splits that have been read."""
         others = dict(self.row_hashes)
         train = others.pop("train")
         counts = {name: int(np.isin(train, hashes).sum()) for name, hashes in others.items()}

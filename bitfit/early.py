@@ -1,7 +1,7 @@
-"""Signals before a program's imports are done, and after its work is: one line, no traceback.
+"""Handle signals while a program imports its modules and after its work: one line, no traceback.
 
-Importing takes seconds, and `utils.Signals` comes after it. So a program calls `catch_signals`
-first of all, and this file imports nothing that takes time.
+Imports take seconds, and `utils.Signals` is available only after them. So a program calls
+`catch_signals` first, and this file imports only fast modules.
 """
 
 import atexit
@@ -15,7 +15,7 @@ ended = []  # the exit status, once the program's work is done
 
 
 def catch_signals(program):
-    """From now on a signal ends the process: with one line, or as its work ended before."""
+    """Let signals end the process: with one line, or with the exit status of its finished work."""
 
     def end_at_once(number, frame):
         if ended:
@@ -27,13 +27,13 @@ def catch_signals(program):
 
     for number in NUMBERS:
         signal.signal(number, end_at_once)
-    # The interpreter takes its handlers away in the end: what comes then must not change the
-    # status. Registered first, this is the last that is called.
+    # At exit the interpreter restores the default handlers, and a late signal would change the
+    # status. This is registered first, so it is called last.
     atexit.register(ignore_signals)
 
 
 def is_first_rank():
-    """Whether this process speaks for all that torchrun started."""
+    """Whether this process is alone, or is rank 0 of torchrun."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
@@ -43,7 +43,7 @@ def ignore_signals():
 
 
 def die(status):
-    """End the process now; of SIGINT itself where that stopped it, so that a shell loop ends."""
+    """End the process now, after SIGINT by SIGINT itself, so that a shell loop ends too."""
     if status == 128 + signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -51,7 +51,7 @@ def die(status):
 
 
 def leave(status):
-    """End a program with the exit status of its work; as `die`, but in the ordinary way."""
+    """End a program with the exit status of its work, as `die` does, but run exit handlers."""
     if status == 128 + signal.SIGINT:
         die(status)
     sys.exit(status)

@@ -64,13 +64,13 @@ def sha256_of_json(value):
 
 
 def describe_change(old, new):
-    """Return what differs between two results of `fingerprints_of` as text, or None.
+    """Return the differences of two results of `fingerprints_of` as text, or None.
 
-    What one of them lacks is not compared.
+    A part that only one of them has is not compared.
     """
     messages = []
     for name, kind in (("model_config", "config"), ("tokenizer", "tokenizer")):
-        before, after = (facts.get(name) or {} for facts in (old, new))
+        before, after = (values.get(name) or {} for values in (old, new))
         keys = changed_keys(before, after) if before and after else []
         if keys and name == "model_config":
             keys = [f"{key} was {before.get(key)} and is now {after.get(key)}" for key in keys]

@@ -1,8 +1,8 @@
 """CUDA graphs of training steps: a step of few tokens is launched as a whole, not kernel by kernel.
 
 A graph repeats the same kernels on the same memory, so it serves all steps whose arrays have the
-same shapes; `varlen` rounds the number of tokens so that there are few of them. What changes from
-step to step reaches a graph in one buffer. The numbers are those of the step without a graph.
+same shapes; `varlen` rounds the number of tokens so that there are few shapes. One buffer brings
+the arrays of a step to its graph. The numbers are those of the step without a graph.
 """
 
 import logging
@@ -21,7 +21,7 @@ MAX_GRAPHS = 64
 
 
 class StepGraphs:
-    """The graphs of one training, captured when they are first worth it."""
+    """The graphs of one training, captured once a shape has come often enough."""
 
     def __init__(self, work, device, capture=None):
         """
@@ -36,7 +36,7 @@ class StepGraphs:
         self.uses, self.graphs, self.enabled = Counter(), {}, True
 
     def find(self, step):
-        """Return a function that does this step, or None where it is better done without a graph.
+        """Return a function that does this step, or None if the step should run without a graph.
 
         Args:
             step: nested tuples with arrays on the host.
@@ -61,7 +61,7 @@ class StepGraphs:
         return run
 
     def _add(self, shapes, step, arrays):
-        """Capture a graph; False where that is impossible: then all steps go without."""
+        """Capture a graph, or return False and let all steps run without graphs."""
         buffer = host_buffer(arrays, pin=False).to(self.device)
         tensors = with_arrays(step, views_of(buffer, arrays))
         try:
@@ -76,7 +76,7 @@ class StepGraphs:
 
 
 def capture_on_gpu(work, pool):
-    """Record what `work` launches; nothing of it runs before the replay."""
+    """Return (the function that replays the kernels of `work`, its result); nothing runs yet."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -1,7 +1,7 @@
-"""Check what a model's folder, tokenizer and checkpoint hold, and decide where its head starts.
+"""Check a model's folder, tokenizer and checkpoint, and decide where its head starts.
 
-Whatever would give wrong results is refused with one line; one more line says which weights of
-a checkpoint are used.
+Input that would give wrong results is refused with one line. One more line says which weights of a
+checkpoint are used.
 """
 
 import importlib

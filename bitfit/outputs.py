@@ -139,7 +139,7 @@ def is_there(path):
 
 
 def wrong_file(path, suffix):
-    """What is wrong with the path of a file that is to be written, or None."""
+    """Return why a file cannot be written to a path, or None."""
     if not path.endswith(suffix) or not os.path.isdir(os.path.dirname(path) or "."):
         return f"is not a {suffix} file in a folder that is there"
     if os.path.isdir(path):

@@ -67,14 +67,14 @@ class Limit:
 
 
 def free_bytes(device):
-    """The memory that this process can still take on a GPU."""
+    """Return the bytes that this process can still allocate on a GPU."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
 @contextmanager
 def keep_random_state(device):
-    """Within: what is drawn is drawn again later."""
+    """Set the random generators back on leaving, as if nothing had been drawn within."""
     state = random_state(device)
     try:
         yield

@@ -44,9 +44,9 @@ class Group(NamedTuple):
             with losing():
                 for tensor in tensors:
                     if tensor.is_cuda and self.device is self.host:
-                        own = tensor.cpu()
-                        dist.all_reduce(own, group=self.host)
-                        tensor.copy_(own)
+                        on_host = tensor.cpu()
+                        dist.all_reduce(on_host, group=self.host)
+                        tensor.copy_(on_host)
                     else:
                         dist.all_reduce(tensor, group=self.device)
 

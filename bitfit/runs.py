@@ -57,7 +57,7 @@ class Stack:
             chosen: {parameter name: None, or the flat positions that train}.
             runs: a list of `Run`; more than one only where `why_not_stackable` is None.
             draw: a function (model, seed) that draws what a run's seed decides of its start.
-            fixed: {parameter name: [[start, stop], ...]} of what stays as it is.
+            fixed: {parameter name: [[start, stop], ...]} of values that get no gradient.
         """
         self.model, self.chosen, self.runs, self.rows = model, chosen, runs, None
         self.leaves, self.work = {}, None
@@ -205,7 +205,7 @@ class Stack:
 
 
 def aligned(values, dtype):
-    """(K, n) values in another type, each run's at a multiple of 16 bytes: a GPU copies them so."""
+    """Return (K, n) values in another type, rows at multiples of 16 bytes: GPUs copy them so."""
     runs, size = values.shape
     return values.new_empty((runs, -(-size // 8) * 8), dtype=dtype)[:, :size].copy_(values)
 

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """Whose the rows of a pass are, and the tokens if they are packed."""
 
     rows: Owned
-    tokens: Owned | None  # its places are of tokens, or of chunks of equally many tokens
+    tokens: Owned | None  # its places are of tokens, or of chunks with CHUNK tokens each
 
     def to(self, dtype):
         """The same, for values of that type."""
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     def own(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
         shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
-        # Not `index_select`: on a GPU its gradient is a sum in any order.
+        # On a GPU the gradient of `index_select` sums in any order.
         return values[self.rows.owner].view(shape)
 
     def add(self, bias, x, weight=None):
@@ -77,8 +77,8 @@ class AllRuns(NamedTuple):
 class OwnBias(torch.autograd.Function):
     """x @ weight.T + bias[owner], or x + bias[owner], for rows or tokens (N, i), biases (K, o).
 
-    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K. Where they
-    fill whole chunks, those are summed first, as they lie, and in float32.
+    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K. Tokens
+    that fill whole chunks are summed by chunk first, without a gather and in float32.
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ def rows_of(owner, runs, tokens=None):
 
 
 def rows_in_chunks(owner, runs, chunks):
-    """The same where the tokens of a run fill whole chunks, whose runs are `chunks` (C,)."""
+    """Return the `Rows` of tokens that fill whole chunks, of the runs `chunks` (C,)."""
     if runs == 1:
         return rows_of(owner, runs)
     tokens = owned(chunks, width_multiple=8)

@@ -95,9 +95,9 @@ def start(plan, stack, optimizer="adamw", keep="last"):
 
 
 def step_graphs(state):
-    """The `StepGraphs` of a training within `Stack.bound`, or None where there can be none.
+    """Return the `StepGraphs` of a training within `Stack.bound`, or None where there are none.
 
-    They compute with the memory of that time, and must not be used after it.
+    Graphs compute in the memory that the stack is bound to: do not use them after `bound` ends.
     """
     plan, device = state.plan, state.stack.values.device
     if device.type != "cuda" or plan.group.size > 1 or not plan.forward.is_varlen:
@@ -106,7 +106,7 @@ def step_graphs(state):
 
 
 def whole_step(state, step):
-    """Do one `Step` of tensors without a wait for the device; returns the losses (K,)."""
+    """Do one `Step` of tensors, wait for nothing, and return the losses (K,)."""
     return update(state, step, forward_backward(state.plan, state.stack, step))
 
 
@@ -167,7 +167,7 @@ def take_step(state, alive, rows):
 
 
 def update(state, step, losses):
-    """Clip and step with the gradients of one `Step` of tensors; returns the losses (K,)."""
+    """Clip the gradients of one `Step` of tensors, move the values, and return the losses (K,)."""
     stack = state.stack
     state.plan.group.sum_(stack.grads, losses)
     norms = clip_(stack.grads, MAX_GRAD_NORM)
@@ -200,9 +200,9 @@ def forward_backward(plan, stack, step):
         with stack.computing(rows):
             logits = plan.forward(plan.train.tokens, batch)
         each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
-        # On a GPU sums by `index_add` come in any order.
-        own = (rows.rows.owner,)
-        part_losses = torch.zeros_like(losses).index_put(own, each / step.count, accumulate=True)
+        # On a GPU `index_add` sums in any order.
+        owner = (rows.rows.owner,)
+        part_losses = torch.zeros_like(losses).index_put(owner, each / step.count, accumulate=True)
         part_losses.sum().backward()
         stack.collect()
         losses += part_losses.detach()
@@ -284,7 +284,7 @@ def fit(state, write, saver, tracker=OFF):
 
 
 def fit_limit_to_memory(state, free):
-    """Lower the limit of tokens in one pass to what fits into so many bytes, a power of two.
+    """Lower the limit of tokens in one pass to a power of two that fits into `free` bytes.
 
     A trial pass of the longest row counts what autograd keeps for the backward pass. Twice as much
     is left for gradients and for the grouped attention of `packing`, whose weights are not counted.
@@ -311,7 +311,7 @@ def fit_limit_to_memory(state, free):
 
 @contextmanager
 def count_kept_bytes(model):
-    """Within: note what autograd keeps for a backward pass, {storage: bytes}, without weights."""
+    """Yield {storage: bytes} of what autograd keeps for the backward pass, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 

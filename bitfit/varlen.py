@@ -6,8 +6,8 @@ FlashAttention, for bf16. Its float32 counterpart, the memory-efficient kernel, 
 alone: its dropout masks repeat (on an H100 with torch 2.11, `benchmarks/gpu.py` found two that were
 the same). `packing` has the plain implementation, for float32 and for other devices.
 
-Some tokens of a batch are fillers: sequences of their own that nobody reads, whose gradient is 0.
-They let each run's tokens fill whole chunks, and batches of similar size have one shape. None is
+Some tokens of a batch are fillers: extra sequences that nobody reads, whose gradient is 0. They
+let each run's tokens fill whole chunks, and give batches of similar size one shape. No filler is
 empty, because the backward pass of FlashAttention reads outside its memory where a sequence has
 keys and no query.
 """
@@ -27,7 +27,7 @@ MAX_ROUNDED_TOKENS = 32768
 
 
 class Sequences(NamedTuple):
-    """How sequences lie in one row of N tokens; arrays on the host, then tensors on the device."""
+    """The layout of sequences in one row of N tokens: arrays, then tensors on the device."""
 
     positions: torch.Tensor  # (N,) int64, of each token in its sequence
     first: torch.Tensor  # (R,) int64, the first token of each row
@@ -38,7 +38,7 @@ class Sequences(NamedTuple):
 
 
 class VarlenLayout(NamedTuple):
-    """What the attention of one forward pass needs."""
+    """The arguments of the attention in one forward pass."""
 
     sequences: Sequences
     last: frozenset  # modules within which only first tokens attend
@@ -87,7 +87,7 @@ def add_fillers(lengths, owner, unit):
 
 
 def rounded(count):
-    """The next of few sizes: multiples of 64, or of about a sixteenth."""
+    """Round up to one of few sizes: multiples of 64, or of about a sixteenth of the size."""
     if count > MAX_ROUNDED_TOKENS:
         return -(-count // CHUNK) * CHUNK
     step = max(64, 2 ** (count.bit_length() - 5))
@@ -102,9 +102,9 @@ def supports(head_size, device, dtype):
 
 
 def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
-    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d).
+    """Attend within each sequence, (1, heads, N, d) -> (1, N, heads, d), for transformers.
 
-    In the last layer it is 0 but for the first token of each row, if no other is read.
+    In the last layer the result is 0 but for first tokens, if no other token is read.
     """
     sequences = layout.sequences
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -144,11 +144,11 @@ def kernel(query, key, value, bounds, longest, dropout, scale):
 
 def plain_kernel(query, key, value, bounds, longest, dropout, scale):
     """The reference implementation of `kernel`, sequence by sequence."""
-    out, begins = torch.empty_like(query), [own.tolist() for own in bounds]
+    out, begins = torch.empty_like(query), [tensor.tolist() for tensor in bounds]
     for (a, b), (c, d) in zip(*map(pairwise, begins), strict=True):
         if not (1 <= b - a <= longest[0] and 1 <= d - c <= longest[1]):
             raise ValueError("a sequence is empty, or longer than the longest")
-        own = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        attended = F.scaled_dot_product_attention(*own, dropout_p=dropout, scale=scale)
+        inputs = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        attended = F.scaled_dot_product_attention(*inputs, dropout_p=dropout, scale=scale)
         out[a:b] = attended.transpose(0, 1)
     return out

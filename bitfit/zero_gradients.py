@@ -1,8 +1,8 @@
-"""Biases that cannot change the logits, as the key's: softmax removes what all keys share.
+"""Find biases that cannot change the logits, such as the key's: softmax cancels a common shift.
 
-Their true gradient is zero. Adam scales the rounding noise in its place up to whole steps, in bf16
-above all, so that such a bias seems to learn. They are found by what a model computes, not by
-name: with relative positions the logits may well depend on the key's bias.
+Their true gradient is zero. Adam scales the rounding noise up to whole steps, in bf16 above all,
+so that such a bias seems to learn. They are found by computing with the model, not by name: with
+relative positions the logits may well depend on the key's bias.
 """
 
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from bitfit.models import Forward
 from bitfit.predict import computing_in, full_float32
 from bitfit.trainable import in_encoder, layer_and_name
 
-ROWS, TOKENS = 2, 32  # what is tried: so many rows, so many tokens of each
+ROWS, TOKENS = 2, 32  # the trial computes with so many rows, and so many tokens of each
 ROUNDING = 1e-3  # what rounding may leave of a sum whose terms cancel, as a share of their sizes
-NOISE = 0.1  # standard deviation of what is added: in a new model attention may be uniform
+NOISE = 0.1  # standard deviation of the shifts, for attention may be uniform in a new model
 
 
 def find(model, trained, tokens):
@@ -44,7 +44,7 @@ def find(model, trained, tokens):
                 if masks and logits_change(model, trained, masks, tokens, rows, rng):
                     masks = {}
             return {name: ranges(mask) for name, mask in masks.items()}
-        except Exception:  # whatever it is: what is wrong with the model is found elsewhere
+        except Exception:  # of any kind: `find_forward` reports what is wrong with a model
             continue
     return {}
 
