@@ -8,8 +8,7 @@ the same). `packing` has the plain implementation, for float32 and for other dev
 
 Some tokens of a batch are fillers: extra sequences that nobody reads, whose gradient is 0. They
 let each run's tokens fill whole chunks, and give batches of similar size one shape. No filler is
-empty, because the backward pass of FlashAttention reads outside its memory where a sequence has
-keys and no query.
+empty: the kernels never meet a sequence that has keys and no query.
 """
 
 from itertools import pairwise
