@@ -71,7 +71,7 @@ def plan_sequences(lengths, owner=None, stacked=False):
 
 
 def add_fillers(lengths, owner, unit):
-    """Add a filler after each run, up to a multiple of `unit`, and one at the end.
+    """Add a filler after each run, up to a multiple of `unit`, and short ones at the end.
 
     Returns:
         (kept, sizes): (S,) the row of each sequence, -1 for fillers, and its tokens, at least 1.
@@ -80,17 +80,21 @@ def add_fillers(lengths, owner, unit):
     totals = np.diff(np.append(0, lengths.cumsum()[ends - 1]))
     fill = unit - totals % unit
     count = int((totals + fill).sum())
-    fill = np.append(fill, rounded(count + 1) - count)
-    where = np.append(ends, len(owner))
+    pieces = -(-size_step(count) // QUERY_BLOCK)  # one long filler would cost much attention
+    rest = rounded(count + pieces) - count
+    fill = np.append(fill, np.diff(np.arange(pieces + 1) * rest // pieces))
+    where = np.append(ends, np.full(pieces, len(owner)))
     return np.insert(np.arange(len(lengths)), where, -1), np.insert(lengths, where, fill)
 
 
 def rounded(count):
     """Round up to one of few sizes: multiples of 64, or of about a sixteenth of the size."""
-    if count > MAX_ROUNDED_TOKENS:
-        return -(-count // CHUNK) * CHUNK
-    step = max(64, 2 ** (count.bit_length() - 5))
-    return -(-count // step) * step
+    return -(-count // size_step(count)) * size_step(count)
+
+
+def size_step(count):
+    """Return the difference between two sizes of batches near `count` tokens."""
+    return CHUNK if count > MAX_ROUNDED_TOKENS else max(64, 2 ** (count.bit_length() - 5))
 
 
 def supports(head_size, device, dtype):

@@ -20,7 +20,7 @@ from bitfit.predict import Limit
 from bitfit.runs import Run, Stack
 from bitfit.tasks import TASKS
 from bitfit.trainable import FINE_TUNE_TYPES, select
-from bitfit.varlen import CHUNK, plan_sequences, rounded
+from bitfit.varlen import CHUNK, QUERY_BLOCK, plan_sequences, rounded
 
 LENGTHS = (9, 4, 40, 17, 6, 16)
 ROWS = np.arange(len(LENGTHS))
@@ -80,7 +80,7 @@ def test_prediction_has_no_fillers():
 def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
     rng = np.random.default_rng(0)
     for _ in range(200):
-        lengths = rng.integers(1, 60, rng.integers(1, 40))
+        lengths = rng.integers(1, 60, rng.integers(1, 400))
         owner = np.sort(rng.integers(0, 5, len(lengths))) * 2
         sequences, row, chunks = plan_sequences(lengths, owner, stacked)
         assert len(row) == rounded(len(row)) and len(row) % CHUNK == 0
@@ -89,6 +89,7 @@ def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
         sizes = np.diff(sequences.bounds)
         assert sizes.sum() == len(row) and sizes.min() >= 1 and sizes.max() <= sequences.longest
         assert np.array_equal(sizes[np.isin(sequences.starts, sequences.first)], lengths)
+        assert sizes[~np.isin(sequences.starts, sequences.first)].max() <= QUERY_BLOCK + 1
         assert np.array_equal(sequences.starts, sequences.bounds[:-1])
         assert np.array_equal(sequences.start_bounds, np.arange(len(sizes) + 1))
         assert (sequences.positions[row < 0] == 0).all()
