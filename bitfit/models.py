@@ -47,6 +47,9 @@ def load_tokenizer(model_name, revision=None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_name, revision=revision, trust_remote_code=False
         )
+        if lacks_token_types(tokenizer, config):
+            names = ["input_ids", "token_type_ids", "attention_mask"]
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
         tokenizer("a \u2603")  # some vocabularies can be loaded, but lack their unknown token
         loading.warn_of_file(tokenizer, model_name, revision)
     loading.check_tokenizer(tokenizer, config, model_name)
@@ -55,6 +58,18 @@ def load_tokenizer(model_name, revision=None):
         what = "its own code (auto_map) was not run, transformers' %s is used"
         LOGGER.warning(f"%s: custom code is not supported: {what}", model_name, config.model_type)
     return tokenizer
+
+
+def lacks_token_types(tokenizer, config):
+    """Whether a tokenizer leaves out the token types of pairs that the model has embeddings for.
+
+    The class for any tokenizer.json gave them until transformers 5.
+    """
+    import transformers
+
+    generic = type(tokenizer) is transformers.PreTrainedTokenizerFast
+    types = getattr(config.get_text_config(), "type_vocab_size", None) or 0
+    return generic and "model_input_names" not in tokenizer.init_kwargs and types > 1
 
 
 def load(model_name, task, random_encoder=False, revision=None, report=False):

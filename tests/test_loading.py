@@ -538,6 +538,23 @@ def test_a_tokenizer_file_that_transformers_reads_otherwise(folder, caplog):
     assert not caplog.records
 
 
+def test_the_generic_class_keeps_the_token_types_of_pairs(folder, tmp_path):
+    """As before transformers 5, unless a model has no embeddings for them or a file says so."""
+    expected = models.load_tokenizer(folder)("a film", "a cat")
+    assert 1 in expected["token_type_ids"]
+    set_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    tokenizer = models.load_tokenizer(folder)
+    assert dict(tokenizer("a film", "a cat")) == dict(expected)
+    tokenizer.save_pretrained(tmp_path / "exported")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert dict(exported("a film", "a cat")) == dict(expected)
+    set_json(folder, type_vocab_size=1)
+    assert "token_type_ids" not in models.load_tokenizer(folder)("a film", "a cat")
+    set_json(folder, type_vocab_size=2)
+    set_json(folder, "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    assert "token_type_ids" not in models.load_tokenizer(folder)("a film", "a cat")
+
+
 def test_a_much_smaller_vocabulary_than_the_embeddings(folder, caplog):
     change(folder, lambda t: t | {WORDS: torch.randn(400, 128)})
     set_json(folder, vocab_size=400)
