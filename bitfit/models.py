@@ -146,6 +146,8 @@ def read_config(model_name, revision=None, **changes):
     )
     raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
     loading.check_config(config, raw, model_name)
+    # Settings of whoever saved the model; they change how logits are returned and memory is saved.
+    config.return_dict, config.gradient_checkpointing = True, False
     return config, raw
 
 

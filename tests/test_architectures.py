@@ -248,6 +248,21 @@ def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("setting", ["return_dict", "gradient_checkpointing", "torchscript"])
+def test_settings_that_change_no_logit(tmp_path, few_rows, setting):
+    """As in folders that were saved for TorchScript, or by a training that saved memory."""
+    model = folder_of(tmp_path / "model", "bert", **NO_DROPOUT)
+    evaluators = [prepared(model, few_rows, 0)]
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text()) | {setting: setting != "return_dict"}
+    path.write_text(json.dumps(config))
+    evaluators.append(prepared(model, few_rows, 0))
+    for evaluator in evaluators:
+        evaluator.train_and_evaluate(1)
+    first, second = (evaluator.predict("validation") for evaluator in evaluators)
+    np.testing.assert_array_equal(first, second)
+
+
 def test_a_model_that_reads_no_text_gets_a_warning(tmp_path, few_rows, caplog):
     """The first token of a decoder sees no other."""
     for is_decoder in (False, True):
