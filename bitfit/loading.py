@@ -63,6 +63,10 @@ def cannot_load(model_name, error, revision=None):
         what = "it has no tokenizer.json, and the packages that make one of spm.model are missing"
         advice = "pip install sentencepiece protobuf"
         return UserError(f"cannot load the model {name}: {what}: {advice}")
+    folder = Path(model_name)
+    if "merges" in message and (folder / "vocab.json").exists() > (folder / "merges.txt").exists():
+        what = "merges.txt, without which vocab.json cannot be used, is missing: fetch it"
+        return UserError(f"cannot load the model {name}: {what}")
     if "does not appear to have a file named" in message and not Path(model_name).is_dir():
         where = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
         return UserError(f"cannot load the model {name}: {one_line(error)}: {unconverted(where)}")

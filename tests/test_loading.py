@@ -172,6 +172,14 @@ WRONG = {
     "folder-tokenizer": (folder_named("tokenizer.json"), "tokenizer.json cannot be read"),
     "no-object": (write("config.json", "null"), "config.json is not JSON .it holds no object"),
     "typed": (configured(num_hidden_layers="3"), "'num_hidden_layers' expected int, got str"),
+    "no-merges": (
+        lambda f: (
+            set_json(f, "tokenizer_config.json", tokenizer_class="RobertaTokenizer"),
+            (f / "tokenizer.json").unlink(),
+            write("vocab.json", json.dumps({"<pad>": 0, "<unk>": 1, "a": 2}))(f),
+        ),
+        "merges.txt, without which vocab.json cannot be used, is missing: fetch it",
+    ),
     "no-unknown-token": (
         lambda f: ((f / "tokenizer.json").unlink(), write("vocab.txt", "")(f)),
         "Missing .UNK. token from the vocabulary",
