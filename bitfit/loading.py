@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 
 from bitfit import hub
 from bitfit.trainable import head_names, in_encoder
@@ -35,6 +37,7 @@ WRAPPERS = (
 BUFFERS = r"\.(position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached)$"
 # A tokenizer may leave rows of the embeddings unused: Phi-2's leaves 1.8 %, mDeBERTa-v3's 0.4 %.
 USUAL_VOCABULARY = 0.9
+SAMPLE = "The film isn't GOOD, in 2023: caf\u00e9, $9.95 (http://a.b/c-d_e)"
 CONVERT = (
     "import glob, torch; from safetensors.torch import save_file; "
     "w = {k: v for f in glob.glob('pytorch_model*.bin') "
@@ -60,6 +63,10 @@ def cannot_load(model_name, error, revision=None):
         what = "it has no tokenizer.json, and the packages that make one of spm.model are missing"
         advice = "pip install sentencepiece protobuf"
         return UserError(f"cannot load the model {name}: {what}: {advice}")
+    folder = Path(model_name)
+    if "merges" in message and (folder / "vocab.json").exists() > (folder / "merges.txt").exists():
+        what = "merges.txt, without which vocab.json cannot be used, is missing: fetch it"
+        return UserError(f"cannot load the model {name}: {what}")
     if "does not appear to have a file named" in message and not Path(model_name).is_dir():
         where = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
         return UserError(f"cannot load the model {name}: {one_line(error)}: {unconverted(where)}")
@@ -242,7 +249,11 @@ def warn_of_case(tokenizer, tokens, model_name):
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     text = normalizer.normalize_str("A") if normalizer else "A"
     special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
-    capitals = sum(token != token.lower() for token in tokens if token not in special)
+    words = [token for token in tokens if token not in special]
+    if any("\u0120" in word for word in words):
+        # Vocabularies of bytes write a space as this capital, and have all 256 bytes.
+        words = [word for word in (w.replace("\u0120", "") for w in words) if len(word) > 1]
+    capitals = sum(word != word.lower() for word in words)
     if "a" in text and capitals > 0.02 * len(tokens):
         what = f"lower-cases all texts, but {capitals} tokens of its vocabulary have capitals"
         advice = 'give it "do_lower_case": false in tokenizer_config.json'
@@ -252,6 +263,30 @@ def warn_of_case(tokenizer, tokens, model_name):
     else:
         return
     LOGGER.warning("the tokenizer of %s %s: %s", model_name, what, advice)
+
+
+def warn_of_file(tokenizer, model_name, revision=None):
+    """Log that transformers reads texts otherwise than tokenizer.json describes.
+
+    Most of its classes take the vocabulary alone from the file. Where both normalize as BERT does,
+    tokenizer_config.json decides on lower-casing and accents.
+    """
+    path = hub.find_file(model_name, "tokenizer.json", revision)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if path is None or backend is None:
+        return
+    file = Tokenizer.from_file(str(path))
+    file.no_truncation()
+    file.no_padding()
+    if isinstance(file.normalizer, BertNormalizer):
+        file.normalizer = backend.normalizer or file.normalizer
+    if file.encode(SAMPLE, add_special_tokens=False).ids != tokenizer.encode(
+        SAMPLE, add_special_tokens=False
+    ):
+        what = "takes the vocabulary alone from tokenizer.json of %s and reads texts otherwise than"
+        advice = 'the file says; with "tokenizer_class": "PreTrainedTokenizerFast" in '
+        advice += "tokenizer_config.json most models follow the file"
+        LOGGER.warning(f"transformers' %s {what} {advice}", type(tokenizer).__name__, model_name)
 
 
 def unknown(tokenizer, text):

@@ -47,12 +47,29 @@ def load_tokenizer(model_name, revision=None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_name, revision=revision, trust_remote_code=False
         )
+        if lacks_token_types(tokenizer, config):
+            names = ["input_ids", "token_type_ids", "attention_mask"]
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+        tokenizer("a \u2603")  # some vocabularies can be loaded, but lack their unknown token
+        loading.warn_of_file(tokenizer, model_name, revision)
     loading.check_tokenizer(tokenizer, config, model_name)
     loading.warn_of_shadow(model_name)
     if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
         what = "its own code (auto_map) was not run, transformers' %s is used"
         LOGGER.warning(f"%s: custom code is not supported: {what}", model_name, config.model_type)
     return tokenizer
+
+
+def lacks_token_types(tokenizer, config):
+    """Whether a tokenizer leaves out the token types of pairs that the model has embeddings for.
+
+    The class for any tokenizer.json gave them until transformers 5.
+    """
+    import transformers
+
+    generic = type(tokenizer) is transformers.PreTrainedTokenizerFast
+    types = getattr(config.get_text_config(), "type_vocab_size", None) or 0
+    return generic and "model_input_names" not in tokenizer.init_kwargs and types > 1
 
 
 def load(model_name, task, random_encoder=False, revision=None, report=False):
@@ -129,6 +146,8 @@ def read_config(model_name, revision=None, **changes):
     )
     raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
     loading.check_config(config, raw, model_name)
+    # Settings of whoever saved the model; they change how logits are returned and memory is saved.
+    config.return_dict, config.gradient_checkpointing = True, False
     return config, raw
 
 
@@ -295,6 +314,7 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
             Forward(model).rows(tokens, rows[1:2])
             model.eval()
             alone = {row: Forward(model).rows(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
+        warn_of_constant(model_name, alone, tokens.lengths[rows])
         forward = first_independent(model, model_name, tokens, rows, alone, dtype)
     if dtype != torch.float32:
         with blaming(cannot("compute in bf16", "--precision fp32")), computing_in(model, dtype):
@@ -304,11 +324,39 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
 
 
 def check_ids(model, model_name, tokens):
-    """Refuse texts with a token beyond the model's embeddings."""
+    """Refuse texts with tokens that the model has no embeddings for, or cannot read together."""
     known, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
     if isinstance(known, int) and last >= known:
         what = f"a text has token {last}, but the model {model_name} has embeddings for {known}"
         raise UserError(f"{what} tokens, from 0: give a model that fits its tokenizer")
+    kinds = token_types(model)
+    if tokens.types is not None and kinds and tokens.types.max() >= kinds:
+        what = f"a row has token type {tokens.types.max()}, but the model {model_name} has "
+        raise UserError(f"{what}embeddings for {kinds} (type_vocab_size in config.json), from 0: "
+                        "give a model for pairs, or the tokenizer of this model")  # fmt: skip
+    if model.config.is_encoder_decoder:  # its head reads the last end of a text
+        check_ends(model.config.eos_token_id, model_name, tokens)
+
+
+def token_types(model):
+    """The number of token types that a model has embeddings for, or None."""
+    for name, module in model.named_modules():
+        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
+            return module.num_embeddings
+    return None
+
+
+def check_ends(eos, model_name, tokens):
+    """Refuse a text that has the token for its end in it: such models want as many in all rows."""
+    if not isinstance(eos, int):
+        return
+    places = (tokens.ids == eos).nonzero().flatten().cpu().numpy()
+    row = np.searchsorted(tokens.starts, places, "right") - 1
+    counts = np.bincount(row, minlength=len(tokens.starts))
+    if counts.min() < counts.max():
+        what = f"a text has the token for its end, {eos}, in it ({counts.max()} in a row, "
+        what += f"{counts.min()} in another), and the model {model_name} needs as many in each"
+        raise UserError(f"{what}: change the text, or give another --model-name")
 
 
 def set_pad_token(model, pad_id):
@@ -339,6 +387,15 @@ def trial_rows(model, tokens):
     order = np.argsort(lengths, kind="stable")
     rows = np.concatenate([order[[-1, 0, len(order) // 2]], unlike])
     return tokens._replace(starts=starts, lengths=lengths), rows
+
+
+def warn_of_constant(model_name, alone, lengths):
+    """Log that all rows, which differ in length, have the same logits but for rounding."""
+    logits = torch.stack([*alone.values()])
+    rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if lengths.min() < lengths.max() and (logits - logits[0]).abs().max() <= rounding:
+        what = "has the same logits for all texts: do its weights fit its config.json (is_decoder)?"
+        LOGGER.warning("the model %s %s", model_name, what)
 
 
 def first_independent(model, model_name, tokens, rows, alone, dtype):

@@ -1,6 +1,7 @@
 """Models beside BERT and RoBERTa, with random weights: trained, or refused in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bitfit import together
 from bitfit.packing import Packer
 from bitfit.reports import read_metrics
 from glue_evaluator import GLUEvaluator
+from utils import UserError
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -208,6 +210,66 @@ def test_an_exception_while_packing_is_named(tmp_path, monkeypatch, caplog):
         assert run(tmp_path, str(TINY_BERT)) == 0
     assert "rows: padded (packed rows raise TypeError: no such kernel)" in caplog.text
     assert json.loads((tmp_path / "out" / "args.json").read_text())["rows"] == "padded"
+
+
+def test_pairs_for_a_model_of_one_token_type_are_refused(tmp_path, capsys):
+    assert run(tmp_path, folder_of(tmp_path / "model", "bert", type_vocab_size=1)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "a row has token type 1, but the model" in last
+    assert "has embeddings for 1 (type_vocab_size in config.json), from 0" in last
+    assert not (tmp_path / "out").exists()
+
+
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "bos_token_id": 2,
+    "eos_token_id": 3, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),
+}  # fmt: skip
+
+
+def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys):
+    """BART reads the last of them and wants as many in each row of a batch."""
+    model = folder_of(tmp_path / "model", "bart", **BART)
+    assert run(tmp_path, model, "--data-dir", str(few_rows), "--save-evaluator") == 0
+    many = together.load(together.read([tmp_path / "out" / "evaluator"]), torch.device("cpu"))
+    with many.stack.bound(torch.float32):
+        assert len(together.logits_of(many, [("a film", "a cat")] * 2)[0]) == 2
+        with pytest.raises(UserError, match="has the token for its end, 3, in it"):
+            together.logits_of(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
+    data = shutil.copytree(few_rows, tmp_path / "data")
+    lines = (data / "RTE" / "dev.tsv").read_text().splitlines()
+    lines[2] = lines[2].replace(" ", " [SEP] ", 1)
+    (data / "RTE" / "dev.tsv").write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert run(tmp_path, model, "--data-dir", str(data), "-o", str(tmp_path / "other")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "a text has the token for its end, 3, in it (3 in a row, 2 in another)" in last
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("setting", ["return_dict", "gradient_checkpointing", "torchscript"])
+def test_settings_that_change_no_logit(tmp_path, few_rows, setting):
+    """As in folders that were saved for TorchScript, or by a training that saved memory."""
+    model = folder_of(tmp_path / "model", "bert", **NO_DROPOUT)
+    evaluators = [prepared(model, few_rows, 0)]
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text()) | {setting: setting != "return_dict"}
+    path.write_text(json.dumps(config))
+    evaluators.append(prepared(model, few_rows, 0))
+    for evaluator in evaluators:
+        evaluator.train_and_evaluate(1)
+    first, second = (evaluator.predict("validation") for evaluator in evaluators)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_model_that_reads_no_text_gets_a_warning(tmp_path, few_rows, caplog):
+    """The first token of a decoder sees no other."""
+    for is_decoder in (False, True):
+        caplog.clear()
+        model = folder_of(tmp_path / "model", "bert", is_decoder=is_decoder)
+        prepared(model, few_rows, 0)
+        assert ("has the same logits for all texts" in caplog.text) == is_decoder
 
 
 def test_a_model_that_mixes_the_rows_of_a_batch_is_refused(tmp_path, monkeypatch, capsys):

@@ -12,9 +12,10 @@ import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT, load_model
 from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
 
 import run_glue
-from bitfit import models
+from bitfit import loading, models
 from bitfit.data import Split, tokenize
 from bitfit.sources import Texts
 from bitfit.study import cost
@@ -171,6 +172,18 @@ WRONG = {
     "folder-tokenizer": (folder_named("tokenizer.json"), "tokenizer.json cannot be read"),
     "no-object": (write("config.json", "null"), "config.json is not JSON .it holds no object"),
     "typed": (configured(num_hidden_layers="3"), "'num_hidden_layers' expected int, got str"),
+    "no-merges": (
+        lambda f: (
+            set_json(f, "tokenizer_config.json", tokenizer_class="RobertaTokenizer"),
+            (f / "tokenizer.json").unlink(),
+            write("vocab.json", json.dumps({"<pad>": 0, "<unk>": 1, "a": 2}))(f),
+        ),
+        "merges.txt, without which vocab.json cannot be used, is missing: fetch it",
+    ),
+    "no-unknown-token": (
+        lambda f: ((f / "tokenizer.json").unlink(), write("vocab.txt", "")(f)),
+        "Missing .UNK. token from the vocabulary",
+    ),
     "small-embeddings": (configured(vocab_size=300), "has embeddings for 300 tokens"),
 }
 
@@ -498,6 +511,56 @@ def test_a_vocabulary_and_its_lower_casing(folder, caplog, letters, lower, messa
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == (message is not None)
     assert message is None or message in said[0]
+
+
+def test_a_vocabulary_of_bytes_has_no_capitals_for_its_spaces(tmp_path, caplog):
+    bpe = ByteLevelBPETokenizer(lowercase=True)
+    words = [a + b for a in "abcdefghij" for b in "klmnopqrst"]
+    bpe.train_from_iterator([" ".join(words)] * 9, 600, special_tokens=["<pad>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>"
+    )
+    tokens = tokenizer.get_vocab()
+    assert sum("\u0120" in token for token in tokens) > 50
+    loading.warn_of_case(tokenizer, tokens, tmp_path)
+    assert not caplog.records
+
+
+def set_tokenizer(folder, **parts):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
+def test_a_tokenizer_file_that_transformers_reads_otherwise(folder, caplog):
+    """Its class takes the vocabulary alone: here numbers are no longer read digit by digit."""
+    models.load_tokenizer(folder)
+    assert not caplog.records
+    steps = [{"type": "BertPreTokenizer"}, {"type": "Digits", "individual_digits": True}]
+    set_tokenizer(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    assert models.load_tokenizer(folder).tokenize("20") == ["2", "##0"]
+    (record,) = caplog.records
+    assert "BertTokenizer takes the vocabulary alone from tokenizer.json" in record.getMessage()
+    caplog.clear()
+    set_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert models.load_tokenizer(folder).tokenize("20") == ["2", "0"]
+    assert not caplog.records
+
+
+def test_the_generic_class_keeps_the_token_types_of_pairs(folder, tmp_path):
+    """As before transformers 5, unless a model has no embeddings for them or a file says so."""
+    expected = models.load_tokenizer(folder)("a film", "a cat")
+    assert 1 in expected["token_type_ids"]
+    set_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    tokenizer = models.load_tokenizer(folder)
+    assert dict(tokenizer("a film", "a cat")) == dict(expected)
+    tokenizer.save_pretrained(tmp_path / "exported")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert dict(exported("a film", "a cat")) == dict(expected)
+    set_json(folder, type_vocab_size=1)
+    assert "token_type_ids" not in models.load_tokenizer(folder)("a film", "a cat")
+    set_json(folder, type_vocab_size=2)
+    set_json(folder, "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    assert "token_type_ids" not in models.load_tokenizer(folder)("a film", "a cat")
 
 
 def test_a_much_smaller_vocabulary_than_the_embeddings(folder, caplog):
