@@ -125,3 +125,16 @@ def test_what_is_not_finished_is_stopped_before_its_table(tmp_path, monkeypatch,
     at_call(monkeypatch, run_glue.outputs, "write_args", 2, send(signal.SIGTERM))
     assert run_glue.main(PROGRAMS["run_glue.py"]) == 143
     assert "stopped: SIGTERM; to go on: " in capsys.readouterr().err
+
+
+def test_pictures_are_drawn_whatever_a_notebook_chose(tmp_path):
+    """A notebook's shell passes the name of its kernel's backend on."""
+    (tmp_path / "plots.py").write_text(
+        "from bitfit import early; early.catch_signals('plots.py')\n"
+        "from bitfit.reports import new_figure\n"
+        "new_figure(2, 2, 'caption').savefig('figure.png')\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "absent"}
+    subprocess.run([sys.executable, "plots.py"], cwd=tmp_path, env=os.environ | environment,
+                   check=True)  # fmt: skip
+    assert (tmp_path / "figure.png").exists()
