@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from bitfit import hub
+from bitfit.tables import POINTER
 from bitfit.trainable import head_names, in_encoder
 from utils import UserError, one_line
 
@@ -24,7 +25,6 @@ JSON_FILES = (
     "config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "model.safetensors.index.json",
 )  # fmt: skip
-POINTER = b"version https://git-lfs.github.com/spec/"  # what git-lfs leaves for an absent file
 WRAPPERS = (
     "module.",
     "_orig_mod.",
