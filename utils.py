@@ -280,14 +280,27 @@ def use_local_copies_when_offline(needs_hub=True):
     """
     if not needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if os.environ.get("HF_HUB_OFFLINE") or has_proxy(url):
+    if os.environ.get("HF_HUB_OFFLINE"):
         return
-    port = url.port or (80 if url.scheme == "http" else 443)
+    url, port = endpoint(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if has_proxy(url):
+        return
     try:
         socket.create_connection((url.hostname, port), timeout=5).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def endpoint(address):
+    """(the parts of the Hub's address, its port); UserError where it is no URL."""
+    try:
+        url = urlsplit(address)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError
+        return url, url.port or (80 if url.scheme == "http" else 443)
+    except ValueError:
+        what = f"HF_ENDPOINT {address} is not the address of a Hub"
+        raise UserError(f"{what}: give it as https://huggingface.co, or unset it") from None
 
 
 def has_proxy(url):

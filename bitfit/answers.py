@@ -8,6 +8,11 @@ from bitfit.tasks import predictions
 from bitfit.together import logits_of
 from utils import UserError
 
+NO_TEXT = {  # an input in which these stand has other lines or other letters than are read
+    "\0": "not text, there is a zero byte; convert the input to UTF-8",
+    "\r": "a carriage return within a line; end every line with a newline",
+}
+
 
 def batches(many, lines, size, name):
     """Yields up to `size` rows of texts at a time, as they come.
@@ -40,6 +45,9 @@ def texts_of(many, line):
         texts = tuple(line.decode().rstrip("\r\n").split("\t"))
     except UnicodeDecodeError:
         raise UserError("not UTF-8 text; convert the input to UTF-8") from None
+    for character, what in NO_TEXT.items():
+        if any(character in text for text in texts):
+            raise UserError(what)
     pairs = [n for n, task in zip(many.names, many.tasks, strict=True) if len(task.texts) > 1]
     if len(texts) > 2 or (len(texts) == 2 and not pairs):
         need = "one or two" if pairs else "one, for no evaluator here reads pairs"

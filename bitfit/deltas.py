@@ -12,6 +12,7 @@ import torch
 
 from bitfit import escape, reports
 from bitfit.trainable import in_encoder, layer_and_name, term_names
+from utils import UserError
 
 
 class Comparison(NamedTuple):
@@ -185,9 +186,16 @@ def average_text(table, evaluator):
 
 
 def scale(evaluator, factor):
-    """Let the encoder's delta be `factor` times what it was; the classifier stays as it is."""
+    """Let the encoder's delta be `factor` times what it was; the classifier stays as it is.
+
+    Raises:
+        UserError: a number would be too large for the model.
+    """
     values, start = evaluator.stack.values.clone(), evaluator.stack.start
+    limit = torch.finfo(values.dtype).max
     for name in encoder_names(evaluator):
         a, b = evaluator.stack.slices[name]
-        values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], factor)
+        values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], min(factor, limit))
+    if factor > limit or not values.isfinite().all():
+        raise UserError(f"--scale {factor:g}: what results are no finite numbers: give a lower one")
     evaluator.stack.take(values)

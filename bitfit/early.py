@@ -15,7 +15,11 @@ ended = []  # the exit status, once the program's work is done
 
 
 def catch_signals(program):
-    """Let signals end the process: with one line, or with the exit status of its finished work."""
+    """Let signals end the process: with one line, or with the exit status of its finished work.
+
+    Pictures are drawn into files: what a notebook or a display chose for them may be absent here.
+    """
+    os.environ["MPLBACKEND"] = "agg"
 
     def end_at_once(number, frame):
         if ended:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
 
 from bitfit import hub
+from bitfit.tables import POINTER
 from bitfit.trainable import head_names, in_encoder
 from utils import UserError, one_line
 
@@ -26,7 +27,6 @@ JSON_FILES = (
     "config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "model.safetensors.index.json",
 )  # fmt: skip
-POINTER = b"version https://git-lfs.github.com/spec/"  # what git-lfs leaves for an absent file
 WRAPPERS = (
     "module.",
     "_orig_mod.",

@@ -10,7 +10,7 @@ import logging
 import numbers
 import os
 import re
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ OTHER_NAMES = {  # MRPC is also shipped under its first names
     "MRPC/train.tsv": FIRST_TRAIN_FILE,
     "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
 }
+NUMBERS = ("index", "idx", "id")  # of the rows of test splits, in GLUE's files and nyu-mll/glue
 IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
 
 
@@ -72,6 +73,9 @@ def read_split(task, split, data_dir=None):
         parts, numbered = read_local(task, split, Path(data_dir))
     if not parts:
         return None
+    if not (task.record or is_labelled(split)):
+        begins = accumulate((len(part.numbers) for part in parts), initial=0)
+        parts = [without_numbers(part, begin) for part, begin in zip(parts, begins, strict=False)]
     texts = joined([texts_of(task, split, part, numbered) for part in parts])
     if not len(texts):
         what = f"the {split} split of {task.name} is empty"
@@ -87,6 +91,28 @@ def columns_of(task, split, numbered=False):
     """
     texts, label = (task.texts, "label") if numbered else (task.tsv_columns, task.tsv_label)
     return [*texts, label] if is_labelled(split) else [*texts]
+
+
+def numbers_of(split):
+    """The names of columns that may number the rows of a split of GLUE's, where it is predicted."""
+    return () if is_labelled(split) else NUMBERS
+
+
+def without_numbers(table, begin):
+    """A table without its column of row numbers; UserError where they are not those of the rows.
+
+    Args:
+        begin: how many rows come before these: of a split in several files.
+    """
+    for name in table.columns.keys() & NUMBERS:
+        for row, value in enumerate(table.columns[name], begin):
+            if str(value) != str(row):
+                what = f"{tables.shown(name)} is {tables.shown(value)} in row {row}"
+                what += ", but predictions are numbered as the rows are, from 0"
+                advice = "give all rows, in their order, or take that column out"
+                raise UserError(f"{table.place(row - begin)}: {what}: {advice}")
+    columns = {name: values for name, values in table.columns.items() if name not in NUMBERS}
+    return table._replace(columns=columns)
 
 
 def read_hub(task, split):
@@ -111,7 +137,7 @@ def read_local(task, split, data_dir):
     shards = find_shards(data_dir / config, stem)
     if shards:
         wanted = columns_of(task, split, numbered=True)
-        return [tables.read_parquet(path, wanted) for path in shards], True
+        return [tables.read_parquet(path, wanted, numbers_of(split)) for path in shards], True
     names = AX_FILES if split == "ax" else tsv_names(task, split)
     found = [name for name in names if (data_dir / name).is_file()]
     if found:
@@ -157,7 +183,8 @@ def read_glue_tsv(task, split, data_dir, name):
     if name == FIRST_TRAIN_FILE:
         return without_dev_rows(path, wanted)
     names = task.tsv_names if is_labelled(split) else None
-    return tables.read_tsv(path, wanted, names, task.skips_short_rows and split == "train")
+    skips = task.skips_short_rows and split == "train"
+    return tables.read_tsv(path, wanted, names, skips, numbers_of(split))
 
 
 def without_dev_rows(path, wanted):

@@ -13,12 +13,14 @@ import logging
 import re
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from utils import UserError, blaming, one_line
 
 LOGGER = logging.getLogger("bitfit")
 SHOWN, MANY = 80, 20  # the most characters of a value, and the most names, that a message quotes
+POINTER = b"version https://git-lfs.github.com/spec/"  # what git-lfs leaves for an absent file
 SHARD = re.compile(r"(\d+)-of-(\d+)(-[0-9a-f]+)?\.[a-z]+")  # some names end with a hash
 # Letters that look like others: Cyrillic, then Greek, then dashes, digits and quotes.
 LIKE_LETTERS = str.maketrans(
@@ -103,8 +105,16 @@ def check_names(where, names, wanted):
             raise UserError(f"{where}: no column {shown(name)} among {among}")
 
 
+def check_pointer(path):
+    """UserError where git-lfs left a pointer in the place of a file."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
+
+
 def read_lines(path):
     """The lines of a UTF-8 file; they end with LF, CR LF or, where there is no LF at all, CR."""
+    check_pointer(path)
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except PermissionError as error:
@@ -123,22 +133,35 @@ def read_lines(path):
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_tsv(path, wanted, names=None, skips_broken_rows=False):
+def read_tsv(path, wanted, names=None, skips_broken_rows=False, optional=()):
     """Tab-separated UTF-8, never quoted, so that a `"` is text.
 
     Args:
         wanted: the names of the columns to give.
         names: of all columns, where the file has no line of them.
         skips_broken_rows: leave rows with too few or too many fields out, and print how many.
+        optional: the names of columns to give too, where they are there.
     """
     lines = read_lines(path)
+    warn_of_returns(path, lines)
     first = 1 if names else 2  # the number of the first line that holds a row
     names = names or (lines.pop(0).split("\t") if lines else [])
     rows = [line.split("\t") for line in lines]
     numbers = range(first, first + len(rows))
     if skips_broken_rows:
         rows, numbers = whole_rows(path, rows, numbers, len(names))
+    wanted = [*wanted, *(name for name in optional if name in names)]
     return table_of(path, names, rows, numbers, wanted)
+
+
+def warn_of_returns(path, lines):
+    """Print how many rows hold a carriage return: with other line ends too, it ends none."""
+    found = [number for number, line in enumerate(lines, 1) if "\r" in line]
+    if found:
+        what = f"{len(found)} rows have one, and it is text"
+        advice = "if it should end a line, convert the file"
+        LOGGER.warning("%s:%d: a carriage return within a row; %s: %s",
+                       path, found[0], what, advice)  # fmt: skip
 
 
 def whole_rows(path, rows, numbers, width):
@@ -175,8 +198,11 @@ def table_of(path, names, rows, numbers, wanted):
         if len(row) != len(names):
             what = f"{len(row)} columns where {len(names)} are expected"
             raise UserError(f"{path}:{number}: {what}")
-        if row == names and len(names) > 1:  # files put together; with no labels it reads as texts
-            raise UserError(f"{path}:{number}: the line of column names once more: take it out")
+        if row == names:  # files put together; with no labels it reads as texts
+            what = "the line of column names once more"
+            if len(names) > 1:
+                raise UserError(f"{path}:{number}: {what}: take it out")
+            LOGGER.warning("%s:%d: %s; it is used as a text", path, number, what)
     if names:
         check_names(f"{path}:1", names, wanted)
     places = {name: names.index(name) for name in wanted} if names else dict.fromkeys(wanted)
@@ -212,16 +238,18 @@ def each_once(pairs):
     return value
 
 
-def read_parquet(path, wanted):
+def read_parquet(path, wanted, optional=()):
     def unreadable(error):
         return UserError(f"{path}: not a readable Parquet file: {one_line(error)}")
 
+    check_pointer(path)
     with blaming(unreadable):  # pyarrow raises several kinds of its own
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
     check_names(path, names, wanted)
+    wanted = [*wanted, *(name for name in optional if name in names)]
     with blaming(unreadable), ParquetFile(path) as file:
         return arrow_table(path, file.read(columns=wanted), wanted)
 

@@ -13,6 +13,7 @@ from bitfit import early
 if __name__ == "__main__":
     early.catch_signals("compare.py")
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -40,9 +41,20 @@ def read(folder):
 
     with blaming(unreadable):
         facts, scores = read_metrics(folder)
-        facts["finished"] = not (Path(folder) / "checkpoints").exists()
+        facts["finished"] = is_finished(Path(folder))
         describe(facts, scores)
     return facts, scores
+
+
+def is_finished(folder):
+    """Whether a run has all its files; a sweep marks each of its runs, and itself at the end.
+
+    One of GLUEvaluator's own in Python has no args.json, and leaves none but its checkpoints.
+    """
+    for place in (folder, folder.absolute().parent):
+        if (place / "args.json").exists():
+            return json.loads((place / "args.json").read_text(encoding="utf-8"))["finished"]
+    return not (folder / "checkpoints").exists()
 
 
 def describe(facts, scores):

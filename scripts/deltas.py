@@ -18,6 +18,7 @@ from bitfit import early
 if __name__ == "__main__":
     early.catch_signals("deltas.py")
 
+import math
 from pathlib import Path
 
 import utils
@@ -93,6 +94,8 @@ def parse_args(argv=None):
         own.error(f"--weights: {len(weights)} for {len(args.folders)} folders: give one for each")
     if weights and not sum(weights):
         own.error("--weights: all are 0: give one above it")
+    if weights and sum(weights) == math.inf:
+        own.error("--weights: their sum is too large: give smaller ones")
     return args
 
 

@@ -282,6 +282,20 @@ def test_lines_of_any_system(saved, capsys, monkeypatch):
     assert main(capsys, saved["cola"]) == (0, [], "")
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a film\rthe film\r", "in:1: a carriage return within a line"),
+        (b"a\nb\rc\n", "in:2: a carriage return within a line"),
+        ("a film\nthe film\n".encode("utf-16-le"), "in:1: not text, there is a zero byte"),
+    ],
+)
+def test_lines_that_are_not_what_they_seem(saved, data, message):
+    """Read as UTF-8 lines they would be answered as others, or as fewer."""
+    with pytest.raises(UserError, match=message):
+        list(answers.batches(load(saved["cola"]), io.BytesIO(data), 1, "in"))
+
+
 def test_a_byte_order_mark_within_the_lines_is_text(saved):
     lines = [b"\xef\xbb\xbfa\n", b"\xef\xbb\xbfb\n"]
     ((first, second),) = answers.batches(load(saved["cola"]), lines, 9, "in")

@@ -125,3 +125,36 @@ def test_what_is_not_finished_is_stopped_before_its_table(tmp_path, monkeypatch,
     at_call(monkeypatch, run_glue.outputs, "write_args", 2, send(signal.SIGTERM))
     assert run_glue.main(PROGRAMS["run_glue.py"]) == 143
     assert "stopped: SIGTERM; to go on: " in capsys.readouterr().err
+
+
+def notes(folder):
+    """What scripts/compare.py says of a run."""
+    command = [sys.executable, str(ROOT / "scripts/compare.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("more", [[], ["-s", "0", "1"]], ids=["one run", "sweep"])
+def test_compare_tells_what_is_not_finished(tmp_path, monkeypatch, capsys, more):
+    """No checkpoint lies beside the scores: of a run there is none yet, a sweep has its own."""
+    monkeypatch.chdir(tmp_path)
+    at_call(monkeypatch, run_glue, "write_curves", 1, send(signal.SIGTERM))
+    command = [*PROGRAMS["run_glue.py"], *more, "--checkpoint-every", "0"]
+    assert run_glue.main(command) == 143
+    folder = next(tmp_path.rglob("metrics.json")).parent
+    assert not (folder / "checkpoints").exists()
+    assert "(not finished)" in notes(folder)
+    assert run_glue.main([*command, "--resume"]) == 0
+    assert "(not finished)" not in notes(folder)
+
+
+def test_pictures_are_drawn_whatever_a_notebook_chose(tmp_path):
+    """A notebook's shell passes the name of its kernel's backend on."""
+    (tmp_path / "plots.py").write_text(
+        "from bitfit import early; early.catch_signals('plots.py')\n"
+        "from bitfit.reports import new_figure\n"
+        "new_figure(2, 2, 'caption').savefig('figure.png')\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "absent"}
+    subprocess.run([sys.executable, "plots.py"], cwd=tmp_path, env=os.environ | environment,
+                   check=True)  # fmt: skip
+    assert (tmp_path / "figure.png").exists()

@@ -71,6 +71,54 @@ def test_tabs_inside_parquet_text(tmp_path):
     assert read_split(TASKS["cola"], "train", tmp_path).columns == (["a\tb\nc"],)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1\ta\n0\tb\n", "test.tsv:2: 'index' is '1' in row 0, but predictions are numbered as"),
+        ("0\ta\n1\tb\n3\tc\n", "test.tsv:4: 'index' is '3' in row 2"),
+        ("1\ta\n2\tb\n", "test.tsv:2: 'index' is '1' in row 0"),
+    ],
+)
+def test_rows_that_are_numbered_otherwise_are_not_predicted(tmp_path, rows, message):
+    write(tmp_path, "CoLA/test.tsv", "index\tsentence\n" + rows)
+    with pytest.raises(UserError, match=message):
+        read_split(TASKS["cola"], "test", tmp_path)
+
+
+def test_the_numbers_of_rows_go_on_from_file_to_file(tmp_path):
+    (tmp_path / "cola").mkdir()
+
+    def read(numbers):
+        for part, idx in enumerate(numbers):
+            name = f"test-{part:05}-of-{len(numbers):05}.parquet"
+            frame = pd.DataFrame({"sentence": ["a"] * len(idx), "label": -1, "idx": idx})
+            frame.to_parquet(tmp_path / "cola" / name)
+        return read_split(TASKS["cola"], "test", tmp_path)
+
+    assert read([[0, 1], [2]]).columns == (["a"] * 3,)
+    with pytest.raises(UserError, match="row index 0: 'idx' is 0 in row 2, but"):
+        read([[0, 1], [0]])
+
+
+def test_a_carriage_return_among_other_line_ends_is_told(tmp_path, caplog):
+    write(tmp_path, "CoLA/test.tsv", "sentence\na\rb\nc\nd\re\n")
+    assert len(read_split(TASKS["cola"], "test", tmp_path)) == 3
+    assert "test.tsv:2: a carriage return within a row; 2 rows have one" in caplog.text
+
+
+def test_a_second_line_of_names_in_a_file_of_one_column_is_told(tmp_path, caplog):
+    write(tmp_path, "CoLA/test.tsv", "sentence\na\nsentence\nb\n")
+    assert len(read_split(TASKS["cola"], "test", tmp_path)) == 3
+    assert "test.tsv:3: the line of column names once more; it is used as a text" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["CoLA/train.tsv", "cola/train-00000-of-00001.parquet"])
+def test_a_pointer_of_git_lfs_in_place_of_data(tmp_path, name):
+    write(tmp_path, name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="a git-lfs pointer, not the file: run `git lfs pull`"):
+        read_split(TASKS["cola"], "train", tmp_path)
+
+
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 
 

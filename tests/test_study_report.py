@@ -278,6 +278,16 @@ def test_a_damaged_file_is_named(study):
         report.write(study)
 
 
+@pytest.mark.parametrize("name", ["validation_logits.safetensors", "metrics.json"])
+def test_a_file_of_a_finished_run_that_is_gone_is_named(study, name):
+    """Without it the run would count as one that diverged."""
+    folder = next(c for c in study.cells if c.name.endswith("/bitfit/cola")).folders(study.output)
+    path = [*folder.values()][-1] / name
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is gone, though its run is finished: put it"):
+        report.write(study)
+
+
 def test_a_partial_study_reports_what_there_is(study):
     by_name = {cell.name.split("/", 1)[1]: cell for cell in study.cells}
     shutil.rmtree(ledger.folder_of(study, by_name["full_ft/mnli"]))

@@ -197,3 +197,14 @@ def test_a_reader_that_left_is_no_error_and_a_full_disk_is_one(monkeypatch):
             utils.print_result("text")
         utils.print_result("what follows")  # nor at the interpreter's end
         monkeypatch.setattr(broken.buffer.raw, "write", len)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://host:port", "hf-mirror.com", "http://[::1", "https://"]
+)
+def test_an_address_of_the_hub_that_is_none(monkeypatch, address):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(utils.UserError, match=r"HF_ENDPOINT .* is not the address of a Hub: give"):
+        utils.use_local_copies_when_offline()
+    utils.use_local_copies_when_offline(needs_hub=False)

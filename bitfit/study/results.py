@@ -49,6 +49,8 @@ def read(study, cell):
     """
     state, kept, scores = ledger.state_of(study, cell), {}, []
     folders = {} if state == "foreign" else cell.folders(study.output)
+    if state == "done":
+        check_whole(folders.values())
     for run, folder in folders.items():
         if (folder / LOGITS).exists() and (folder / "metrics.json").exists():
             with blaming(
@@ -67,6 +69,25 @@ def read(study, cell):
         labels[split] = next(iter(kept.values()))[f"{split}.labels"]
         logits[split] = grid_of([kept.get(run, {}).get(split) for run in folders], len(cell.rates))
     return Results(cell, state, logits, labels, pd.concat(scores))
+
+
+def check_whole(folders):
+    """UserError where a file of a finished run is gone: it would count as one that diverged."""
+    for folder in folders:
+        if not (folder / "metrics.json").exists():
+            raise gone(folder / "metrics.json")
+        if not (folder / LOGITS).exists():
+            with blaming(
+                lambda error, f=folder: UserError(f"{f} cannot be read: {one_line(error)}")
+            ):
+                diverged = read_metrics(folder)[0]["diverged"]
+            if not diverged:
+                raise gone(folder / LOGITS)
+
+
+def gone(path):
+    what = "is gone, though its run is finished"
+    return UserError(f"{path} {what}: put it back, or remove the cell's folder and run it again")
 
 
 def grid_of(arrays, rates):
