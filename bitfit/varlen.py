@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 CHUNK = 16  # the tokens of a run fill chunks of this many, so that its bias is added per chunk
-QUERY_BLOCK = 128  # the kernels' longest length is rounded up to this, to have few of them
-# Up to this many tokens a step may wait for the launch of its kernels, and few shapes are worth
-# more than few tokens; see `graphs`. The memory of their activations is taken twice.
+QUERY_BLOCK = 128  # `longest` is rounded up to a multiple, so that few values capture a graph
+# Steps of up to this many tokens are rounded to few sizes, so that CUDA graphs can serve them (see
+# `graphs`). Larger steps gain little from a graph, which holds their activations a second time.
 MAX_ROUNDED_TOKENS = 32768
 
 
