@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import time
+from typing import Any
 
 from utils import write_text
 
@@ -106,10 +107,10 @@ class MLflow:
 
     @staticmethod
     def connect(output):
-        MLflow.experiment(MLflow.client(), output)
+        MLflow.experiment(MLflow.new_client(), output)
 
     @staticmethod
-    def client():
+    def new_client():
         from mlflow import MlflowClient
 
         return MlflowClient()
@@ -124,7 +125,7 @@ class MLflow:
     def __init__(self, output, name, folder, facts, step):
         from mlflow.entities import Param
 
-        self.client = client = self.client()
+        self.client = client = self.new_client()
         made = []
 
         def make():
@@ -156,4 +157,4 @@ class MLflow:
         self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
-KINDS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}  # by their packages' names
+KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}  # by their packages' names

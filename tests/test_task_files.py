@@ -238,7 +238,7 @@ def test_a_missing_label_makes_no_other_numbers(tmp_path):
         read_split(task, "train", tmp_path)
 
 
-DATA_FAULTS = {
+DATA_FAULTS: dict[str, list] = {
     "x.jsonl": [
         ('{"text": "a", "label": 2}', "x.jsonl:1: unknown label '2'; expected 0, 1"),
         ('{"text": "a", "label": 1}\n{"text": 7, "label": 1}', "x.jsonl:2: no text in column"),

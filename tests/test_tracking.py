@@ -218,7 +218,7 @@ def test_wandb(sweep):
 
 def mlflow_runs(output):
     """{name: (its run, {name: {step: [values]}}, {artifact: its content})}"""
-    client = trackers.MLflow.client()
+    client = trackers.MLflow.new_client()
     (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
     found = {}
     for run in client.search_runs([experiment.experiment_id]):

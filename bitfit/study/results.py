@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from bitfit.reports import read_metrics
 from bitfit.saved import LOGITS
 from bitfit.study import ledger, statistics
-from bitfit.study.cells import ROWS, papers_name
+from bitfit.study.cells import ROWS, Cell, papers_name
 from bitfit.study.published import COLUMNS, PUBLISHED
 from bitfit.tasks import TASKS
 from utils import UserError, blaming, one_line
@@ -28,7 +28,7 @@ PAIRS = (
 class Results(NamedTuple):
     """Of one cell: L learning rates, S seeds, E scored epochs; NaN where there is nothing."""
 
-    cell: object
+    cell: Cell
     state: str
     logits: dict  # {validation split: (L, S, E, rows, C)}
     labels: dict  # {validation split: (rows,)}
