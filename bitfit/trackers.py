@@ -157,4 +157,5 @@ class MLflow:
         self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
-KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}  # by their packages' names
+# By the names of their packages.
+KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
