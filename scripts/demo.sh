@@ -3,7 +3,7 @@
 # Bias terms alone do nearly what all parameters do; a frozen encoder, or one that was never
 # pre-trained, does not. Toy language and tiny BERT: see examples/make_examples.py.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" requirements.txt
 rm -rf out/demo
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # so small a model gains nothing from more
 extra=("$@")

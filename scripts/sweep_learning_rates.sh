@@ -8,7 +8,7 @@ if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
     sed -n '2,5s/^# //p' "$0" >&2
     exit 2
 fi
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" requirements.txt
 task=$1
 shift
 set -- run_glue.py --task-name "$task" --output-path "out/sweep-$task" --fine-tune-type bitfit \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Lint and run all tests, offline: bash scripts/test.sh [pytest arguments]
+# Check style and types, then run all tests, offline: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" requirements-dev.txt
 $PYTHON -m ruff check --quiet .
 $PYTHON -m ruff format --check --quiet .
+$PYTHON -m mypy --no-error-summary
 $PYTHON -m pytest "$@"

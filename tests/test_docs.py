@@ -395,8 +395,16 @@ def test_environment_yml_installs_the_same_pins():
     assert "name: bitfit_env" in text
     assert "-r requirements.txt" in text
     assert "==" not in text
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
-    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", pin) for pin in pins)
+
+
+def test_both_lists_of_requirements_pin_all_versions():
+    runtime, development = (
+        [line for line in (ROOT / name).read_text().splitlines() if line[0] != "#"]
+        for name in ("requirements.txt", "requirements-dev.txt")
+    )
+    assert development.pop(0) == "-r requirements.txt"
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", pin) for pin in runtime + development)
+    assert not set(runtime) & set(development)
 
 
 def test_the_python_example(tmp_path):
