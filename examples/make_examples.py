@@ -10,13 +10,14 @@ text drawn from toy_language.py. Nothing is downloaded; it takes about three min
 import argparse
 import random
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import toy_language as toy
 from toy_glue import write_glue
 from tqdm import trange
-from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
+from transformers import BatchEncoding, BertConfig, BertForPreTraining, BertTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BATCH_SIZE = 64
@@ -25,7 +26,7 @@ MASKED_SHARE = 0.2  # BERT masks 0.15; the toy language's sentences are short
 IGNORED = -100  # the label that cross_entropy skips
 
 
-def make_tokenizer():
+def make_tokenizer() -> BertTokenizerFast:
     """BERT's tokenizer with the language's words, and single characters for all others."""
     characters = [*string.ascii_lowercase, *string.digits]
     pieces = [*string.punctuation, *characters, *("##" + one for one in characters)]
@@ -34,7 +35,7 @@ def make_tokenizer():
     return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=128)
 
 
-def make_model(tokenizer):
+def make_model(tokenizer: BertTokenizerFast) -> BertForPreTraining:
     """A tiny BERT with random weights."""
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -48,17 +49,68 @@ def make_model(tokenizer):
     return BertForPreTraining(config)
 
 
-def draw_batch(rng, tokenizer, single):
+# Stories for pre-training: two sentences of which the second continues the first.
+
+
+def restating_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
+    """A fact, then one that follows from it."""
+    fact = toy.draw_fact(rng, nouns)
+    return toy.sentence(fact), toy.sentence(toy.entailed(rng, fact))
+
+
+def question_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
+    """A question, then its answer or the question in other words."""
+    fact, asked = toy.draw_question(rng, nouns)
+    again = fact | {"word": toy.synonym(fact["word"])} if rng.random() < 0.5 else fact
+    if rng.random() < 0.3:
+        return toy.question(fact, asked), toy.question(again, asked)
+    return toy.question(fact, asked), toy.sentence(again)
+
+
+def review_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
+    """Two reviews of one opinion (the nouns play no part)."""
+    good = rng.random() < 0.5
+    return toy.review(rng, good), toy.review(rng, good)
+
+
+STORIES = (*[restating_story] * 3, question_story, review_story, toy.pronoun_pair)
+
+
+def draw_pair(rng: random.Random) -> tuple[str, str, int]:
+    """A pair of sentences and 0 if they are one story, 1 if the second is of another one.
+
+    Both stories are of one sort and about the same three nouns, so that telling them apart
+    takes more than the words they share.
+    """
+    story, nouns = rng.choice(STORIES), rng.sample(toy.NOUNS, 3)
+    first, second = story(rng, nouns)
+    other = rng.random() < 0.5
+    if other:
+        second = story(rng, nouns)[1]
+    return first, second, int(other)
+
+
+def draw_single(rng: random.Random) -> str:
+    """A text on its own: a review, a fact, or two facts joined."""
+    if rng.random() < 0.15:
+        return toy.review(rng, rng.random() < 0.5)
+    facts = [toy.draw_fact(rng) for _ in range(rng.choice((1, 2)))]
+    return " and ".join(toy.sentence(fact) for fact in facts)
+
+
+def draw_batch(
+    rng: random.Random, tokenizer: BertTokenizerFast, single: bool
+) -> tuple[BatchEncoding, list[int]]:
     """Encoded sentences or pairs, and each pair's next-sentence label."""
     if single:
-        texts = [toy.draw_single(rng) for _ in range(BATCH_SIZE)]
+        texts = [draw_single(rng) for _ in range(BATCH_SIZE)]
         return tokenizer(texts, padding=True, return_tensors="pt"), [IGNORED] * BATCH_SIZE
-    pairs = [toy.draw_pair(rng) for _ in range(BATCH_SIZE)]
+    pairs = [draw_pair(rng) for _ in range(BATCH_SIZE)]
     first, second, labels = (list(column) for column in zip(*pairs, strict=True))
     return tokenizer(first, second, padding=True, return_tensors="pt"), labels
 
 
-def mask(ids, tokenizer):
+def mask(ids: torch.Tensor, tokenizer: BertTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """The corrupted ids, and as labels the tokens to restore.
 
     Of the chosen tokens 90 % become [MASK] and 10 % stay. BERT also puts in random words;
@@ -70,7 +122,12 @@ def mask(ids, tokenizer):
     return ids.masked_fill(hidden, tokenizer.mask_token_id), labels
 
 
-def losses(model, tokenizer, encoded, next_labels):
+def losses(
+    model: BertForPreTraining,
+    tokenizer: BertTokenizerFast,
+    encoded: BatchEncoding,
+    next_labels: list[int],
+) -> torch.Tensor:
     """The masked-word loss plus the next-sentence loss of a batch."""
     encoded["input_ids"], labels = mask(encoded["input_ids"], tokenizer)
     output = model(**encoded)
@@ -79,11 +136,13 @@ def losses(model, tokenizer, encoded, next_labels):
     )
     if next_labels[0] == IGNORED:
         return masked
-    next_labels = torch.tensor(next_labels)
-    return masked + torch.nn.functional.cross_entropy(output.seq_relationship_logits, next_labels)
+    targets = torch.tensor(next_labels)
+    return masked + torch.nn.functional.cross_entropy(output.seq_relationship_logits, targets)
 
 
-def pretrain(model, tokenizer, rng, steps):
+def pretrain(
+    model: BertForPreTraining, tokenizer: BertTokenizerFast, rng: random.Random, steps: int
+) -> None:
     """Trains the model on text drawn anew at every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -101,7 +160,7 @@ def pretrain(model, tokenizer, rng, steps):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def main():
+def main() -> None:
     """Reads the command line and writes both examples."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)

@@ -5,8 +5,13 @@ of toy_language.py; each label is given to as many rows, and no row is in two sp
 """
 
 import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import toy_language as toy
+
+Texts = tuple[str, ...]  # one sentence or two
+Label = int | str
 
 SPLIT_ROWS = {"train": 800, "dev": 240, "test": 100, "AX": 60}
 NLI_LABELS = ("entailment", "neutral", "contradiction")
@@ -17,7 +22,7 @@ MATCHED_NOUNS = toy.KINDS["animal"] + toy.KINDS["person"]
 MISMATCHED_NOUNS = toy.KINDS["plant"] + toy.KINDS["tool"]
 
 
-def cola_texts(rng, acceptable, nouns):
+def cola_texts(rng: random.Random, acceptable: int, nouns: Sequence[str]) -> tuple[str]:
     """A sentence whose verb agrees with its subject or not.
 
     The place's noun has the other number than the subject, and may stand before or after it,
@@ -29,12 +34,12 @@ def cola_texts(rng, acceptable, nouns):
     return (toy.sentence(fact, agrees=bool(acceptable)),)
 
 
-def sst2_texts(rng, good, nouns):
+def sst2_texts(rng: random.Random, good: int, nouns: Sequence[str]) -> tuple[str]:
     """A review of the asked opinion, with fewer negations than pre-training saw."""
     return (toy.review(rng, bool(good), negated_share=0.1),)
 
 
-def mrpc_texts(rng, same, nouns):
+def mrpc_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str, str]:
     """Two sentences of the same meaning, or of meanings that differ in one slot."""
     fact = toy.draw_fact(rng, nouns)
     slot = rng.choice(("noun", "place", "word"))
@@ -42,7 +47,7 @@ def mrpc_texts(rng, same, nouns):
     return toy.sentence(fact), toy.sentence(toy.paraphrase(rng, second))
 
 
-def qqp_texts(rng, same, nouns):
+def qqp_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str, str]:
     """Two questions that ask the same, or differ in what they ask."""
     fact, asked = toy.draw_question(rng, nouns)
     second = fact | {"word": toy.synonym(fact["word"])}
@@ -52,7 +57,7 @@ def qqp_texts(rng, same, nouns):
     return toy.question(fact, asked), toy.question(second, asked)
 
 
-def stsb_texts(rng, score, nouns):
+def stsb_texts(rng: random.Random, score: str, nouns: Sequence[str]) -> tuple[str, str]:
     """Two sentences of five slots each; the score counts the slots of the same meaning."""
     fact = toy.draw_fact(rng, nouns, toy.DEEDS)
     fact["adjective"] = fact["adjective"] or rng.choice(toy.words_of(toy.STATES))
@@ -64,7 +69,7 @@ def stsb_texts(rng, score, nouns):
     return toy.sentence(fact), toy.sentence(toy.paraphrase(rng, second))
 
 
-def mnli_texts(rng, label, nouns):
+def mnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[str, str]:
     """A premise and a hypothesis that follows, may hold, or cannot hold."""
     fact = toy.draw_fact(rng, nouns)
     if label == "entailment":
@@ -77,14 +82,14 @@ def mnli_texts(rng, label, nouns):
     return toy.sentence(fact), toy.sentence(second)
 
 
-def rte_texts(rng, label, nouns):
+def rte_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[str, str]:
     """A premise and a hypothesis that follows or not."""
     if label == "not_entailment":
         label = rng.choice(NLI_LABELS[1:])
     return mnli_texts(rng, label, nouns)
 
 
-def qnli_texts(rng, label, nouns):
+def qnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[str, str]:
     """A question and a sentence that answers it or one about something else."""
     fact, asked = toy.draw_question(rng, nouns)
     answer = toy.paraphrase(rng, fact)
@@ -95,7 +100,7 @@ def qnli_texts(rng, label, nouns):
     return toy.question(fact, asked), toy.sentence(answer)
 
 
-def wnli_texts(rng, resolved, nouns):
+def wnli_texts(rng: random.Random, resolved: int, nouns: Sequence[str]) -> tuple[str, str]:
     """A sentence with a pronoun, and what it says of the right or of the wrong noun."""
     return toy.pronoun_pair(rng, nouns, bool(resolved))
 
@@ -109,7 +114,7 @@ _MNLI = (
 )
 _MRPC = "#1 ID,#2 ID,#1 String,#2 String"
 _PAIR = "sentence1,sentence2"
-TASKS = {
+TASKS: dict[str, tuple[Callable[..., Texts], Sequence[Label], str, str, str]] = {
     "CoLA": (cola_texts, (0, 1), "sentence", "source,label,mark,sentence", "index,sentence"),
     "SST-2": (sst2_texts, (0, 1), "sentence", "sentence,label", "index,sentence"),
     "MRPC": (mrpc_texts, (0, 1), "#1 String,#2 String", f"Quality,{_MRPC}", f"index,{_MRPC}"),
@@ -139,10 +144,12 @@ NUMBER_COLUMNS = {"index", "id", "qid1", "qid2", "#1 ID", "#2 ID", "promptID", "
 FILLER = {"mark": "", "source": "toy", "genre": "toy"}  # any other column holds "-"
 
 
-def draw_rows(rng, task, count, seen, nouns=toy.NOUNS):
+def draw_rows(
+    rng: random.Random, task: str, count: int, seen: set[Texts], nouns: Sequence[str] = toy.NOUNS
+) -> list[tuple[Texts, Label]]:
     """Texts and label of each row of a split: no texts seen before, labels in equal parts."""
     texts_of, labels = TASKS[task][:2]
-    rows = []
+    rows: list[tuple[Texts, Label]] = []
     while len(rows) < count:
         label = labels[len(rows) % len(labels)]
         texts = texts_of(rng, label, nouns)
@@ -153,7 +160,7 @@ def draw_rows(rng, task, count, seen, nouns=toy.NOUNS):
     return rows
 
 
-def file_columns(task, split):
+def file_columns(task: str, split: str) -> list[str]:
     """The column names of a split's file."""
     labelled, unlabelled = TASKS[task][3:]
     if split.startswith("test"):
@@ -163,21 +170,27 @@ def file_columns(task, split):
     return labelled.split(",")
 
 
-def row_fields(task, columns, number, texts, label):
+def row_fields(task: str, columns: list[str], number: int, texts: Texts, label: Label) -> list[str]:
     """One row's fields in the order of the columns."""
     fields = dict.fromkeys(NUMBER_COLUMNS, str(number)) | dict.fromkeys(LABEL_COLUMNS, str(label))
     fields |= FILLER | dict(zip(TASKS[task][2].split(","), texts, strict=True))
     return [fields.get(column, "-") for column in columns]
 
 
-def write_rows(path, columns, rows, header=True, encoding="utf-8"):
+def write_rows(
+    path: Path,
+    columns: list[str],
+    rows: list[list[str]],
+    header: bool = True,
+    encoding: str = "utf-8",
+) -> None:
     """A TSV file, its fields never quoted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(fields) for fields in ([columns] if header else []) + rows]
     path.write_text("\n".join(lines) + "\n", encoding=encoding, newline="\n")
 
 
-def write_split(folder, rng, task, split, seen):
+def write_split(folder: Path, rng: random.Random, task: str, split: str, seen: set[Texts]) -> None:
     """Draws one split of a task and writes its file."""
     nouns = {"MNLI": MATCHED_NOUNS}.get(task, toy.NOUNS)
     nouns = MISMATCHED_NOUNS if split.endswith("mismatched") else nouns
@@ -189,11 +202,12 @@ def write_split(folder, rng, task, split, seen):
     write_rows(folder / task / f"{split}.tsv", columns, rows, header, encoding)
 
 
-def write_glue(folder, seed):
+def write_glue(folder: Path, seed: int) -> None:
     """Writes all tasks below the folder; each task has a random generator of its own."""
     for task in TASKS:
-        rng, seen = random.Random(f"{task} {seed}"), set()
-        splits = ("train", "dev", "test")
+        rng = random.Random(f"{task} {seed}")
+        seen: set[Texts] = set()
+        splits: tuple[str, ...] = ("train", "dev", "test")
         if task == "MNLI":
             splits = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
         for split in splits:

@@ -7,6 +7,14 @@ one end of a scale are synonyms; "not" plus the other end of the scale says the 
 every noun has a kind ("a wug is an animal"); in a review, the clause after "but" decides.
 """
 
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+Fact = dict[str, Any]  # the slots of `draw_fact`
+Scale = tuple[tuple[str, str], tuple[str, str]]
+
+
 KINDS = {
     "animal": ("wug", "dax", "blick", "tove", "fep"),
     "person": ("zorper", "gleb", "mimster", "vorn", "plunk"),
@@ -60,12 +68,12 @@ SCALES = {
 }
 
 
-def words_of(scales):
+def words_of(scales: Sequence[Scale]) -> list[str]:
     """Every word of some scales, in order."""
     return [word for scale in scales for end in scale for word in end]
 
 
-def vocabulary():
+def vocabulary() -> list[str]:
     """Every word form of the language."""
     nouns = NOUNS + list(KINDS)
     verbs = words_of(ACTIONS + DEEDS)
@@ -75,23 +83,25 @@ def vocabulary():
     )
 
 
-def with_s(word):
+def with_s(word: str) -> str:
     """The plural of a noun or the singular form of a verb."""
     return word + ("es" if word.endswith(("x", "ch", "sh")) else "s")
 
 
-def synonym(word):
+def synonym(word: str) -> str:
     """The other word of the same end of the word's scale."""
     end = next(end for end in SCALES[word] if word in end)
     return end[1 - end.index(word)]
 
 
-def opposites(word):
+def opposites(word: str) -> tuple[str, str]:
     """The two words of the other end of the word's scale."""
     return next(end for end in SCALES[word] if word not in end)
 
 
-def draw_fact(rng, nouns=NOUNS, scales=None):
+def draw_fact(
+    rng: Random, nouns: Sequence[str] = NOUNS, scales: Sequence[Scale] | None = None
+) -> Fact:
     """A random fact about some of the nouns."""
     scales = scales or rng.choice((STATES, ACTIONS, DEEDS, DEEDS))
     subject, other, third = rng.sample(nouns, 3)
@@ -107,18 +117,18 @@ def draw_fact(rng, nouns=NOUNS, scales=None):
     }
 
 
-def draw_place(rng, noun):
+def draw_place(rng: Random, noun: str) -> tuple[str, str, bool]:
     """A place: the preposition, its noun and whether the noun is plural."""
     return rng.choice(PLACES), noun, rng.random() < 0.5
 
 
-def name(noun, plural, adjective=None):
+def name(noun: str, plural: bool, adjective: str | None = None) -> str:
     """A noun phrase, "the big wugs"."""
     noun = with_s(noun) if plural else noun
     return f"the {adjective} {noun}" if adjective else f"the {noun}"
 
 
-def predicate(fact, plural):
+def predicate(fact: Fact, plural: bool) -> str:
     """What the fact says of its subject, with the verb in the asked number."""
     word, negated = fact["word"], fact["negated"]
     if SCALES[word] in STATES:
@@ -130,7 +140,7 @@ def predicate(fact, plural):
     return " ".join(said + ([name(*fact["object"])] if fact["object"] else []))
 
 
-def place_words(fact):
+def place_words(fact: Fact) -> str:
     """Where the fact holds, "near the dax", or no words."""
     if fact["place"] is None:
         return ""
@@ -138,7 +148,7 @@ def place_words(fact):
     return f"{preposition} {name(noun, plural)}"
 
 
-def sentence(fact, agrees=True):
+def sentence(fact: Fact, agrees: bool = True) -> str:
     """The fact in words; without agreement the verb has the wrong number."""
     subject = name(fact["noun"], fact["plural"], fact["adjective"])
     parts = [subject, place_words(fact)]
@@ -151,7 +161,7 @@ def sentence(fact, agrees=True):
 # Facts made from facts ------------------------------------------------------------------
 
 
-def paraphrase(rng, fact):
+def paraphrase(rng: Random, fact: Fact) -> Fact:
     """The same meaning in other words."""
     new = dict(fact)
     if rng.random() < 0.5:
@@ -165,7 +175,7 @@ def paraphrase(rng, fact):
     return new
 
 
-def entailed(rng, fact, keep=""):
+def entailed(rng: Random, fact: Fact, keep: str = "") -> Fact:
     """A fact that follows: details dropped (all but the kept slot), a noun made its kind."""
     new = paraphrase(rng, fact)
     for slot in ("adjective", "place"):
@@ -176,7 +186,7 @@ def entailed(rng, fact, keep=""):
     return new
 
 
-def contradicted(rng, fact):
+def contradicted(rng: Random, fact: Fact) -> Fact:
     """A fact that cannot hold together with the given one."""
     new = entailed(rng, fact)
     if rng.random() < 0.5:
@@ -186,18 +196,18 @@ def contradicted(rng, fact):
     return new
 
 
-def other_word(rng, fact, scales):
+def other_word(rng: Random, fact: Fact, scales: Sequence[Scale]) -> str:
     """A word of a scale that the fact does not touch."""
     used = [SCALES[word] for word in (fact["word"], fact["adjective"]) if word]
     return rng.choice(words_of([scale for scale in scales if scale not in used]))
 
 
-def other_noun(rng, noun, nouns=NOUNS):
+def other_noun(rng: Random, noun: str | None, nouns: Sequence[str] = NOUNS) -> str:
     """Another noun."""
     return rng.choice([other for other in nouns if other != noun])
 
 
-def changed(rng, fact, slot, nouns=NOUNS):
+def changed(rng: Random, fact: Fact, slot: str, nouns: Sequence[str] = NOUNS) -> Fact:
     """The fact with another value in one slot, or with a value where it had none."""
     new = dict(fact)
     if slot == "noun":
@@ -218,7 +228,7 @@ def changed(rng, fact, slot, nouns=NOUNS):
 # Questions, reviews, pronouns -----------------------------------------------------------
 
 
-def question(fact, asked):
+def question(fact: Fact, asked: str) -> str:
     """A question that the fact answers; asked is "who", "where" or "what" (an object)."""
     fact = fact | {"negated": False}
     if asked == "who":
@@ -232,7 +242,7 @@ def question(fact, asked):
     )
 
 
-def draw_question(rng, nouns=NOUNS):
+def draw_question(rng: Random, nouns: Sequence[str] = NOUNS) -> tuple[Fact, str]:
     """A fact and what is asked about it."""
     asked = rng.choice(("who", "where", "what"))
     fact = draw_fact(rng, nouns, DEEDS if asked == "what" else None) | {"negated": False}
@@ -241,14 +251,14 @@ def draw_question(rng, nouns=NOUNS):
     return fact, asked
 
 
-def clause(rng, good, negated_share):
+def clause(rng: Random, good: bool, negated_share: float) -> str:
     """One remark of a review; "not" with the other pole's word says the same."""
     negated = rng.random() < negated_share
     word = rng.choice(GOOD if good != negated else BAD)
     return f"the {rng.choice(TOPICS)} is {'not ' if negated else ''}{word}"
 
 
-def review(rng, good, negated_share=0.4):
+def review(rng: Random, good: bool, negated_share: float = 0.4) -> str:
     """One or two remarks: "and" joins like ones, after "but" the last one decides."""
     shape = rng.choice(("one", "and", "but"))
     if shape == "one":
@@ -257,7 +267,9 @@ def review(rng, good, negated_share=0.4):
     return f"{first} {shape} {clause(rng, good, negated_share)}"
 
 
-def pronoun_pair(rng, nouns=NOUNS, resolved=True):
+def pronoun_pair(
+    rng: Random, nouns: Sequence[str] = NOUNS, resolved: bool = True
+) -> tuple[str, str]:
     """A sentence with "it" or "they", and the sentence that (wrongly if asked) names it."""
     fact = draw_fact(rng, nouns, DEEDS) | {"place": None, "adjective": None}
     fact["object"] = (other_noun(rng, fact["noun"], nouns), not fact["plural"])
@@ -268,52 +280,3 @@ def pronoun_pair(rng, nouns=NOUNS, resolved=True):
     noun = fact["noun"] if fact["plural"] == named else fact["object"][0]
     second = f"{name(noun, named)} {'are' if named else 'is'} {reason}"
     return f"{sentence(fact)} because {pronoun} {reason}", second
-
-
-# Stories: two sentences of which the second goes on from the first ------------------------
-
-
-def restating_story(rng, nouns):
-    """A fact, then one that follows from it."""
-    fact = draw_fact(rng, nouns)
-    return sentence(fact), sentence(entailed(rng, fact))
-
-
-def question_story(rng, nouns):
-    """A question, then its answer or the question in other words."""
-    fact, asked = draw_question(rng, nouns)
-    again = fact | {"word": synonym(fact["word"])} if rng.random() < 0.5 else fact
-    if rng.random() < 0.3:
-        return question(fact, asked), question(again, asked)
-    return question(fact, asked), sentence(again)
-
-
-def review_story(rng, nouns):
-    """Two reviews of one opinion (the nouns play no part)."""
-    good = rng.random() < 0.5
-    return review(rng, good), review(rng, good)
-
-
-STORIES = (*[restating_story] * 3, question_story, review_story, pronoun_pair)
-
-
-def draw_pair(rng):
-    """A pair of sentences and 0 if they are one story, 1 if the second is of another one.
-
-    Both stories are of one sort and about the same three nouns, so that telling them apart
-    takes more than the words they share.
-    """
-    story, nouns = rng.choice(STORIES), rng.sample(NOUNS, 3)
-    first, second = story(rng, nouns)
-    other = rng.random() < 0.5
-    if other:
-        second = story(rng, nouns)[1]
-    return first, second, int(other)
-
-
-def draw_single(rng):
-    """A text on its own: a review, a fact, or two facts joined."""
-    if rng.random() < 0.15:
-        return review(rng, rng.random() < 0.5)
-    facts = [draw_fact(rng) for _ in range(rng.choice((1, 2)))]
-    return " and ".join(sentence(fact) for fact in facts)
