@@ -16,26 +16,22 @@ from pathlib import Path
 
 import torch
 
-from bitfit import (
-    hub,
-    models,
-    outputs,
-    predict,
-    reports,
-    runs,
-    saved,
-    task_files,
-    trainable,
-    zero_gradients,
-)
-from bitfit.checkpoints import Saver
-from bitfit.data import MAX_TOKENS, Dataset, concatenate
-from bitfit.plan import Plan
-from bitfit.ranks import ALONE
-from bitfit.runs import Run, Stack
-from bitfit.tasks import predictions, score
-from bitfit.tracking import OFF
-from bitfit.train import Record, fit, start
+from bitfit.artifacts import run_folder, saved_evaluator
+from bitfit.data import task_files
+from bitfit.data.tasks import predictions, score
+from bitfit.data.tokens import Dataset, concatenate
+from bitfit.distributed import ALONE
+from bitfit.model import fingerprints as models_fingerprints
+from bitfit.model import forward as models_forward
+from bitfit.model import hub, loading, predict, run_stack, trainable, zero_gradients
+from bitfit.model.batching import MAX_TOKENS
+from bitfit.model.run_stack import Run, Stack
+from bitfit.results import plots
+from bitfit.results import scores as reports
+from bitfit.tracking.tracker import OFF
+from bitfit.training.checkpoints import Saver
+from bitfit.training.loop import Record, fit, start
+from bitfit.training.plan import Plan
 from utils import (
     Diverged,
     UserError,
@@ -71,7 +67,7 @@ class GLUEvaluator:
     ):  # fmt: skip
         """
         Args:
-            task_name: a key of `bitfit.tasks.TASKS`; or the path of a task file, or its record.
+            task_name: a key of `bitfit.data.tasks.TASKS`, the path of a task file, or its record.
             model_name: a name on the Hub, or a folder.
             device: GPU number; None for the CPU.
             seed: draws classifier, data order, dropout, masks; None: set_seed's; a list: many runs.
@@ -94,8 +90,8 @@ class GLUEvaluator:
         self.precision = choose_precision(precision, self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
         self.zero_gradient = {}  # as from `zero_gradients.find`
-        self.averaged = []  # of an average, each member: see `bitfit.deltas.average`
-        self.group = ALONE  # the `bitfit.ranks.Group` that trains and predicts together
+        self.averaged = []  # of an average, each member: see `bitfit.tools.deltas.average`
+        self.group = ALONE  # the `bitfit.distributed.Group` that trains and predicts together
 
     def _need(self, attribute, call):
         if not hasattr(self, attribute):
@@ -116,7 +112,7 @@ class GLUEvaluator:
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        models.check_length(self.model_name, self.task, max_sequence_len, self.revision)
+        loading.check_length(self.model_name, self.task, max_sequence_len, self.revision)
         self._set_data(max_sequence_len, batch_size, train_size)
         tests = self._test_files() if test_splits else ()
         for split in ("train", *self.task.validation_splits, *tests):
@@ -131,8 +127,8 @@ class GLUEvaluator:
     def _set_data(self, max_sequence_len, batch_size, train_size):
         self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
         self.train_size = train_size
-        self.tokenizer = models.load_tokenizer(self.model_name, self.revision)
-        self.base_fingerprints = models.base_fingerprints(
+        self.tokenizer = loading.load_tokenizer(self.model_name, self.revision)
+        self.base_fingerprints = loading.base_fingerprints(
             self.model_name, self.task, self.tokenizer, self.revision
         )
         self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
@@ -195,11 +191,11 @@ class GLUEvaluator:
         self.zero_gradient = self._find_zero_gradient()
 
     def _load_model(self, random_encoder, report=False):
-        self.model, initialized = models.load(
+        self.model, initialized = loading.load(
             self.model_name, self.task, random_encoder, self.revision, report
         )
-        self._draw = partial(models.draw_head, names=initialized) if initialized else None
-        self.encoder_sha256 = models.fingerprint(self.model)
+        self._draw = partial(loading.draw_head, names=initialized) if initialized else None
+        self.encoder_sha256 = models_fingerprints.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.limit = predict.Limit(self.max_tokens, self.torch_device)
         for outdated in ("stack", "chosen", "_found", "_longest_tried"):
@@ -214,10 +210,10 @@ class GLUEvaluator:
         if longest > vars(self).get("_longest_tried", 0):
             parts = [own.tokens for own in self.data.splits.values() if own.tokens]
             tokens, dtype = concatenate(parts), DTYPES[self.precision]
-            self._found = models.find_forward(self.model, self.model_name, tokens, dtype)
+            self._found = models_forward.find_forward(self.model, self.model_name, tokens, dtype)
             self._longest_tried = tokens.lengths.max()
         else:
-            models.check_ids(self.model, self.model_name, self.tokens(split))
+            models_forward.check_ids(self.model, self.model_name, self.tokens(split))
         return self._found
 
     @property
@@ -273,7 +269,7 @@ class GLUEvaluator:
 
     def chosen_sha256(self):
         """Return the hash of the names and positions that train."""
-        return models.sha256(v for item in self.chosen.items() for v in item)
+        return models_fingerprints.sha256(v for item in self.chosen.items() for v in item)
 
     @property
     def masks(self):
@@ -286,7 +282,7 @@ class GLUEvaluator:
         self._need("chosen", "training_preparation")
         if len(self.runs) > 1 and not hasattr(self, "_reason"):
             tokens = self.tokens("train")
-            self._reason = runs.why_not_stackable(self._forward("train"), self.chosen, tokens)
+            self._reason = run_stack.why_not_stackable(self._forward("train"), self.chosen, tokens)
         return self._reason if len(self.runs) > 1 else None
 
     def passes(self, share=None):
@@ -312,10 +308,10 @@ class GLUEvaluator:
         Args:
             output_path: folder for metrics and curves; with several runs each has a folder in it,
                 named `Run.name`. Or {run: its folder}, of some runs: the others write nothing.
-            evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.plan.Plan`.
+            evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.training.plan.Plan`.
             keep: "last", or "best": keep of each run the values of its best evaluation.
-            saver: a `bitfit.checkpoints.Saver`, to write checkpoints and go on from one.
-            tracker: a `bitfit.tracking.Tracker`, to be told what is measured while it is.
+            saver: a `bitfit.training.checkpoints.Saver`, to write checkpoints and go on from one.
+            tracker: a `bitfit.tracking.tracker.Tracker`, to be told what is measured while it is.
             curves: plot the learning curves.
 
         Raises:
@@ -332,7 +328,7 @@ class GLUEvaluator:
         if reason:
             raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
                             "prepare and train one after the other")  # fmt: skip
-        folders = outputs.folders_of(output_path, self.runs)
+        folders = run_folder.folders_of(output_path, self.runs)
         plan = Plan(self.task, self._forward("train"), self.data.split("train"),
                     self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
@@ -371,7 +367,7 @@ class GLUEvaluator:
                 continue
             folder, scores = folders[record.run], self._scores_of(record.run)
             reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
-            saved.write_logits(folder, state, k)
+            saved_evaluator.write_logits(folder, state, k)
 
     def select(self, run):
         """Let the model and all results below be those of run number `run`, counted from 0."""
@@ -427,7 +423,7 @@ class GLUEvaluator:
     def export_model(self, output_path):
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
         self._need("model", "training_preparation")
-        models.write_model(self.model, self.tokenizer, output_path)
+        loading.write_model(self.model, self.tokenizer, output_path)
 
     @property
     def method_caption(self):
@@ -454,7 +450,7 @@ class GLUEvaluator:
         scores, caption = self._scores_of(run), f"{self.method_caption}, {run.caption}"
         if scores.empty:
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        return reports.learning_curves(scores, self.task, caption, output_path)
+        return plots.learning_curves(scores, self.task, caption, output_path)
 
     @property
     def trains_only_biases(self):
@@ -462,35 +458,35 @@ class GLUEvaluator:
         return trainable.trains_only_biases(self.model, self.chosen)
 
     def terms_changes(self):
-        """(names, changes): how far each bias term moved, per layer; see `reports.bias_changes`."""
+        """(names, changes): how far each bias term moved, per layer; see `plots.bias_changes`."""
         self._need("stack", "train_and_evaluate")
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before = self.stack.named_values(self.selected, self.stack.start)
         after = self.stack.named_values(self.selected)
-        return reports.bias_changes(before, after, self.zero_gradient)
+        return plots.bias_changes(before, after, self.zero_gradient)
 
     def plot_terms_changes(self, output_path=None):
         """The paper's figure 1, how far each bias term moved; its numbers too are saved to
         `output_path`, with the endings .png and .csv."""
         names, changes = self.terms_changes()
-        figure = reports.bias_heatmap(names, changes, self.caption)
+        figure = plots.bias_heatmap(names, changes, self.caption)
         if output_path:
-            reports.save_figure(figure, Path(output_path).with_suffix(".png"))
-            reports.save_changes(names, changes, Path(output_path).with_suffix(".csv"))
+            plots.save_figure(figure, Path(output_path).with_suffix(".png"))
+            plots.save_changes(names, changes, Path(output_path).with_suffix(".csv"))
         return figure
 
     def save(self, output_path):
         """Write the selected run: facts, and what trained (if all did, the whole model)."""
         self._need("stack", "train_and_evaluate")
-        saved.write(self, Path(output_path))
+        saved_evaluator.write(self, Path(output_path))
 
     @staticmethod
     def load(path, gpu_device, model_name=None, data_dir=None):
         """As it was saved; `model_name`, `data_dir`: where base model and data are now."""
-        return saved.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)
+        return saved_evaluator.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)
 
 
 def hash_of_splits(splits):
     """Return one hash of the tokens and labels of some splits."""
-    return models.sha256(array for split in splits for array in split.tokens[:5])
+    return models_fingerprints.sha256(array for split in splits for array in split.tokens[:5])

@@ -18,9 +18,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import utils
-from bitfit import outputs, task_files, tracking
-from bitfit.flags import parse_args
-from bitfit.ranks import Ranks
+from bitfit.artifacts import run_folder
+from bitfit.cli import exit_status
+from bitfit.data import task_files
+from bitfit.distributed import Ranks
+from bitfit.model import hub
+from bitfit.options import parse_args
+from bitfit.tracking import tracker as tracking
 from utils import Diverged, Lost, UserError
 
 
@@ -57,22 +61,22 @@ def run(args, signals, ranks):
     if args.task_file:
         args.task = ranks.first_does(lambda: task_files.read(args.task_file, args.data_dir))
         has_files = "files" in args.task
-    finished = ranks.first_does(lambda: outputs.is_finished(output, flags, args.resume))
+    finished = ranks.first_does(lambda: run_folder.is_finished(output, flags, args.resume))
     if finished and not args.push_to_hub:
         return
     if args.task_file and not finished:
         ranks.first_does(lambda: task_files.check_files(args.task_file, args.task, args.data_dir))
     ranks.first_does(lambda: tracking.connect(args.report_to, output))
     all_local = has_files and Path(args.model_name).is_dir()
-    utils.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
+    hub.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
     if args.push_to_hub:
-        from bitfit import hub
+        from bitfit.artifacts import hub as push_hub
 
-        ranks.first_does(lambda: hub.check_push(args.push_to_hub))
+        ranks.first_does(lambda: push_hub.check_push(args.push_to_hub))
     if not finished:
         fine_tune(args, output, signals, ranks)
     if args.push_to_hub and ranks.rank == 0:
-        utils.print_result(hub.push(output, args.push_to_hub))
+        utils.print_result(push_hub.push(output, args.push_to_hub))
 
 
 def fine_tune(args, output, signals, ranks):
@@ -82,16 +86,16 @@ def fine_tune(args, output, signals, ranks):
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     evaluator = ranks.checked(lambda: prepare(args, ranks))
-    facts = outputs.facts_of(args, evaluator) | {"ranks": ranks.size}
+    facts = run_folder.facts_of(args, evaluator) | {"ranks": ranks.size}
     ranks.check_same("data or base model", evaluator.fingerprints())
     with ExitStack() as held:
 
         def begin():
-            held.enter_context(outputs.held(output))
+            held.enter_context(run_folder.held(output))
             # Another process may have been faster.
-            finished = outputs.is_finished(output, facts, args.resume)
+            finished = run_folder.is_finished(output, facts, args.resume)
             if not finished:
-                outputs.write_args(output, facts, finished=False)
+                run_folder.write_args(output, facts, finished=False)
             return finished
 
         if not ranks.first_does(begin):
@@ -101,9 +105,9 @@ def fine_tune(args, output, signals, ranks):
 
 def train_all(args, evaluator, output, facts, signals, ranks, tracker):
     """Train the runs, in one pass where they can share it, else one after the other; report."""
-    from bitfit import sweeps
+    from bitfit.results import sweeps
 
-    folders = outputs.folders_of(output, evaluator.runs)
+    folders = run_folder.folders_of(output, evaluator.runs)
     alone = ranks.size == 1 or (evaluator.torch_device.type == "cuda" and args.gpu_device is None)
     if ranks.rank > 0:
         utils.LOGGER.setLevel(logging.WARNING)  # until now each had the same to say
@@ -119,7 +123,7 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
             shared = {run: folders[run] for run in share}
             settle(args, evaluator, unfinished, shared, facts, tracker)
         if group.rank == 0:
-            outputs.drop_checkpoints(home)
+            run_folder.drop_checkpoints(home)
     ranks.end()
     if ranks.rank > 0:
         return
@@ -131,13 +135,13 @@ def train_all(args, evaluator, output, facts, signals, ranks, tracker):
             sweeps.drop_beaten(folders, best)
         table = sweeps.report(output, evaluator.task, folders, evaluator.method_caption)
         tracker.results("sweep", output, table)
-        outputs.write_args(output, facts, finished=True)
+        run_folder.write_args(output, facts, finished=True)
         utils.print_result(table)
 
 
 def unfinished_of(runs, folders, group):
     """Return {run: its folder} of those whose files are not complete, alike on all ranks."""
-    finished = [group.rank == 0 and outputs.is_done(folders[run]) for run in runs]
+    finished = [group.rank == 0 and run_folder.is_done(folders[run]) for run in runs]
     finished = group.most(*finished)
     return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
 
@@ -149,9 +153,9 @@ def train(args, evaluator, folders, home, signals, tracker, single):
         folders: {run: its folder} of those that are to write files.
         home: where their checkpoints are.
     """
-    from bitfit.checkpoints import Saver
+    from bitfit.training.checkpoints import Saver
 
-    checkpoints, group = home / outputs.CHECKPOINTS, evaluator.group
+    checkpoints, group = home / run_folder.CHECKPOINTS, evaluator.group
     saver = Saver(checkpoints, args.checkpoint_every, args.checkpoint_minutes, signals, group)
     try:
         evaluator.train_and_evaluate(
@@ -177,7 +181,7 @@ def settle(args, evaluator, unfinished, folders, facts, tracker):
         unfinished: {run: its folder} of those just trained whose files are not complete.
         folders: {run: its folder} of all that this rank trains.
     """
-    from bitfit import sweeps
+    from bitfit.results import sweeps
 
     evaluator.group.wait()  # of its ranks one has written the metrics, and now writes the rest
     writes = evaluator.group.rank == 0
@@ -195,7 +199,7 @@ def settle(args, evaluator, unfinished, folders, facts, tracker):
         if writes and args.keep == "best":
             sweeps.drop_beaten(folders, best)
         if writes:
-            outputs.write_args(folders[run], facts | run._asdict(), finished=True)
+            run_folder.write_args(folders[run], facts | run._asdict(), finished=True)
 
 
 def write_run(args, evaluator, folder, facts, tracker, kept):
@@ -204,7 +208,7 @@ def write_run(args, evaluator, folder, facts, tracker, kept):
     Args:
         kept: whether it also leaves what was asked for: evaluator, model, predictions.
     """
-    from bitfit import cards
+    from bitfit.artifacts import model_card
 
     writes, record = evaluator.group.rank == 0, evaluator.record
     if writes:
@@ -217,7 +221,7 @@ def write_run(args, evaluator, folder, facts, tracker, kept):
         evaluator.save(folder / "evaluator")
     if writes and kept and args.export_model:
         evaluator.export_model(folder / "model")
-        cards.write(folder, evaluator.task, facts)
+        model_card.write(folder, evaluator.task, facts)
     if kept and args.predict_test:
         evaluator.export_model_test_set_predictions(folder)
 
@@ -245,7 +249,7 @@ def main(argv=None):
             utils.LOGGER.error(line.partition(": ")[2])
         ranks.tell(line, at_once=status > 128)
 
-    return utils.end_of(
+    return exit_status.end_of(
         "run_glue.py", lambda signals: run(args, signals, ranks), f"; to go on: {resume}",
         f"; {kept}: {resume}", " (a lower --max-tokens needs less)", tell,
         lambda: is_finished(args),
@@ -255,7 +259,7 @@ def main(argv=None):
 def is_finished(args):
     """Whether the output folder says that nothing is left to do."""
     with suppress(UserError):
-        return not args.push_to_hub and outputs.is_done(Path(args.output_path))
+        return not args.push_to_hub and run_folder.is_done(Path(args.output_path))
 
 
 if __name__ == "__main__":

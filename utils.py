@@ -8,13 +8,9 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
-
-from bitfit import early
 
 LOGGER = logging.getLogger("bitfit")
 FORMAT = 4  # of args.json, checkpoints and saved evaluators
@@ -60,60 +56,6 @@ class Stopped(BaseException):
         self.number = number
 
 
-class Signals:
-    """SIGTERM, SIGINT and SIGUSR1: what users and schedulers send to stop a program.
-
-    At first a signal raises `Stopped` at once. Within `held` it is only noted in `received`, for
-    the training loop to finish its step; a second SIGINT stops at once even there.
-    """
-
-    NUMBERS = early.NUMBERS
-
-    def __init__(self):
-        self.received, self.waits = None, False
-        self.raised = False  # whether `received` was raised as Stopped
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
-        self.hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
-        return self
-
-    def __exit__(self, kind, *exception):
-        sys.unraisablehook = self.hook
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.received and kind is None:
-            raise Stopped(self.received)  # a destructor swallowed it, and nobody asked since
-        if self.raised and not issubclass(kind, (Stopped, KeyboardInterrupt)):
-            raise Stopped(self.received) from None  # C code made another exception of it
-
-    def _swallowed(self, unraisable):
-        if unraisable.exc_type is not Stopped:
-            self.hook(unraisable)
-
-    def _handle(self, number, frame):
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        if not self.waits:
-            self.raised = True
-            raise Stopped(number)
-        LOGGER.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
-
-    @contextmanager
-    def held(self, waits=True):
-        """Within: a signal waits to be asked for, or raises `Stopped` at once."""
-        before, self.waits = self.waits, waits
-        try:
-            if self.received and not waits:
-                raise Stopped(self.received)
-            yield
-        finally:
-            self.waits = before
-        if self.received and not before:
-            raise Stopped(self.received)  # it came too late for anybody inside to ask
-
-
 class OneLine(logging.Formatter):
     """Log lines that no character of a message can break."""
 
@@ -156,51 +98,6 @@ def print_result(text):
         sys.stdout = io.StringIO()  # else the interpreter's end would try again
         if error.errno != errno.EPIPE:
             raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_finished=None):
-    """A program's exit status: that of `work(signals)`, or with one line where it ended badly.
-
-    Args:
-        program: its name.
-        stopped, fault: what the line says after the name of the signal, and after the fault.
-        less_memory: what needs less memory.
-        tell: writes the line, given it, the exception and the status.
-        is_finished: whether all is done, so that a signal comes too late to stop anything.
-    """
-    tell = tell or (lambda line, error, status: write_line(line))
-    try:
-        with Signals() as signals:
-            status = work(signals) or 0
-            early.ended.append(status)
-        return status
-    except BaseException as error:
-        status, message = outcome(error, stopped, fault, less_memory)
-        if status is None:
-            raise
-        if status > 128 and is_finished and is_finished():
-            status, message = 0, f"finished before {signal.Signals(status - 128).name}"
-        early.ended.append(status)
-        tell(f"{program}: {message}", error, status)
-        return status
-
-
-def outcome(error, stopped, fault, less_memory):
-    """(exit status, message) of the exception that ended a program; (None, None): it is a bug."""
-    if isinstance(error, UserError):
-        return 2, f"error: {error}"
-    if isinstance(error, (Diverged, NotPushed)):
-        return 1, f"stopped: {error}"
-    if isinstance(error, Stopped):
-        return 128 + error.number, f"stopped: {error}{stopped}"
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, f"stopped: at once{stopped}"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only input has those
-        return 2, f"error: {one_line(error)}: give another name"
-    if is_fault(error) or isinstance(error, (Damaged, Lost, OSError)):
-        memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
-        return 1, f"stopped: {memory}{one_line(error)}{fault}"
-    return None, None
 
 
 def set_seed(seed):
@@ -270,49 +167,6 @@ def has_bf16_instructions():
     names = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "avx10_2", "bf16", "sve_bf16")
     known = getattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))()
     return any(known.get(name) for name in names)
-
-
-def use_local_copies_when_offline(needs_hub=True):
-    """Tell the Hub's clients to use their cache when the Hub is out of reach or not needed.
-
-    They would ask for every file six times over 20 seconds; one connection tells as much. What
-    goes through a proxy is not tried.
-    """
-    if not needs_hub:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    if os.environ.get("HF_HUB_OFFLINE"):
-        return
-    url, port = endpoint(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if has_proxy(url):
-        return
-    try:
-        socket.create_connection((url.hostname, port), timeout=5).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def endpoint(address):
-    """(the parts of the Hub's address, its port); UserError where it is no URL."""
-    try:
-        url = urlsplit(address)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError
-        return url, url.port or (80 if url.scheme == "http" else 443)
-    except ValueError:
-        what = f"HF_ENDPOINT {address} is not the address of a Hub"
-        raise UserError(f"{what}: give it as https://huggingface.co, or unset it") from None
-
-
-def has_proxy(url):
-    """Whether the environment gives a proxy for a URL, as for the Hub's client.
-
-    ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
-    """
-    from urllib.request import getproxies, proxy_bypass
-
-    proxies = getproxies()
-    there = proxies.get(url.scheme) or proxies.get("all")
-    return bool(there) and not proxy_bypass(url.netloc)
 
 
 def as_list(value):

@@ -17,16 +17,22 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from bitfit import models, sources  # noqa: E402
-from bitfit.checkpoints import Saver  # noqa: E402
-from bitfit.data import MAX_TOKENS, Split, tokenize  # noqa: E402
-from bitfit.plan import Plan  # noqa: E402
-from bitfit.predict import Limit  # noqa: E402
-from bitfit.progress import Progress  # noqa: E402
-from bitfit.runs import Run, Stack  # noqa: E402
-from bitfit.tasks import TASKS  # noqa: E402
-from bitfit.train import start, step_graphs, train_epoch  # noqa: E402
-from bitfit.trainable import matrix_weights, select  # noqa: E402
+from bitfit.data.tasks import TASKS  # noqa: E402
+from bitfit.data.tokens import (  # noqa: E402
+    Split,
+    splits,
+    tokenize,
+)
+from bitfit.model import forward as models_forward  # noqa: E402
+from bitfit.model import loading  # noqa: E402
+from bitfit.model.batching import MAX_TOKENS  # noqa: E402
+from bitfit.model.predict import Limit  # noqa: E402
+from bitfit.model.run_stack import Run, Stack  # noqa: E402
+from bitfit.model.trainable import matrix_weights, select  # noqa: E402
+from bitfit.training.checkpoints import Saver  # noqa: E402
+from bitfit.training.loop import start, step_graphs, train_epoch  # noqa: E402
+from bitfit.training.plan import Plan  # noqa: E402
+from bitfit.training.progress import Progress  # noqa: E402
 
 LENGTH = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -94,15 +100,15 @@ def random_model(size, labels=2):
 def load(args, task):
     """(tokenizer, a function that makes the same fresh model each time)"""
     if args.model_name:
-        tokenizer = models.load_tokenizer(args.model_name)
-        return tokenizer, lambda: models.load(args.model_name, task)[0]
-    tokenizer = models.load_tokenizer(str(ROOT / "examples/tiny_bert"))
+        tokenizer = loading.load_tokenizer(args.model_name)
+        return tokenizer, lambda: loading.load(args.model_name, task)[0]
+    tokenizer = loading.load_tokenizer(str(ROOT / "examples/tiny_bert"))
     return tokenizer, lambda: random_model(args.size, task.num_labels)
 
 
 def pick_rows(args, task):
     """(the training rows to work on, how many there are in all)"""
-    texts = sources.read_split(task, "train", args.data_dir)
+    texts = splits.read_split(task, "train", args.data_dir)
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
     return texts.take(picked), len(texts)
 
@@ -134,20 +140,20 @@ class Ours:
     def __init__(self, model, tokens, task, batch_size, runs, max_tokens=None, method="bitfit"):
         self.device = tokens.ids.device
         grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
-        forward = models.Forward(model)
+        forward = models_forward.Forward(model)
         rows = dict.fromkeys(range(runs), np.arange(len(tokens.lengths)))
         limit = Limit(max_tokens or MAX_TOKENS[self.device.type], self.device)
         self.plan = Plan(task, forward, Split(tokens, rows), {}, limit, batch_size, epochs=1)
         self.plans = {}
         components = ["bias"] if method == "bitfit" else []
         chosen = select(model, method, components, None, np.random.default_rng(0))
-        self.stack = Stack(model, chosen, grid, models.draw_head)
+        self.stack = Stack(model, chosen, grid, loading.draw_head)
 
     def plan_in(self, dtype):
         """The plan with the fastest forward pass in a precision."""
         if dtype not in self.plans:
             model, tokens = self.plan.forward.model, self.plan.train.tokens
-            forward = models.find_forward(model, "the model", tokens, dtype)
+            forward = models_forward.find_forward(model, "the model", tokens, dtype)
             self.plans[dtype] = dataclasses.replace(self.plan, forward=forward)
         return self.plans[dtype]
 

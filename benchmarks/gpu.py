@@ -40,14 +40,14 @@ from peers import make_trainer
 from throughput import make_released
 from torch.profiler import ProfilerActivity, profile
 
-from bitfit import varlen
-from bitfit.checkpoints import capture, restore
-from bitfit.data import Tokens
-from bitfit.models import load_tokenizer
-from bitfit.tasks import TASKS
-from bitfit.tracking import peak_gib
-from bitfit.train import start, step_graphs, take_step
-from bitfit.trainable import FINE_TUNE_TYPES
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Tokens
+from bitfit.model import attention
+from bitfit.model.loading import load_tokenizer
+from bitfit.model.trainable import FINE_TUNE_TYPES
+from bitfit.tracking.tracker import peak_gib
+from bitfit.training.checkpoints import capture, restore
+from bitfit.training.loop import start, step_graphs, take_step
 from utils import set_seed
 
 LENGTHS = {"CoLA": (11.4, 4, 47), "RTE": (66, 12, LENGTH)}  # mean, least, most
@@ -121,7 +121,7 @@ def check_kernels(args, device):
     worst = {}
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         lengths, owner = np.random.default_rng(0).integers(3, 120, 9), np.repeat([0, 1, 2], 3)
-        sequences = varlen.plan_sequences(lengths, owner, stacked=True)[0]
+        sequences = attention.plan_sequences(lengths, owner, stacked=True)[0]
         for size in (32, 64):
             for first in (False, True):
                 off = kernel_difference(sequences, size, first, dtype, device)
@@ -142,8 +142,8 @@ def kernel_difference(sequences, size, first, dtype, device):
     longest = 1 if first else sequences.longest, sequences.longest
     rows = torch.from_numpy(sequences.starts).to(device)
     results = []
-    fast = varlen.kernel if device.type == "cuda" else varlen.plain_kernel
-    for kernel, of in ((fast, dtype), (varlen.plain_kernel, torch.float64)):
+    fast = attention.kernel if device.type == "cuda" else attention.plain_kernel
+    for kernel, of in ((fast, dtype), (attention.plain_kernel, torch.float64)):
         own = [x.detach().to(of).requires_grad_() for x in (q, k, v)]
         query = own[0].index_select(0, rows) if first else own[0]
         out = kernel(query, own[1], own[2], bounds, longest, 0.0, size**-0.5)
@@ -164,7 +164,7 @@ def check_dropout(args, device):
     q = torch.zeros(64 * 64, 12, 64, device=device, dtype=torch.bfloat16)
     v = torch.eye(64, device=device, dtype=q.dtype)[:, None].expand(-1, 12, -1).repeat(64, 1, 1)
     bounds = torch.arange(0, len(q) + 1, 64, device=device, dtype=torch.int32)
-    out = varlen.kernel(q, q, v.contiguous(), (bounds, bounds), (64, 64), 0.1, 1.0)
+    out = attention.kernel(q, q, v.contiguous(), (bounds, bounds), (64, 64), 0.1, 1.0)
     dropped = (out == 0).view(64, 64, 12, 64)  # (sequences, queries, heads, keys)
     rate = dropped.double().mean().item()
     same = [

@@ -201,17 +201,18 @@ def train_with_trainer(args):
     import transformers
     from peers import arguments
 
-    from bitfit import models, sources
-    from bitfit.data import tokenize
-    from bitfit.tasks import TASKS
+    from bitfit.data import splits
+    from bitfit.data.tasks import TASKS
+    from bitfit.data.tokens import tokenize
+    from bitfit.model import loading
 
     model_folder, data = args.trainer
-    tokenizer = models.load_tokenizer(model_folder)
+    tokenizer = loading.load_tokenizer(model_folder)
     train, dev = (
-        examples(tokenize(sources.read_split(TASKS["rte"], split, data), tokenizer, 128))
+        examples(tokenize(splits.read_split(TASKS["rte"], split, data), tokenizer, 128))
         for split in ("train", "validation")
     )
-    model, _ = models.load(model_folder, TASKS["rte"])
+    model, _ = loading.load(model_folder, TASKS["rte"])
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(16, "bf16", folder, pick_device())
         settings.num_train_epochs, settings.eval_strategy = float(args.epochs), "epoch"

@@ -39,8 +39,9 @@ FLAGS = [
     "--epochs", "6", "--train-size", "160", "--checkpoint-minutes", "0.002",
     "--save-evaluator", "--predict-test",
 ]  # fmt: skip
-PRELOADED = ["glue_evaluator", "run_glue", "bitfit.sweeps", "sklearn.metrics", "scipy.stats",
-             "pandas", "transformers.models.bert.modeling_bert", "seaborn"]  # fmt: skip
+PRELOADED = ["glue_evaluator", "run_glue", "bitfit.results.sweeps", "sklearn.metrics",
+             "scipy.stats", "pandas", "seaborn",
+             "transformers.models.bert.modeling_bert"]  # fmt: skip
 
 
 def job(flags, log):

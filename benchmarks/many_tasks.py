@@ -33,9 +33,9 @@ from common import (
     seconds,
 )
 
-from bitfit import answers, together
-from bitfit.runs import Stack
-from bitfit.tasks import TASKS
+from bitfit.data.tasks import TASKS
+from bitfit.model.run_stack import Stack
+from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
 
 
@@ -72,7 +72,7 @@ def write_evaluators(folder, model_name, tasks, count):
 
 def load(folders, precision, stack):
     """The `Many` of some evaluators, ready to answer until the `ExitStack` ends."""
-    many = together.load(together.read(folders), pick_device(), DTYPES[precision])
+    many = multi_task.load(multi_task.read(folders), pick_device(), DTYPES[precision])
     stack.enter_context(many.stack.bound(DTYPES[precision]))
     return many
 

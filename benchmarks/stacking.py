@@ -23,7 +23,7 @@ from common import (
     spread,
 )
 
-from bitfit.tracking import peak_gib
+from bitfit.tracking.tracker import peak_gib
 
 
 def parse_args():

@@ -1,6 +1,6 @@
 """Handle signals while a program imports its modules and after its work: one line, no traceback.
 
-Imports take seconds, and `utils.Signals` is available only after them. So a program calls
+Imports take seconds, and `bitfit.signals.Signals` is available only after them. So a program calls
 `catch_signals` first, and this file imports only fast modules.
 """
 

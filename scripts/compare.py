@@ -20,10 +20,12 @@ from pathlib import Path
 import pandas as pd
 
 import utils
-from bitfit import escape
-from bitfit.flags import OneLineParser
-from bitfit.outputs import wrong_file
-from bitfit.reports import curve_figure, read_metrics, save_figure
+from bitfit.artifacts.run_folder import wrong_file
+from bitfit.cli import exit_status
+from bitfit.options import OneLineParser
+from bitfit.results import escape
+from bitfit.results.plots import curve_figure, save_figure
+from bitfit.results.scores import read_metrics
 from utils import UserError, blaming, escaped, one_line
 
 COLORS = [f"C{number}" for number in range(10)]
@@ -126,7 +128,7 @@ def run(args):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     utils.setup_logging()
-    status = utils.end_of("compare.py", lambda signals: run(args))
+    status = exit_status.end_of("compare.py", lambda signals: run(args))
     if status:
         sys.exit(status)
 

@@ -22,7 +22,9 @@ import math
 from pathlib import Path
 
 import utils
-from bitfit.flags import gpu, make_commands, new_file, number
+from bitfit.cli import exit_status
+from bitfit.model import hub
+from bitfit.options import gpu, make_commands, new_file, number
 from utils import UserError, write_text
 
 # fmt: off
@@ -104,29 +106,31 @@ def load(args, member):
     model = args.model_name or member.facts["model_name"]
     data, device = getattr(args, "data_dir", None), getattr(args, "gpu_device", "cpu")
     local = Path(model).is_dir() and (data or member.facts["data_dir"])
-    utils.use_local_copies_when_offline(needs_hub=not local)
+    hub.use_local_copies_when_offline(needs_hub=not local)
     from glue_evaluator import GLUEvaluator
 
     return GLUEvaluator.load(member.folder, utils.gpu_of(device), args.model_name, data)
 
 
 def show(args):
-    from bitfit import deltas, members, reports
+    from bitfit.results import plots
+    from bitfit.tools import deltas, members
 
     found = members.read(args.folders)
     members.check_biases(found, "show")
     evaluator = load(args, found[0])
     names, changes = evaluator.terms_changes()
     if args.csv:
-        reports.save_changes(names, changes, args.csv)
+        plots.save_changes(names, changes, args.csv)
     if args.plot:
-        figure = reports.bias_heatmap(names, changes, evaluator.caption)
-        reports.save_figure(figure, args.plot)
+        figure = plots.bias_heatmap(names, changes, evaluator.caption)
+        plots.save_figure(figure, args.plot)
     utils.print_result(deltas.terms_text(evaluator, names, changes))
 
 
 def compare(args):
-    from bitfit import deltas, members, reports
+    from bitfit.results import plots
+    from bitfit.tools import deltas, members
 
     found = members.read(args.folders)
     members.check_biases(found, "compare")
@@ -138,14 +142,15 @@ def compare(args):
     if args.csv:
         write_text(args.csv, deltas.pairs(comparison).to_csv(index=False))
     if args.plot:
-        reports.save_figure(deltas.comparison_heatmap(comparison, what), args.plot)
+        plots.save_figure(deltas.comparison_heatmap(comparison, what), args.plot)
     utils.print_result(f"{what}\n{deltas.comparison_text(comparison)}")
 
 
 def average(args):
-    from bitfit import deltas, members, outputs
+    from bitfit.artifacts import run_folder
+    from bitfit.tools import deltas, members
 
-    outputs.check_new(args.output_path)
+    run_folder.check_new(args.output_path)
     found = members.read(args.folders)
     members.check_tasks(found)
     members.check_trained(found)
@@ -158,9 +163,10 @@ def average(args):
 
 
 def apply(args):
-    from bitfit import deltas, members, outputs
+    from bitfit.artifacts import run_folder
+    from bitfit.tools import deltas, members
 
-    outputs.check_new(args.output_path)
+    run_folder.check_new(args.output_path)
     (member,) = members.read(args.folders)
     if args.scale != 1 and member.facts["fine_tune_type"] == "frozen":
         raise UserError(f"--scale: {member.name} changed nothing in the encoder: leave it out")
@@ -177,7 +183,7 @@ COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply
 def main(argv=None):
     args = parse_args(argv)
     utils.setup_logging()
-    return utils.end_of("deltas.py", lambda signals: COMMANDS[args.command](args))
+    return exit_status.end_of("deltas.py", lambda signals: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":

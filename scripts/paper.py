@@ -22,9 +22,11 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import utils
-from bitfit.flags import POSITIVE, gpu, make_commands, number
+from bitfit.cli import exit_status
+from bitfit.data.tasks import TASKS
+from bitfit.model import hub
+from bitfit.options import POSITIVE, gpu, make_commands, number
 from bitfit.study import cells
-from bitfit.tasks import TASKS
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
 # fmt: off
@@ -134,13 +136,13 @@ def collect(parser, name, pairs, known):
 
 
 def plan(args):
-    from bitfit import outputs
+    from bitfit.artifacts import run_folder
     from bitfit.study import cost, plan
     from glue_evaluator import DTYPES
 
-    outputs.check_place(args.output_path)
+    run_folder.check_place(args.output_path)
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
-    utils.use_local_copies_when_offline(needs_hub=not local)
+    hub.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan(args.output_path, args)
     device = utils.choose_device(utils.gpu_of(args.gpu_device))
     plan.check(study)
@@ -164,7 +166,7 @@ def run(args):
     cells_here, states, left = study.cells[part::parts], work.takes(args.retry_failed), []
     fit = cells_here
     if args.budget_hours:
-        utils.use_local_copies_when_offline()
+        hub.use_local_copies_when_offline()
         fit, left = plan.within(study, cells_here, args.budget_hours, states)
     if len(gpus) > 1:
         shards = [f"{part + parts * i + 1}/{parts * len(gpus)}" for i in range(len(gpus))]
@@ -211,7 +213,7 @@ def main(argv=None):
     args = parse_args(argv)
     utils.setup_logging()
     words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}
-    return utils.end_of("paper.py", lambda signals: COMMANDS[args.command](args), **words)
+    return exit_status.end_of("paper.py", lambda signals: COMMANDS[args.command](args), **words)
 
 
 if __name__ == "__main__":

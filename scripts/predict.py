@@ -23,7 +23,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import utils
-from bitfit.flags import POSITIVE, OneLineParser, add_machine
+from bitfit.cli import exit_status
+from bitfit.model import hub
+from bitfit.options import POSITIVE, OneLineParser, add_machine
 from utils import UserError
 
 
@@ -61,12 +63,12 @@ def opened(path):
 
 def run(args):
     with opened(args.input) as lines:
-        from bitfit import answers, together
+        from bitfit.tools import answers, multi_task
         from glue_evaluator import DTYPES
 
-        found = together.read(args.evaluators, args.model_name)
+        found = multi_task.read(args.evaluators, args.model_name)
         local = Path(found[0][1]["model_name"]).is_dir()
-        utils.use_local_copies_when_offline(needs_hub=not local)
+        hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
 
         device = utils.choose_device(utils.gpu_of(args.gpu_device))
@@ -74,7 +76,7 @@ def run(args):
         dtype = DTYPES[precision]
         if not args.no_tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
-        many = together.load(found, device, dtype, args.max_seq_length, args.max_tokens)
+        many = multi_task.load(found, device, dtype, args.max_seq_length, args.max_tokens)
         name = "standard input" if args.input == "-" else args.input
         with many.stack.bound(dtype):
             for rows in answers.batches(many, lines, args.batch_size, name):
@@ -86,7 +88,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     utils.setup_logging(logging.WARNING)
     less_memory = " (a lower --max-tokens needs less)"
-    return utils.end_of("predict.py", lambda signals: run(args), less_memory=less_memory)
+    return exit_status.end_of("predict.py", lambda signals: run(args), less_memory=less_memory)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from bitfit import models
-from bitfit.packing import packers_of
+from bitfit.model import forward, loading
+from bitfit.model.packing import packers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
@@ -33,17 +33,17 @@ def set_dropout(model, p):
 
 def load_model(folder, task, seed=0, random_encoder=False):
     """A model with its head drawn, as a run of that seed starts."""
-    model, initialized = models.load(folder, task, random_encoder)
-    models.draw_head(model, seed, initialized)
+    model, initialized = loading.load(folder, task, random_encoder)
+    loading.draw_head(model, seed, initialized)
     return model
 
 
 def forward_of(model, packed=True):
     """The model's `Forward` on packed rows, or on padded ones."""
     if not packed:
-        return models.Forward(model)
-    first = models.first_position(models.position_embedding(model))
-    return models.Forward(model, packers_of(model, first)[0])
+        return forward.Forward(model)
+    first = loading.first_position(loading.position_embedding(model))
+    return forward.Forward(model, packers_of(model, first)[0])
 
 
 def wait_for(condition):

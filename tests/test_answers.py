@@ -13,10 +13,11 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 from scipy.special import softmax
 
-from bitfit import answers, models, together
-from bitfit.runs import Stack
-from bitfit.sources import tsv_names
-from bitfit.tasks import TASKS
+from bitfit.data.splits import tsv_names
+from bitfit.data.tasks import TASKS
+from bitfit.model import fingerprints, loading
+from bitfit.model.run_stack import Stack
+from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -39,7 +40,7 @@ def save(folder, task, model=TINY_BERT, kind=BITFIT, length=64, **options):
     evaluator = GLUEvaluator(task, str(model), None, 0, GLUE, **options)
     evaluator.preprocess_dataset("longest", length, 8, train_size=8)
     evaluator.prepare(kind[0], 1e-3, components=kind[1], verbose=False)
-    evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs, models.draw_head)
+    evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head)
     noise = torch.Generator().manual_seed(len(str(folder)) + len(task))
     evaluator.stack.values += 0.2 * torch.randn(evaluator.stack.values.shape, generator=noise)
     evaluator.stack.put(0)
@@ -60,7 +61,7 @@ def alone(folder, data_dir, rows=ROWS):
 
 
 def load(*folders, **options):
-    return together.load(together.read(folders), CPU, **options)
+    return multi_task.load(multi_task.read(folders), CPU, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def lines(tmp_path_factory):
 def check_like_each_alone(folders, tmp_path, max_tokens=None):
     many = load(*folders, max_tokens=max_tokens)
     with many.stack.bound():
-        logits, told = together.logits_of(many, ROWS), answers.answers(many, ROWS)
+        logits, told = multi_task.logits_of(many, ROWS), answers.answers(many, ROWS)
     for folder, name, task, own in zip(folders, many.names, many.tasks, logits, strict=True):
         expected = alone(folder, tmp_path)
         assert own.shape == (len(ROWS), task.num_labels)
@@ -158,19 +159,19 @@ def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
         lambda module, args: seen.append(args[0].numel())
     )
     with many.stack.bound():
-        together.logits_of(many, ROWS)
+        multi_task.logits_of(many, ROWS)
     assert sum(seen) == sum(map(len, many.tokenizer([a for a, _ in ROWS])["input_ids"])) + sum(
         map(len, many.tokenizer(*zip(*ROWS, strict=True), truncation=True, max_length=64).input_ids)
     )
 
 
 def test_one_model_is_loaded_and_its_own_values_are_untouched(saved, monkeypatch):
-    loads, load_one = [], models.load
-    monkeypatch.setattr(models, "load", lambda *args: loads.append(args) or load_one(*args))
+    loads, load_one = [], loading.load
+    monkeypatch.setattr(loading, "load", lambda *args: loads.append(args) or load_one(*args))
     many = load(*(saved[name] for name in ("cola", "mnli", "stsb")))
     assert len(loads) == 1
     base, _ = load_one(str(TINY_BERT), TASKS["mnli"])
-    assert models.fingerprint(many.forward.model) == models.fingerprint(base)
+    assert fingerprints.fingerprint(many.forward.model) == fingerprints.fingerprint(base)
 
 
 def test_names(saved):
@@ -196,20 +197,20 @@ def test_names(saved):
 )
 def test_what_cannot_answer_together(saved, names, message):
     with pytest.raises(UserError, match=message):
-        together.read([saved[name] for name in names])
+        multi_task.read([saved[name] for name in names])
 
 
 def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
     (tmp_path / "evaluator").symlink_to(saved["cola"])
-    ((folder, facts, _),) = together.read([tmp_path])
+    ((folder, facts, _),) = multi_task.read([tmp_path])
     assert folder == tmp_path / "evaluator"
     assert facts["task_name"] == "cola"
     with pytest.raises(UserError, match=r"cola is given twice"):  # by another name
-        together.read([tmp_path, saved["cola"]])
+        multi_task.read([tmp_path, saved["cola"]])
 
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
-    monkeypatch.setattr(together, "why_not_stackable", lambda *args: "it goes around its modules")
+    monkeypatch.setattr(multi_task, "why_not_stackable", lambda *args: "it goes around its modules")
     load(saved["cola"])
     with pytest.raises(UserError, match="cannot answer together: it goes around its modules; give"):
         load(saved["cola"], saved["mnli"])

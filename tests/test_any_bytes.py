@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import run_glue
-from bitfit import flags, outputs, store, sweeps
-from bitfit.outputs import read_args
-from bitfit.runs import Run
-from bitfit.sources import read_split
-from bitfit.tasks import TASKS
+from bitfit import options
+from bitfit.artifacts import run_folder
+from bitfit.artifacts.run_folder import read_args
+from bitfit.data.splits import read_split
+from bitfit.data.tasks import TASKS
+from bitfit.model.run_stack import Run
+from bitfit.results import sweeps
+from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import Damaged, UserError
 
@@ -169,12 +172,12 @@ def assert_one_line(error):
 def test_resuming_with_any_facts(a_run, tmp_path, data, finished):
     facts = json.loads((a_run / "args.json").read_text()) | {"finished": finished}
     name, value = data.draw(st.sampled_from(sorted(facts))), data.draw(edits)
-    command = vars(flags.parse_args("", ["-o", str(tmp_path), *ARGV, "--resume"]))
+    command = vars(options.parse_args("", ["-o", str(tmp_path), *ARGV, "--resume"]))
     loaded = {name: fact for name, fact in facts.items() if name not in command}
     (tmp_path / "args.json").write_text(json.dumps(facts | {name: value}))
     for known in (command, loaded | command | {"precision": "fp32", "max_tokens": 2048}):
         try:
-            assert outputs.is_finished(tmp_path, known, resume=True) in (False, True)
+            assert run_folder.is_finished(tmp_path, known, resume=True) in (False, True)
         except UserError as error:
             assert_one_line(error)
 

@@ -10,9 +10,9 @@ import transformers
 from conftest import GLUE, TINY_BERT
 
 import run_glue
-from bitfit import together
-from bitfit.packing import Packer
-from bitfit.reports import read_metrics
+from bitfit.model.packing import Packer
+from bitfit.results.scores import read_metrics
+from bitfit.tools import multi_task
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -176,11 +176,11 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
             plain = loaded.model(**inputs).logits[0].numpy()
             assert np.abs(logits[1][row] - plain).max() < bound
 
-    many = together.load(together.read([tmp_path / "evaluator"]), torch.device("cpu"))
+    many = multi_task.load(multi_task.read([tmp_path / "evaluator"]), torch.device("cpu"))
     rows = [("a film", "good"), ("a small film is good, and long", "it is bad"), ("no", "no")]
     with many.stack.bound():
-        alone = [together.logits_of(many, [row])[0][0] for row in rows]
-        assert np.abs(together.logits_of(many, rows)[0] - alone).max() < bound
+        alone = [multi_task.logits_of(many, [row])[0][0] for row in rows]
+        assert np.abs(multi_task.logits_of(many, rows)[0] - alone).max() < bound
 
 
 @pytest.mark.parametrize("case", ["xlnet", "deberta", "fnet"])
@@ -232,11 +232,11 @@ def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys
     """BART reads the last of them and wants as many in each row of a batch."""
     model = folder_of(tmp_path / "model", "bart", **BART)
     assert run(tmp_path, model, "--data-dir", str(few_rows), "--save-evaluator") == 0
-    many = together.load(together.read([tmp_path / "out" / "evaluator"]), torch.device("cpu"))
+    many = multi_task.load(multi_task.read([tmp_path / "out" / "evaluator"]), torch.device("cpu"))
     with many.stack.bound(torch.float32):
-        assert len(together.logits_of(many, [("a film", "a cat")] * 2)[0]) == 2
+        assert len(multi_task.logits_of(many, [("a film", "a cat")] * 2)[0]) == 2
         with pytest.raises(UserError, match="has the token for its end, 3, in it"):
-            together.logits_of(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
+            multi_task.logits_of(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
     data = shutil.copytree(few_rows, tmp_path / "data")
     lines = (data / "RTE" / "dev.tsv").read_text().splitlines()
     lines[2] = lines[2].replace(" ", " [SEP] ", 1)

@@ -11,9 +11,9 @@ from conftest import COMMITS, GLUE, ROOT, TINY_BERT
 from huggingface_hub import ModelCard, repocard_data
 
 import run_glue
-from bitfit import cards
-from bitfit.flags import parse_args
-from bitfit.tasks import TASKS
+from bitfit.artifacts import model_card
+from bitfit.data.tasks import TASKS
+from bitfit.options import parse_args
 
 OPTIONS = ["--epochs", "2", "--train-size", "16", "-l", "1e-3", "3e-3", "--keep", "best"]
 OPTIONS += ["--bias-terms", "query", "value", "--warmup-ratio", "0.1", "--export-model"]
@@ -105,7 +105,7 @@ def card(made, tmp_path):
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
         (tmp_path / "metrics.csv").write_text("epoch,split,metric,value\n")
         (tmp_path / "model").mkdir()
-        cards.write(tmp_path, TASKS[task], facts)
+        model_card.write(tmp_path, TASKS[task], facts)
         return read(tmp_path)
 
     return make
@@ -175,7 +175,7 @@ def test_a_run_that_diverged_has_no_scores(card):
 def test_only_bitfit_is_called_so(card, kind):
     data, text = card(fine_tune_type=kind, bias_terms=[])
     assert data["tags"] is None
-    assert cards.TRAINED[kind] in text
+    assert model_card.TRAINED[kind] in text
     assert f"# tiny-rte-{kind}" in text
 
 

@@ -5,14 +5,14 @@ import torch
 import transformers
 from conftest import TINY_BERT, load_model
 
-from bitfit.checkpoints import Saver, capture, found, restore
-from bitfit.data import Split
-from bitfit.plan import Plan
-from bitfit.predict import Limit
-from bitfit.runs import Run, Stack
-from bitfit.tasks import TASKS
-from bitfit.train import move, start
-from bitfit.trainable import select
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Split
+from bitfit.model.predict import Limit
+from bitfit.model.run_stack import Run, Stack
+from bitfit.model.trainable import select
+from bitfit.training.checkpoints import Saver, capture, found, restore
+from bitfit.training.loop import move, start
+from bitfit.training.plan import Plan
 from utils import Damaged
 
 

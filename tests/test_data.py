@@ -4,22 +4,20 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from bitfit.data import (
-    Dataset,
+from bitfit.data.splits import Texts
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Dataset, concatenate, tokenize
+from bitfit.model.batching import (
     arrays_of,
     batch_of,
     batches_by_length,
-    concatenate,
     gather,
     host_buffer,
     passes_of,
     to_device,
-    tokenize,
     views_of,
     with_arrays,
 )
-from bitfit.sources import Texts
-from bitfit.tasks import TASKS
 from utils import UserError
 
 TEXTS = Texts((["a", "a b c d", "", "a b"], ["c", "", "", "d e"]), np.array([0, 1, 0, 1]))
@@ -82,7 +80,7 @@ def data_of(tokenizer, splits, monkeypatch, train_size=None, seeds=(0,)):
     """A `Dataset` of MNLI whose splits hold these pairs; others are not there."""
     texts = {name: Texts(tuple(map(list, zip(*rows, strict=True))), None if "test" in name else
              np.zeros(len(rows), np.int64)) for name, rows in splits.items()}  # fmt: skip
-    monkeypatch.setattr("bitfit.data.read_split", lambda task, name, folder: texts.get(name))
+    monkeypatch.setattr("bitfit.data.tokens.read_split", lambda task, name, folder: texts.get(name))
     data = Dataset(TASKS["mnli"], None, tokenizer, 32, seeds, train_size, torch.device("cpu"))
     for name in ("train", "validation_matched", "validation_mismatched", "test_matched", "ax"):
         data.split(name)

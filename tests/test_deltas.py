@@ -14,7 +14,7 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 from safetensors.numpy import load_file
 
-from bitfit import deltas, members
+from bitfit.tools import deltas, members
 from glue_evaluator import GLUEvaluator
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -14,16 +14,18 @@ from conftest import GLUE, TINY_BERT, forward_of
 from simulated_gpu import CUDA, RejectedByCUDA, simulated_gpu
 
 import run_glue
-from bitfit import data, models, runs, sources, train, varlen
-from bitfit.checkpoints import Saver
-from bitfit.data import Split, tokenize
-from bitfit.graphs import USES_BEFORE_CAPTURE
-from bitfit.models import find_forward
-from bitfit.plan import Plan
-from bitfit.predict import Limit, predict_runs
-from bitfit.runs import Run, Stack
-from bitfit.tasks import TASKS
-from bitfit.trainable import FINE_TUNE_TYPES, select
+from bitfit.data import splits
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Split, tokenize
+from bitfit.model import attention, batching, loading, run_stack
+from bitfit.model.forward import find_forward
+from bitfit.model.predict import Limit, predict_runs
+from bitfit.model.run_stack import Run, Stack
+from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.training import loop
+from bitfit.training.checkpoints import Saver
+from bitfit.training.graphs import USES_BEFORE_CAPTURE
+from bitfit.training.plan import Plan
 from glue_evaluator import GLUEvaluator
 
 COLA = TASKS["cola"]
@@ -38,22 +40,22 @@ def command(folder, *flags):
 
 def new_state(method, count, dtype, packed):
     """A training of the tiny BERT on the simulated GPU, of `count` runs."""
-    model, _ = models.load(str(TINY_BERT), COLA)
+    model, _ = loading.load(str(TINY_BERT), COLA)
     model.to(CUDA)
-    texts = sources.read_split(COLA, "train", GLUE).take(range(24))
-    tokens = tokenize(texts, models.load_tokenizer(str(TINY_BERT)), 48).to(CUDA)
+    texts = splits.read_split(COLA, "train", GLUE).take(range(24))
+    tokens = tokenize(texts, loading.load_tokenizer(str(TINY_BERT)), 48).to(CUDA)
     forward = find_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
     chosen = select(model, method, ["bias"] if method == "bitfit" else [], 1000,
                     np.random.default_rng(0))  # fmt: skip
-    stack = Stack(model, chosen, [Run(1e-3, seed) for seed in range(count)], models.draw_head)
+    stack = Stack(model, chosen, [Run(1e-3, seed) for seed in range(count)], loading.draw_head)
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
-    return train.start(Plan(COLA, forward, split, {}, Limit(2000, CUDA), 8, 9), stack)
+    return loop.start(Plan(COLA, forward, split, {}, Limit(2000, CUDA), 8, 9), stack)
 
 
 def take_steps(state, count):
     rows = np.stack([np.arange(8) + k for k in range(len(state.stack.runs))])
     for _ in range(count):
-        train.take_step(state, np.arange(len(rows)), rows)
+        loop.take_step(state, np.arange(len(rows)), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +69,7 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
         before = state.stack.values.clone()
         assert state.plan.forward.packer and state.plan.forward.is_varlen == (dtype != torch.float)
         with state.stack.bound(dtype):
-            state.graphs = train.step_graphs(state)
+            state.graphs = loop.step_graphs(state)
             assert bool(state.graphs) == state.plan.forward.is_varlen
             take_steps(state, 1)  # makes the optimizer's state
             gpu.clear()
@@ -91,27 +93,27 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
 def test_the_grouped_attention_where_flashattention_fails(broken):
     """In bf16 alone: one that gives wrong numbers, and one that cannot run."""
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        kernel = varlen.kernel
+        kernel = attention.kernel
 
         def only_in_float32(query, *rest):
             out = kernel(query, *rest)
             return out if out.dtype == torch.float32 else broken(out)
 
-        patch.setattr(varlen, "kernel", only_in_float32)
+        patch.setattr(attention, "kernel", only_in_float32)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         assert state.plan.forward.packer and not state.plan.forward.is_varlen
 
 
 def test_flashattention_is_tried_on_several_sequences_in_bf16():
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        kernel = varlen.kernel
+        kernel = attention.kernel
 
         def mixes_sequences(query, key, value, bounds, *rest):
             out = kernel(query, key, value, bounds, *rest)
             several = len(bounds[1]) > 2 and out.dtype != torch.float32
             return torch.zeros_like(out) if several else out
 
-        patch.setattr(varlen, "kernel", mixes_sequences)
+        patch.setattr(attention, "kernel", mixes_sequences)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         assert state.plan.forward.packer and not state.plan.forward.is_varlen
 
@@ -121,9 +123,9 @@ def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)
         with state.stack.bound(torch.bfloat16):
-            train.fit_limit_to_memory(state, 2**33)
+            loop.fit_limit_to_memory(state, 2**33)
             assert "--max-tokens" not in caplog.text
-            train.fit_limit_to_memory(state, 2**21)
+            loop.fit_limit_to_memory(state, 2**21)
     assert state.plan.limit.tokens < 2000
     assert f"--max-tokens {state.plan.limit.tokens}: more does not fit" in caplog.text
 
@@ -132,7 +134,7 @@ def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)
         with state.stack.bound(torch.bfloat16):
-            state.graphs = train.step_graphs(state)
+            state.graphs = loop.step_graphs(state)
             fails = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
 
             def pass_or_fail(*args):
@@ -140,8 +142,8 @@ def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
                     raise error
                 return forward_backward(*args)
 
-            forward_backward = train.forward_backward
-            monkeypatch.setattr(train, "forward_backward", pass_or_fail)
+            forward_backward = loop.forward_backward
+            monkeypatch.setattr(loop, "forward_backward", pass_or_fail)
             take_steps(state, 1)
         assert state.graphs is None and state.plan.limit.tokens == 1000
 
@@ -151,7 +153,7 @@ def test_padded_steps(count):
     with simulated_gpu():
         state = new_state("bitfit", count, torch.bfloat16, packed=False)
         with state.stack.bound(torch.bfloat16):
-            assert train.step_graphs(state) is None
+            assert loop.step_graphs(state) is None
             take_steps(state, 2)
 
 
@@ -191,7 +193,7 @@ def test_a_sweep_stopped_and_resumed(tmp_path, capsys, monkeypatch):
 
 
 def left_on_the_host(value, device):
-    return data.with_arrays(value, map(torch.from_numpy, data.arrays_of(value)))
+    return batching.with_arrays(value, map(torch.from_numpy, batching.arrays_of(value)))
 
 
 def drawn_on_the_gpu(model, seed):
@@ -206,20 +208,20 @@ def clipped_with_a_look(grads, max_norm=1.0):
 
 def test_what_cuda_rejects_is_found(monkeypatch):
     with simulated_gpu(), pytest.raises(RejectedByCUDA, match="generator of the host"):
-        monkeypatch.setattr(models, "draw_head", drawn_on_the_gpu)
+        monkeypatch.setattr(loading, "draw_head", drawn_on_the_gpu)
         new_state("bitfit", 1, torch.bfloat16, packed=False)
     monkeypatch.undo()
     with simulated_gpu(), pytest.raises(RejectedByCUDA, match=r"on the host|two devices"):
-        monkeypatch.setattr(train, "to_device", left_on_the_host)
+        monkeypatch.setattr(loop, "to_device", left_on_the_host)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         with state.stack.bound(torch.bfloat16):
             take_steps(state, 1)
     monkeypatch.undo()
     with simulated_gpu() as gpu:
-        monkeypatch.setattr(train, "clip_", clipped_with_a_look)
+        monkeypatch.setattr(loop, "clip_", clipped_with_a_look)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         with state.stack.bound(torch.bfloat16):
             gpu.clear()
             take_steps(state, 1)
         assert any("item" in wait for wait in gpu.waits)
-    assert runs.clip_ is not train.clip_
+    assert run_stack.clip_ is not loop.clip_

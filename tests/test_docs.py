@@ -18,8 +18,8 @@ from conftest import GLUE, ROOT, TINY_BERT, wait_for
 from torch.distributed import run as torchrun
 
 import run_glue
-from bitfit import flags
-from bitfit.trainable import TERMS
+from bitfit import options as flags
+from bitfit.model.trainable import TERMS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare

@@ -122,7 +122,7 @@ def test_a_finished_run_stays_finished(tmp_path, monkeypatch, number, more, caps
 
 def test_what_is_not_finished_is_stopped_before_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    at_call(monkeypatch, run_glue.outputs, "write_args", 2, send(signal.SIGTERM))
+    at_call(monkeypatch, run_glue.run_folder, "write_args", 2, send(signal.SIGTERM))
     assert run_glue.main(PROGRAMS["run_glue.py"]) == 143
     assert "stopped: SIGTERM; to go on: " in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_pictures_are_drawn_whatever_a_notebook_chose(tmp_path):
     """A notebook's shell passes the name of its kernel's backend on."""
     (tmp_path / "plots.py").write_text(
         "from bitfit import early; early.catch_signals('plots.py')\n"
-        "from bitfit.reports import new_figure\n"
+        "from bitfit.results.scores import new_figure\n"
         "new_figure(2, 2, 'caption').savefig('figure.png')\n"
     )
     environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "absent"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
-from bitfit.reports import main_scores
-from bitfit.sources import read_split
-from bitfit.tasks import TASKS
+from bitfit.data.splits import read_split
+from bitfit.data.tasks import TASKS
+from bitfit.results.scores import main_scores
 from glue_evaluator import GLUEvaluator
 
 SEEDS = (0, 1, 2)

@@ -8,8 +8,10 @@ import pytest
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 
-from bitfit import members, saved, store
-from bitfit.fingerprints import describe_change
+from bitfit.artifacts import saved_evaluator
+from bitfit.model.fingerprints import describe_change
+from bitfit.tools import members
+from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -105,7 +107,7 @@ def test_members_of_bases_that_differ_in_config_alone(trained, base, tmp_path):
 
 
 def test_another_version_of_transformers_may_know_other_keys(trained):
-    facts, _ = saved.files(trained)
+    facts, _ = saved_evaluator.files(trained)
     other = {**facts["model_config"], "transformers_version": "9.9", "new_in_that_version": 1}
     del other["chunk_size_feed_forward"]
     assert describe_change(facts, facts | {"model_config": other}) is None
@@ -141,10 +143,10 @@ def test_a_file_added_to_a_whole_model(whole, tmp_path):
 def as_before(folder, copy):
     """A copy as earlier versions of this program wrote it: the same format, fewer facts."""
     shutil.copytree(folder, copy)
-    facts, tensors = store.read(copy / saved.FACTS)
+    facts, tensors = store.read(copy / saved_evaluator.FACTS)
     for name in ("model_config", "tokenizer", "model_files"):
         facts.pop(name, None)
-    store.write(copy / saved.FACTS, facts, tensors, "delta.safetensors")
+    store.write(copy / saved_evaluator.FACTS, facts, tensors, "delta.safetensors")
     return copy
 
 

@@ -6,10 +6,11 @@ from conftest import GLUE, TINY_BERT, set_dropout
 from safetensors.numpy import load_file
 from scipy.stats import ks_2samp
 
-from bitfit import models, train
-from bitfit.reports import main_scores
-from bitfit.saved import LOGITS
-from bitfit.tasks import score
+from bitfit.artifacts.saved_evaluator import LOGITS
+from bitfit.data.tasks import score
+from bitfit.model import forward as models
+from bitfit.results.scores import main_scores
+from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
 from utils import Diverged, UserError
 
@@ -127,9 +128,9 @@ def test_all_diverged_is_one_error_and_keeps_the_last_good_values():
 
 def test_when_all_have_diverged_an_epoch_is_not_finished(monkeypatch):
     """Off a terminal too, where the bar does not draw."""
-    monkeypatch.setattr(train, "LOOK_SECONDS", 0.0)
-    steps, plain = [], train.take_step
-    monkeypatch.setattr(train, "take_step", lambda *args: steps.append(1) or plain(*args))
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
+    steps, plain = [], loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda *args: steps.append(1) or plain(*args))
     with pytest.raises(Diverged):
         trained([0, 1], rates=1e38, epochs=1, rows=150)  # 19 steps
     assert len(steps) < 5

@@ -7,8 +7,8 @@ import torch
 import transformers
 from conftest import GLUE
 
-from bitfit import sources
-from bitfit.tasks import TASKS
+from bitfit.data import splits
+from bitfit.data.tasks import TASKS
 from glue_evaluator import GLUEvaluator, set_seed
 from utils import UserError
 
@@ -126,7 +126,7 @@ def test_keep_best(tiny_bert, monkeypatch):
         values.append(evaluator.stack.values.clone())
         return value
 
-    monkeypatch.setattr("bitfit.train.score", score)
+    monkeypatch.setattr("bitfit.training.loop.score", score)
     evaluator = prepared(tiny_bert)
     evaluator.train_and_evaluate(3, keep="best")
     assert torch.equal(evaluator.stack.values, values[3])  # after the second epoch
@@ -172,7 +172,7 @@ def test_prediction_files_of_every_task(tmp_path, task, tiny_bert):
 def test_padding_as_the_released_code_did_gives_the_same_logits(tiny_bert):
     """There every row was padded to the full length; here to the longest of its batch."""
     evaluator = prepared(tiny_bert)
-    texts = sources.read_split(TASKS["rte"], "validation", GLUE)
+    texts = splits.read_split(TASKS["rte"], "validation", GLUE)
     inputs = evaluator.tokenizer(*texts.columns, padding="max_length", truncation=True,
                                  max_length=64, return_tensors="pt")  # fmt: skip
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_what_was_measured_outlives_an_interruption(tiny_bert, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitfit.train.predict_runs", stop)
+    monkeypatch.setattr("bitfit.training.loop.predict_runs", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluator.train_and_evaluate(3, evaluation_frequency=3)
     assert len(evaluator.record.train_loss) == 2

@@ -14,11 +14,13 @@ import transformers
 from conftest import COMMITS, GLUE, ROOT, TINY_BERT
 
 import run_glue
-import utils
-from bitfit import outputs, store
-from bitfit.hub import resolve
-from bitfit.models import check_length, fingerprint, load, load_tokenizer
-from bitfit.tasks import TASKS
+from bitfit.artifacts import run_folder
+from bitfit.data.tasks import TASKS
+from bitfit.model import hub
+from bitfit.model.fingerprints import fingerprint
+from bitfit.model.hub import resolve
+from bitfit.model.loading import check_length, load, load_tokenizer
+from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -73,7 +75,7 @@ def test_local_files_need_neither_datasets_nor_a_new_transformers(hub, tmp_path,
     assert args["model_commit"] == COMMITS["v1"]
     for package in ("torch", "transformers"):
         assert args[package] == sys.modules[package].__version__
-    assert outputs.installed("no-such-package") is None
+    assert run_folder.installed("no-such-package") is None
 
 
 def test_data_on_the_hub_need_datasets(tmp_path, monkeypatch, capsys):
@@ -173,7 +175,7 @@ def test_revisions_that_are_not_there(hub, tmp_path, capsys, model, revision, me
 @pytest.fixture
 def online(monkeypatch):
     """As if the Hub were there when the command begins, and knew our token."""
-    monkeypatch.setattr(utils, "use_local_copies_when_offline", lambda needs_hub: None)
+    monkeypatch.setattr(hub, "use_local_copies_when_offline", lambda needs_hub: None)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda api: {"name": "me"})
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
@@ -291,7 +293,7 @@ def test_a_folder_needs_the_hub_only_for_a_push(monkeypatch, tmp_path):
     """With all that it reads on disk a run is offline; one that is to be pushed is not."""
     asked = []
     monkeypatch.setattr(
-        utils, "use_local_copies_when_offline", lambda needs_hub: asked.append(bool(needs_hub))
+        hub, "use_local_copies_when_offline", lambda needs_hub: asked.append(bool(needs_hub))
     )
     monkeypatch.delenv("HF_TOKEN", raising=False)
     run_glue.main(flags(tmp_path / "a", "--max-seq-length", "129", model=TINY_BERT))
@@ -301,7 +303,7 @@ def test_a_folder_needs_the_hub_only_for_a_push(monkeypatch, tmp_path):
 
 def test_the_clients_own_environment_is_obeyed(hub_home):
     """HF_HOME, in a process of its own: the client reads it once."""
-    script = "from bitfit.hub import resolve; print(resolve('org/tiny', 'v1')[1])"
+    script = "from bitfit.model.hub import resolve; print(resolve('org/tiny', 'v1')[1])"
     environment = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 
 import run_glue
-from bitfit import loading, models
-from bitfit.data import Split, tokenize
-from bitfit.sources import Texts
+from bitfit.data.splits import Texts
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Split, tokenize
+from bitfit.model import loading, tokenizer_checks
 from bitfit.study import cost
-from bitfit.tasks import TASKS
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -193,16 +193,16 @@ def test_what_would_be_misread_is_refused_in_one_line(folder, kind):
     damage, message = WRONG[kind]
     damage(folder)
     with pytest.raises(UserError, match=message) as raised:
-        models.check_length(folder, RTE, 32)
-        models.load_tokenizer(folder)
-        models.load(folder, RTE)
+        loading.check_length(folder, RTE, 32)
+        loading.load_tokenizer(folder)
+        loading.load(folder, RTE)
     assert "\n" not in str(raised.value)
     assert str(folder) in str(raised.value)
 
 
 def test_the_control_of_a_random_encoder_needs_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    model, initialized = models.load(folder, RTE, random_encoder=True)
+    model, initialized = loading.load(folder, RTE, random_encoder=True)
     assert initialized == {"classifier.weight", "classifier.bias"}
     assert model.config.num_hidden_layers == 3
 
@@ -211,13 +211,13 @@ def test_pickled_weights_are_converted_as_the_message_says(folder):
     expected = load_file(folder / "model.safetensors")
     only_bin(folder)
     with pytest.raises(UserError) as raised:
-        models.load(folder, RTE)
+        loading.load(folder, RTE)
     program = re.search(r'python -c "(.*)"', str(raised.value))[1]
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
     assert all(
         torch.equal(t, expected[n]) for n, t in load_file(folder / "model.safetensors").items()
     )
-    models.load(folder, RTE)
+    loading.load(folder, RTE)
 
 
 def save_qwen2(folder):
@@ -232,10 +232,10 @@ def save_qwen2(folder):
 def test_a_token_that_only_the_class_adds_is_no_fault(folder):
     """Qwen2's adds `<|endoftext|>`, which no text of the task holds."""
     save_qwen2(folder)
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     assert max(tokenizer.get_vocab().values()) == 345
     tokenizer.save_pretrained(folder)  # as with an exported model
-    models.load_tokenizer(folder)
+    loading.load_tokenizer(folder)
 
 
 def test_a_token_beyond_the_embeddings_is_refused_in_later_texts(folder, tmp_path, capsys):
@@ -292,7 +292,7 @@ def test_what_a_checkpoint_has_of_a_head_is_kept(folder, kind, kept):
                  and first[n].dim() == 2)  # fmt: skip
     assert torch.equal(first[output], again[output])
     assert not torch.equal(first[output], other[output])
-    _, initialized = models.load(folder, RTE)
+    _, initialized = loading.load(folder, RTE)
     assert initialized == {output, output.replace("weight", "bias")}
 
 
@@ -362,7 +362,7 @@ def test_a_head_that_is_not_used_may_be_damaged(folder):
     assert load_model(folder, RTE).classifier.weight.isfinite().all()
     set_json(folder, id2label={"0": "entailment", "1": "not_entailment"})
     with pytest.raises(UserError, match=r"NaN or infinite values .the first: classifier.weight"):
-        models.load(folder, RTE)
+        loading.load(folder, RTE)
 
 
 REPORTS = {
@@ -457,7 +457,7 @@ def test_code_in_a_model_folder_is_never_run(folder, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_known_model_with_code_of_its_own_gets_a_warning(folder, caplog, name):
     set_json(folder, name, auto_map={"AutoModel": "modeling_my.M", "AutoTokenizer": ["t.T", None]})
-    models.load_tokenizer(folder)
+    loading.load_tokenizer(folder)
     assert [r.getMessage() for r in caplog.records] == [
         f"{folder}: custom code is not supported: its own code (auto_map) was not run, "
         "transformers' bert is used"
@@ -478,7 +478,7 @@ def test_a_folder_that_hides_a_model_on_the_hub(tmp_path, monkeypatch, capsys, c
     for name, warned in {"./own": 0, "some/folder": 0, "own": 1, "org/tiny": 1}.items():
         shutil.copytree(TINY_BERT, name, dirs_exist_ok=True)
         caplog.clear()
-        models.load_tokenizer(name)
+        loading.load_tokenizer(name)
         said = f"--model-name {name} is the folder of that name here, not a model on the Hub"
         assert [r.getMessage().startswith(said) for r in caplog.records] == [True] * warned
 
@@ -506,7 +506,7 @@ def test_a_vocabulary_and_its_lower_casing(folder, caplog, letters, lower, messa
     (folder / "vocab.txt").write_text("\n".join(words))
     if lower is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     assert tokenizer.tokenize("a") == ["a"]
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == (message is not None)
@@ -522,7 +522,7 @@ def test_a_vocabulary_of_bytes_has_no_capitals_for_its_spaces(tmp_path, caplog):
     )
     tokens = tokenizer.get_vocab()
     assert sum("\u0120" in token for token in tokens) > 50
-    loading.warn_of_case(tokenizer, tokens, tmp_path)
+    tokenizer_checks.warn_of_case(tokenizer, tokens, tmp_path)
     assert not caplog.records
 
 
@@ -533,40 +533,40 @@ def set_tokenizer(folder, **parts):
 
 def test_a_tokenizer_file_that_transformers_reads_otherwise(folder, caplog):
     """Its class takes the vocabulary alone: here numbers are no longer read digit by digit."""
-    models.load_tokenizer(folder)
+    loading.load_tokenizer(folder)
     assert not caplog.records
     steps = [{"type": "BertPreTokenizer"}, {"type": "Digits", "individual_digits": True}]
     set_tokenizer(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
-    assert models.load_tokenizer(folder).tokenize("20") == ["2", "##0"]
+    assert loading.load_tokenizer(folder).tokenize("20") == ["2", "##0"]
     (record,) = caplog.records
     assert "BertTokenizer takes the vocabulary alone from tokenizer.json" in record.getMessage()
     caplog.clear()
     set_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    assert models.load_tokenizer(folder).tokenize("20") == ["2", "0"]
+    assert loading.load_tokenizer(folder).tokenize("20") == ["2", "0"]
     assert not caplog.records
 
 
 def test_the_generic_class_keeps_the_token_types_of_pairs(folder, tmp_path):
     """As before transformers 5, unless a model has no embeddings for them or a file says so."""
-    expected = models.load_tokenizer(folder)("a film", "a cat")
+    expected = loading.load_tokenizer(folder)("a film", "a cat")
     assert 1 in expected["token_type_ids"]
     set_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     assert dict(tokenizer("a film", "a cat")) == dict(expected)
     tokenizer.save_pretrained(tmp_path / "exported")
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert dict(exported("a film", "a cat")) == dict(expected)
     set_json(folder, type_vocab_size=1)
-    assert "token_type_ids" not in models.load_tokenizer(folder)("a film", "a cat")
+    assert "token_type_ids" not in loading.load_tokenizer(folder)("a film", "a cat")
     set_json(folder, type_vocab_size=2)
     set_json(folder, "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
-    assert "token_type_ids" not in models.load_tokenizer(folder)("a film", "a cat")
+    assert "token_type_ids" not in loading.load_tokenizer(folder)("a film", "a cat")
 
 
 def test_a_much_smaller_vocabulary_than_the_embeddings(folder, caplog):
     change(folder, lambda t: t | {WORDS: torch.randn(400, 128)})
     set_json(folder, vocab_size=400)
-    models.load_tokenizer(folder)
+    loading.load_tokenizer(folder)
     (said,) = (r.getMessage() for r in caplog.records)
     assert "has 345 tokens, and the model embeddings for 400" in said
 
@@ -582,7 +582,7 @@ def test_a_sentencepiece_model_needs_its_packages(folder, monkeypatch):
     for package in ("sentencepiece", "tiktoken"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
-        models.load_tokenizer(folder)
+        loading.load_tokenizer(folder)
 
 
 # The same through the programs

@@ -8,18 +8,11 @@ import transformers
 from conftest import TINY_BERT, load_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfit.data import Tokens
-from bitfit.models import (
-    Forward,
-    check_length,
-    draw_head,
-    find_forward,
-    fingerprint,
-    load_tokenizer,
-    position_limit,
-    sha256,
-)
-from bitfit.tasks import TASKS
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Tokens
+from bitfit.model.fingerprints import fingerprint, sha256
+from bitfit.model.forward import Forward, find_forward
+from bitfit.model.loading import check_length, draw_head, load_tokenizer, position_limit
 from utils import UserError
 
 RTE = TASKS["rte"]

@@ -19,7 +19,8 @@ import paper
 import predict
 
 import run_glue
-from bitfit import cards, escape, outputs
+from bitfit.artifacts import model_card, run_folder
+from bitfit.results import escape
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -122,7 +123,7 @@ def test_an_output_path_that_cannot_be(tmp_path, place, capsys, monkeypatch):
 
 
 def test_a_name_of_255_characters_can_be(tmp_path):
-    outputs.check_place(tmp_path / ("n" * 255))
+    run_folder.check_place(tmp_path / ("n" * 255))
 
 
 @pytest.mark.parametrize("name", ["n" * 256 + ".csv", "folder.csv", "nowhere/x.csv", "x.txt"])
@@ -167,7 +168,7 @@ def test_a_card(sweep):
     body = text.split("\n---\n", 1)[1].split("## To load it")[0]
     assert "<img" not in body
     assert "# &lt;img src=x onerror=alert(1)&gt; \\_a\\_&amp;b\\|c%d\\$e\\$f\\#g" in body
-    card = cards.title(json.loads((sweep / "lr0.001_seed0/metrics.json").read_text()),
+    card = model_card.title(json.loads((sweep / "lr0.001_seed0/metrics.json").read_text()),
                        {"model_name": f"/{ODD}"})  # fmt: skip
     assert card.startswith("<img")
 
@@ -206,9 +207,9 @@ def test_pictures(sweep, tmp_path, monkeypatch, capsys):
 
 
 def deltas_reports():
-    from bitfit import reports
+    from bitfit.results import plots
 
-    return reports
+    return plots
 
 
 def test_a_legend_leaves_no_run_out(sweep, tmp_path, monkeypatch):

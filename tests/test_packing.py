@@ -8,9 +8,9 @@ import torch
 from test_models import random_model, tokens
 from torch.nn import functional as F
 
-from bitfit.data import to_device
-from bitfit.models import find_forward
-from bitfit.packing import (
+from bitfit.model.batching import to_device
+from bitfit.model.forward import find_forward
+from bitfit.model.packing import (
     SPARE,
     UNIT,
     Attention,
@@ -20,8 +20,8 @@ from bitfit.packing import (
     layout_of,
     packing_of,
 )
-from bitfit.runs import Run, Stack
-from bitfit.trainable import FINE_TUNE_TYPES, select
+from bitfit.model.run_stack import Run, Stack
+from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from utils import UserError
 
 LENGTHS = (9, 4, 40, 17, 6, 16)

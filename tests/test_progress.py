@@ -12,10 +12,11 @@ import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit import flags, progress, train
-from bitfit.plan import Plan
-from bitfit.ranks import ALONE
-from bitfit.tasks import TASKS
+from bitfit import options
+from bitfit.data.tasks import TASKS
+from bitfit.distributed import ALONE
+from bitfit.training import loop, progress
+from bitfit.training.plan import Plan
 
 FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "-s", "0", "1",
          "--epochs", "2", "--train-size", "24", "--gpu-device", "cpu"]  # fmt: skip
@@ -24,7 +25,7 @@ FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GL
 def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog, capfd):
     """Standard error is no terminal here: no bar, and nothing that only a terminal understands."""
     monkeypatch.setattr(progress, "TELL_SECONDS", 0)
-    monkeypatch.setattr(train, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
     with caplog.at_level("INFO", "bitfit"):
         assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS]) == 0
     lines = [text for text in caplog.messages if " left" in text]
@@ -41,14 +42,14 @@ def test_short_epochs_are_looked_at_too(tmp_path, monkeypatch, caplog):
     """The time between two looks is longer than an epoch of three steps."""
     monkeypatch.setattr(progress, "TELL_SECONDS", 0)
     ticks = iter(range(10_000))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.04 * next(ticks))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: 0.04 * next(ticks))
     with caplog.at_level("INFO", "bitfit"):
         assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS, "--epochs", "8"]) == 0
     assert [text for text in caplog.messages if " left" in text]
 
 
 def test_lines_are_minutes_apart(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(train, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
     with caplog.at_level("INFO", "bitfit"):
         assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS]) == 0
     assert not [text for text in caplog.messages if " left" in text]
@@ -97,10 +98,10 @@ def test_versions(capsys):
 
 
 def test_the_examples_of_the_help_are_good():
-    help_text = flags.make_parser("").format_help()
+    help_text = options.make_parser("").format_help()
     examples = re.findall(r"^  python run_glue.py (.*)$", help_text, re.MULTILINE)
     assert len(examples) == 4
-    assert all(flags.parse_args("", shlex.split(words)) for words in examples)
+    assert all(options.parse_args("", shlex.split(words)) for words in examples)
     assert max(map(len, help_text.splitlines())) <= 100
 
 

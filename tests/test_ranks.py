@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
 
 import run_glue
-from bitfit import models
-from bitfit.ranks import Ranks, deal
-from bitfit.runs import Run
+from bitfit.distributed import Ranks, deal
+from bitfit.model import forward as models
+from bitfit.model.run_stack import Run
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 

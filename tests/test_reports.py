@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from bitfit import reports
-from bitfit.runs import Run
-from bitfit.tasks import TASKS
-from bitfit.train import Record
+from bitfit.data.tasks import TASKS
+from bitfit.model.run_stack import Run
+from bitfit.results import plots, scores
+from bitfit.training.loop import Record
 
 MRPC = TASKS["mrpc"]
 EPOCHS = [2, 4, 5]
@@ -17,7 +17,7 @@ EVALUATIONS = {
     "validation": {"F1": [0.4, 0.7, 0.7], "Accuracy": [0.5, 0.6, 0.65]},
 }
 RECORD = Record(Run(1e-3, 3))
-SCORES = reports.frame_of(
+SCORES = scores.frame_of(
     [
         ("lr0.001_seed3", epoch, split, metric, values[number])
         for number, epoch in enumerate(EPOCHS)
@@ -28,7 +28,7 @@ SCORES = reports.frame_of(
 
 
 def test_metrics_files(tmp_path):
-    reports.write_metrics(tmp_path, MRPC, RECORD, SCORES, {"seed": 3})
+    scores.write_metrics(tmp_path, MRPC, RECORD, SCORES, {"seed": 3})
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert content["seed"] == 3
     assert content["main_metric"] == "F1"
@@ -46,14 +46,14 @@ def test_metrics_files(tmp_path):
 
 
 def test_score_table_shows_the_last_and_names_the_best():
-    text = reports.score_table(SCORES, MRPC)
+    text = scores.score_table(SCORES, MRPC)
     assert "last (epoch 5)" in text
     assert "best (epoch 4)" in text
-    assert reports.score_table(reports.frame_of([]), MRPC) == "nothing was evaluated"
+    assert scores.score_table(scores.frame_of([]), MRPC) == "nothing was evaluated"
 
 
 def test_learning_curves():
-    figures = reports.learning_curves(SCORES, MRPC, "a caption")
+    figures = plots.learning_curves(SCORES, MRPC, "a caption")
     assert list(figures) == ["F1", "Accuracy"]
     axes = figures["Accuracy"].axes[0]
     assert figures["Accuracy"].get_suptitle() == "a caption"
@@ -70,7 +70,7 @@ def test_bias_changes_are_the_papers():
     end = {n: t.clone() for n, t in start.items()}
     end["bert.encoder.layer.1.intermediate.dense.bias"] += torch.tensor([1.0, -1.0, 0.0, 2.0])
     end["bert.encoder.layer.0.attention.self.query.bias"] -= 0.5
-    names, changes = reports.bias_changes(start, end)
+    names, changes = plots.bias_changes(start, end)
     assert names == ["intermediate.dense.bias", "attention.self.query.bias"]  # most change first
     assert changes.tolist() == [[0.0, 1.0], [0.5, 0.0]]
 
@@ -83,13 +83,13 @@ def test_layers_of_one_number_in_several_stacks():
         for layer in range(layers)
     }
     end = {name: values + 0.5 for name, values in start.items()}
-    names, changes = reports.bias_changes(start, end)
+    names, changes = plots.bias_changes(start, end)
     assert names == [
         "canine.encoder.layer: output.dense.bias",
         "canine.initial.layer: output.dense.bias",
     ]
     assert np.array_equal(changes, [[0.5, 0.5], [0.5, np.nan]], equal_nan=True)
-    reports.bias_heatmap(names, changes, "a caption").canvas.draw()
+    plots.bias_heatmap(names, changes, "a caption").canvas.draw()
 
 
 @pytest.mark.parametrize("layers", [1, 12, 24])
@@ -97,9 +97,9 @@ def test_nothing_is_cut_off(layers):
     """All that is drawn lies inside the picture, long captions and names included."""
     caption = "STS-B, a-model-with-quite-a-long-name, bitfit (query, key, value, output, " * 2
     start = {f"m.layer.{i}.attention.output.LayerNorm.bias": torch.zeros(2) for i in range(layers)}
-    moved = reports.bias_changes(start, {n: t + 0.1 for n, t in start.items()})
-    heatmap = reports.bias_heatmap(*moved, caption)
-    for figure in (heatmap, *reports.learning_curves(SCORES, MRPC, caption).values()):
+    moved = plots.bias_changes(start, {n: t + 0.1 for n, t in start.items()})
+    heatmap = plots.bias_heatmap(*moved, caption)
+    for figure in (heatmap, *plots.learning_curves(SCORES, MRPC, caption).values()):
         figure.canvas.draw()
         drawn, canvas = figure.get_tightbbox(), figure.get_size_inches()
         assert drawn.x0 >= 0
@@ -112,7 +112,7 @@ def test_heatmap_labels():
     names = ["attention.output.LayerNorm.bias", "an.unheard.of.bias"]
     start = {f"m.layer.{i}.{name}": torch.zeros(2) for i in range(3) for name in names}
     end = {n: t + 0.1 for n, t in start.items()}
-    figure = reports.bias_heatmap(*reports.bias_changes(start, end), "a caption")
+    figure = plots.bias_heatmap(*plots.bias_changes(start, end), "a caption")
     axes = figure.axes[0]
     figure.canvas.draw()
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "3", "Avg."]
@@ -133,5 +133,5 @@ def test_heatmap_labels():
 )
 def test_prediction_files(tmp_path, task, predicted, lines):
     path = tmp_path / "file.tsv"
-    reports.write_predictions(path, TASKS[task], predicted)
+    scores.write_predictions(path, TASKS[task], predicted)
     assert path.read_text() == "\n".join(["index\tprediction", *lines]) + "\n"

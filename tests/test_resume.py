@@ -18,9 +18,13 @@ from test_ranks import in_ranks
 
 import run_glue
 import utils
-from bitfit import flags as flags_of_program
-from bitfit import models, outputs, reports, saved, store, train
-from bitfit.checkpoints import found
+from bitfit import options as flags_of_program
+from bitfit import signals
+from bitfit.artifacts import run_folder, saved_evaluator
+from bitfit.model import forward
+from bitfit.results import plots
+from bitfit.training import loop, store
+from bitfit.training.checkpoints import found
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill_and_resume
@@ -52,7 +56,7 @@ def quick_pictures(monkeypatch):
         with utils.whole_file(path) as temporary:
             temporary.write_text("a picture")
 
-    monkeypatch.setattr(reports, "save_figure", save)
+    monkeypatch.setattr(plots, "save_figure", save)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,7 @@ def send(*numbers):
 def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kind, capsys):
     """Dropout is on. The step is finished, a checkpoint written, the way on printed."""
     with monkeypatch.context() as patch:
-        at_call(patch, train, "clip_", 5, send(signal.SIGTERM))
+        at_call(patch, loop, "clip_", 5, send(signal.SIGTERM))
         assert run_glue.main(flags(tmp_path / "out", kind)) == 128 + signal.SIGTERM
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_glue.py: stopped: SIGTERM; to go on: python run_glue.py ")
@@ -127,7 +131,7 @@ def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kin
     ],
 )
 def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where, name, call):
-    modules = {"train": train, "store": store, "saved": saved, "run_glue": run_glue}
+    modules = {"train": loop, "store": store, "saved": saved_evaluator, "run_glue": run_glue}
     with monkeypatch.context() as patch:
         at_call(patch, modules[where], name, call, send(number))
         assert run_glue.main(flags(tmp_path / "out")) == 128 + number
@@ -137,7 +141,7 @@ def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where
 
 def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch, quiet, capsys):
     with monkeypatch.context() as patch:
-        at_call(patch, train, "clip_", 5, send(signal.SIGINT, signal.SIGINT))
+        at_call(patch, loop, "clip_", 5, send(signal.SIGINT, signal.SIGINT))
         assert run_glue.main(flags(tmp_path / "out")) == 130
     assert "stopped: at once; to go on: " in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
@@ -152,7 +156,7 @@ class Sends:
 
 def test_a_signal_in_a_destructor_is_not_lost(capfd):
     after = []
-    with pytest.raises(utils.Stopped), utils.Signals():
+    with pytest.raises(utils.Stopped), signals.Signals():
         sends = Sends()
         del sends
         after.append("nobody asks")
@@ -162,7 +166,7 @@ def test_a_signal_in_a_destructor_is_not_lost(capfd):
 
 def test_the_callers_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with utils.Signals():
+    with signals.Signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -304,7 +308,7 @@ def test_a_file_system_that_takes_no_more_in_the_middle_of_a_file(tmp_path):
 
 
 def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
-    at_call(monkeypatch, train, "evaluate", 2, lambda: shutil.rmtree(tmp_path / "out"))
+    at_call(monkeypatch, loop, "evaluate", 2, lambda: shutil.rmtree(tmp_path / "out"))
     assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "No such file or directory" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -328,17 +332,17 @@ def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
         def always(*args):
             raise error
 
-        patch.setattr(models.Forward, "__call__", always)
+        patch.setattr(forward.Forward, "__call__", always)
 
     with monkeypatch.context() as patch:
-        at_call(patch, train, "clip_", 5, fail)
+        at_call(patch, loop, "clip_", 5, fail)
         assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "stopped: out of memory (a lower --max-tokens" in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
 def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "clip_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(loop, "clip_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run_glue.main(flags(tmp_path / "out"))
 
@@ -347,10 +351,10 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
     """Also if the first was killed."""
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        at_call(patch, train, "clip_", 2, send(signal.SIGTERM))
+        at_call(patch, loop, "clip_", 2, send(signal.SIGTERM))
         run_glue.main(flags(folder))
     before = kill_and_resume.left(folder)
-    with outputs.held(folder):
+    with run_folder.held(folder):
         assert run_glue.main([*flags(folder), "--resume"]) == 2
         assert "is in use by another process" in capsys.readouterr().err.splitlines()[-1]
         (folder / ".lock").unlink()
@@ -367,7 +371,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, train, "clip_", 5, send(signal.SIGTERM))
+        at_call(patch, loop, "clip_", 5, send(signal.SIGTERM))
         run_glue.main(flags(tmp_path / "out"))
     return tmp_path / "out"
 
@@ -509,7 +513,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("filelock.FileLock.acquire", fails)
-    with outputs.held(tmp_path):
+    with run_folder.held(tmp_path):
         assert "cannot be locked here: start no second process on it" in caplog.text
 
 
@@ -568,7 +572,7 @@ def test_ctrl_c_ends_a_shell_loop_too(tmp_path):
     script = (
         "import os, runpy, signal, sys; sys.argv[0] = sys.argv.pop(1);"
         "sys.path.insert(0, os.path.dirname(sys.argv[0]));"
-        "import run_glue as module; import bitfit.flags as flags;"
+        "import run_glue as module; import bitfit.options as flags;"
         "plain = flags.parse_args;"
         "flags.parse_args = lambda *a: (plain(*a), signal.setitimer(signal.ITIMER_REAL, 1))[0];"
         "signal.signal(signal.SIGALRM, lambda *a: os.kill(os.getpid(), signal.SIGINT));"

@@ -14,8 +14,9 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit import outputs, train
-from bitfit.tasks import TASKS
+from bitfit.artifacts import run_folder
+from bitfit.data.tasks import TASKS
+from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
 
 SMALL = ["--data-dir", str(GLUE), "--epochs", "1", "--train-size", "24", "--gpu-device", "cpu"]
@@ -95,7 +96,7 @@ def test_verbose_lists_the_mask_alone(tmp_path, capsys):
 
 def test_git_is_not_needed(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert outputs.commit() is None
+    assert run_folder.commit() is None
 
 
 def test_all_outputs_of_one_run(tmp_path):
@@ -127,13 +128,13 @@ def test_an_empty_output_folder_is_fine(tmp_path):
 
 
 def test_a_diverged_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    plain, calls = train.row_losses, iter(range(10_000))
+    plain, calls = loop.row_losses, iter(range(10_000))
 
     def losses(task, logits, labels):  # the second epoch's losses overflow
         return plain(task, logits, labels) * (float("inf") if next(calls) >= steps else 1.0)
 
     steps = 3
-    monkeypatch.setattr(train, "row_losses", losses)
+    monkeypatch.setattr(loop, "row_losses", losses)
     assert run_glue.main([*flags(tmp_path / "out", "--save-evaluator"), "--epochs", "4"]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("run_glue.py: stopped: the loss or its gradient was not finite")
@@ -313,7 +314,7 @@ def test_bad_flags(tmp_path, case, capsys, monkeypatch):
 
 
 def test_the_length_is_refused_before_any_row_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bitfit.data.read_split", None)  # a call would fail
+    monkeypatch.setattr("bitfit.data.tokens.read_split", None)  # a call would fail
     argv = [*flags(tmp_path / "out"), "--max-seq-length", "129"]
     expect_error(argv, "above the model's 128 positions", tmp_path / "out", capsys)
 
@@ -357,12 +358,12 @@ DAMAGE = {
         "dev.tsv:2: unknown label '?'",
     ),
     "empty split": (
-        lambda f: (f / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n"),
+        lambda f: (f / "loop.tsv").write_text("index\tsentence1\tsentence2\tlabel\n"),
         "the train split of rte is empty",
     ),
     "wrong encoding": (
-        lambda f: (f / "train.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n\xff\n"),
-        "train.tsv:2: not UTF-8",
+        lambda f: (f / "loop.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n\xff\n"),
+        "loop.tsv:2: not UTF-8",
     ),
 }
 

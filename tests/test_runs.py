@@ -4,9 +4,9 @@ import torch
 from conftest import forward_of
 from transformers import AutoModelForSequenceClassification
 
-from bitfit.data import Tokens
-from bitfit.runs import Run, Stack, clip_, stacked_pass_differs, why_not_stackable
-from bitfit.trainable import FINE_TUNE_TYPES, select
+from bitfit.data.tokens import Tokens
+from bitfit.model.run_stack import Run, Stack, clip_, stacked_pass_differs, why_not_stackable
+from bitfit.model.trainable import FINE_TUNE_TYPES, select
 
 RUN = Run(1e-3, 0)
 

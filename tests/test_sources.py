@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import GLUE
 
-from bitfit.sources import read_split
-from bitfit.tasks import TASKS
+from bitfit.data.splits import read_split
+from bitfit.data.tasks import TASKS
 from utils import UserError
 
 RTE = TASKS["rte"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bitfit.data.tasks import TASKS, score
 from bitfit.study import statistics
 from bitfit.study.statistics import Choice, Difference, Selected, main_scores
-from bitfit.tasks import TASKS, score
 
 NAMES = "cola", "mrpc", "mnli", "stsb"  # one per metric
 ACCURACY = TASKS["sst2"]

@@ -6,7 +6,7 @@ import stat
 import pytest
 import torch
 
-from bitfit import store
+from bitfit.training import store
 from utils import Damaged
 
 FACTS = {"name": "é\u2028", "numbers": [1, 0.1, 1e-300, None], "inner": {"a": True}}

@@ -20,7 +20,7 @@ import torch
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit import outputs
+from bitfit.artifacts import run_folder
 from bitfit.study import cells, cost, ledger, work
 from utils import UserError
 
@@ -259,7 +259,7 @@ def test_a_command_begun_by_hand_is_running(study, monkeypatch):
     cell, begun = study.cells[0], []
     monkeypatch.setattr(work, "run", lambda study, cell, *more: begun.append(cell))
     folder = ledger.folder_of(study, cell)
-    with outputs.held(folder):
+    with run_folder.held(folder):
         facts = cell.args | {"finished": False, "precision": "fp32"}
         (folder / "args.json").write_text(json.dumps(facts))
         assert states(study) == ["running", "missing"]

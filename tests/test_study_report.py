@@ -12,9 +12,9 @@ import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit.reports import read_metrics
+from bitfit.data.tasks import TASKS
+from bitfit.results.scores import read_metrics
 from bitfit.study import cells, figures, ledger, published, report, results, statistics, submit
-from bitfit.tasks import TASKS
 from utils import UserError
 
 sys_path = str(ROOT / "scripts")

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bitfit import sweeps
-from bitfit.runs import Run
-from bitfit.tasks import TASKS
+from bitfit.data.tasks import TASKS
+from bitfit.model.run_stack import Run
+from bitfit.results import sweeps
 from utils import Diverged
 
 RTE, NAN = TASKS["rte"], float("nan")

@@ -17,11 +17,15 @@ from huggingface_hub import ModelCard
 from sklearn.metrics import f1_score
 
 import run_glue
-from bitfit import answers, reports, task_files, together, train
-from bitfit.flags import parse_args
-from bitfit.ranks import Ranks
-from bitfit.sources import read_split
-from bitfit.tasks import TASKS, predictions, score, written
+from bitfit.data import task_files
+from bitfit.data.splits import read_split
+from bitfit.data.tasks import TASKS, predictions, score, written
+from bitfit.distributed import Ranks
+from bitfit.options import parse_args
+from bitfit.results import plots
+from bitfit.results import scores as reports
+from bitfit.tools import answers, multi_task
+from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -45,7 +49,7 @@ def write_rows(path, rows):
 @pytest.fixture
 def quick_pictures(monkeypatch):
     """Pictures are drawn in `test_the_docs_commands`."""
-    monkeypatch.setattr(reports, "save_figure", lambda figure, path: path.write_text("a picture"))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.write_text("a picture"))
 
 
 def made_up(folder, record, labels, rows=24):
@@ -125,7 +129,7 @@ def test_a_saved_evaluator_needs_no_task_file(quick_pictures, superglue, tmp_pat
     assert loaded.task.record == json.loads((output / "args.json").read_text())["task"]
     assert loaded.evaluations == before["evaluations"]
     superglue.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"there is no file .*superglue.*train.jsonl"):
+    with pytest.raises(UserError, match=r"there is no file .*superglue.*loop.jsonl"):
         loaded.evaluate("train")
     loaded = GLUEvaluator.load(output / "evaluator", None, data_dir=tmp_path / "moved")
     assert loaded.evaluate("validation") == pytest.approx(before["last"]["validation"])
@@ -147,7 +151,7 @@ def test_a_task_of_glue_by_its_record_is_glues(quick_pictures, tmp_path, name, l
     task = TASKS[name]
     files = {split: f"{task.folder}/{stem}.tsv" for split, stem in task.splits.items()}
     record = {"name": "own", "texts": list(task.texts), "label": label, **more}
-    record["files"] = {"train": f"{task.folder}/train.tsv"} | files
+    record["files"] = {"train": f"{task.folder}/loop.tsv"} | files
     (tmp_path / "own.json").write_text(json.dumps(record))
     both = ["-l", "3e-3", "--train-size", "24", "--save-evaluator", "--predict-test"]
     both += ["--data-dir", str(GLUE)]
@@ -683,10 +687,10 @@ def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
     message = "the record of cb names no test split to predict"
     assert_one_line(flags(out, file, "--predict-test"), message, out, capsys)
     file.write_text(json.dumps(CB | {"label": "gold", "files": files}))
-    message = "train.jsonl: no column 'gold' among premise, hypothesis, idx, label"
+    message = "loop.jsonl: no column 'gold' among premise, hypothesis, idx, label"
     assert_one_line(flags(out, file), message, out, capsys)
     file.write_text(json.dumps(CB | {"labels": ["entailment", "neutral"], "files": files}))
-    message = "train.jsonl:1: unknown label 'contradiction'; expected entailment, neutral"
+    message = "loop.jsonl:1: unknown label 'contradiction'; expected entailment, neutral"
     assert_one_line(flags(out, file), message, out, capsys)
 
 
@@ -699,7 +703,7 @@ def test_its_model_card_and_its_answers(quick_pictures, superglue, tmp_path):
     assert card.data.datasets is None and card.data.eval_results is None
     assert "fine-tuned on cb (a task of its own)." in card.text
     assert json.loads(card.text.split("```json")[1].split("```")[0])["labels"] == CB["labels"]
-    many = together.load(together.read([out]), torch.device("cpu"))
+    many = multi_task.load(multi_task.read([out]), torch.device("cpu"))
     with many.stack.bound(torch.float32):
         (answer,) = answers.answers(many, [("It rains.", "It is wet.")])
     assert list(answer["cb"]["probabilities"]) == CB["labels"]
@@ -722,7 +726,7 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
     more = ["--save-evaluator", "--predict-test", "-s", "0", "1", "-e", "2"]
     file = superglue / "cb.json"
     assert run_glue.main(flags(tmp_path / "quiet", file, *more)) == 0
-    plain, calls = train.clip_, iter(range(1_000))
+    plain, calls = loop.clip_, iter(range(1_000))
 
     def clip(*args):
         if next(calls) == 1:  # in mid epoch
@@ -730,7 +734,7 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
         return plain(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "clip_", clip)
+        patch.setattr(loop, "clip_", clip)
         assert run_glue.main(flags(tmp_path / "out", file, *more)) == 128 + signal.SIGTERM
     file.write_text(json.dumps(CB | {"metrics": ["Macro-F1", "Accuracy"]}))
     capsys.readouterr()
@@ -746,7 +750,7 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
     expected = {k: v | where if k.endswith("args.json") else v for k, v in quiet.items()}
     assert kill_and_resume.differences(expected, left) == []
     assert len(left) > 10
-    (superglue / "CB/train.jsonl").unlink()  # a finished run asks for nothing
+    (superglue / "CB/loop.jsonl").unlink()  # a finished run asks for nothing
     assert run_glue.main([*again, "--resume"]) == 0
     glues = ["-o", str(tmp_path / "out"), "-t", "rte", "-f", "bitfit", *SMALL, *more, "--resume"]
     assert run_glue.main(glues) == 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitfit.tasks import TASKS, compact, predictions, row_losses, score
+from bitfit.data.tasks import TASKS, compact, predictions, row_losses, score
 
 # paper.md's facts, written down a second time on purpose
 LABELS = {

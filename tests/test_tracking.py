@@ -17,9 +17,11 @@ from conftest import GLUE, TINY_BERT
 from matplotlib.image import imread
 
 import run_glue
-from bitfit import trackers, tracking, train
-from bitfit.runs import Run
-from bitfit.tracking import Tracker
+from bitfit.model.run_stack import Run
+from bitfit.tracking import services
+from bitfit.tracking import tracker as tracking
+from bitfit.tracking.tracker import Tracker
+from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
 
 ALL = ["tensorboard", "wandb", "mlflow"]
@@ -45,7 +47,7 @@ def offline(tmp_path_factory):
             patch.setenv(name, value)
         patch.chdir(folder)  # for MLflow's pictures
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", without_waiting)
-        patch.setattr(train, "LOOK_SECONDS", 0)  # a look after each step
+        patch.setattr(loop, "LOOK_SECONDS", 0)  # a look after each step
         yield
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", without_waiting)
 
@@ -218,7 +220,7 @@ def test_wandb(sweep):
 
 def mlflow_runs(output):
     """{name: (its run, {name: {step: [values]}}, {artifact: its content})}"""
-    client = trackers.MLflow.new_client()
+    client = services.MLflow.new_client()
     (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
     found = {}
     for run in client.search_runs([experiment.experiment_id]):
@@ -277,7 +279,7 @@ def test_a_single_run_that_diverges_has_failed(tmp_path):
 
 def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
     """A fault in step 13; it goes on from the checkpoint after step 10."""
-    output, steps, plain = tmp_path / "resumed", [], train.take_step
+    output, steps, plain = tmp_path / "resumed", [], loop.take_step
 
     def fault(*given):
         steps.append(1)
@@ -285,11 +287,11 @@ def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
             raise OSError("no space")
         return plain(*given)
 
-    monkeypatch.setattr(train, "take_step", fault)
+    monkeypatch.setattr(loop, "take_step", fault)
     assert run(output, "--report-to", *ALL) == 1
     ids = (output / "tracking.json").read_bytes()
     assert mlflow_runs(output)["lr0.001_seed0"][0].info.status == "FAILED"
-    monkeypatch.setattr(train, "take_step", plain)
+    monkeypatch.setattr(loop, "take_step", plain)
     assert run(output, "--resume", "--report-to", *reversed(ALL)) == 0  # they may be others
     assert (output / "tracking.json").read_bytes() == ids
     shutil.copytree(output, output / "lr0.001_seed0", ignore=shutil.ignore_patterns("wandb"))
@@ -337,7 +339,7 @@ def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
         def close(self, failed):
             pass
 
-    monkeypatch.setitem(trackers.KINDS, "kept", Kept)
+    monkeypatch.setitem(services.KINDS, "kept", Kept)
     plan = SimpleNamespace(batch_size=8, rows_per_run=80, steps_per_epoch=10, factors=[1.0] * 10)
     stack = SimpleNamespace(runs=[Run(1e-3, 0)], values=torch.zeros(1, 1))
     state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
@@ -352,7 +354,7 @@ def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
 
 def test_what_wandb_has_already_is_not_told_again():
     """Its step would go back; results go behind the last."""
-    run, told = object.__new__(trackers.WandB), []
+    run, told = object.__new__(services.WandB), []
     run.run = SimpleNamespace(log=lambda values, step: told.append((step, values)))
     run.begins = 12
     for step in (11, 12, 13):
@@ -384,7 +386,7 @@ OVER = ["--report-to tensorboard failed and is off; training goes on: RuntimeErr
 
 
 def test_a_tracker_that_fails_is_a_warning(sweep, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(trackers.TensorBoard, "log", fail)
+    monkeypatch.setattr(services.TensorBoard, "log", fail)
     assert run(tmp_path / "out", *RATES, "--report-to", "tensorboard") == 0
     assert left(tmp_path / "out") == left(sweep)
     assert warnings(caplog) == OVER
@@ -392,7 +394,7 @@ def test_a_tracker_that_fails_is_a_warning(sweep, tmp_path, monkeypatch, caplog)
 
 def test_so_is_one_that_fails_at_once_or_at_the_end(tmp_path, monkeypatch, caplog):
     for when in ("__init__", "results", "close"):
-        monkeypatch.setattr(trackers.TensorBoard, when, fail)
+        monkeypatch.setattr(services.TensorBoard, when, fail)
         caplog.clear()
         with Tracker(["tensorboard"], tmp_path) as tracker:
             tracker.results("run", tmp_path, "a table")
@@ -423,7 +425,7 @@ def test_a_slow_tracker_keeps_nobody_waiting(tmp_path, monkeypatch):
         def close(self, failed):
             told.append(failed)
 
-    monkeypatch.setitem(trackers.KINDS, "slow", Slow)
+    monkeypatch.setitem(services.KINDS, "slow", Slow)
     evaluator = frozen_evaluator()
     with Tracker(["slow"], tmp_path) as tracker:
         evaluator.train_and_evaluate(3, tmp_path, tracker=tracker)  # would wait for ever

@@ -5,16 +5,20 @@ import transformers
 from conftest import GLUE, forward_of, load_model, set_dropout
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfit import data, models, packing, sources, train
-from bitfit.checkpoints import Saver
-from bitfit.data import Split, tokenize
-from bitfit.plan import Plan, schedule
-from bitfit.predict import Limit, computing_in, predict, predict_runs
-from bitfit.progress import Progress
-from bitfit.runs import Run, Stack
-from bitfit.tasks import TASKS
-from bitfit.train import start, train_epoch
-from bitfit.trainable import FINE_TUNE_TYPES, select
+from bitfit.data import splits
+from bitfit.data import tokens as data
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Split, tokenize
+from bitfit.model import batching, loading, packing
+from bitfit.model import forward as models_forward
+from bitfit.model.predict import Limit, computing_in, predict, predict_runs
+from bitfit.model.run_stack import Run, Stack
+from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.training import loop
+from bitfit.training.checkpoints import Saver
+from bitfit.training.loop import start, train_epoch
+from bitfit.training.plan import Plan, schedule
+from bitfit.training.progress import Progress
 from utils import generator
 
 COLA = TASKS["cola"]
@@ -30,8 +34,8 @@ def folder(request):
 
 
 def tokens_of(folder, rows=44, task=COLA):
-    texts = sources.read_split(task, "train", GLUE).take(range(rows))
-    return tokenize(texts, models.load_tokenizer(folder), 48)
+    texts = splits.read_split(task, "train", GLUE).take(range(rows))
+    return tokenize(texts, loading.load_tokenizer(folder), 48)
 
 
 def new_model(folder, dropout=0.0, task=COLA):
@@ -68,8 +72,8 @@ def trained(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=
 
 def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3, factor=lambda step: 1.0):
     """The obvious loop: the tokenizer pads each batch, one forward a step, no flat rows."""
-    texts = sources.read_split(COLA, "train", GLUE).take(range(44))
-    tokenizer = models.load_tokenizer(folder)
+    texts = splits.read_split(COLA, "train", GLUE).take(range(44))
+    tokenizer = loading.load_tokenizer(folder)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     make = {
@@ -214,8 +218,8 @@ def test_bf16_trains_on_the_values_of_now(tiny_bert, method):
 
 def test_predictions_come_in_the_order_of_the_rows(folder):
     model, tokens = new_model(folder), tokens_of(folder)
-    texts = sources.read_split(COLA, "train", GLUE).take(range(44))
-    tokenizer = models.load_tokenizer(folder)
+    texts = splits.read_split(COLA, "train", GLUE).take(range(44))
+    tokenizer = loading.load_tokenizer(folder)
     model.eval()
     with torch.no_grad():
         single = [
@@ -245,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, 
             kept.append(stack.values.clone())  # after the first step, before the bad one
         return each * float("nan") if call == 1 else each
 
-    monkeypatch.setattr(train, "row_losses", losses)
+    monkeypatch.setattr(loop, "row_losses", losses)
     (loss,) = next_epoch(state)
     assert np.isnan(loss)
     assert stack.bad_step.tolist() == [1]
@@ -264,11 +268,11 @@ def test_regression_trains(tiny_bert):
 
 def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precision="fp32"):
     """(logits of each run, losses by epoch, the stack) after training `runs` together."""
-    model, needs_head = models.load(folder, COLA)
+    model, needs_head = loading.load(folder, COLA)
     assert needs_head
     set_dropout(model, 0.0)
     tokens = tokens_of(folder, rows)
-    state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=models.draw_head)
+    state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=loading.draw_head)
     losses = [next_epoch(state, precision) for _ in range(epochs)]
     with state.stack.bound(DTYPES[precision]):
         every = {k: np.arange(rows) for k in range(len(runs))}
@@ -333,13 +337,13 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
 
     In one pass or in many, which then hold rows of some runs only, the last of a single row.
     """
-    model, _ = models.load(folder, COLA)
+    model, _ = loading.load(folder, COLA)
     set_dropout(model, 0.0)
     chosen = choose(model, "bitfit")
-    options = {"draw": models.draw_head, "packed": packed, "limit": Limit(cap)}
+    options = {"draw": loading.draw_head, "packed": packed, "limit": Limit(cap)}
     state = new_state(model, tokens_of(folder), chosen, GRID, **options)
     stack, kept, steps = state.stack, [], iter(range(100))
-    plain = train.forward_backward
+    plain = loop.forward_backward
 
     def sometimes_infinite(plan, stack, step):
         number = next(steps)
@@ -352,7 +356,7 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
             if number == 2:
                 stack.values[1] = kept[0][1]
 
-    monkeypatch.setattr(train, "forward_backward", sometimes_infinite)
+    monkeypatch.setattr(loop, "forward_backward", sometimes_infinite)
     losses = [next_epoch(state) for _ in range(3)]
     assert stack.bad_step.tolist() == [-1, 2, -1, -1]
     assert stack.alive().tolist() == [0, 2, 3]
@@ -366,8 +370,8 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
 
 def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
     """Three runs, one pass: the same logits as run by run."""
-    model, _ = models.load(folder, COLA)
-    stack = Stack(model, choose(model, "frozen"), GRID, models.draw_head)
+    model, _ = loading.load(folder, COLA)
+    stack = Stack(model, choose(model, "frozen"), GRID, loading.draw_head)
     forward, tokens = forward_of(model), tokens_of(folder)
     rows = {k: np.arange(44) for k in range(4)}
     passes, plain = [], type(model.base_model).forward
@@ -391,13 +395,13 @@ def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
 
 def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatch):
     """A device that takes 300 tokens at most gives what a cap of that size gives."""
-    plain = models.Forward.__call__
+    plain = models_forward.Forward.__call__
 
     def run(cap, room):
         limit, model = Limit(cap), new_model(tiny_bert, dropout=0.1)
         chosen = choose(model, "bitfit")
         state = new_state(
-            model, tokens_of(tiny_bert), chosen, GRID, draw=models.draw_head, limit=limit
+            model, tokens_of(tiny_bert), chosen, GRID, draw=loading.draw_head, limit=limit
         )
 
         def tight(forward, tokens, batch):
@@ -406,7 +410,7 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
                 raise torch.OutOfMemoryError("no room")
             return plain(forward, tokens, batch)
 
-        monkeypatch.setattr(models.Forward, "__call__", tight)
+        monkeypatch.setattr(models_forward.Forward, "__call__", tight)
         torch.manual_seed(0)
         return next_epoch(state), state.stack.values, limit.tokens
 
@@ -458,17 +462,17 @@ def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, mon
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
     options = {"lr_schedule": "linear", "limit": Limit(100)}
     state = new_state(model, tokens_of(folder), chosen, grid, **options)
-    assert len(train.plan_step(state, state.stack.alive(), np.arange(16)[None]).parts) > 1
+    assert len(loop.plan_step(state, state.stack.alive(), np.arange(16)[None]).parts) > 1
     model.train()
     alive = state.stack.alive()
     rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
     with state.stack.bound(dtype):
-        train.take_step(state, alive, rows)
+        loop.take_step(state, alive, rows)
         state.step += 1
         before = state.stack.values.clone()
         with monkeypatch.context() as patch, NoWaiting() as mode:
             forbid(patch, "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__")
-            train.take_step(state, alive, rows)
+            loop.take_step(state, alive, rows)
     assert mode.calls > 100
     assert (state.stack.values != before).any(dim=1).all()
 
@@ -507,14 +511,14 @@ def kernels_of_a_step(runs, dtype):
         starts=lengths.cumsum() - lengths, lengths=lengths, pad_id=0,
     )  # fmt: skip
     grid = [Run(1e-3, seed) for seed in range(runs)]
-    limit = Limit(data.MAX_TOKENS["cuda"])
+    limit = Limit(batching.MAX_TOKENS["cuda"])
     state = new_state(model, tokens, choose(model, "bitfit"), grid, limit=limit)
     model.train()
     rows = np.stack([np.random.default_rng(k).permutation(6)[:4] for k in range(runs)])
     with state.stack.bound(dtype):
-        train.take_step(state, np.arange(runs), rows)
+        loop.take_step(state, np.arange(runs), rows)
         with Kernels() as mode:
-            train.take_step(state, np.arange(runs), rows)
+            loop.take_step(state, np.arange(runs), rows)
     return mode.names
 
 
@@ -533,7 +537,7 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     options = {"limit": limit, "packed": packed}
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, **options)
     rows = np.stack([np.arange(16) + k for k in range(4)])
-    step = train.plan_step(state, np.arange(4), rows)
+    step = loop.plan_step(state, np.arange(4), rows)
 
     def leaves(value):
         if isinstance(value, (tuple, list)):
@@ -542,7 +546,7 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
 
     assert all(leaf is None or isinstance(leaf, np.ndarray) for leaf in leaves(step))
     assert len(step.parts) > 1
-    moved = leaves(data.to_device(step, CPU))
+    moved = leaves(batching.to_device(step, CPU))
     assert all(leaf is None or torch.is_tensor(leaf) for leaf in moved)
     numbers = np.concatenate([batch.rows for batch, _ in step.parts])
     owners = np.concatenate([of.rows.owner for _, of in step.parts])
@@ -562,7 +566,7 @@ def test_without_a_gradient_nothing_moves(tiny_bert, optimizer):
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, optimizer)
     state.rates.fill_(1.0)
     with state.stack.bound():
-        train.move(state)
+        loop.move(state)
     assert torch.equal(state.stack.values, state.stack.start)
 
 
@@ -581,7 +585,7 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
         state.rates.copy_(torch.from_numpy(rates))
         state.stack.grads.copy_(torch.from_numpy(step * grad))
         with state.stack.bound():
-            train.move(state)
+            loop.move(state)
         first = 0.9 * first + 0.1 * step * grad
         second = 0.999 * second + 0.001 * (step * grad) ** 2
         root = np.sqrt(second / (1 - 0.999**step)) + eps
@@ -595,7 +599,7 @@ def test_what_autograd_keeps_is_counted():
     """A Linear keeps its input and a GELU its own; weights are not counted, nor a storage twice."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
     x = torch.randn(3, 4)
-    with train.count_kept_bytes(model) as kept:
+    with loop.count_kept_bytes(model) as kept:
         model(x).sum()
     assert sum(kept.values()) == 4 * 3 * (4 + 8 + 8)
     assert len(kept) == 3
@@ -610,11 +614,11 @@ def test_the_limit_fits_into_memory(tiny_bert, method):
     before = torch.get_rng_state()
     with state.stack.bound():
         for free in (2**30, 2**28, 2**20):
-            train.fit_limit_to_memory(state, free)
+            loop.fit_limit_to_memory(state, free)
             limits[free] = state.plan.limit.tokens
         assert torch.equal(torch.get_rng_state(), before)
         state.plan.limit.tokens = 100
-        train.fit_limit_to_memory(state, 2**30)  # what the user gave is not raised
+        loop.fit_limit_to_memory(state, 2**30)  # what the user gave is not raised
     assert limits[2**30] == 4 * limits[2**28] and limits[2**30].bit_count() == 1
     assert state.plan.limit.tokens == 100
     # Each layer keeps at least the inputs of two LayerNorms (128) and of GELU (256), in float32.

@@ -4,7 +4,7 @@ import torch
 import transformers
 from conftest import on_meta
 
-from bitfit.trainable import (
+from bitfit.model.trainable import (
     TERMS,
     actual_components,
     bitfit_names,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import utils
+from bitfit.model import hub
 
 
 def test_each_purpose_has_its_own_stream():
@@ -49,14 +50,14 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
-    utils.use_local_copies_when_offline()
+    hub.use_local_copies_when_offline()
     assert utils.os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_a_hub_that_is_not_needed_is_not_asked(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(utils.socket, "create_connection", None)  # a call would fail
-    utils.use_local_copies_when_offline(needs_hub=False)
+    monkeypatch.setattr(hub.socket, "create_connection", None)  # a call would fail
+    hub.use_local_copies_when_offline(needs_hub=False)
     assert utils.os.environ["HF_HUB_OFFLINE"] == "1"
 
 
@@ -95,8 +96,8 @@ def test_the_hub_behind_a_proxy_is_not_tried(monkeypatch, names, endpoint, tried
         asked.append(address)
         raise OSError
 
-    monkeypatch.setattr(utils.socket, "create_connection", refuse)
-    utils.use_local_copies_when_offline()
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+    hub.use_local_copies_when_offline()
     assert bool(asked) == ("HF_HUB_OFFLINE" in utils.os.environ) == tried
 
 
@@ -206,5 +207,5 @@ def test_an_address_of_the_hub_that_is_none(monkeypatch, address):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(utils.UserError, match=r"HF_ENDPOINT .* is not the address of a Hub: give"):
-        utils.use_local_copies_when_offline()
-    utils.use_local_copies_when_offline(needs_hub=False)
+        hub.use_local_copies_when_offline()
+    hub.use_local_copies_when_offline(needs_hub=False)

@@ -10,17 +10,19 @@ from test_models import random_model, tokens
 from test_packing import plain_logits
 from torch.nn import functional as F
 
-from bitfit import train, varlen
-from bitfit.data import Split, to_device
-from bitfit.graphs import USES_BEFORE_CAPTURE, StepGraphs
-from bitfit.models import Forward, find_forward
-from bitfit.packing import packers_of
-from bitfit.plan import Plan
-from bitfit.predict import Limit
-from bitfit.runs import Run, Stack
-from bitfit.tasks import TASKS
-from bitfit.trainable import FINE_TUNE_TYPES, select
-from bitfit.varlen import CHUNK, QUERY_BLOCK, plan_sequences, rounded
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import Split
+from bitfit.model import attention
+from bitfit.model.attention import CHUNK, QUERY_BLOCK, plan_sequences, rounded
+from bitfit.model.batching import to_device
+from bitfit.model.forward import Forward, find_forward
+from bitfit.model.packing import packers_of
+from bitfit.model.predict import Limit
+from bitfit.model.run_stack import Run, Stack
+from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.training import loop
+from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
+from bitfit.training.plan import Plan
 
 LENGTHS = (9, 4, 40, 17, 6, 16)
 ROWS = np.arange(len(LENGTHS))
@@ -28,8 +30,8 @@ ROWS = np.arange(len(LENGTHS))
 
 @pytest.fixture(autouse=True)
 def plain_kernel(monkeypatch):
-    monkeypatch.setattr(varlen, "kernel", varlen.plain_kernel)
-    monkeypatch.setattr(varlen, "supports", lambda *_: True)
+    monkeypatch.setattr(attention, "kernel", attention.plain_kernel)
+    monkeypatch.setattr(attention, "supports", lambda *_: True)
 
 
 def gradient(forward, own, chosen, runs, owner, dtype=torch.float32):
@@ -108,10 +110,10 @@ def new_state(graphs):
     stack = Stack(model, chosen, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
     plan = Plan(TASKS["cola"], forward, split, {}, Limit(1000), 3, 20, "linear")
-    state = train.start(plan, stack)
+    state = loop.start(plan, stack)
     if graphs:  # what CUDA repeats is the same work on the same tensors
         state.graphs = StepGraphs(
-            lambda step: train.whole_step(state, step), torch.device("cpu"), fake_capture
+            lambda step: loop.whole_step(state, step), torch.device("cpu"), fake_capture
         )
     return state
 
@@ -131,7 +133,7 @@ def test_steps_from_graphs_are_the_steps_without(monkeypatch):
             for step in range(12):
                 state.epoch, state.step = divmod(step, 2)
                 rows = np.stack([orders.permutation(6)[:3] for _ in range(2)])
-                losses.append(train.take_step(state, np.arange(2), rows).tolist())
+                losses.append(loop.take_step(state, np.arange(2), rows).tolist())
         return state, losses
 
     plain, expected = train_epochs(graphs=False)

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from test_architectures import CANINE, folder_of
 
 import run_glue
-from bitfit import models, zero_gradients
-from bitfit.data import tokenize
-from bitfit.reports import bias_changes, bias_heatmap
-from bitfit.sources import Texts
-from bitfit.tasks import TASKS
-from bitfit.trainable import ALL_BIASES, bitfit_names
+from bitfit.data.splits import Texts
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import tokenize
+from bitfit.model import loading, zero_gradients
+from bitfit.model.trainable import ALL_BIASES, bitfit_names
+from bitfit.results.plots import bias_changes, bias_heatmap
 from glue_evaluator import GLUEvaluator
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -33,7 +33,7 @@ P2C = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 
 def found_in(folder):
     """(the names that all bias terms train, what is found among them); the model stays as it is."""
-    tokens = tokenize(Texts(TEXTS, None), models.load_tokenizer(folder), 64)
+    tokens = tokenize(Texts(TEXTS, None), loading.load_tokenizer(folder), 64)
     model = load_model(folder, TASKS["rte"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     state, names = torch.get_rng_state(), bitfit_names(model, [ALL_BIASES])
@@ -79,7 +79,7 @@ def test_a_pretrained_attention_that_is_all_but_certain():
 
 def test_a_bias_that_is_read_elsewhere_is_not_fixed():
     """Its module's gradients cancel, and yet the logits depend on it."""
-    tokens = tokenize(Texts(TEXTS, None), models.load_tokenizer(TINY_BERT), 64)
+    tokens = tokenize(Texts(TEXTS, None), loading.load_tokenizer(TINY_BERT), 64)
     model = load_model(TINY_BERT, TASKS["rte"])
     bias = model.bert.encoder.layer[1].attention.self.key.bias
     model.classifier.register_forward_hook(lambda module, inputs, logits: logits + bias[:2])

@@ -15,9 +15,9 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from bitfit import flags
-from bitfit.outputs import HARMLESS, folders_of
-from bitfit.tasks import TASKS
+from bitfit import options
+from bitfit.artifacts.run_folder import HARMLESS, folders_of
+from bitfit.data.tasks import TASKS
 from utils import UserError, as_list, one_line, write_text
 
 STUDY = "study.json"
@@ -93,7 +93,7 @@ class Cell(NamedTuple):
 
     def folders(self, output):
         """{Run: its folder}, rate after rate."""
-        from bitfit.runs import Run  # it needs torch, and `-h` does not
+        from bitfit.model.run_stack import Run
 
         runs = [Run(rate, seed) for rate in self.rates for seed in self.seeds]
         return folders_of(Path(output) / self.name, runs)
@@ -127,7 +127,7 @@ def absolute(path):
 
 
 def parse(words):
-    return vars(flags.parse_args("", ["--output-path", "-", *words]))
+    return vars(options.parse_args("", ["--output-path", "-", *words]))
 
 
 def wanted(tables, figures, models, tasks, rows, sizes):
@@ -303,7 +303,9 @@ def one_number(kind, low, high=math.inf):
 
     def convert(word):
         name, mark, values = word.rpartition("=")
-        parsed = [flags.number(kind, low, high, above=kind is float)(v) for v in values.split(",")]
+        parsed = [
+            options.number(kind, low, high, above=kind is float)(v) for v in values.split(",")
+        ]
         return (name if mark else None, parsed)
 
     return convert

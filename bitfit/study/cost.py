@@ -12,18 +12,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bitfit import models
-from bitfit.data import MAX_TOKENS, MOST_ROWS_SCORED, Split, tokenize
-from bitfit.plan import Plan
-from bitfit.predict import Limit
-from bitfit.reports import read_metrics
-from bitfit.runs import Run, Stack, why_not_stackable
-from bitfit.sources import read_split
+from bitfit.data.splits import read_split
+from bitfit.data.tasks import TASKS
+from bitfit.data.tokens import MOST_ROWS_SCORED, Split, tokenize
+from bitfit.model import forward as models_forward
+from bitfit.model import loading
+from bitfit.model.batching import MAX_TOKENS
+from bitfit.model.predict import Limit
+from bitfit.model.run_stack import Run, Stack, why_not_stackable
+from bitfit.model.trainable import matrix_weights, select
+from bitfit.results.scores import read_metrics
 from bitfit.study import ledger
 from bitfit.study.cells import ROWS, slug
-from bitfit.tasks import TASKS
-from bitfit.train import start, take_step
-from bitfit.trainable import matrix_weights, select
+from bitfit.training.loop import start, take_step
+from bitfit.training.plan import Plan
 from utils import UserError, blaming, one_line, write_text
 
 RATES = "rates.json"
@@ -49,7 +51,7 @@ class Sizes(NamedTuple):
 def sizes_of(cell):
     """The `Sizes` of a cell's model and data; UserError where they cannot be had."""
     args, task = cell.args, TASKS[cell.task]
-    tokenizer = models.load_tokenizer(cell.model)
+    tokenizer = loading.load_tokenizer(cell.model)
     rows, tokens = {}, {}
     tests = task.server_files if args["predict_test"] else ()
     for split in ("train", *task.validation_splits, *tests):
@@ -67,8 +69,8 @@ def sizes_of(cell):
 
 def empty_model(name, task):
     """A model without its weights."""
-    with blaming(lambda error: models.cannot_load(name, error)), torch.device("meta"):
-        return models.from_config(models.load_config(name, task))
+    with blaming(lambda error: loading.cannot_load(name, error)), torch.device("meta"):
+        return loading.from_config(loading.load_config(name, task))
 
 
 def operations(cell, sizes):
@@ -187,17 +189,17 @@ def measure(cell, method, runs, device, dtype):
     texts = read_split(task, "train", args["data_dir"])
     size = min(len(texts), args["batch_size"])
     picked = np.linspace(0, len(texts) - 1, 5 * size).astype(int)
-    tokenizer = models.load_tokenizer(cell.model)
+    tokenizer = loading.load_tokenizer(cell.model)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
-    model, _ = models.load(cell.model, task)
-    forward = models.find_forward(model.to(device), cell.model, tokens, dtype)
+    model, _ = loading.load(cell.model, task)
+    forward = models_forward.find_forward(model.to(device), cell.model, tokens, dtype)
     chosen = select(model, method, ["bias"] if method == "bitfit" else [])
     if runs > 1 and why_not_stackable(forward, chosen, tokens):
         return measure(cell, method, 1, device, dtype)
     rows = dict.fromkeys(range(runs), np.arange(len(picked)))
     limit = Limit(MAX_TOKENS[device.type], device)
     plan = Plan(task, forward, Split(tokens, rows), {}, limit, size, epochs=1)
-    stack = Stack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], models.draw_head)
+    stack = Stack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], loading.draw_head)
     state, alive = start(plan, stack), np.arange(runs)
     model.train()
     with stack.bound(dtype):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitfit.reports import bias_heatmap, curve_figure, new_figure
+from bitfit.results.plots import bias_heatmap, curve_figure, new_figure
 from bitfit.study import results, statistics
 
 COLORS = {  # of the rows, the same in all pictures

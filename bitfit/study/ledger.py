@@ -16,8 +16,8 @@ import os
 import time
 from contextlib import contextmanager
 
-from bitfit import outputs
-from bitfit.outputs import CHECKPOINTS
+from bitfit.artifacts import run_folder
+from bitfit.artifacts.run_folder import CHECKPOINTS
 from bitfit.study.cells import is_of
 from utils import UserError, write_text
 
@@ -38,7 +38,7 @@ def args_of(study, cell):
     """The args.json in a cell's folder, or None; what cannot be read is none."""
     try:
         facts = json.loads((folder_of(study, cell) / "args.json").read_text(encoding="utf-8"))
-        return outputs.typed(facts) if isinstance(facts, dict) else None
+        return run_folder.typed(facts) if isinstance(facts, dict) else None
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from bitfit.models import cannot_load, load_config, load_tokenizer
-from bitfit.sources import read_split
+from bitfit.data.splits import read_split
+from bitfit.data.tasks import TASKS
+from bitfit.model.loading import cannot_load, load_config, load_tokenizer
 from bitfit.study import cost, ledger
-from bitfit.tasks import TASKS
 from utils import UserError, blaming
 
 

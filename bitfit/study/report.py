@@ -7,8 +7,8 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
-from bitfit import escape
-from bitfit.reports import save_figure
+from bitfit.results import escape
+from bitfit.results.plots import save_figure
 from bitfit.study import cost, figures, ledger, results
 from bitfit.study.cells import (
     BATCH_SIZE,

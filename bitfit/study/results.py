@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from bitfit.reports import read_metrics
-from bitfit.saved import LOGITS
+from bitfit.artifacts.saved_evaluator import LOGITS
+from bitfit.data.tasks import TASKS
+from bitfit.results.scores import read_metrics
 from bitfit.study import ledger, statistics
 from bitfit.study.cells import ROWS, Cell, papers_name
 from bitfit.study.published import COLUMNS, PUBLISHED
-from bitfit.tasks import TASKS
 from utils import UserError, blaming, one_line
 
 SELECTIONS = ("last", "best", "split")

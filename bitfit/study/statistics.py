@@ -1,8 +1,8 @@
 """Scores of many evaluations at once, which of them count, and what their differences say.
 
 Throughout, L is for learning rates, S for seeds, E for scored epochs, B for resamples. A run
-that diverged is NaN in what it has not reached and counts nowhere, as in `bitfit.sweeps`: that
-its seed is missing shows as NaN in `values` and in the n of what is made of them.
+that diverged is NaN in what it has not reached and counts nowhere, as in `bitfit.results.sweeps`:
+that its seed is missing shows as NaN in `values` and in the n of what is made of them.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 
 
 def main_scores(task, logits, labels):
-    """The task's main metric, as `bitfit.tasks.score` has it, NaN where a logit is NaN.
+    """The task's main metric, as `bitfit.data.tasks.score` has it, NaN where a logit is NaN.
 
     (..., rows, C), (rows,) -> (...)
     """
@@ -62,7 +62,7 @@ def total(true, counts):
 
 
 def ratio(numerator, denominator):
-    """0 where there is nothing to divide by, as `bitfit.tasks.score` has it."""
+    """0 where there is nothing to divide by, as `bitfit.data.tasks.score` has it."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 

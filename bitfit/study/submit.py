@@ -4,10 +4,10 @@ import zipfile
 
 import numpy as np
 
-from bitfit.runs import Run
+from bitfit.data.tasks import TASKS
+from bitfit.model.run_stack import Run
 from bitfit.study import ledger, results
 from bitfit.study.cells import absolute, slug
-from bitfit.tasks import TASKS
 from utils import UserError, whole_file
 
 # The server's files: rows, and the most frequent training label (STS-B: the mean score).

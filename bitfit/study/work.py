@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+from bitfit.signals import Signals
 from bitfit.study import ledger
-from utils import Signals, Stopped, UserError
+from utils import Stopped, UserError
 
 LOGGER = logging.getLogger("bitfit")
 PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"

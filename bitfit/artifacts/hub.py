@@ -1,0 +1,54 @@
+"""Uploads of models to the Hugging Face Hub."""
+
+import shlex
+
+from utils import NotPushed, UserError, blaming, one_line
+
+
+def check_push(name):
+    """Ask the Hub who we are, before any work.
+
+    Raises:
+        UserError: a push could not succeed: a wrong name, no network, no token, or a wrong one.
+    """
+    from huggingface_hub import HfApi, get_token, is_offline_mode
+    from huggingface_hub.utils import validate_repo_id
+
+    def cannot(why):
+        what = "mend that, or give --export-model and `hf upload` the model later"
+        return UserError(f"--push-to-hub {name}: {why}; {what}")
+
+    with blaming(lambda error: cannot(one_line(error))):
+        validate_repo_id(name)
+        token = get_token()
+    if token is None:
+        raise cannot("there is no token for the Hub (`hf auth login`, or HF_TOKEN)")
+    if is_offline_mode():
+        raise cannot("the Hub is out of reach, or HF_HUB_OFFLINE is set")
+    with blaming(lambda error: cannot(one_line(error))):
+        HfApi().whoami()
+
+
+def push(output, name):
+    """Upload the one exported model of a finished output folder; returns a line that says where.
+
+    Raises:
+        UserError: there is none.
+        NotPushed: it failed.
+    """
+    from huggingface_hub import HfApi
+
+    found = [path for path in (output / "model", *output.glob("lr*/model")) if path.is_dir()]
+    if len(found) != 1:
+        raise UserError(f"--push-to-hub: {output} holds {len(found)} exported models, not one")
+    try:
+        api = HfApi()
+        name = api.create_repo(name, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name, folder_path=found[0], commit_message="Upload a model made by BitFit"
+        )
+    except Exception as error:  # the network's, the Hub's, the token's
+        later = shlex.join(["hf", "upload", name, str(found[0]), "."])
+        what = f"the training is finished, all of it is in {output}, but the push failed"
+        raise NotPushed(f"{what}: {one_line(error)}; to push it later: {later}") from None
+    return f"pushed to {commit.repo_url}"

@@ -1,0 +1,205 @@
+"""The model card of an exported model, which makes its folder ready to publish.
+
+A card is made of metrics.json and of what args.json holds, and says no more than they do. No path
+of this machine is in it. The metadata are huggingface_hub's own classes.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+from bitfit import options
+from bitfit.artifacts.run_folder import BY_NAME, HARMLESS
+from bitfit.results import escape
+from bitfit.results import scores as reports
+from utils import whole_file, write_text
+
+HUBS_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
+                "Macro-F1": "f1"}  # fmt: skip
+BITFIT = "[BitFit](https://arxiv.org/abs/2106.10199)"
+TRAINED = {
+    "full_ft": "All parameters were trained",
+    "bitfit": f"Its bias terms and the classifier were trained, as in {BITFIT}",
+    "frozen": "The classifier alone was trained, on a frozen encoder",
+    "rand_uniform": "Encoder parameters drawn at random and the classifier were trained",
+    "rand_row_col": "Random rows and columns of its matrices and the classifier were trained",
+}
+LICENCE = (
+    "<!-- No licence is given yet: add `license: ...` to the lines above. "
+    "The terms of the base model and of the data count. -->"
+)
+
+
+def write(folder, task, facts):
+    """Write the card of a run's exported model, `model/README.md`, and its pictures beside it.
+
+    Args:
+        folder: the run's, with metrics.json and pictures.
+        task: its `Task`.
+        facts: of the command, as in args.json.
+    """
+    from huggingface_hub import ModelCard
+
+    metrics, _ = reports.read_metrics(folder)
+    names = [f"learning_curves_{metrics['main_metric'].lower()}.png", "bias_term_changes.png"]
+    pictures = [folder / name for name in names if (folder / name).exists()]
+    for picture in pictures:
+        with whole_file(folder / "model" / picture.name) as temporary:
+            shutil.copyfile(picture, temporary)
+    lines = [LICENCE, *text(task, metrics, facts, [picture.name for picture in pictures])]
+    yaml, body = metadata(task, metrics, facts).to_yaml(), "\n\n".join(lines)
+    card = ModelCard(f"---\n{yaml}\n---\n\n{body}\n")
+    write_text(folder / "model" / "README.md", str(card))
+
+
+def metadata(task, metrics, facts):
+    """The `ModelCardData`: what the Hub searches and shows. The licence is left to the author."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    glues, scores = is_glue(task, metrics), scores_of(metrics, facts)
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type="nyu-mll/glue",
+            dataset_name=f"GLUE {task.folder}",
+            dataset_config=task.name,
+            dataset_split=split,
+            metric_type=hubs(metric),
+            metric_name=metric,
+            metric_value=round(value, 4),
+        )
+        for split, metric, value in scores
+        if glues
+    ]
+    from_hub = facts["model_commit"] and not metrics["random_encoder"]
+    return ModelCardData(
+        base_model=facts["model_name"] if from_hub else None,
+        datasets=["nyu-mll/glue"] if glues else None,
+        language="en" if glues else None,
+        library_name="transformers",
+        metrics=list(dict.fromkeys(hubs(metric) for metric in task.metrics)),
+        model_name=title(metrics, facts) if results else None,
+        eval_results=results or None,
+        pipeline_tag="text-classification",
+        tags=["bitfit"] if metrics["fine_tune_type"] == "bitfit" else None,
+    )
+
+
+def hubs(metric):
+    """The Hub's name of a metric."""
+    return HUBS_METRICS.get(metric, metric.lower())
+
+
+def is_glue(task, metrics):
+    """Whether the scored rows are GLUE's, as far as their number tells."""
+    return tuple(metrics["validation_rows"].values()) == task.validation_rows
+
+
+def scores_of(metrics, facts):
+    """[(validation split, metric, value)] of the exported weights; a run that diverged has none."""
+    scores = {} if metrics["diverged"] else metrics[facts["keep"]]
+    return [
+        (split, metric, value)
+        for split in metrics["validation_rows"]
+        for metric, value in scores.get(split, {}).items()
+    ]
+
+
+def title(metrics, facts):
+    base = Path(without_path(facts["model_name"])).name
+    return f"{base}-{metrics['task']}-{metrics['fine_tune_type']}"
+
+
+def without_path(value):
+    """Of what lies on this machine its name alone."""
+    there = isinstance(value, str) and os.path.exists(value)
+    return os.path.basename(os.path.abspath(value)) if there else value
+
+
+def text(task, metrics, facts, pictures):
+    """The paragraphs below the metadata."""
+    yield f"# {escape.markdown(title(metrics, facts))}"
+    yield " ".join(sentences(task, metrics, facts))
+    rows = [
+        f"| {split} | {metrics['validation_rows'][split]:,} | {metric} | {100 * value:.1f} |"
+        for split, metric, value in scores_of(metrics, facts)
+    ]
+    if rows:
+        yield "\n".join(["| split | rows | metric | x 100 |", "|---|---|---|---|", *rows])
+    yield which_weights(metrics, facts)
+    yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
+    yield f"## To load it\n\n```python\n{example(task)}\n```"
+    yield f"## How it was made\n\n```\n{command(facts)}\n```"
+    if task.record:
+        yield f"The task file:\n\n```json\n{json.dumps(task.record, indent=2)}\n```"
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "python"))
+    made = f"Learning rate {metrics['learning_rate']:g}, seed {metrics['seed']}"
+    yield f"{made}, {facts['precision']} on {facts['device']}, {versions}."
+
+
+def sentences(task, metrics, facts):
+    """What it is: base model, data, what trained."""
+    base, commit = without_path(facts["model_name"]), facts["model_commit"]
+    link = f"[{base}](https://huggingface.co/{base}) (commit {commit})"
+    yield link if commit else f"{escape.markdown_code(base)}, a local folder,"
+    rows = f"{facts['train_size']:,} training rows of " if facts["train_size"] else ""
+    yield f"fine-tuned on {rows}{escape.markdown(task.folder)}"
+    if is_glue(task, metrics):
+        yield "of [GLUE](https://huggingface.co/datasets/nyu-mll/glue)."
+    else:
+        yield "(a task of its own)." if task.record else "(other rows than GLUE's)."
+    if metrics["random_encoder"]:
+        yield "A control: the encoder began with random weights."
+    yield f"{TRAINED[metrics['fine_tune_type']]}:"
+    if metrics["bias_terms"] not in ([], ["all"]):
+        yield f"{', '.join(metrics['bias_terms'])};"
+    count, of = metrics["trained_parameters"], metrics["all_parameters"]
+    yield f"{count:,} of {of:,} parameters ({count / of:.2%})."
+
+
+def which_weights(metrics, facts):
+    """Which epoch and run the scores are of, and what was chosen on the rows that they are of."""
+    if metrics["diverged"]:
+        return f"The training diverged: {metrics['diverged']}. These weights have no scores."
+    scored, epochs = metrics[facts["keep"]]["epoch"], facts["epochs"]
+    runs = len(facts["learning_rate"]) * len(facts["seed"])
+    if facts["keep"] == "last":
+        return f"The weights are those after the last epoch, {scored}."
+    of_runs = f" and of {runs} runs" * (runs > 1)
+    return (
+        f"The weights are those of epoch {scored}, the best of {epochs} epochs{of_runs} by "
+        f"{metrics['main_metric']} on these very rows: the scores are optimistic."
+    )
+
+
+def example(task):
+    """Python that loads the model and asks it one thing."""
+    words = ", ".join(['"The cat sleeps."', '"An animal sleeps."'][: len(task.texts)])
+    label = "model.config.id2label[logits.argmax().item()]"
+    return "\n".join([
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'name = "model"  # this folder, or its name on the Hub',
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "model = AutoModelForSequenceClassification.from_pretrained(name)",
+        f'logits = model(**tokenizer({words}, return_tensors="pt")).logits',
+        f"print({'logits.item()' if task.is_regression else label})",
+    ])  # fmt: skip
+
+
+def command(facts):
+    """The command that made it: what results depend on, folders by their names, the commit."""
+    ranks, words = facts["ranks"], []
+    facts = facts | {"model_revision": facts["model_commit"]}
+    left_out = HARMLESS - BY_NAME - {"output_path", "task_file"}
+    for action in options.make_parser("")._actions:
+        value = facts.get(action.dest)
+        if action.dest in left_out or value in (None, False, action.default):
+            continue
+        words.append(action.option_strings[0])
+        values = value if isinstance(value, list) else [value] * (value is not True)
+        words += [str(without_path(word)) for word in values]
+    launcher = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    return shlex.join([*launcher, "run_glue.py", *words])

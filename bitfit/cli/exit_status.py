@@ -1,0 +1,64 @@
+"""Map exceptions and signals to a message and an exit status."""
+
+import errno
+import signal
+
+from bitfit import early
+from bitfit.signals import Signals
+from utils import (
+    Damaged,
+    Diverged,
+    Lost,
+    NotPushed,
+    Stopped,
+    UserError,
+    is_fault,
+    is_out_of_memory,
+    one_line,
+    write_line,
+)
+
+
+def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_finished=None):
+    """A program's exit status: that of `work(signals)`, or with one line where it ended badly.
+
+    Args:
+        program: its name.
+        stopped, fault: what the line says after the name of the signal, and after the fault.
+        less_memory: what needs less memory.
+        tell: writes the line, given it, the exception and the status.
+        is_finished: whether all is done, so that a signal comes too late to stop anything.
+    """
+    tell = tell or (lambda line, error, status: write_line(line))
+    try:
+        with Signals() as signals:
+            status = work(signals) or 0
+            early.ended.append(status)
+        return status
+    except BaseException as error:
+        status, message = outcome(error, stopped, fault, less_memory)
+        if status is None:
+            raise
+        if status > 128 and is_finished and is_finished():
+            status, message = 0, f"finished before {signal.Signals(status - 128).name}"
+        early.ended.append(status)
+        tell(f"{program}: {message}", error, status)
+        return status
+
+
+def outcome(error, stopped, fault, less_memory):
+    """(exit status, message) of the exception that ended a program; (None, None): it is a bug."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, (Diverged, NotPushed)):
+        return 1, f"stopped: {error}"
+    if isinstance(error, Stopped):
+        return 128 + error.number, f"stopped: {error}{stopped}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, f"stopped: at once{stopped}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only input has those
+        return 2, f"error: {one_line(error)}: give another name"
+    if is_fault(error) or isinstance(error, (Damaged, Lost, OSError)):
+        memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
+        return 1, f"stopped: {memory}{one_line(error)}{fault}"
+    return None, None

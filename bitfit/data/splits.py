@@ -1,0 +1,327 @@
+"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files; and
+those of a task of one's own, from what its record names.
+
+Every reader answers with `Texts`; every fault is a `UserError` that names file and line. No row is
+left out but those of a training file that lines in the log tell of, and those that a record
+excludes for want of a gold label; of a split that is predicted, none.
+"""
+
+import logging
+import numbers
+import os
+import re
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bitfit.data import readers
+from bitfit.data.task_files import data_file
+from bitfit.data.tasks import written
+from utils import UserError
+
+LOGGER = logging.getLogger("bitfit")
+HUB_DATASET = "nyu-mll/glue"
+HALVES = re.compile("[\ud800-\udfff]")
+BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # nothing that has a width
+AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
+FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # which holds the rows of dev too
+OTHER_NAMES = {  # MRPC is also shipped under its first names
+    "MRPC/train.tsv": FIRST_TRAIN_FILE,
+    "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
+}
+NUMBERS = ("index", "idx", "id")  # of the rows of test splits, in GLUE's files and nyu-mll/glue
+IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
+
+
+class Texts(NamedTuple):
+    """One split: its sentence columns, and its labels as numbers (None for a test split)."""
+
+    columns: tuple[list[str], ...]
+    labels: np.ndarray | None
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def take(self, rows):
+        """The given rows, in that order."""
+        columns = tuple([column[i] for i in rows] for column in self.columns)
+        return Texts(columns, None if self.labels is None else self.labels[rows])
+
+
+def is_labelled(split):
+    return split == "train" or split.startswith("validation")
+
+
+def read_split(task, split, data_dir=None):
+    """The texts of one split of a task; None where the optional split "ax" is not there.
+
+    Args:
+        data_dir: a folder in GLUE's own layout (`RTE/train.tsv`) or in that of `nyu-mll/glue`
+            (`rte/train-00000-of-00001.parquet`); None asks the Hub. Of a task of one's own, the
+            folder that its files lie in; None: the current one.
+
+    Raises:
+        UserError: a missing file or split, broken rows, unknown labels, no network.
+    """
+    if task.record:
+        parts, numbered = [read_own(task, split, Path(data_dir or "."))], False
+    elif data_dir is None:
+        parts, numbered = read_hub(task, split), True
+    else:
+        parts, numbered = read_local(task, split, Path(data_dir))
+    if not parts:
+        return None
+    if not (task.record or is_labelled(split)):
+        begins = accumulate((len(part.numbers) for part in parts), initial=0)
+        parts = [without_numbers(part, begin) for part, begin in zip(parts, begins, strict=False)]
+    texts = joined([texts_of(task, split, part, numbered) for part in parts])
+    if not len(texts):
+        what = f"the {split} split of {task.name} is empty"
+        raise UserError(f"{what}: {parts[0].source} has no rows; give a file with rows")
+    return texts
+
+
+def columns_of(task, split, numbered=False):
+    """The names of the columns to read: one text or two and, where there are labels, the label.
+
+    Args:
+        numbered: whether they are those of `nyu-mll/glue`, where labels are numbers.
+    """
+    texts, label = (task.texts, "label") if numbered else (task.tsv_columns, task.tsv_label)
+    return [*texts, label] if is_labelled(split) else [*texts]
+
+
+def numbers_of(split):
+    """The names of columns that may number the rows of a split of GLUE's, where it is predicted."""
+    return () if is_labelled(split) else NUMBERS
+
+
+def without_numbers(table, begin):
+    """A table without its column of row numbers; UserError where they are not those of the rows.
+
+    Args:
+        begin: how many rows come before these: of a split in several files.
+    """
+    for name in table.columns.keys() & NUMBERS:
+        for row, value in enumerate(table.columns[name], begin):
+            if str(value) != str(row):
+                what = f"{readers.shown(name)} is {readers.shown(value)} in row {row}"
+                what += ", but predictions are numbered as the rows are, from 0"
+                advice = "give all rows, in their order, or take that column out"
+                raise UserError(f"{table.place(row - begin)}: {what}: {advice}")
+    columns = {name: values for name, values in table.columns.items() if name not in NUMBERS}
+    return table._replace(columns=columns)
+
+
+def read_hub(task, split):
+    """[table], or [] for an optional split that is not there."""
+    config, name = ("ax", "test") if split == "ax" else (task.name, split)
+    copies = "give local copies: --data-dir <folder> and --model-name <folder>"
+    wanted = columns_of(task, split, numbered=True)
+    try:
+        return [readers.load_hub(HUB_DATASET, config, name, None, copies, wanted)[0]]
+    except UserError as error:
+        if split != "ax":
+            raise
+        LOGGER.warning("there is no diagnostic set: %s", error)
+        return []
+
+
+def read_local(task, split, data_dir):
+    """(tables of a split in a folder, whether they are those of `nyu-mll/glue`)"""
+    if not os.path.isdir(data_dir):  # Path's own raises where a name is too long
+        raise UserError(f"there is no data folder {data_dir}: check --data-dir")
+    config, stem = ("ax", "test") if split == "ax" else (task.name, split)
+    shards = find_shards(data_dir / config, stem)
+    if shards:
+        wanted = columns_of(task, split, numbered=True)
+        return [readers.read_parquet(path, wanted, numbers_of(split)) for path in shards], True
+    names = AX_FILES if split == "ax" else tsv_names(task, split)
+    found = [name for name in names if (data_dir / name).is_file()]
+    if found:
+        return [read_glue_tsv(task, split, data_dir, found[0])], False
+    if split == "ax":
+        return [], False
+    expected = f"{names[0]} or {config}/{stem}-*.parquet"
+    raise UserError(f"no {split} split of {task.name} in {data_dir}: expected {expected}")
+
+
+def find_shards(folder, stem):
+    """The Parquet files of a split, in order; UserError where one is missing or there twice."""
+    found = {}  # {(its number, of how many): file}
+    for path in sorted(folder.glob(f"{stem}-*.parquet")):
+        match = readers.SHARD.fullmatch(path.name.removeprefix(f"{stem}-"))
+        if not match:
+            raise UserError(f"{path}: a split's files are named {stem}-00000-of-00001.parquet")
+        other = found.setdefault((int(match[1]), int(match[2])), path)
+        if other != path:
+            raise UserError(f"{other} and {path.name} are the same part of {stem}: take one out")
+    counts = sorted({count for _, count in found})
+    if len(counts) > 1:
+        what = f"{folder}: some files of {stem} are of {counts[0]}, others of {counts[1]}"
+        raise UserError(f"{what}: take those of one set out")
+    count, numbers = max(counts, default=0), {number for number, _ in found}
+    for number in range(count):
+        if number not in numbers:
+            name = f"{stem}-{number:05}-of-{count:05}.parquet"
+            raise UserError(f"{folder / name} is missing: {len(found)} of {count} files are there")
+    if len(found) > count:
+        raise UserError(f"{found[max(found)]}: its number is too high: take it out")
+    return [found[key] for key in sorted(found)]
+
+
+def tsv_names(task, split):
+    name = f"{task.folder}/{task.splits.get(split, split)}.tsv"
+    return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
+
+
+def read_glue_tsv(task, split, data_dir, name):
+    """The table of a file of GLUE's own."""
+    path, wanted = data_dir / name, columns_of(task, split)
+    if name == FIRST_TRAIN_FILE:
+        return without_dev_rows(path, wanted)
+    names = task.tsv_names if is_labelled(split) else None
+    skips = task.skips_short_rows and split == "train"
+    return readers.read_tsv(path, wanted, names, skips, numbers_of(split))
+
+
+def without_dev_rows(path, wanted):
+    """MRPC's first training file without the rows of dev.tsv; UserError where any is not in it."""
+    dev = path.with_name("dev.tsv")
+    if not dev.is_file():
+        what = f"{path} holds the validation rows too, and without {dev} nothing tells which"
+        raise UserError(f"{what}: give that file, or train.tsv")
+    table, dev_table = (readers.read_tsv(file, [*IDS, *wanted]) for file in (path, dev))
+    found = same_rows(table, dev_table)
+    if not all(found):
+        what = f"{found.count([])} rows of {dev} are not in {path} by their IDs"
+        raise UserError(f"{what}, and may be by others: give train.tsv")
+    dropped, rows = {row for same in found for row in same}, range(len(table.numbers))
+    what = f"{len(dropped)} rows, those of dev.tsv, are left out of {len(rows)}"
+    LOGGER.warning("%s: %s", path, what)
+    table = table.take([row for row in rows if row not in dropped])
+    return table._replace(columns={name: table.columns[name] for name in wanted})
+
+
+def same_rows(table, others):
+    """[[row of `table`]] for each row of `others`: by the two IDs, or by all where they are not
+    those of one row alone."""
+    rows, by_ids = list(zip(*table.columns.values(), strict=True)), {}
+    for number, row in enumerate(rows):
+        by_ids.setdefault(row[:2], []).append(number)
+    found = []
+    for other in zip(*others.columns.values(), strict=True):
+        same = by_ids.get(other[:2], [])
+        found.append(same if len(same) == 1 else [n for n in same if rows[n] == other])
+    return found
+
+
+def read_own(task, split, folder):
+    """The table of a split of a task that has a record."""
+    wanted = columns_of(task, split)
+    if "files" in task.record:
+        return readers.read_file(data_file(folder, task.record["files"][split]), wanted)
+    hub = task.record["hub"]
+    copies = 'check the task\'s "hub", or give "files" in its place'
+    where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]
+    table, features = readers.load_hub(*where, copies, wanted)
+    classes = getattr(features.get(task.tsv_label), "names", None)
+    if classes and is_labelled(split):  # a column of class numbers becomes one of their names
+        known, labels = dict(enumerate(classes)), table.columns[task.tsv_label]
+        table.columns[task.tsv_label] = [known.get(label, label) for label in labels]
+    return table
+
+
+def texts_of(task, split, table, numbered):
+    """A table's texts and, where there are, labels.
+
+    Args:
+        numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
+    """
+    if not is_labelled(split):
+        return Texts(tuple(checked_texts(table, table.columns)), None)
+    table = with_gold_labels(task, table)
+    *names, label = table.columns
+    columns = tuple(checked_texts(table, names))
+    return Texts(columns, decode_labels(task, table.columns[label], table.place, numbered))
+
+
+def joined(parts):
+    """Several `Texts` as one."""
+    columns = zip(*(part.columns for part in parts), strict=True)
+    labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
+    return Texts(tuple(list(chain.from_iterable(column)) for column in columns), labels)
+
+
+def with_gold_labels(task, table):
+    """A table without the rows that the task's record excludes; a line tells how many."""
+    if not task.excluded_labels:
+        return table
+    labels = list(map(written, table.columns[task.tsv_label]))
+    kept = [row for row, label in enumerate(labels) if label not in task.excluded_labels]
+    LOGGER.warning("%s: %d of %d rows have no gold label and are left out",
+                   table.source, len(labels) - len(kept), len(labels))  # fmt: skip
+    return table.take(kept)
+
+
+def checked_texts(table, names):
+    """Some columns of texts: a missing one is an error, a blank one is a text, and counted."""
+    columns, blank = [table.columns[name] for name in names], {}
+    for name, column in zip(names, columns, strict=True):
+        for row, text in enumerate(column):
+            if not is_text(text):
+                what = f"no text in column {readers.shown(name)}, but {readers.shown(text)}"
+                raise UserError(f"{table.place(row)}: {what}")
+            if BLANK.fullmatch(text):
+                blank.setdefault(row, name)
+    if blank:
+        first = min(blank)
+        place, name = table.place(first), readers.shown(blank[first])
+        what = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
+        LOGGER.warning("%s: a blank text in column %s; %s", place, name, what)
+    return columns
+
+
+def is_text(value):
+    """Whether it is a word that UTF-8 can hold: JSON can name halves of letters."""
+    return isinstance(value, str) and HALVES.search(value) is None
+
+
+def decode_labels(task, values, place, numbered):
+    """Labels as files hold them -> numbers, float32 for a regression.
+
+    Args:
+        place: row number -> where that row stands.
+        numbered: as in `texts_of`.
+    """
+    number, read = (real, lambda value: value) if numbered else (float_of, written)
+    names = range(len(task.labels)) if numbered else task.written_labels
+    known, (low, high) = {name: label for label, name in enumerate(names)}, task.score_range
+    labels = []
+    for row, value in enumerate(values):
+        word = read(value)
+        try:
+            labels.append(number(word) if task.is_regression else known[word])
+            if task.is_regression and not low <= labels[-1] <= high:
+                raise ValueError
+        except (ValueError, TypeError, LookupError):
+            expected = readers.shown_all(known) if known else f"a score from {low:g} to {high:g}"
+            what = f"unknown label {readers.shown(value if word is None else word)}"
+            what += readers.look_alike(word, [*known, *task.excluded_labels])
+            raise UserError(f"{place(row)}: {what}; expected {expected}") from None
+    return np.array(labels, np.float32 if task.is_regression else np.int64)
+
+
+def real(value):
+    if not isinstance(value, numbers.Real):
+        raise TypeError
+    return value
+
+
+def float_of(word):
+    """The number that a word is; Python's own float takes 1_0 for one too."""
+    if word is None or "_" in word:
+        raise ValueError
+    return float(word)

@@ -1,0 +1,268 @@
+"""A task of one's own: a record in JSON, in place of the name of a GLUE task (docs/own-tasks.md).
+
+A record is checked whole before anything is done with it, and every fault is one `UserError` that
+names the file and the key. What is kept of it (`args.json`, `evaluator.json`) is the record with
+its defaults, so that two files that say the same are the same.
+"""
+
+import json
+import math
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from bitfit.data.readers import READERS, SHARD, code_points, each_once
+from bitfit.data.tasks import METRICS, TASKS, Task, written
+from utils import UserError
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
+# No control characters, and no halves of letters, which JSON can name.
+WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
+SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
+
+
+def find(task, data_dir=None):
+    """(Task, data_dir) of a GLUE task's name, a record, or the path of a file that holds one.
+
+    Raises:
+        UserError: an unknown name, or a record with a fault.
+    """
+    if isinstance(task, str) and task in TASKS:
+        return TASKS[task], data_dir
+    if isinstance(task, dict):
+        record, home = checked(task, "the task's record"), "."
+    elif str(task).endswith(".json"):
+        record, home = read(task, data_dir), home_of(task)
+        check_files(task, record, data_dir)
+    else:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}, or give a .json file")
+    return task_of(record), (data_dir or home) if "files" in record else None
+
+
+def task_of(record):
+    """The `Task` of a record that has been checked."""
+    splits = record["files"] if "files" in record else record["hub"]["splits"]
+    return Task(
+        name=record["name"], folder=record["name"], texts=tuple(record["texts"]),
+        labels=tuple(record.get("labels", ())), metrics=tuple(record["metrics"]),
+        tsv_label=record["label"], labels_by_name=True,
+        splits={name: where for name, where in splits.items() if name != "train"},
+        score_range=tuple(record.get("scores", Task.score_range)), record=record,
+        excluded_labels=tuple(record.get("exclude_labels", ())),
+    )  # fmt: skip
+
+
+def read(path, data_dir=None):
+    """The checked record of a task file.
+
+    Args:
+        data_dir: where its data files lie; None: beside it.
+
+    Raises:
+        UserError: the file cannot be read, a key is wrong.
+    """
+    try:
+        record = json.loads(Path(path).read_bytes(), object_pairs_hook=each_once)
+    except OSError as error:
+        raise UserError(f"cannot read the task file {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the task file {path} is not JSON: {error}") from None
+    record = checked(record, path)
+    if "hub" in record and data_dir is not None:
+        raise UserError(f'{path}: "hub" names a data set on the Hub: leave --data-dir out')
+    return record
+
+
+def check_files(path, record, data_dir=None):
+    """UserError where a data file of the record in a task file is not there."""
+    for split, name in record.get("files", {}).items():
+        try:
+            data_file(data_dir or home_of(path), name)
+        except UserError as error:
+            raise UserError(f'{path}: "files": {split}: {error}') from None
+
+
+def data_file(folder, name):
+    """The path of a data file that a record names; UserError where it cannot be read as a split.
+
+    A name outside the folder would be the same file whatever --data-dir is.
+    """
+    file, shard = Path(folder, name), SHARD.search(name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        what = f"{name} may lie outside of the data folder"
+        raise UserError(f"{what}: give its path inside that folder, and the folder as --data-dir")
+    if not os.path.isfile(file):  # Path's own raises where a name is too long
+        raise UserError(f'there is no file {file}: check the task\'s "files" and --data-dir')
+    if shard and int(shard[2]) > 1:
+        raise UserError(f"{file} is one of {int(shard[2])} files: give one that holds all rows")
+    return file
+
+
+def home_of(path):
+    """The folder that the data files of a task file lie in, if nobody says otherwise."""
+    return str(Path(path).parent)
+
+
+def checked(record, where):
+    """A record with its defaults, its labels as words, its splits by name.
+
+    Raises:
+        UserError: it begins with `where`, then names the key.
+    """
+    try:
+        need_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES, *OPTIONS))
+        need_one(record, *KINDS)
+        need_one(record, *SOURCES)
+        record = dict(sorted(({"label": "label"} | record).items()))
+        check_name(record["name"])
+        check_columns(record["texts"], record["label"])
+        for key, made in (KINDS | SOURCES | OPTIONS).items():
+            if key in record:
+                record[key] = made(record[key])
+        check_excluded(**{key: record.get(key, ()) for key in (*KINDS, *OPTIONS)})
+        check_metrics(record["metrics"], record.get("labels"))
+        return record
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def need(good, key, what):
+    if not good:
+        raise UserError(f'"{key}": {what}')
+
+
+def need_keys(value, required, optional=(), inside=""):
+    """UserError where a JSON value is no object with these keys."""
+    known = (*required, *optional)
+    if not isinstance(value, dict):
+        raise UserError(f"{inside}give an object, {{...}}, with the keys {', '.join(known)}")
+    unknown = [key for key in value if key not in known]
+    missing = [key for key in required if key not in value]
+    if unknown:
+        raise UserError(f'{inside}unknown key "{unknown[0]}"; known: {", ".join(known)}')
+    if missing:
+        raise UserError(f'{inside}the key "{missing[0]}" is missing')
+
+
+def need_one(record, one, other):
+    if (one in record) == (other in record):
+        both = "not both" if one in record else "none is there"
+        raise UserError(f'give one of the keys "{one}" and "{other}", {both}')
+
+
+def is_like(pattern, word):
+    return isinstance(word, str) and re.fullmatch(pattern, word) is not None
+
+
+def are_distinct(words, least, most=math.inf):
+    """Whether a JSON value is a list of so many words, none empty, each once."""
+    if not isinstance(words, list) or not all(is_like(WORD, word) for word in words):
+        return False
+    return least <= len(words) <= most and len(set(words)) == len(words)
+
+
+def check_name(name):
+    need(is_like(NAME, name), "name", f"give letters, digits, - and _, not {name!r}")
+    need(name.lower() not in TASKS, "name", f"{name} is a task of GLUE: give another name")
+
+
+def check_columns(texts, label):
+    need(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
+    need(is_like(WORD, label), "label", "give the name of a column")
+    need(label not in texts, "label", f'"{label}" is one of the texts')
+
+
+def labels_of(labels):
+    words = [written(label) for label in labels] if isinstance(labels, list) else None
+    need(are_distinct(words, 2), "labels", "give a list of two or more words, each once")
+    seen = {}
+    for word in words:
+        other = seen.setdefault(printed(word), word)
+        alike = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
+        need(other == word, "labels", f"{alike} look alike: give one of them")
+    return words
+
+
+def printed(word):
+    """What can be seen of a word: accents composed, no characters without width, single blanks."""
+    letters = [c for c in unicodedata.normalize("NFC", word) if unicodedata.category(c) != "Cf"]
+    return " ".join("".join(letters).split())
+
+
+def excluded_of(labels):
+    """The labels of rows that are left out, as `written` has them; None: there is none."""
+    what = "give a list of labels, or null for a missing one, each once"
+    need(isinstance(labels, list) and labels, "exclude_labels", what)
+    words = [written(label) for label in labels]
+    right = [label is None or word == "" or is_like(WORD, word)
+             for label, word in zip(labels, words, strict=True)]  # fmt: skip
+    need(all(right) and len(set(words)) == len(words), "exclude_labels", what)
+    return words
+
+
+def check_excluded(labels, scores, exclude_labels):
+    """UserError where a label is both one of the task's and one of rows that are left out."""
+    for word in exclude_labels:
+        need(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
+        try:
+            within = scores and scores[0] <= float(word) <= scores[1]
+        except (TypeError, ValueError):
+            within = False
+        need(not within, "exclude_labels", f"{word} is one of the scores")
+
+
+def scores_of(scores):
+    right = isinstance(scores, list) and len(scores) == 2
+    right = right and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)
+    need(right and scores[0] < scores[1], "scores", "give the lowest and the highest, as [0, 5]")
+    return [float(score) for score in scores]
+
+
+def check_metrics(metrics, labels):
+    """Whether the metrics are known, and fit what is predicted: labels, or where there are none
+    scores."""
+    kind = "labels" if labels else "scores"
+    fitting, known = METRICS[kind], [name for names in METRICS.values() for name in names]
+    need(
+        are_distinct(metrics, 1), "metrics", f"give a list of some of {', '.join(known)}, each once"
+    )
+    for name in metrics:
+        need(name in known, "metrics", f'unknown metric "{name}"; known: {", ".join(known)}')
+        need(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
+    many = labels and len(labels) > 2
+    need(not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more")
+
+
+def splits_of(splits, key):
+    """{split: where it is}, sorted, so that their order in the file means nothing."""
+    need(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
+    for split, where in splits.items():
+        what = "name the splits train, validation, test, validation_... or test_..."
+        need(is_like(SPLIT, split), key, f'unknown split "{split}"; {what}')
+        need(is_like(WORD, where), key, f"{split}: give a name, not {where!r}")
+    for split in ("train", "validation"):
+        need(split in splits, key, f'the split "{split}" is missing')
+    return dict(sorted(splits.items()))
+
+
+def files_of(files):
+    files = splits_of(files, "files")
+    for split, name in files.items():
+        known = ", ".join(READERS)
+        need(Path(name).suffix in READERS, "files", f"{split}: {name} ends with none of {known}")
+    return files
+
+
+def hub_of(hub):
+    need_keys(hub, ("name", "splits"), ("config", "revision"), '"hub": ')
+    hub = {"config": None, "revision": None} | hub
+    for key in ("name", "config", "revision"):
+        right = is_like(WORD, hub[key]) or (hub[key] is None and key != "name")
+        need(right, "hub", f"{key}: give a name, not {hub[key]!r}")
+    return hub | {"splits": splits_of(hub["splits"], "splits")}
+
+
+KINDS = {"labels": labels_of, "scores": scores_of}
+SOURCES = {"files": files_of, "hub": hub_of}
+OPTIONS = {"exclude_labels": excluded_of}

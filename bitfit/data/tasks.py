@@ -1,0 +1,173 @@
+"""One `Task` each, and everything that follows from it: loss, predictions, scores.
+
+GLUE's stand here: columns, label order and metrics are those of the `nyu-mll/glue` data set and of
+the released BitFit code; the TSV columns and server files are those of gluebenchmark.com. A task of
+one's own is made by `bitfit.data.task_files` of a JSON record.
+"""
+
+import math
+import numbers
+from dataclasses import dataclass, field
+
+import numpy as np
+
+METRICS = {  # by what is predicted; F1 is that of the second of two labels
+    "labels": ("Accuracy", "F1", "Macro-F1", "MCC"),
+    "scores": ("Spearman", "Pearson"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known about one task; nothing else in the project tests a task's name."""
+
+    name: str
+    folder: str  # GLUE's own folder, and the stem of the server's file
+    texts: tuple[str, ...]  # columns of nyu-mll/glue: one sentence, or two
+    labels: tuple[str, ...]  # in nyu-mll/glue's order; none means a score to regress on
+    metrics: tuple[str, ...] = ("Accuracy",)  # the main one first
+    tsv_texts: tuple[str, ...] = ()  # the same columns in GLUE's TSV files; (): so named there too
+    tsv_label: str = "label"
+    tsv_names: tuple[str, ...] = ()  # the columns of a train or dev file that has no header line
+    labels_by_name: bool = False  # TSV and server files hold names, not numbers
+    skips_short_rows: bool = False  # the published train file has broken rows, which all skip
+    splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
+    validation_rows: tuple[int, ...] = ()  # of GLUE's validation splits, where they are known
+    score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; STS-B's
+    excluded_labels: tuple = ()  # of rows without a gold label: None, or as files write them
+    record: dict | None = None  # of a task of one's own: the JSON that it was made of
+
+    @property
+    def tsv_columns(self):
+        return self.tsv_texts or self.texts
+
+    @property
+    def is_regression(self):
+        return not self.labels
+
+    @property
+    def num_labels(self):
+        return len(self.labels) or 1
+
+    @property
+    def written_labels(self):
+        """The labels as TSV and server files write them, in order."""
+        return self.labels if self.labels_by_name else tuple(map(str, range(len(self.labels))))
+
+    @property
+    def validation_splits(self):
+        """The scored splits; the first holds the main score."""
+        return tuple(name for name in self.splits if name.startswith("validation"))
+
+    @property
+    def server_files(self):
+        """{test split: the file of its predictions, for GLUE's tasks as the server expects it}"""
+        if self.record:
+            tests = [split for split in self.splits if split.startswith("test")]
+            return {s: f"{self.name}{s.removeprefix('test').replace('_', '-')}.tsv" for s in tests}
+        suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
+        files = {s: f"{self.folder}{suffixes[s]}.tsv" for s in self.splits if s in suffixes}
+        return files | ({"ax": "AX.tsv"} if "ax" in self.splits else {})
+
+
+MNLI_SPLITS = {
+    "validation_matched": "dev_matched",
+    "validation_mismatched": "dev_mismatched",
+    "test_matched": "test_matched",
+    "test_mismatched": "test_mismatched",
+    "ax": "AX",  # the diagnostic set, predicted by the MNLI model; it has a folder of its own
+}
+ENTAILMENT = ("entailment", "not_entailment")
+PAIR = ("sentence1", "sentence2")
+QUESTIONS = ("question1", "question2")
+
+NAMED = {"labels_by_name": True}
+RECORDS = (
+    Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("MCC",),
+         tsv_names=("source", "label", "annotation", "sentence"),
+         validation_rows=(1043,)),
+    Task("mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+         tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, **NAMED,
+         validation_rows=(9815, 9832)),
+    Task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent"), ("F1", "Accuracy"),
+         tsv_texts=("#1 String", "#2 String"), tsv_label="Quality",
+         validation_rows=(408,)),
+    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, **NAMED,
+         validation_rows=(5463,)),
+    Task("qqp", "QQP", QUESTIONS, ("not_duplicate", "duplicate"), ("F1", "Accuracy"),
+         tsv_label="is_duplicate", skips_short_rows=True,
+         validation_rows=(40430,)),
+    Task("rte", "RTE", PAIR, ENTAILMENT, **NAMED,
+         validation_rows=(277,)),
+    Task("sst2", "SST-2", ("sentence",), ("negative", "positive"),
+         validation_rows=(872,)),
+    Task("stsb", "STS-B", PAIR, (), ("Spearman", "Pearson"), tsv_label="score",
+         validation_rows=(1500,)),
+    Task("wnli", "WNLI", PAIR, ("not_entailment", "entailment"),
+         validation_rows=(71,)),
+)  # fmt: skip
+TASKS = {task.name: task for task in RECORDS}
+
+
+def written(value):
+    """A label as a record writes it: words as they stand, true and false, 1 for 1.0; else None."""
+    if isinstance(value, (bool, np.bool_)):
+        return str(value).lower()
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)
+    return value if isinstance(value, str) else None
+
+
+def row_losses(task, logits, labels):
+    """The loss of each row: cross-entropy, or squared error. (B, C), (B,) -> (B,)"""
+    import torch.nn.functional as F
+
+    if task.is_regression:
+        return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def predictions(task, logits):
+    """Label numbers, or scores clipped to the task's range. (rows, C) -> (rows,)"""
+    if task.is_regression:
+        return np.clip(logits[:, 0], *task.score_range)
+    return logits.argmax(axis=1)
+
+
+def compact(task, logits):
+    """Logits (rows, C) as they are kept: in half precision, each row's largest made 0, so that
+    rounding does not change which it is; but scores, whose ranks need all digits, in full.
+    """
+    if task.is_regression:
+        return logits
+    below = logits - logits.max(axis=1, keepdims=True)
+    half = np.finfo(np.float16)  # what is below 0 stays so, and finite
+    return np.where(below < 0, below.clip(half.min, -half.smallest_subnormal), below).astype(
+        half.dtype
+    )
+
+
+def score(task, logits, labels):
+    """{metric: value} of float logits (rows, C) against labels (rows,).
+
+    A correlation with a constant is 0, as scikit-learn has it for Matthews', and no warning.
+    """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    def correlation(function):
+        constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
+        return 0.0 if constant else function(labels, predicted).statistic
+
+    predicted = logits[:, 0] if task.is_regression else predictions(task, logits)
+    compute = {
+        "MCC": lambda: matthews_corrcoef(labels, predicted),
+        "Accuracy": lambda: accuracy_score(labels, predicted),
+        "F1": lambda: f1_score(labels, predicted, zero_division=0.0),
+        "Macro-F1": lambda: f1_score(labels, predicted, average="macro", zero_division=0.0),
+        "Spearman": lambda: correlation(spearmanr),
+        "Pearson": lambda: correlation(pearsonr),
+    }
+    return {metric: float(compute[metric]()) for metric in task.metrics}

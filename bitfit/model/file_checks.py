@@ -1,0 +1,192 @@
+"""Check a model's folder, tokenizer and checkpoint, and decide where its head starts.
+
+Input that would give wrong results is refused with one line. One more line says which weights of a
+checkpoint are used.
+"""
+
+import importlib
+import json
+import logging
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+
+from bitfit.data.readers import POINTER
+from bitfit.model import hub
+from utils import UserError, one_line
+
+LOGGER = logging.getLogger("bitfit")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+JSON_FILES = (
+    "config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "model.safetensors.index.json",
+)  # fmt: skip
+CONVERT = (
+    "import glob, torch; from safetensors.torch import save_file; "
+    "w = {k: v for f in glob.glob('pytorch_model*.bin') "
+    "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
+    "save_file({k: v.clone().contiguous() for k, v in w.items()}, 'model.safetensors', "
+    "{'format': 'pt'})"
+)
+
+
+def cannot_load(model_name, error, revision=None):
+    """Return the `UserError` for what transformers raised about a model."""
+    if isinstance(error, UserError):
+        return error
+    name, message = str(model_name), str(error)
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not Path(name).is_dir() and (local or ("/" in name and Path(name).parent.is_dir())):
+        return UserError(f"there is no model folder {name}: check --model-name")
+    name += f" at revision {revision}" if revision else ""
+    if "trust_remote_code" in message:
+        what = "it needs code of its own (auto_map), and custom code is not supported: none was run"
+        return UserError(f"cannot load the model {name}: {what}; give another --model-name")
+    if ("sentencepiece" in message or "tiktoken" in message) and lacks_sentencepiece():
+        what = "it has no tokenizer.json, and the packages that make one of spm.model are missing"
+        advice = "pip install sentencepiece protobuf"
+        return UserError(f"cannot load the model {name}: {what}: {advice}")
+    folder = Path(model_name)
+    if "merges" in message and (folder / "vocab.json").exists() > (folder / "merges.txt").exists():
+        what = "merges.txt, without which vocab.json cannot be used, is missing: fetch it"
+        return UserError(f"cannot load the model {name}: {what}")
+    if "does not appear to have a file named" in message and not Path(model_name).is_dir():
+        where = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
+        return UserError(f"cannot load the model {name}: {one_line(error)}: {unconverted(where)}")
+    if found := broken_file(Path(model_name), error):
+        return UserError(f"cannot load the model {name}: {found}")
+    return UserError(
+        f"cannot load the model {name}: {reason(error)}; give a name on the Hub (network "
+        "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
+        "--model-name <folder>"
+    )
+
+
+def lacks_sentencepiece():
+    try:
+        for module in ("sentencepiece", "google.protobuf"):
+            importlib.import_module(module)
+    except ImportError:
+        return True
+    return False
+
+
+def reason(error):
+    """Return what an error says in one line, with its kind where the text alone is no sentence."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    plain = isinstance(error, (OSError, ValueError, ImportError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
+
+
+def broken_file(folder, error):
+    """Return which file of a model folder made loading fail and what to do, or None."""
+    for path in (folder / name for name in JSON_FILES if (folder / name).exists()):
+        try:
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise ValueError("it holds no object")
+        except OSError as fault:  # a folder of that name, or no permission
+            return f"{path.name} cannot be read ({fault.strerror}): fetch or save it again"
+        except (ValueError, RecursionError) as fault:
+            return f"{path.name} is not JSON ({one_line(fault)}): fetch or save it again"
+    if "safetensors" not in f"{type(error)} {error}".lower():
+        return None
+    weights = sorted(folder.glob("model*.safetensors"))
+    for path in weights:
+        if fault := unreadable(path):
+            return f"{path.name} is cut off or damaged ({fault}): fetch or save it again"
+    if not weights and any(folder.glob("pytorch_model*.bin")):
+        return f"there is no model.safetensors in it, and {unconverted(f'in {folder}')}"
+    missing = missing_shards(folder)
+    if missing:
+        return f"{missing[0]} is missing, which model.safetensors.index.json names: fetch it"
+    return None if weights else "there is no model.safetensors in it: fetch it, or save the model"
+
+
+def unconverted(where):
+    """Return why pickled weights are not read, and how to convert them."""
+    what = "pickled weights (pytorch_model.bin) are not read, for they can hold code: convert them"
+    return f'{what} {where} with python -c "{CONVERT}"'
+
+
+def unreadable(path):
+    """Return why a safetensors file cannot be read, or None."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except Exception as error:  # an OSError or safetensors' own
+        return one_line(error)
+
+
+def missing_shards(folder):
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return []
+    shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    return sorted(shard for shard in shards if not (folder / shard).exists())
+
+
+def check_files(model_name, revision=None):
+    """Refuse what transformers would pass over or misread without a word.
+
+    Raises:
+        UserError: a folder without config.json, pointers of git-lfs, an adapter of peft.
+    """
+    folder = Path(model_name)
+    if folder.is_dir() and not (folder / "config.json").exists() and not is_adapter(folder):
+        hides = "; it hides a model of that name on the Hub" * could_be_on_the_hub(model_name)
+        what = f"the folder {folder.absolute()} has no config.json{hides}"
+        raise UserError(f"cannot load the model {folder}: {what}: give another --model-name, "
+                        "or start the command in another folder")  # fmt: skip
+    if hub.find_file(model_name, "adapter_config.json", revision):
+        what = "holds an adapter of peft (adapter_config.json), which would not be applied: save "
+        what += "the model that `merge_and_unload()` gives, or remove the adapter's files"
+        raise UserError(f"cannot load the model {model_name}: it {what}")
+    if folder.is_dir():
+        check_pointers(folder)
+
+
+def is_adapter(folder):
+    return (folder / "adapter_config.json").exists()
+
+
+def check_pointers(folder):
+    """Refuse a folder that was cloned without git-lfs."""
+    whole = (folder / "tokenizer.json").exists()  # then no other vocabulary is read
+    patterns = ["*.json", "model*.safetensors", *([] if whole else ["*.txt", "*.model"])]
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                what = f"{path.name} is a git-lfs pointer, not the file: run `git lfs pull` there"
+                raise UserError(f"cannot load the model {folder}: {what}")
+
+
+def could_be_on_the_hub(model_name):
+    """Whether a folder's name could as well be that of a model on the Hub."""
+    name = str(model_name)
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and name.count("/") < 2
+
+
+def warn_of_shadow(model_name):
+    """Log that a folder is used where its name could mean a model on the Hub."""
+    if not Path(model_name).is_dir() or not could_be_on_the_hub(model_name):
+        return
+    if hub.is_cached(model_name) or "/" not in str(model_name):
+        what = "is the folder of that name here, not a model on the Hub"
+        LOGGER.warning("--model-name %s %s (./%s says so)", model_name, what, model_name)
+
+
+def check_config(config, raw, model_name):
+    """Refuse a config of a model without layers.
+
+    Args:
+        raw: the dictionary in config.json.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        what = f"its config.json gives it {layers} layers (num_hidden_layers)"
+        raise UserError(f"cannot load the model {model_name}: {what}: give at least 1")
+    if isinstance(raw.get("quantization_config"), dict):
+        what = "its weights are quantized (quantization_config)"
+        raise UserError(f"cannot load the model {model_name}: {what}: give the float model")

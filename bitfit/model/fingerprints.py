@@ -1,0 +1,118 @@
+"""Config and tokenizer of a base model as JSON values: stored by evaluators and args.json, and
+compared when either is used again.
+
+Values are stored, not one hash, so that a message can name what changed, and so that another
+version of transformers, which may know other keys, can still verify those that both know.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+
+from bitfit.model.trainable import in_encoder
+
+# Keys of a config that no logit depends on: names, labels, and what saves memory or time.
+NOTES = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "finetuning_task",
+    "gradient_checkpointing", "id2label", "label2id", "num_labels", "problem_type",
+    "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+# Parts of a tokenizer's file that tokens do not depend on; tokenizing itself sets two of them.
+NOT_ENCODING = ("version", "truncation", "padding", "decoder")
+
+
+def fingerprints_of(config, tokenizer):
+    """Return {"model_config": {key: value}, "tokenizer": {part: SHA-256}}."""
+    return {"model_config": config_values(config), "tokenizer": tokenizer_hashes(tokenizer)}
+
+
+def config_values(config):
+    """Return {key: value} of a config, nested keys joined by dots, and transformers' version."""
+    import transformers
+
+    content = json.loads(json.dumps(config.to_dict(), default=str))
+    return {"transformers_version": transformers.__version__} | flatten(content)
+
+
+def flatten(content, prefix=""):
+    values = {}
+    for key, value in content.items():
+        if key in NOTES:
+            continue
+        nested = isinstance(value, dict)
+        values |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return values
+
+
+def tokenizer_hashes(tokenizer):
+    """Return {part: SHA-256} of a tokenizer; the tokens of a text depend on nothing else."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # it is written in Python
+        merges = sorted(getattr(tokenizer, "bpe_ranks", {}).items())
+        lower = getattr(tokenizer, "do_lower_case", None)
+        parts = {"model": [tokenizer.get_vocab(), merges], "normalizer": lower}
+    else:
+        parts = json.loads(backend.to_str())
+    parts = {name: part for name, part in parts.items() if name not in NOT_ENCODING}
+    parts["vocabulary"] = parts.pop("model")
+    parts["special_tokens"] = tokenizer.special_tokens_map
+    for name in ("padding_side", "truncation_side", "split_special_tokens", "model_input_names"):
+        parts[name] = getattr(tokenizer, name, None)
+    return {name: sha256_of_json(part) for name, part in parts.items()}
+
+
+def sha256_of_json(value):
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def describe_change(old, new):
+    """Return the differences of two results of `fingerprints_of` as text, or None.
+
+    A part that only one of them has is not compared.
+    """
+    messages = []
+    for name, kind in (("model_config", "config"), ("tokenizer", "tokenizer")):
+        before, after = (values.get(name) or {} for values in (old, new))
+        keys = changed_keys(before, after) if before and after else []
+        if keys and name == "model_config":
+            keys = [f"{key} was {before.get(key)} and is now {after.get(key)}" for key in keys]
+        messages += [f"{kind} changed ({', '.join(keys)})"] * bool(keys)
+    return " and its ".join(messages) or None
+
+
+def changed_keys(old, new):
+    """Return the keys whose values differ, sorted.
+
+    Keys that only one side has count only if the same version of transformers made both.
+    """
+    version = "transformers_version"
+    same = old.get(version) == new.get(version)
+    keys = (old.keys() | new.keys() if same else old.keys() & new.keys()) - {version}
+    return sorted(key for key in keys if old.get(key) != new.get(key))
+
+
+def fingerprint(model, head=False):
+    """SHA-256 over the encoder's (and the head's) names and values: which model it is."""
+    return sha256(
+        value
+        for name, parameter in model.named_parameters()
+        if head or in_encoder(model, name)
+        for value in (name, parameter.detach())
+    )
+
+
+def sha256(values):
+    """SHA-256 over texts, arrays, tensors and Nones, their kinds, shapes and lengths included."""
+    digest = hashlib.sha256()
+    for value in values:
+        if torch.is_tensor(value):
+            value = value.cpu().contiguous().numpy()
+        if isinstance(value, str):
+            value = np.frombuffer(value.encode(), np.uint8)
+        kind = "none" if value is None else f"{value.dtype} {value.shape}"
+        digest.update(f"[{kind}]".encode())
+        digest.update(b"" if value is None else np.ascontiguousarray(value))
+    return digest.hexdigest()

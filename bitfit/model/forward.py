@@ -1,0 +1,265 @@
+"""The forward pass: the fastest way to batch examples that does not change their logits."""
+
+import logging
+from contextlib import contextmanager
+from textwrap import shorten
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bitfit.model.batching import batch_of, gather, to_device, varlen_batch
+from bitfit.model.loading import first_position, position_embedding, position_limit
+from bitfit.model.packing import Packer, packers_of
+from bitfit.model.predict import computing_in, full_float32
+from bitfit.model.run_routing import rows_in_chunks, rows_of
+from bitfit.model.trainable import in_encoder, is_bias
+from utils import UserError, blaming, one_line
+
+LOGGER = logging.getLogger("bitfit")
+
+
+class Forward(NamedTuple):
+    """The one forward pass: a `Batch` of a split's rows -> logits (B, C) in float32."""
+
+    model: torch.nn.Module
+    packer: Packer | None = None  # how it runs on packed rows; None: on padded ones
+    equal: bool = False  # a batch has rows of one length only, for padding changes the logits
+
+    @property
+    def kind(self):
+        """How rows share a pass: "packed", "padded" or "equal length"."""
+        return "packed" if self.packer else "equal length" if self.equal else "padded"
+
+    @property
+    def is_varlen(self):
+        """Whether rows are packed for the kernels of `varlen`."""
+        return self.packer is not None and self.packer.varlen
+
+    def batch(self, tokens, rows):
+        """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
+        if self.is_varlen:
+            return varlen_batch(tokens, rows)[0]
+        return batch_of(tokens, rows, self.packer is not None)
+
+    def routed_batch(self, tokens, rows, owner, runs):
+        """(`Batch`, `stacked.Rows`) of rows of several runs: arrays on the host.
+
+        Args:
+            owner: (B,) the run of each row, out of `runs`; those of one run together.
+        """
+        packed = self.packer is not None
+        if self.is_varlen:
+            batch, chunks = varlen_batch(tokens, rows, owner, runs > 1)
+            return batch, rows_in_chunks(owner, runs, chunks)
+        token_owner = np.repeat(owner, tokens.lengths[rows]) if packed else None
+        return batch_of(tokens, rows, packed), rows_of(owner, runs, token_owner)
+
+    def __call__(self, tokens, batch):
+        inputs = gather(tokens, batch)
+        if self.packer:
+            return self.packer(self.model, inputs, batch.packing).logits.float()
+        return self.model(**inputs).logits.float()
+
+    def rows(self, tokens, rows):
+        """The same for row numbers (B,) on the host."""
+        return self(tokens, to_device(self.batch(tokens, rows), tokens.ids.device))
+
+
+@torch.no_grad()
+@full_float32()
+def find_forward(model, model_name, tokens, dtype=torch.float32):
+    """The fastest `Forward` that gives each row the logits that it has alone; the log says which.
+
+    Packed rows are tried first, then padded rows, then batches of rows of equal length, each on a
+    few rows in several batches. The model's padding token becomes the tokenizer's.
+
+    Raises:
+        UserError: the model cannot run on the rows, or compute in `dtype`, in its own words; or
+            its logits depend on the other rows of a batch in any case.
+    """
+    set_pad_token(model, tokens.pad_id)
+    check_ids(model, model_name, tokens)
+    tokens, rows = trial_rows(model, tokens)
+    device = tokens.ids.device
+
+    def cannot(what, instead):
+        return lambda error: UserError(
+            f"the model {model_name} cannot {what}: {type(error).__name__}: {one_line(error)}; "
+            f"give {instead}"
+        )
+
+    what = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
+    with (
+        with_trial_head(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
+        with blaming(cannot(what, "another --model-name")):
+            model.train()  # some are strict in training alone (Reformer)
+            Forward(model).rows(tokens, rows[1:2])
+            model.eval()
+            alone = {row: Forward(model).rows(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
+        warn_of_constant(model_name, alone, tokens.lengths[rows])
+        forward = first_independent(model, model_name, tokens, rows, alone, dtype)
+    if dtype != torch.float32:
+        with blaming(cannot("compute in bf16", "--precision fp32")), computing_in(model, dtype):
+            if not all(forward.rows(tokens, rows[[i]]).isfinite().all() for i in range(3)):
+                raise ValueError("its logits are not finite")
+    return forward
+
+
+def check_ids(model, model_name, tokens):
+    """Refuse texts with tokens that the model has no embeddings for, or cannot read together."""
+    known, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
+    if isinstance(known, int) and last >= known:
+        what = f"a text has token {last}, but the model {model_name} has embeddings for {known}"
+        raise UserError(f"{what} tokens, from 0: give a model that fits its tokenizer")
+    kinds = token_types(model)
+    if tokens.types is not None and kinds and tokens.types.max() >= kinds:
+        what = f"a row has token type {tokens.types.max()}, but the model {model_name} has "
+        raise UserError(f"{what}embeddings for {kinds} (type_vocab_size in config.json), from 0: "
+                        "give a model for pairs, or the tokenizer of this model")  # fmt: skip
+    if model.config.is_encoder_decoder:  # its head reads the last end of a text
+        check_ends(model.config.eos_token_id, model_name, tokens)
+
+
+def token_types(model):
+    """The number of token types that a model has embeddings for, or None."""
+    for name, module in model.named_modules():
+        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
+            return module.num_embeddings
+    return None
+
+
+def check_ends(eos, model_name, tokens):
+    """Refuse a text that has the token for its end in it: such models want as many in all rows."""
+    if not isinstance(eos, int):
+        return
+    places = (tokens.ids == eos).nonzero().flatten().cpu().numpy()
+    row = np.searchsorted(tokens.starts, places, "right") - 1
+    counts = np.bincount(row, minlength=len(tokens.starts))
+    if counts.min() < counts.max():
+        what = f"a text has the token for its end, {eos}, in it ({counts.max()} in a row, "
+        what += f"{counts.min()} in another), and the model {model_name} needs as many in each"
+        raise UserError(f"{what}: change the text, or give another --model-name")
+
+
+def set_pad_token(model, pad_id):
+    """Let a decoder, which reads the last token before the padding, look for the tokenizer's.
+
+    Where positions count from the padding token (RoBERTa), the number belongs to the weights: a
+    model loaded again with another one would have other positions.
+    """
+    if not first_position(position_embedding(model)):
+        model.config.get_text_config().pad_token_id = pad_id
+
+
+def trial_rows(model, tokens):
+    """(tokens, rows): the longest row, the shortest, a middling one, and where there is one, a
+    row with a token that the model may take for padding.
+
+    Where all rows have one length, half of a row is added as the shortest.
+    """
+    paddings = {getattr(module, "padding_idx", None) for module in model.modules()}
+    paddings = torch.tensor([tokens.pad_id, *(paddings - {None})], device=tokens.ids.device)
+    places = torch.isin(tokens.ids, paddings.to(tokens.ids.dtype)).nonzero().flatten()[:1].tolist()
+    unlike = np.searchsorted(tokens.starts, places, "right") - 1
+    starts, lengths = tokens.starts, tokens.lengths
+    if lengths.min() == lengths.max() > 1:
+        half = lengths[0] // 2  # the second, for some models read the token that ends a row
+        starts = np.append(starts, starts[0] + lengths[0] - half)
+        lengths = np.append(lengths, half)
+    order = np.argsort(lengths, kind="stable")
+    rows = np.concatenate([order[[-1, 0, len(order) // 2]], unlike])
+    return tokens._replace(starts=starts, lengths=lengths), rows
+
+
+def warn_of_constant(model_name, alone, lengths):
+    """Log that all rows, which differ in length, have the same logits but for rounding."""
+    logits = torch.stack([*alone.values()])
+    rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if lengths.min() < lengths.max() and (logits - logits[0]).abs().max() <= rounding:
+        what = "has the same logits for all texts: do its weights fit its config.json (is_decoder)?"
+        LOGGER.warning("the model %s %s", model_name, what)
+
+
+def first_independent(model, model_name, tokens, rows, alone, dtype):
+    """The first `Forward` that gives rows in batches the logits that they have alone.
+
+    Args:
+        alone: {row: the logits (C,) that it has alone}.
+
+    Raises:
+        UserError: there is none.
+    """
+    ways, problems = ways_to_batch(model, tokens, rows, dtype), []
+    if not ways[0][0].packer:
+        problems.append("packed rows need other layers")
+    for forward, batches in ways:
+        problem = neighbour_problem(forward, tokens, batches, alone)
+        if problem is None:
+            why = f" ({'; '.join(problems)})" if problems and not forward.packer else ""
+            LOGGER.info("rows: %s%s", forward.kind, why)
+            return forward
+        if (problem := f"{forward.kind} rows {problem}") not in problems:
+            problems.append(problem)
+    what = f"gives a row other logits in a batch than alone ({'; '.join(problems)})"
+    raise UserError(f"the model {model_name} {what}; give another --model-name")
+
+
+def ways_to_batch(model, tokens, rows, dtype):
+    """[(`Forward`, batches of row numbers to try it on)], the fastest first."""
+    # Packed, they are more tokens than a row of this model may have.
+    times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
+    packed = [np.tile(rows, times), rows[1:2]]
+    padded = [rows, rows[::-1].copy(), rows[1:], rows[[2, 1]]]
+    equal = [np.append(np.flatnonzero(tokens.lengths == tokens.lengths[r])[:2], r) for r in rows]
+    packers = packers_of(model, first_position(position_embedding(model)), dtype)
+    ways = [(Forward(model, packer), packed) for packer in packers]
+    return [*ways, (Forward(model), padded), (Forward(model, equal=True), equal)]
+
+
+def neighbour_problem(forward, tokens, batches, alone):
+    """Return why rows must not be batched this way, or None if the logits are those of `alone`."""
+    logits = torch.stack([*alone.values()])
+    spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
+    bound = 1e-4 * spread + 16 * torch.finfo(logits.dtype).eps * largest
+    try:
+        for batch in batches:
+            known = np.flatnonzero(np.isin(batch, [*alone]))
+            expected = torch.stack([alone[row] for row in batch[known]])
+            found = forward.rows(tokens, batch)
+            if len(found) < len(batch) or not (found[known] - expected).abs().max() <= bound:
+                return "give other logits"
+            if forward.is_varlen:  # trained with FlashAttention, which computes in bf16 alone
+                with computing_in(forward.model, torch.bfloat16):
+                    found = forward.rows(tokens, batch)
+                if not (found[known] - expected).abs().max() <= 0.2 * largest:
+                    return "give other logits in bf16"
+    except Exception as error:  # whatever it is: the next way may do
+        return f"raise {type(error).__name__}: {shorten(one_line(error), 100)}"
+    return None
+
+
+@contextmanager
+def with_trial_head(model):
+    """Within: the head hides no difference between two ways to run the encoder.
+
+    The bias behind the last product is 0, for small differences would drown in its sums. A matrix
+    of zeros is random.
+    """
+    head = [(n, p) for n, p in model.named_parameters() if not in_encoder(model, n)]
+    generator = torch.Generator().manual_seed(0)
+    biases = [p for n, p in head if is_bias(n)]
+    trial = {p: torch.zeros_like(p) for p in biases[-1:]}
+    for _, p in head:
+        if p.dim() > 1 and not p.any():
+            trial[p] = torch.randn(p.shape, generator=generator).to(p)
+    before = {p: p.data for p in trial}
+    try:
+        for p, values in trial.items():
+            p.data = values
+        yield
+    finally:
+        for p, values in before.items():
+            p.data = values

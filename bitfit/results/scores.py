@@ -1,0 +1,152 @@
+"""What people look at: metrics files, tables, learning curves, the bias-change heatmap.
+
+Scores are one long table, a row for each (run, epoch, split, metric); all that is shown of them is
+grouped and pivoted from it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bitfit.model.trainable import count, term_names
+from utils import write_text
+
+
+def frame_of(scores):
+    """The long table of rows (run's name, epoch, split, metric, value)."""
+    return pd.DataFrame(scores, columns=["run", "epoch", "split", "metric", "value"])
+
+
+def evaluations(scores):
+    """{split: {metric: [value per scored epoch]}} of one run."""
+    return {
+        split: {
+            metric: list(values) for metric, values in of.groupby("metric", sort=False)["value"]
+        }
+        for split, of in scores.groupby("split", sort=False)
+    }
+
+
+def main_rows(scores, task):
+    """The rows of the main metric of the first validation split."""
+    main = (scores["split"] == task.validation_splits[0]) & (scores["metric"] == task.metrics[0])
+    return scores[main]
+
+
+def main_scores(scores, task):
+    """The same, (epochs, runs)."""
+    return main_rows(scores, task).pivot(index="epoch", columns="run", values="value")
+
+
+def best_epochs(scores, task):
+    """{run: the epoch with its highest main score, the earliest of equals}"""
+    return main_scores(scores, task).fillna(-np.inf).idxmax()
+
+
+def summary(scores, task):
+    """The last and the best evaluation of one run: {"last"|"best": {"epoch", split: {...}}}"""
+    if scores.empty:
+        return {}
+    epochs = {"last": scores["epoch"].iloc[-1], "best": best_epochs(scores, task).iloc[0]}
+    return {
+        name: {"epoch": int(epoch)} | {
+            split: {metric: values[0] for metric, values in of.items()}
+            for split, of in evaluations(scores[scores["epoch"] == epoch]).items()
+        }
+        for name, epoch in epochs.items()
+    }  # fmt: skip
+
+
+def facts(evaluator):
+    """What metrics.json says of every run beside what it measured."""
+    return {
+        "task": evaluator.task_name,
+        "model": str(evaluator.model_name),
+        "model_commit": evaluator.model_commit,
+        "random_encoder": evaluator.random_encoder,
+        "fine_tune_type": evaluator.fine_tune_type,
+        "bias_terms": term_names(evaluator.components),
+        "validation_rows": {
+            split: len(evaluator.tokens(split).lengths)
+            for split in evaluator.task.validation_splits
+        },
+        "runs_in_one_pass": len(evaluator.runs),
+        "trained_parameters": count(evaluator.model, evaluator.chosen),
+        "zero_gradient": evaluator.zero_gradient,
+        "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
+    }
+
+
+def write_metrics(folder, task, record, scores, facts):
+    """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
+    content = facts | record.run._asdict()
+    content |= {"diverged": record.diverged, "train_loss": record.train_loss}
+    content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
+    content |= {"epochs": scores["epoch"].unique().tolist(), "evaluations": evaluations(scores)}
+    content |= {"main_metric": task.metrics[0]} | summary(scores, task)
+    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    curve = scores.groupby(["split", "metric"], sort=False).ngroup()
+    table = scores.iloc[curve.argsort(kind="stable")][["epoch", "split", "metric", "value"]]
+    write_text(folder / "metrics.csv", table.to_csv(index=False))
+
+
+def read_metrics(folder):
+    """(metrics.json, the table metrics.csv) of a run; OSError, ValueError and others where there
+    is none, or they were edited."""
+    content = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    for name, kind in (("seconds", dict), ("train_loss", list), ("diverged", str)):
+        if content.get(name) is not None and not isinstance(content[name], kind):
+            raise ValueError(f"metrics.json: {name} is {json.dumps(content[name])}")
+    table = pd.read_csv(Path(folder) / "metrics.csv")
+    return content, table[["epoch", "split", "metric", "value"]].astype({"value": float})
+
+
+def score_table(scores, task):
+    """The scores of one run as text, x 100 as the paper prints them: a row per split and metric."""
+    if scores.empty:
+        return "nothing was evaluated"
+    table = summary(scores, task)
+    last, best = table["last"], table["best"]
+    rows = [
+        (split, metric, f"{100 * value:.1f}", f"{100 * best[split][metric]:.1f}")
+        for split in scores["split"].unique()
+        for metric, value in last[split].items()
+    ]
+    columns = ["split", "metric", f"last (epoch {last['epoch']})", f"best (epoch {best['epoch']})"]
+    return pd.DataFrame(rows, columns=columns).to_string(index=False)
+
+
+def one_line_scores(scores, task, loss):
+    """One evaluation, for the log: all scores of one run, or the main ones of many."""
+    shown = 100 * scores["value"]
+    runs = scores["run"].nunique()
+    if runs == 1:
+        each = zip(scores["split"], scores["metric"], shown, strict=True)
+        return f"loss {loss:.3f}  " + "  ".join(f"{s} {m} {value:.1f}" for s, m, value in each)
+    split, metric = task.validation_splits[0], task.metrics[0]
+    main = 100 * main_scores(scores, task).iloc[-1]
+    main = main[scores["run"].unique()]  # in the runs' order: the first of equals is named
+    return (
+        f"{runs} runs: loss {loss:.3f}  {split} {metric} {main.mean():.1f} on average, "
+        f"{main.max():.1f} the best ({main.idxmax()})"
+    )
+
+
+def write_predictions(path, task, predicted):
+    """A file for the GLUE server: `index<TAB>prediction`, in the order of the test rows.
+
+    Raises:
+        OSError: what the disk holds is not a line per prediction.
+    """
+    labels = task.written_labels
+    low, high = task.score_range
+    digits = max(4, 4 - math.floor(math.log10(high - low)))  # four for STS-B, from 0 to 5
+    words = [f"{own:.{digits}f}" if task.is_regression else labels[own] for own in predicted]
+    lines = ["index\tprediction", *(f"{i}\t{word}" for i, word in enumerate(words))]
+    write_text(path, "\n".join(lines) + "\n")
+    count = Path(path).read_text(encoding="utf-8").count("\n")
+    if count != len(predicted) + 1:
+        raise OSError(f"{path} has {count} lines for {len(predicted)} predictions")

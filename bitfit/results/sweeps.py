@@ -1,0 +1,189 @@
+"""What many runs say together: results.csv, a table per learning rate, curves with bands.
+
+All of it is made from the metrics files of the runs, so that it can be made again at any time.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+
+from bitfit.results import plots
+from bitfit.results import scores as reports
+from bitfit.results.scores import frame_of, main_rows, main_scores
+from utils import Diverged, UserError, blaming, one_line, write_text
+
+
+def read(folders):
+    """(facts, scores) of the runs that have metrics files: a row per run, a row per score.
+
+    Args:
+        folders: {run: its folder}
+    """
+    facts, scores = [], [frame_of([])]
+    for run, folder in folders.items():
+        if (folder / "metrics.json").is_file():
+            with blaming(lambda e, f=folder: UserError(f"{f} cannot be read: {one_line(e)}")):
+                content, table = reports.read_metrics(folder)
+                facts.append({
+                    "run": run.name,
+                    "learning_rate": run.learning_rate,
+                    "seed": run.seed,
+                    "train_loss": next(reversed(content["train_loss"]), None),
+                    "seconds": round(sum(content["seconds"].values()), 2),
+                    "diverged": content["diverged"] or "",
+                })  # fmt: skip
+            scores += [table.assign(run=run.name)] * bool(len(table))
+    return pd.DataFrame(facts), pd.concat(scores[1:] or scores)
+
+
+def counted(facts, scores):
+    """The scores that count: a run that diverged has no last epoch to report."""
+    return scores[scores["run"].isin(facts.loc[facts["diverged"] == "", "run"])]
+
+
+def best_run(facts, scores, task):
+    """The name of the run with the best score of any epoch, the first of equals, or None."""
+    scores = counted(facts, scores)
+    if scores.empty:
+        return None
+    best = main_scores(scores, task)[scores["run"].unique()].max()
+    return best.fillna(-np.inf).idxmax()
+
+
+def results_rows(facts, scores, task):
+    """The rows of results.csv, one per run, scores x 100."""
+    rows, main = [], main_rows(scores, task)
+    for fact in facts.to_dict("records"):
+        own = 100 * main[main["run"] == fact["run"]].set_index("epoch")["value"]
+        row = {name: fact[name] for name in ("run", "learning_rate", "seed")}
+        row |= {"metric": task.metrics[0]}
+        row |= {"last_epoch": int(own.index[-1]) if len(own) else None}
+        row |= {"last": round(own.iloc[-1], 2) if len(own) else np.nan}
+        row |= {"best_epoch": int(own.fillna(-np.inf).idxmax()) if len(own) else None}
+        row |= {"best": round(own.max(), 2)}
+        rows.append(row | {name: fact[name] for name in ("train_loss", "seconds", "diverged")})
+    return rows
+
+
+def by_learning_rate(facts, scores, task):
+    """{learning rate: the main scores x 100 of its runs that count, (epochs, runs)}, rising."""
+    main = 100 * main_scores(counted(facts, scores), task)
+    return {
+        rate: main[[run for run in of["run"] if run in main]]
+        for rate, of in facts.groupby("learning_rate")
+    }
+
+
+def learning_rate_table(facts, groups):
+    """A row per learning rate: mean ± standard deviation over its seeds, x 100."""
+    rows, seeds = [], facts.set_index("run")["seed"]
+    for rate, scores in groups.items():
+        tried, ended = (facts["learning_rate"] == rate).sum(), scores.shape[1]
+        row = {"learning rate": f"{rate:g}", "seeds": str(ended)}
+        if ended < tried:
+            row["seeds"] += f" ({tried - ended} diverged)"
+        if ended:
+            top = scores.max().fillna(-np.inf).idxmax()
+            row["last epoch"] = mean_and_std(scores.iloc[-1].to_numpy())
+            row["best epoch of each"] = mean_and_std(scores.max().to_numpy())
+            where = f"seed {seeds[top]}, epoch {scores[top].fillna(-np.inf).idxmax()}"
+            row["best seed"] = f"{scores[top].max():.1f} ({where})"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("-").to_string(index=False)
+
+
+def mean_and_std(values):
+    """The sample standard deviation; one value has none."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def warnings_of(groups):
+    """The two ways to go wrong unnoticed: a grid too narrow, a training too short."""
+    tried, warnings = list(groups), []
+    means = {rate: of.mean(axis=1, skipna=False) for rate, of in groups.items() if of.shape[1]}
+    curves = pd.DataFrame(means).fillna(-np.inf)
+    if curves.empty:
+        return []
+    last = curves.iloc[-1]
+    best = last.idxmax()
+    if len(last) > 1 and last[best] > last.drop(best).max() and best in (tried[0], tried[-1]):
+        edge, where = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
+        warnings.append(
+            f"the best learning rate, {best:g}, is the {edge} of the grid: try {where} ones too"
+        )
+    curve = curves[best]
+    if len(curve) > 1 and curve.iloc[-1] > curve.iloc[:-1].max():
+        warnings.append(
+            f"the scores of learning rate {best:g} still rise at the last epoch, "
+            f"{curve.index[-1]}: train for more --epochs"
+        )
+    return warnings
+
+
+def sweep_curves(facts, scores, task, caption):
+    """{metric: figure}: a line per learning rate, the mean over its seeds, with their range."""
+    scores = counted(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
+    scores = scores[scores["split"] == task.validation_splits[0]]
+    by_metric = scores.groupby("metric", sort=False)
+    return {metric: sweep_curve(of, task, metric, caption) for metric, of in by_metric}
+
+
+def sweep_curve(scores, task, metric, caption):
+    from matplotlib import colormaps
+
+    x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
+    y = f"{task.validation_splits[0].replace('_', ' ')} {metric} x 100"
+    figure, axes = plots.curve_figure(caption, x, y)
+    rates = scores.groupby("learning_rate")
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(rates)))
+    for color, (rate, of) in zip(colors, rates, strict=True):
+        curve = 100 * of.groupby("epoch")["value"].agg(["mean", "min", "max"])
+        count = of["run"].nunique()
+        seeds = f"{count} seed" + "s" * (count > 1)
+        label = f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
+        axes.plot(curve["mean"], marker="o", markersize=3.5, color=color, label=label)
+        axes.fill_between(curve.index, curve["min"], curve["max"], color=color, alpha=0.15)
+    figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(rates) < 4 else 2)
+    return figure
+
+
+def drop_beaten(folders, best):
+    """With --keep best: of the runs so far only the best keeps an evaluator and predictions."""
+    for run, folder in folders.items():
+        if run.name != best:
+            for name in ("evaluator", "model"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for path in folder.glob("*.tsv"):
+                path.unlink()
+
+
+def report(output, task, folders, caption):
+    """Write results.csv, results.json and the curves; returns what to print.
+
+    Raises:
+        Diverged: if there is no run to report.
+    """
+    facts, scores = read(folders)
+    rows = results_rows(facts, scores, task)
+    write_text(output / "results.csv", pd.DataFrame(rows).to_csv(index=False))
+    best = best_run(facts, scores, task)
+    if best is None:
+        raise Diverged(f"all {len(facts)} runs diverged: try a lower --learning-rate")
+    row = next(row for row in rows if row["run"] == best)
+    groups = by_learning_rate(facts, scores, task)
+    score = groups[row["learning_rate"]][best].max()  # that in `row` is rounded already
+    warnings = warnings_of(groups)
+    content = {"trials": len(facts), "best": row, "warnings": warnings}
+    write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
+    plots.save_curves(sweep_curves(facts, scores, task, f"{caption}, {len(facts)} runs"), output)
+    lines = [
+        f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} x 100",
+        learning_rate_table(facts, groups),
+        f"best of {len(facts)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
+        "chosen on the rows it is scored on, so it is optimistic",
+        *(f"warning: {text}" for text in warnings),
+    ]
+    return "\n".join(lines)

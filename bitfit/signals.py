@@ -1,0 +1,65 @@
+"""Stop signals during training."""
+
+import logging
+import signal
+import sys
+from contextlib import contextmanager
+
+from bitfit import early
+from utils import Stopped
+
+LOGGER = logging.getLogger("bitfit")
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1: what users and schedulers send to stop a program.
+
+    At first a signal raises `Stopped` at once. Within `held` it is only noted in `received`, for
+    the training loop to finish its step; a second SIGINT stops at once even there.
+    """
+
+    NUMBERS = early.NUMBERS
+
+    def __init__(self):
+        self.received, self.waits = None, False
+        self.raised = False  # whether `received` was raised as Stopped
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        self.hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
+        return self
+
+    def __exit__(self, kind, *exception):
+        sys.unraisablehook = self.hook
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.received and kind is None:
+            raise Stopped(self.received)  # a destructor swallowed it, and nobody asked since
+        if self.raised and not issubclass(kind, (Stopped, KeyboardInterrupt)):
+            raise Stopped(self.received) from None  # C code made another exception of it
+
+    def _swallowed(self, unraisable):
+        if unraisable.exc_type is not Stopped:
+            self.hook(unraisable)
+
+    def _handle(self, number, frame):
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if not self.waits:
+            self.raised = True
+            raise Stopped(number)
+        LOGGER.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
+
+    @contextmanager
+    def held(self, waits=True):
+        """Within: a signal waits to be asked for, or raises `Stopped` at once."""
+        before, self.waits = self.waits, waits
+        try:
+            if self.received and not waits:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self.waits = before
+        if self.received and not before:
+            raise Stopped(self.received)  # it came too late for anybody inside to ask

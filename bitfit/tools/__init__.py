@@ -1,0 +1,4 @@
+"""Programs that use saved evaluators: comparison and arithmetic of deltas, predictions.
+
+Nothing here trains.
+"""
