@@ -17,10 +17,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from bitfit.data import splits  # noqa: E402
 from bitfit.data.tasks import TASKS  # noqa: E402
 from bitfit.data.tokens import (  # noqa: E402
     Split,
-    splits,
     tokenize,
 )
 from bitfit.model import forward as models_forward  # noqa: E402
