@@ -6,6 +6,7 @@ Runs `run_glue.py` with all learning rates and seeds, then once for each pair of
 flags, and compares their wall-clock seconds. Each side runs `--rounds` times.
 """
 
+import argparse
 import sys
 import tempfile
 
@@ -21,7 +22,7 @@ from common import (
 )
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_command_parser(__doc__)
     parser.add_argument("--learning-rates", nargs="+", default=["1e-4", "4e-4", "7e-4", "1e-3"])
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2", "3", "4"])
@@ -31,20 +32,20 @@ def parse_args():
     return parser.parse_args()
 
 
-def sweep_seconds(args, rates, seeds):
+def sweep_seconds(args: argparse.Namespace, rates: list[str], seeds: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         flags = [*command_flags(args), "--output-path", f"{folder}/out", "--fine-tune-type",
                  "bitfit", "--learning-rate", *rates, "--seed", *seeds]  # fmt: skip
         return command_seconds([sys.executable, str(ROOT / "run_glue.py"), *flags])
 
 
-def main():
+def main() -> None:
     args = parse_args()
     pairs = []
     for _ in range(args.rounds):
-        together = sweep_seconds(args, args.learning_rates, args.seeds)
+        sweep = sweep_seconds(args, args.learning_rates, args.seeds)
         grid = [([rate], [seed]) for rate in args.learning_rates for seed in args.seeds]
-        pairs.append((sum(sweep_seconds(args, *pair) for pair in grid), together))
+        pairs.append((sum(sweep_seconds(args, *pair) for pair in grid), sweep))
     apart, together = (spread([pair[i] for pair in pairs]) for i in (0, 1))
     print(
         f"{args.task_name}, {args.train_size} rows, {args.epochs} epochs, {args.precision}, "

@@ -8,7 +8,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,11 +18,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 from bitfit.data import splits  # noqa: E402
-from bitfit.data.tasks import TASKS  # noqa: E402
+from bitfit.data.tasks import TASKS, Task  # noqa: E402
 from bitfit.data.tokens import (  # noqa: E402
     Split,
+    Tokens,
     tokenize,
 )
 from bitfit.model import forward as models_forward  # noqa: E402
@@ -43,7 +47,7 @@ SIZES = {  # hidden size, layers, heads, intermediate size
 }
 
 
-def make_parser(description, rows):
+def make_parser(description: str, rows: int) -> argparse.ArgumentParser:
     """The flags that the benchmarks of a task's rows have."""
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
@@ -59,7 +63,7 @@ def make_parser(description, rows):
     return parser
 
 
-def make_command_parser(description):
+def make_command_parser(description: str) -> argparse.ArgumentParser:
     """The flags that the benchmarks of whole commands have."""
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
@@ -73,7 +77,7 @@ def make_command_parser(description):
     return parser
 
 
-def command_flags(args):
+def command_flags(args: argparse.Namespace) -> list[str]:
     """Those of `run_glue.py` that the benchmarks of whole commands share."""
     return [
         "--task-name", args.task_name, "--data-dir", args.data_dir, "--model-name",
@@ -82,11 +86,11 @@ def command_flags(args):
     ]  # fmt: skip
 
 
-def pick_device():
+def pick_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def random_model(size, labels=2):
+def random_model(size: str, labels: int = 2) -> PreTrainedModel:
     """A BERT of one of SIZES, the same each time."""
     hidden, layers, heads, inner = SIZES[size]
     config = transformers.BertConfig(
@@ -97,7 +101,9 @@ def random_model(size, labels=2):
     return transformers.BertForSequenceClassification(config)
 
 
-def load(args, task):
+def load(
+    args: argparse.Namespace, task: Task
+) -> tuple[PreTrainedTokenizerBase, Callable[[], PreTrainedModel]]:
     """(tokenizer, a function that makes the same fresh model each time)"""
     if args.model_name:
         tokenizer = loading.load_tokenizer(args.model_name)
@@ -106,15 +112,16 @@ def load(args, task):
     return tokenizer, lambda: random_model(args.size, task.num_labels)
 
 
-def pick_rows(args, task):
+def pick_rows(args: argparse.Namespace, task: Task) -> tuple[splits.Texts, int]:
     """(the training rows to work on, how many there are in all)"""
     texts = splits.read_split(task, "train", args.data_dir)
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
     return texts.take(picked), len(texts)
 
 
-def examples(tokens):
+def examples(tokens: Tokens) -> list[dict[str, Any]]:
     """[{"input_ids", "token_type_ids", "labels"}]: a split's rows as lists, one by one."""
+    assert tokens.labels is not None
     ids, labels = tokens.ids.cpu().numpy(), tokens.labels.tolist()
     types = None if tokens.types is None else tokens.types.cpu().numpy()
     rows = []
@@ -126,7 +133,7 @@ def examples(tokens):
     return rows
 
 
-def train_biases(model):
+def train_biases(model: PreTrainedModel) -> PreTrainedModel:
     """Let plain autograd train what BitFit trains."""
     names = select(model, "bitfit", ["bias"])
     for name, parameter in model.named_parameters():
@@ -137,19 +144,28 @@ def train_biases(model):
 class Ours:
     """So many runs of a fine-tune type on one model, trained an epoch at a time."""
 
-    def __init__(self, model, tokens, task, batch_size, runs, max_tokens=None, method="bitfit"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tokens,
+        task: Task,
+        batch_size: int,
+        runs: int,
+        max_tokens: int | None = None,
+        method: str = "bitfit",
+    ) -> None:
         self.device = tokens.ids.device
         grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
         forward = models_forward.Forward(model)
         rows = dict.fromkeys(range(runs), np.arange(len(tokens.lengths)))
         limit = Limit(max_tokens or MAX_TOKENS[self.device.type], self.device)
         self.plan = Plan(task, forward, Split(tokens, rows), {}, limit, batch_size, epochs=1)
-        self.plans = {}
+        self.plans: dict[torch.dtype, Plan] = {}
         components = ["bias"] if method == "bitfit" else []
         chosen = select(model, method, components, None, np.random.default_rng(0))
         self.stack = Stack(model, chosen, grid, loading.draw_head)
 
-    def plan_in(self, dtype):
+    def plan_in(self, dtype: torch.dtype) -> Plan:
         """The plan with the fastest forward pass in a precision."""
         if dtype not in self.plans:
             model, tokens = self.plan.forward.model, self.plan.train.tokens
@@ -157,7 +173,7 @@ class Ours:
             self.plans[dtype] = dataclasses.replace(self.plan, forward=forward)
         return self.plans[dtype]
 
-    def epoch(self, precision):
+    def epoch(self, precision: str) -> float:
         """The seconds of one epoch from the start, training alone."""
         self.stack.values.copy_(self.stack.start)
         self.stack.bad_step.fill_(-1)
@@ -169,7 +185,7 @@ class Ours:
             return seconds(lambda: train_epoch(state, Saver(), progress), self.device)
 
 
-def seconds(work, device):
+def seconds(work: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     begin = time.perf_counter()
     work()
@@ -177,7 +193,7 @@ def seconds(work, device):
     return time.perf_counter() - begin
 
 
-def command_seconds(words, threads=None):
+def command_seconds(words: list[str], threads: int | None = None) -> float:
     """The wall-clock seconds of a command from its start to its end; SystemExit where it fails."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     begin = time.perf_counter()
@@ -187,12 +203,12 @@ def command_seconds(words, threads=None):
     return time.perf_counter() - begin
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def flop_of(model, tokens):
+def flop_of(model: PreTrainedModel, tokens: Tokens) -> int:
     """Multiplications and additions that an epoch of one run of BitFit cannot do without.
 
     Each weight of the encoder's matrices is multiplied with each token twice, in the forward pass
@@ -201,21 +217,23 @@ def flop_of(model, tokens):
     return 4 * matrix_weights(model) * int(tokens.lengths.sum())
 
 
-def gemm_rate(precision, device, size=2048):
+def gemm_rate(precision: str, device: torch.device, size: int = 2048) -> float:
     """FLOP/s of a square product: the median of seven."""
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     times = [seconds(lambda: a @ b, device) for _ in range(9)][2:]
     return 2 * size**3 / statistics.median(times)
 
 
-def machine(device):
+def machine(device: torch.device) -> str:
     """What the numbers were measured on."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{versions}, {torch.get_num_threads()} threads, {device.type} {name}".rstrip()
 
 
-def setup(args):
+def setup(
+    args: argparse.Namespace,
+) -> tuple[Task, PreTrainedTokenizerBase, Callable[[], PreTrainedModel], Tokens, int]:
     """(task, tokenizer, function that makes the model, tokens, rows in all); says what is run."""
     task, device = TASKS[args.task_name], pick_device()
     tokenizer, make_model = load(args, task)
@@ -228,11 +246,11 @@ def setup(args):
     return task, tokenizer, make_model, tokenize(texts, tokenizer, LENGTH).to(device), total
 
 
-def spread(values, digits=1):
+def spread(values: Sequence[float], digits: int = 1) -> str:
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def ratio(pairs):
+def ratio(pairs: Iterable[tuple[float, float]]) -> str:
     """How many times as long the first of each pair took."""
     return spread([a / b for a, b in pairs], 2)

@@ -16,8 +16,11 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +50,14 @@ from bitfit.model.loading import load_tokenizer
 from bitfit.model.trainable import FINE_TUNE_TYPES
 from bitfit.tracking.tracker import peak_gib
 from bitfit.training.checkpoints import capture, restore
-from bitfit.training.loop import start, step_graphs, take_step
+from bitfit.training.loop import State, start, step_graphs, take_step
 from utils import set_seed
 
+Outcome = tuple[bool, str]  # whether a check passed, and its message
 LENGTHS = {"CoLA": (11.4, 4, 47), "RTE": (66, 12, LENGTH)}  # mean, least, most
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -69,7 +73,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def random_tokens(kind, rows, device):
+def random_tokens(kind: str, rows: int, device: torch.device) -> Tokens:
     """Rows of random tokens, as long as those of a task (gamma-distributed)."""
     mean, least, most = LENGTHS[kind]
     rng = np.random.default_rng(0)
@@ -80,14 +84,20 @@ def random_tokens(kind, rows, device):
     return Tokens(ids, None, starts, labels, lengths, pad_id=0).to(device)
 
 
-def make_runs(args, tokens, runs, method="bitfit", size=None):
+def make_runs(
+    args: argparse.Namespace,
+    tokens: Tokens,
+    runs: int,
+    method: str = "bitfit",
+    size: str | None = None,
+) -> Ours:
     """So many runs of a random model, as the benchmarks train them."""
     model = random_model(size or args.size).to(tokens.ids.device)
     return Ours(model, tokens, TASKS["cola"], args.batch_size, runs, method=method)
 
 
 @contextmanager
-def training(ours, dtype, graphs=True):
+def training(ours: Ours, dtype: torch.dtype, graphs: bool = True) -> Iterator[State]:
     """Yield the `State` of a training, for `steps`."""
     state = start(ours.plan_in(dtype), ours.stack)
     ours.plan.forward.model.train()
@@ -96,7 +106,7 @@ def training(ours, dtype, graphs=True):
         yield state
 
 
-def steps(state, count):
+def steps(state: State, count: int) -> None:
     """Take `count` steps; two calls continue as one longer call would."""
     plan, runs = state.plan, state.stack.runs
     orders = np.stack([plan.order(run, 0) for run in runs])
@@ -106,7 +116,7 @@ def steps(state, count):
         state.step = (state.step + 1) % plan.steps_per_epoch
 
 
-def trained(ours, dtype, count, graphs=True):
+def trained(ours: Ours, dtype: torch.dtype, count: int, graphs: bool = True) -> State:
     """The `State` after so many steps."""
     with training(ours, dtype, graphs) as state:
         steps(state, count)
@@ -116,9 +126,9 @@ def trained(ours, dtype, count, graphs=True):
 # -------------------------------------------------------------------------------------- checks
 
 
-def check_kernels(args, device):
+def check_kernels(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Compare the kernels with plain ones: outputs, gradients, all queries and first ones."""
-    worst = {}
+    worst: dict[torch.dtype, float] = {}
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         lengths, owner = np.random.default_rng(0).integers(3, 120, 9), np.repeat([0, 1, 2], 3)
         sequences = attention.plan_sequences(lengths, owner, stacked=True)[0]
@@ -130,7 +140,9 @@ def check_kernels(args, device):
     return max(worst.values()) < 1, f"differences, in shares of what is allowed: {message}"
 
 
-def kernel_difference(sequences, size, first, dtype, device):
+def kernel_difference(
+    sequences: attention.Sequences, size: int, first: bool, dtype: torch.dtype, device: torch.device
+) -> float:
     """The largest relative difference of an output or gradient between the two kernels."""
     torch.manual_seed(0)
     q, k, v = (
@@ -153,7 +165,7 @@ def kernel_difference(sequences, size, first, dtype, device):
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def check_dropout(args, device):
+def check_dropout(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Check that FlashAttention drops the requested share of weights, and other ones in each head.
 
     It has 8 random bits for a weight: 0.1 becomes 0.1016.
@@ -176,7 +188,7 @@ def check_dropout(args, device):
     return abs(rate - 0.1) < 3e-3 and alike < 0.01, message
 
 
-def check_packing(args, device):
+def check_packing(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Check that BERT trains on packed rows, on a GPU in bf16 with FlashAttention."""
     ours = make_runs(args, random_tokens("RTE", 64, device), 1)
     packer = ours.plan_in(DTYPES[args.precision]).forward.packer
@@ -185,7 +197,7 @@ def check_packing(args, device):
     return bool(good), "off" if not packer else "fused" if packer.varlen else "grouped"
 
 
-def check_stack(args, device):
+def check_stack(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Compare three runs without dropout, in float32, with each of them alone."""
     tokens = random_tokens("CoLA", 4 * args.batch_size, device)
     before = torch.get_float32_matmul_precision()
@@ -207,14 +219,14 @@ def check_stack(args, device):
     return 0 < off < 0.01 * moved, f"off by {off / moved:.1e} of what they moved"
 
 
-def without_dropout(model):
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
 
 
-def check_repeat(args, device):
+def check_repeat(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Compare a training with a second one, and with one without CUDA graphs, bit by bit."""
     messages, good = [], True
     for runs in (1, 3):
@@ -234,7 +246,7 @@ def check_repeat(args, device):
     return good, ", ".join(filter(None, messages))
 
 
-def check_waits(args, device):
+def check_waits(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Check that nothing in a step makes the host wait, and that all copies are pinned."""
     if device.type == "cpu":
         return True, "not asked: no GPU"
@@ -256,7 +268,7 @@ def check_waits(args, device):
 
 
 @contextmanager
-def forbid_waiting():
+def forbid_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -264,7 +276,7 @@ def forbid_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_memory(args, device):
+def check_memory(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Check that a step with a fifth of the memory it takes is cut into smaller passes."""
     tokens = random_tokens("CoLA", 4 * args.batch_size, device)
     ours = make_runs(args, tokens, 20)
@@ -285,7 +297,7 @@ def check_memory(args, device):
 
 
 @contextmanager
-def little_memory(device, left):
+def little_memory(device: torch.device, left: int) -> Iterator[None]:
     """Leave so many bytes more than are taken now: to the process, or of the GPU."""
     if device.type == "cpu":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -308,7 +320,7 @@ def little_memory(device, left):
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def check_resume(args, device):
+def check_resume(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Compare 20 steps with 12 and 8 that a checkpoint separates, bit by bit."""
     tokens, dtype = random_tokens("CoLA", 4 * args.batch_size, device), DTYPES[args.precision]
     whole, first, second = (make_runs(args, tokens, 3) for _ in range(3))
@@ -337,7 +349,7 @@ CHECKS = {
 }
 
 
-def check(args, device):
+def check(args: argparse.Namespace, device: torch.device) -> bool:
     failed = False
     for name, work in CHECKS.items():
         begin = time.perf_counter()
@@ -351,7 +363,7 @@ def check(args, device):
 # --------------------------------------------------------------------------------------- times
 
 
-def step_times(ours, precision, rounds=3):
+def step_times(ours: Ours, precision: str, rounds: int = 3) -> tuple[list[float], int]:
     """(milliseconds of a step in each round, CUDA graphs used), once all shapes have been met."""
     device, count, times = ours.device, ours.plan.steps_per_epoch, []
     with training(ours, DTYPES[precision]) as state:
@@ -365,11 +377,11 @@ def step_times(ours, precision, rounds=3):
         return times, len(state.graphs.graphs) if state.graphs else 0
 
 
-def measure(args, device):
+def measure(args: argparse.Namespace, device: torch.device) -> None:
     rate = gemm_rate("bf16", device, size=8192 if device.type == "cuda" else 1024)
     print(f"GEMM {rate / 1e12:.2f} TFLOP/s in bf16; milliseconds of a step, batch "
           f"{args.batch_size}, median (range) of 3 times {args.steps} steps")  # fmt: skip
-    one_run = {}
+    one_run: dict[str, float] = {}
     for kind in LENGTHS:
         tokens = random_tokens(kind, args.steps * args.batch_size, device)
         peers = measure_peers(args, tokens)
@@ -393,10 +405,10 @@ def measure(args, device):
             del ours
 
 
-def measure_peers(args, tokens):
+def measure_peers(args: argparse.Namespace, tokens: Tokens) -> tuple[float, float]:
     """Milliseconds of a step of the released loop and of Trainer, medians of 3 epochs."""
 
-    def step(epoch, rounds):
+    def step(epoch: Callable[[], float], rounds: int) -> float:
         epoch()
         return statistics.median(epoch() for _ in range(rounds)) / args.steps * 1e3
 
@@ -411,7 +423,7 @@ def measure_peers(args, tokens):
         return released, float("nan")
 
 
-def measure_types(args, device):
+def measure_types(args: argparse.Namespace, device: torch.device) -> None:
     """Time a step of one run of each fine-tune type, in both precisions."""
     tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
     for method in FINE_TUNE_TYPES:
@@ -422,7 +434,7 @@ def measure_types(args, device):
         print(f"CoLA {method}: {', '.join(messages)}", flush=True)
 
 
-def measure_kernels(args, device):
+def measure_kernels(args: argparse.Namespace, device: torch.device) -> None:
     """Print the most expensive kernels of a step."""
     runs = min(20, max(args.runs))
     tokens = random_tokens("RTE", 8 * args.batch_size, device)
@@ -440,7 +452,7 @@ def measure_kernels(args, device):
         print(f"  {milliseconds:7.3f} ms {event.count / 4:6.1f} x {event.key[:100]}")
 
 
-def measure_processes(args, device):
+def measure_processes(args: argparse.Namespace, device: torch.device) -> None:
     """Time steps of several processes that share this device, one run each."""
     context = multiprocessing.get_context("spawn")
     barrier, times = context.Barrier(args.processes + 1), context.Queue()
@@ -457,7 +469,9 @@ def measure_processes(args, device):
     print(f"CoLA, {args.processes} processes with a run each: {taken:.2f} ms a step")
 
 
-def one_process(args, device, barrier, times):
+def one_process(
+    args: argparse.Namespace, device: torch.device, barrier: Barrier, times: Queue
+) -> None:
     tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
     ours = make_runs(args, tokens, 1)
     count = 5 * args.steps
@@ -471,7 +485,7 @@ def one_process(args, device, barrier, times):
         times.put((time.perf_counter() - begin) / count * 1e3)
 
 
-def main():
+def main() -> int:
     args, device = parse_args(), pick_device()
     torch.set_float32_matmul_precision("high")  # as run_glue.py
     print(f"{args.size}, {args.precision}, {machine(device)}", flush=True)

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common import ROOT, SIZES, examples, pick_device, random_model, train_biases
 
+Outcome = tuple[bool, str]  # whether a check passed, and its message
 TYPES = ("bitfit", "frozen", "full_ft", "rand_uniform", "rand_row_col")
 TOY = ["--task-name", "cola", "--data-dir", str(ROOT / "examples/glue"), "--train-size", "64",
        "--batch-size", "8", "--quiet"]  # fmt: skip
@@ -30,7 +32,7 @@ SWEEP = [*TOY, "--fine-tune-type", "bitfit", "--learning-rate", "1e-3", "3e-3", 
          "2", "--epochs", "6"]  # fmt: skip
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -46,7 +48,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def run_glue(output, *flags, launcher=(sys.executable,), threads=1):
+def run_glue(
+    output: Path, *flags: str, launcher: Sequence[str] = (sys.executable,), threads: int | None = 1
+) -> None:
     """Run a command to its end; RuntimeError with its last words where it fails."""
     words = [*launcher, str(ROOT / "run_glue.py"), "--output-path", str(output), *flags]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -55,7 +59,7 @@ def run_glue(output, *flags, launcher=(sys.executable,), threads=1):
         raise RuntimeError(f"status {result.returncode}: {result.stderr.strip()[-300:]}")
 
 
-def losses(output):
+def losses(output: Path) -> dict[Path, list[float]]:
     """{folder: the training loss of each epoch} of the runs in an output folder."""
     found = sorted(output.rglob("metrics.json"))
     return {
@@ -64,7 +68,7 @@ def losses(output):
     }
 
 
-def difference(one, other):
+def difference(one: Path, other: Path) -> float:
     """The largest difference of two output folders' losses, relative to the loss."""
     a, b = losses(one), losses(other)
     if a.keys() != b.keys() or not a:
@@ -73,7 +77,7 @@ def difference(one, other):
     return max(abs(x - y) / abs(y) for x, y in pairs)
 
 
-def without_dropout(folder):
+def without_dropout(folder: Path) -> str:
     """A copy of the tiny BERT that drops nothing, so that two devices give the same losses."""
     model = folder / "without_dropout"
     shutil.copytree(ROOT / "examples/tiny_bert", model)
@@ -83,7 +87,7 @@ def without_dropout(folder):
     return str(model)
 
 
-def check_type(method, precision, model, folder):
+def check_type(method: str, precision: str, model: str, folder: Path) -> Outcome:
     """Compare a fine-tune type with the CPU in float32; bf16 rounds the loss of a batch to 1e-2."""
     flags = [*TOY, "--model-name", model, "--fine-tune-type", method, "--epochs", "3",
              "--learning-rate", "1e-4" if method == "full_ft" else "1e-3"]  # fmt: skip
@@ -97,7 +101,7 @@ def check_type(method, precision, model, folder):
     return off < (2e-3 if precision == "fp32" else 3e-2), f"losses differ by {off:.1e}"
 
 
-def check_predict(folder):
+def check_predict(folder: Path) -> Outcome:
     """Let a saved evaluator answer a sentence."""
     script = str(ROOT / "scripts/predict.py")
     words = [sys.executable, script, str(folder / "bitfit-bf16/evaluator"), "--input", "-"]
@@ -105,7 +109,7 @@ def check_predict(folder):
     return result.returncode == 0, result.stdout.strip() or result.stderr.strip()[-300:]
 
 
-def check_micro_batches(model, folder):
+def check_micro_batches(model: str, folder: Path) -> Outcome:
     """Compare a sweep in small micro-batches with the same sweep in one."""
     for name, more in (("whole", []), ("small", ["--max-tokens", "200"])):
         run_glue(folder / name, *SWEEP, "--model-name", model, "--precision", "fp32", *more)
@@ -113,7 +117,7 @@ def check_micro_batches(model, folder):
     return off < 2e-3, f"losses differ by {off:.1e}"
 
 
-def check_resume(folder):
+def check_resume(folder: Path) -> Outcome:
     """Stop a sweep by SIGTERM after its first checkpoint, resume it, and compare bit by bit."""
     flags = [*SWEEP, "--model-name", str(ROOT / "examples/tiny_bert")]
     run_glue(folder / "quiet", *flags)
@@ -131,7 +135,7 @@ def check_resume(folder):
     return status == 143 and off == 0, f"status {status}, losses differ by {off:.1e}"
 
 
-def check_ranks(model, folder):
+def check_ranks(model: str, folder: Path) -> Outcome:
     """Divide one run among two ranks on this GPU."""
     flags = [*TOY, "--model-name", model, "--fine-tune-type", "bitfit", "--epochs", "2",
              "--learning-rate", "1e-3", "--precision", "fp32", "--no-tf32"]  # fmt: skip
@@ -143,7 +147,7 @@ def check_ranks(model, folder):
     return off < 2e-3, f"losses differ by {off:.1e}"
 
 
-def check(args, folder):
+def check(args: argparse.Namespace, folder: Path) -> bool:
     """Run all checks, several at once, and return whether any failed."""
     model, failed = without_dropout(folder), False
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -161,7 +165,7 @@ def check(args, folder):
     return failed | (not report("predict.py", lambda: check_predict(folder)))
 
 
-def report(name, work):
+def report(name: str, work: Callable[[], Outcome]) -> bool:
     """Print what a check found, and return whether it passed."""
     try:
         good, message = work()
@@ -171,7 +175,7 @@ def report(name, work):
     return good
 
 
-def write_data(args, folder):
+def write_data(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
     """Write a random model and rows of RTE's lengths; returns (model folder, data folder)."""
     import numpy as np
     import transformers
@@ -195,7 +199,7 @@ def write_data(args, folder):
     return str(model), str(data)
 
 
-def train_with_trainer(args):
+def train_with_trainer(args: argparse.Namespace) -> None:
     """Do the work of one command with Trainer: load, train one run, score it after each epoch."""
     import numpy as np
     import transformers
@@ -227,7 +231,7 @@ def train_with_trainer(args):
         trainer.train()
 
 
-def measure(args, folder):
+def measure(args: argparse.Namespace, folder: Path) -> None:
     """Time a sweep as one command, one of its runs, and one run with Trainer."""
     model, data = write_data(args, folder)
     flags = ["--task-name", "rte", "--data-dir", data, "--model-name", model, "--fine-tune-type",
@@ -255,11 +259,12 @@ def measure(args, folder):
           f"{trainer / seconds[1]:.1f} times as long as one run")  # fmt: skip
 
 
-def main():
+def main() -> int:
     args = parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.trainer:
-        return train_with_trainer(args)
+        train_with_trainer(args)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         failed = not args.only_times and check(args, Path(folder))
         if not args.only_checks:

@@ -22,7 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,7 +47,7 @@ PRELOADED = ["glue_evaluator", "run_glue", "bitfit.results.sweeps", "sklearn.met
              "transformers.models.bert.modeling_bert"]  # fmt: skip
 
 
-def job(flags, log):
+def job(flags: list[str], log: Path) -> NoReturn:
     """The program, in a process of its own that writes to `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -57,13 +60,13 @@ def job(flags, log):
     sys.exit(run_glue.main(flags))
 
 
-def start(context, flags, log):
+def start(context: ForkServerContext, flags: list[str], log: Path) -> BaseProcess:
     process = context.Process(target=job, args=(flags, log))
     process.start()
     return process
 
 
-def left(folder):
+def left(folder: Path) -> dict[str, Any]:
     """{name: content} of what a finished command left, without what may differ: times, paths."""
     content = {}
     for path in sorted(folder.rglob("*")):
@@ -83,7 +86,9 @@ def left(folder):
     return content
 
 
-def abuse(case, kills, signals, folder, rng):
+def abuse(
+    case: str, kills: int, signals: list[signal.Signals], folder: Path, rng: random.Random
+) -> dict[str, Any]:
     """{"kills", "resumes", "differences"} of one case.
 
     A training that ends before it was killed so often is compared and begun again.
@@ -106,7 +111,7 @@ def abuse(case, kills, signals, folder, rng):
             process.join(whole * rng.uniform(0.08, 0.22))
         else:
             process.join()
-        if process.exitcode is None:
+        if process.exitcode is None and process.pid:
             os.kill(process.pid, rng.choice(signals))
             done += 1
             process.join()
@@ -124,11 +129,13 @@ def abuse(case, kills, signals, folder, rng):
     return {"kills": done, "resumes": resumes, "differences": differ}
 
 
-def abuse_ranks(case, kills, ranks, folder, rng):
+def abuse_ranks(
+    case: str, kills: int, ranks: int, folder: Path, rng: random.Random
+) -> dict[str, Any]:
     """The same with torchrun's ranks, of which one is killed at a time."""
     quiet, killed, log = folder / "quiet", folder / "killed", folder / "log"
 
-    def start(output):
+    def start(output: Path) -> subprocess.Popen:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                  str(ranks), "--max-restarts", "3", str(ROOT / "run_glue.py"), *FLAGS]  # fmt: skip
         words += [*CASES[case], "--resume", "--output-path", str(output)]
@@ -153,7 +160,7 @@ def abuse_ranks(case, kills, ranks, folder, rng):
     return {"kills": done, "resumes": done, "differences": differ}
 
 
-def children_of(number):
+def children_of(number: int) -> list[int]:
     """The process numbers of a process's children; none where it is gone."""
     try:
         path = Path(f"/proc/{number}/task/{number}/children")
@@ -162,12 +169,12 @@ def children_of(number):
         return []
 
 
-def differences(expected, found):
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     names = sorted(expected.keys() | found.keys())
     return [name for name in names if expected.get(name) != found.get(name)]
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

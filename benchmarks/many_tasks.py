@@ -11,6 +11,7 @@ deltas of BitFit. Memory is the peak of a process of its own that loads and answ
 libraries included. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
 """
 
+import argparse
 import multiprocessing
 import re
 import tempfile
@@ -23,9 +24,9 @@ from common import (
     DTYPES,
     LENGTH,
     ROOT,
+    loading,
     machine,
     make_parser,
-    models,
     pick_device,
     pick_rows,
     random_model,
@@ -39,7 +40,7 @@ from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, rows=64)
     parser.set_defaults(task_name="rte", batch_size=32)
     parser.add_argument("--precision", default="fp32", choices=DTYPES)
@@ -47,44 +48,48 @@ def parse_args():
     return parser.parse_args()
 
 
-def base_model(args, folder):
+def base_model(args: argparse.Namespace, folder: Path) -> str:
     """The base model's folder; without --model-name a random one is written."""
     if args.model_name:
         return args.model_name
-    models.load_tokenizer(str(ROOT / "examples/tiny_bert")).save_pretrained(folder / "base")
+    loading.load_tokenizer(str(ROOT / "examples/tiny_bert")).save_pretrained(folder / "base")
     random_model(args.size).save_pretrained(folder / "base")
     return str(folder / "base")
 
 
-def write_evaluators(folder, model_name, tasks, count):
+def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int) -> list[Path]:
     """So many folders of evaluators whose deltas are random."""
     folders = [folder / str(number) for number in range(count)]
     for first, task in enumerate(tasks[:count]):
         evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
         evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
-        evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs, models.draw_head)
+        evaluator.stack = Stack(
+            evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head
+        )
         for own in folders[first :: len(tasks)]:
             evaluator.stack.values += 0.02 * torch.randn_like(evaluator.stack.values)
             evaluator.save(own)
     return folders
 
 
-def load(folders, precision, stack):
+def load(folders: list[Path], precision: str, stack: ExitStack) -> multi_task.Many:
     """The `Many` of some evaluators, ready to answer until the `ExitStack` ends."""
     many = multi_task.load(multi_task.read(folders), pick_device(), DTYPES[precision])
     stack.enter_context(many.stack.bound(DTYPES[precision]))
     return many
 
 
-def answer(loaded, rows, batch_size):
+def answer(loaded: list[multi_task.Many], rows: list[tuple[str, ...]], batch_size: int) -> None:
     for many in loaded:
         for i in range(0, len(rows), batch_size):
             answers.answers(many, rows[i : i + batch_size])
 
 
 @torch.inference_mode()
-def answer_plainly(loaded, rows, batch_size):
+def answer_plainly(
+    loaded: list[multi_task.Many], rows: list[tuple[str, ...]], batch_size: int
+) -> None:
     """As plain transformers does: a padded batch after the other, model after model."""
     for one in loaded:
         model, texts = one.forward.model, len(one.tasks[0].texts)
@@ -95,23 +100,24 @@ def answer_plainly(loaded, rows, batch_size):
             model(**inputs.to(model.device)).logits.float().cpu()
 
 
-def peak_gib(groups, rows, precision):
+def peak_gib(groups: list[list[Path]], rows: list[tuple[str, ...]], precision: str) -> float:
     """The peak memory of this process when it loads groups of evaluators and each answers."""
     with ExitStack() as stack:
         answer([load(group, precision, stack) for group in groups], rows, len(rows))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     # Not getrusage's: that of a child begins with what its parent had.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak) / 2**20
 
 
-def apart(*args):
+def apart(*args: object) -> float:
     """`peak_gib` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_gib, args)
 
 
-def measure(folders, rows, args):
+def measure(folders: list[Path], rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
     """One line of the table."""
     each, size = [[folder] for folder in folders], args.batch_size
     with ExitStack() as stack:
@@ -131,7 +137,7 @@ def measure(folders, rows, args):
     print(f"{len(folders):>5}", *rates, *ratios, *(f"{gib:>8.2f}" for gib in memory), flush=True)
 
 
-def main():
+def main() -> None:
     args = parse_args()
     task = TASKS[args.task_name]
     texts, _ = pick_rows(args, task)
@@ -141,8 +147,8 @@ def main():
           f"{args.rounds} rounds: median (range), {machine(pick_device())}")  # fmt: skip
     print(f"{'tasks':>5} {'together':>9} {'one by one':>10} {'plain':>8} {'ratio: one by one':>18} "
           f"{'ratio: plain':>18} {'GiB':>8} {'one by one':>10}")  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         model_name = base_model(args, folder)
         folders = write_evaluators(folder, model_name, names, max(args.tasks))
         for count in args.tasks:

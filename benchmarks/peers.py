@@ -14,11 +14,14 @@ more, the more --rows there are to group). Ours draws batches at random, as the 
 and has no padding to spare.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Callable
 
+import torch
 import transformers
 from common import (
     Ours,
@@ -31,9 +34,12 @@ from common import (
     spread,
     train_biases,
 )
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitfit.data.tokens import Tokens
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, rows=512)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 8])
@@ -43,7 +49,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def arguments(batch_size, precision, folder, device):
+def arguments(
+    batch_size: int, precision: str, folder: str, device: torch.device
+) -> transformers.TrainingArguments:
     """Trainer's best flags for this."""
     known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     new = "train_sampling_strategy" in known
@@ -57,7 +65,13 @@ def arguments(batch_size, precision, folder, device):
     )  # fmt: skip
 
 
-def make_trainer(make_model, tokens, tokenizer, batch_size, as_dataset=False):
+def make_trainer(
+    make_model: Callable[[], PreTrainedModel],
+    tokens: Tokens,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    as_dataset: bool = False,
+) -> Callable[[str], float]:
     """A function that trains an epoch of one run with Trainer and gives its seconds.
 
     Each on a fresh model: Trainer wraps the model's forward anew each time.
@@ -69,7 +83,7 @@ def make_trainer(make_model, tokens, tokenizer, batch_size, as_dataset=False):
         rows = [row | {"length": len(row["input_ids"])} for row in rows]
         rows = datasets.Dataset.from_list(rows)
 
-    def epoch(precision):
+    def epoch(precision: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
             trainer = transformers.Trainer(
                 model=train_biases(make_model()),
@@ -83,7 +97,7 @@ def make_trainer(make_model, tokens, tokenizer, batch_size, as_dataset=False):
     return epoch
 
 
-def main():
+def main() -> int:
     args = parse_args()
     if importlib.util.find_spec("accelerate") is None:
         print("peers.py: error: Trainer needs accelerate: pip install accelerate", file=sys.stderr)
@@ -101,9 +115,9 @@ def main():
             pairs, rates = [], []
             for _ in range(args.rounds):
                 rates.append(gemm_rate(precision, device))
-                mine = ours.epoch(precision)
+                epoch = ours.epoch(precision)
                 rates.append(gemm_rate(precision, device))
-                pairs.append((sum(trainer(precision) for _ in range(runs)), mine))
+                pairs.append((sum(trainer(precision) for _ in range(runs)), epoch))
             theirs, mine = (spread([runs * count / pair[i] for pair in pairs]) for i in (0, 1))
             share = runs * flop / sorted(b for _, b in pairs)[len(pairs) // 2] / max(rates)
             print(

@@ -10,6 +10,7 @@ profiler, which notes every call of the communicator with the shape and type of 
 from those come the bytes per step.
 """
 
+import argparse
 import json
 import math
 import os
@@ -38,7 +39,7 @@ CASES = {
 BYTES = {"float": 4, "double": 8, "unsigned char": 1, "long int": 8}
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_command_parser(__doc__)
     parser.add_argument("--train-size", default="512")
     parser.add_argument("--epochs", default="2")
@@ -47,23 +48,23 @@ def parse_args():
     return parser.parse_args()
 
 
-def flags_of(args, case):
+def flags_of(args: argparse.Namespace, case: str) -> list[str]:
     return [*command_flags(args), "--gpu-device", "cpu", *CASES[case]]
 
 
-def measure(start, threads, flags):
+def measure(start: list[str], threads: int, flags: list[str]) -> tuple[float, float]:
     """(seconds of training, seconds of the whole command)"""
     with tempfile.TemporaryDirectory() as folder:
         words = [*start, str(ROOT / "run_glue.py"), *flags, "--output-path", f"{folder}/out"]
         whole = command_seconds(words, threads)
-        by_rank = defaultdict(float)
+        by_rank: dict[int, float] = defaultdict(float)
         for path in Path(folder).rglob("metrics.json"):
             rank = json.loads(path.with_name("args.json").read_text())["trained_by"][0]
             by_rank[rank] += json.loads(path.read_text())["seconds"]["training"]
     return max(by_rank.values()), whole
 
 
-def traffic(args, case):
+def traffic(args: argparse.Namespace, case: str) -> dict[tuple[str, int], int]:
     """{(what was called, bytes it was given): how often} on rank 0, in one epoch."""
     flags = flags_of(args, case)
     flags[flags.index("--epochs") + 1] = "1"
@@ -72,7 +73,7 @@ def traffic(args, case):
         words = [*TORCHRUN, __file__, "--profile", str(trace), *flags, "-o", f"{folder}/out"]
         command_seconds(words, threads=1)
         events = json.loads(trace.read_text())["traceEvents"]
-    calls = defaultdict(int)
+    calls: dict[tuple[str, int], int] = defaultdict(int)
     for event in events:
         if event.get("name", "").startswith("gloo:"):
             kinds, shapes = event["args"]["Input type"], event["args"]["Input Dims"]
@@ -82,7 +83,7 @@ def traffic(args, case):
     return calls
 
 
-def profile(trace, flags):
+def profile(trace: str, flags: list[str]) -> int:
     """What each rank does for `traffic`: the program under torch's profiler."""
     import torch
 
@@ -95,7 +96,7 @@ def profile(trace, flags):
     return status
 
 
-def main():
+def main() -> int:
     if sys.argv[1:2] == ["--profile"]:
         return profile(sys.argv[2], sys.argv[3:])
     args = parse_args()

@@ -10,6 +10,7 @@ what a product of 2048 x 2048 matrices reached in the same minute. Without --mod
 encoder of MiniLM-L6's size (22M) is used.
 """
 
+import argparse
 from statistics import median
 
 import torch
@@ -26,7 +27,7 @@ from common import (
 from bitfit.tracking.tracker import peak_gib
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, rows=64)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
@@ -34,7 +35,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     task, _, make_model, tokens, total = setup(args)
     device, count = tokens.ids.device, len(tokens.lengths)
@@ -51,8 +52,8 @@ def main():
         pairs, rates = [], []
         for _ in range(args.rounds):
             rates.append(gemm_rate(args.precision, device))
-            together = stack.epoch(args.precision)
-            pairs.append((sum(one.epoch(args.precision) for _ in range(runs)), together))
+            stacked = stack.epoch(args.precision)
+            pairs.append((sum(one.epoch(args.precision) for _ in range(runs)), stacked))
         apart, together = ([pair[i] for pair in pairs] for i in (0, 1))
         hourly = 3600 * runs / (median(together) * total / count)
         share = runs * flop / median(together) / max(rates)

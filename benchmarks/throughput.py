@@ -8,7 +8,9 @@ The released loop is re-created plainly: every row padded to 128, one batch at a
 scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
 """
 
+import argparse
 import os
+from collections.abc import Callable
 
 import torch
 from common import (
@@ -22,15 +24,18 @@ from common import (
     spread,
     train_biases,
 )
+from transformers import PreTrainedModel
+
+from bitfit.data.tokens import Tokens
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, rows=256)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     return parser.parse_args()
 
 
-def released_pass(model, rows, batch_size):
+def released_pass(model: PreTrainedModel, rows: dict[str, torch.Tensor], batch_size: int) -> None:
     """One pass as the released code makes it; `rows` are padded tensors on the device."""
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(*rows.values()), batch_size=batch_size, shuffle=True
@@ -52,25 +57,25 @@ def released_pass(model, rows, batch_size):
             print(f"STEP {step} LOSS {loss_sum / (step + 1):.3f}\r", end="", file=screen)
 
 
-def make_released(model, tokens, batch_size):
+def make_released(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> Callable[[], float]:
     """A function that trains an epoch in the released way and gives its seconds."""
     device = tokens.ids.device
     train_biases(model.to(device))
-    rows = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
+    columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
     for row in examples(tokens):
         ids = row["input_ids"]
         left = LENGTH - len(ids)
-        rows["input_ids"].append(ids + [tokens.pad_id] * left)
-        rows["attention_mask"].append([1] * len(ids) + [0] * left)
-        rows["token_type_ids"].append(row.get("token_type_ids", [0] * len(ids)) + [0] * left)
+        columns["input_ids"].append(ids + [tokens.pad_id] * left)
+        columns["attention_mask"].append([1] * len(ids) + [0] * left)
+        columns["token_type_ids"].append(row.get("token_type_ids", [0] * len(ids)) + [0] * left)
     if tokens.types is None:
-        del rows["token_type_ids"]
-    rows = {name: torch.tensor(values, device=device) for name, values in rows.items()}
+        del columns["token_type_ids"]
+    rows = {name: torch.tensor(values, device=device) for name, values in columns.items()}
     rows["labels"] = tokens.labels
     return lambda: seconds(lambda: released_pass(model, rows, batch_size), device)
 
 
-def main():
+def main() -> None:
     args = parse_args()
     task, _, make_model, tokens, _ = setup(args)
     device, count = tokens.ids.device, len(tokens.lengths)

@@ -3,8 +3,11 @@
 python scripts/compare.py out/a out/b --plot out/methods.png
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -28,16 +31,17 @@ from bitfit.results.plots import curve_figure, save_figure
 from bitfit.results.scores import read_metrics
 from utils import UserError, blaming, escaped, one_line
 
+Run = tuple[dict[str, Any], pd.DataFrame]  # a run's metadata and scores
 COLORS = [f"C{number}" for number in range(10)]
 STYLES = ("-", "--", ":", "-.")  # so that 40 lines can be told apart
 
 
-def read(folder):
+def read(folder: str) -> Run:
     """(facts, scores) of a run's folder; UserError where it is none, or was edited."""
     if (Path(folder) / "results.csv").exists():
         raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
 
-    def unreadable(error):
+    def unreadable(error: Exception) -> UserError:
         what = f"{type(error).__name__}: {one_line(error)}"
         return UserError(f"{folder} holds no scores of run_glue.py: {what}")
 
@@ -48,7 +52,7 @@ def read(folder):
     return facts, scores
 
 
-def is_finished(folder):
+def is_finished(folder: Path) -> bool:
     """Whether a run has all its files; a sweep marks each of its runs, and itself at the end.
 
     One of GLUEvaluator's own in Python has no args.json, and leaves none but its checkpoints.
@@ -59,7 +63,7 @@ def is_finished(folder):
     return not (folder / "checkpoints").exists()
 
 
-def describe(facts, scores):
+def describe(facts: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
     """One run's line: what ran, how much trained, its main score x 100."""
     metric, terms = facts["main_metric"], facts["bias_terms"]
     method = facts["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
@@ -80,14 +84,14 @@ def describe(facts, scores):
     }
 
 
-def curve(facts, scores):
+def curve(facts: dict[str, Any], scores: pd.DataFrame) -> pd.Series:
     """The main validation score x 100 by epoch."""
     validation = scores.loc[scores["split"] != "train", "split"].iloc[0]
     main = scores[(scores["split"] == validation) & (scores["metric"] == facts["main_metric"])]
     return 100 * main.set_index("epoch")["value"]
 
 
-def picture(runs, path):
+def picture(runs: list[Run], path: str | Path) -> None:
     """The main validation score of each run over its epochs, one line each."""
     rows = [describe(*run) for run in runs]
     same = {name for name in ("task", "model") if len({row[name] for row in rows}) == 1}
@@ -108,14 +112,14 @@ def picture(runs, path):
     save_figure(figure, path)
 
 
-def make_parser():
+def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="compare.py", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output folder of a run")
     parser.add_argument("--plot", metavar="FILE.png", help="write their curves as a picture")
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     runs = [read(folder) for folder in args.folders]
     if args.plot and (wrong := wrong_file(args.plot, ".png")):
         raise UserError(f"--plot {args.plot} {wrong}")
@@ -125,7 +129,7 @@ def run(args):
     utils.print_result(table)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     utils.setup_logging()
     status = exit_status.end_of("compare.py", lambda signals: run(args))

@@ -8,8 +8,11 @@
 Each folder is one that --save-evaluator wrote, or the run's folder around it.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -24,33 +27,37 @@ from pathlib import Path
 import utils
 from bitfit.cli import exit_status
 from bitfit.model import hub
-from bitfit.options import gpu, make_commands, new_file, number
+from bitfit.options import OneLineParser, gpu, make_commands, new_file, number
 from utils import UserError, write_text
+
+if TYPE_CHECKING:  # -h and argument errors import no torch
+    from bitfit.tools.members import Member
+    from glue_evaluator import GLUEvaluator
 
 # fmt: off
 
-def add_files(add, what):
+def add_files(add: Callable, what: str) -> None:
     add("--csv", metavar="FILE.csv", type=new_file(".csv"), help="write the table")
     add("--plot", metavar="FILE.png", type=new_file(".png"), help=f"write {what}")
 
 
-def add_output(add, what):
+def add_output(add: Callable, what: str) -> None:
     add("--output-path", "-o", metavar="DIR", type=Path, required=True,
         help=f"new or empty folder for {what}")
 
 
-def add_show(add):
+def add_show(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator that trained bias terms")
     add_files(add, "the paper's Figure 1 of it")
 
 
-def add_compare(add):
+def add_compare(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs="+", help="saved evaluators that trained the same "
         "bias terms of one base model, on any tasks")
     add_files(add, "cosines and distances as a heatmap")
 
 
-def add_average(add):
+def add_average(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs="+", help="saved evaluators of one task and one base "
         "model that trained the same parameters")
     add("--weights", metavar="W", nargs="+", type=number(float, 0),
@@ -61,7 +68,7 @@ def add_average(add):
     add_output(add, "the average, a saved evaluator")
 
 
-def add_apply(add):
+def add_apply(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator")
     add("--scale", metavar="S", type=number(float, 0), default=1.0,
         help="S times what changed in the encoder; the classifier stays [1]")
@@ -70,11 +77,11 @@ def add_apply(add):
 # fmt: on
 
 
-def add_base(add):
+def add_base(add: Callable) -> None:
     add("--model-name", "-m", metavar="MODEL", help="where the base model is now [where it was]")
 
 
-def make_parser():
+def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """(the parser, its {command: parser})"""
     commands = [
         ("show", add_show, "how far each bias term moved in each layer"),
@@ -85,7 +92,7 @@ def make_parser():
     return make_commands("deltas.py", __doc__.splitlines()[0], commands, add_base)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser, commands = make_parser()
     args = parser.parse_args(argv)
     own = commands[args.command]
@@ -101,7 +108,7 @@ def parse_args(argv=None):
     return args
 
 
-def load(args, member):
+def load(args: argparse.Namespace, member: "Member") -> "GLUEvaluator":
     """The evaluator of a member, with its base model."""
     model = args.model_name or member.facts["model_name"]
     data, device = getattr(args, "data_dir", None), getattr(args, "gpu_device", "cpu")
@@ -112,7 +119,7 @@ def load(args, member):
     return GLUEvaluator.load(member.folder, utils.gpu_of(device), args.model_name, data)
 
 
-def show(args):
+def show(args: argparse.Namespace) -> None:
     from bitfit.results import plots
     from bitfit.tools import deltas, members
 
@@ -128,7 +135,7 @@ def show(args):
     utils.print_result(deltas.terms_text(evaluator, names, changes))
 
 
-def compare(args):
+def compare(args: argparse.Namespace) -> None:
     from bitfit.results import plots
     from bitfit.tools import deltas, members
 
@@ -146,7 +153,7 @@ def compare(args):
     utils.print_result(f"{what}\n{deltas.comparison_text(comparison)}")
 
 
-def average(args):
+def average(args: argparse.Namespace) -> None:
     from bitfit.artifacts import run_folder
     from bitfit.tools import deltas, members
 
@@ -162,7 +169,7 @@ def average(args):
     utils.print_result(deltas.average_text(table, evaluator))
 
 
-def apply(args):
+def apply(args: argparse.Namespace) -> None:
     from bitfit.artifacts import run_folder
     from bitfit.tools import deltas, members
 
@@ -180,7 +187,7 @@ def apply(args):
 COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     utils.setup_logging()
     return exit_status.end_of("deltas.py", lambda signals: COMMANDS[args.command](args))

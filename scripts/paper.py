@@ -9,8 +9,10 @@ A study is a folder. Each cell of a table is a command of run_glue.py, and `plan
 `run` may be killed at any moment, and any number of them may work on one folder.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -25,14 +27,14 @@ import utils
 from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
-from bitfit.options import POSITIVE, gpu, make_commands, number
+from bitfit.options import POSITIVE, OneLineParser, gpu, make_commands, number
 from bitfit.study import cells
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
 # fmt: off
 
 
-def add_plan(add):
+def add_plan(add: Callable) -> None:
     add("--tables", type=int, nargs="+", choices=(2, 3), help="of the paper")
     add("--figures", type=int, nargs="+", choices=(1, 2),
         help="of the paper: 1, how far biases move; 2, scores over the number of training rows")
@@ -63,7 +65,7 @@ def add_plan(add):
     add("--gpu-device", type=gpu, metavar="GPU", help="to calibrate on")
 
 
-def add_run(add):
+def add_run(add: Callable) -> None:
     add("--gpus", nargs="+", type=gpu, metavar="GPU",
         help="a worker for each: GPU numbers, or cpu [one worker, on the first GPU if any]")
     add("--nproc-per-node", type=POSITIVE, metavar="N", default=1,
@@ -76,12 +78,12 @@ def add_run(add):
         help="only what fits into so many hours of one worker, the cheapest first [all]")
 
 
-def add_report(add):
+def add_report(add: Callable) -> None:
     add("--resamples", type=POSITIVE, metavar="N", default=1000,
         help="of the bootstrap [%(default)s]")
 
 
-def add_submit(add):
+def add_submit(add: Callable) -> None:
     add("--model", required=True, metavar="MODEL", help="as planned")
     add("--method", required=True, choices=cells.ROWS, metavar="ROW", help="as planned")
     add("--placeholder-missing", action="store_true",
@@ -90,11 +92,11 @@ def add_submit(add):
 # fmt: on
 
 
-def add_folder(add):
+def add_folder(add: Callable) -> None:
     add("--output-path", "-o", type=Path, required=True, metavar="DIR", help="the study's folder")
 
 
-def make_parser():
+def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """(the parser, its {command: parser})"""
     commands = [
         ("plan", add_plan, "say what belongs to it and what it costs"),
@@ -105,7 +107,7 @@ def make_parser():
     return make_commands("paper.py", __doc__.splitlines()[0], commands, add_folder)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser, commands = make_parser()
     args = parser.parse_args(argv)
     if args.command == "run" and len(args.gpus or []) > 1 and args.nproc_per_node > 1:
@@ -116,7 +118,11 @@ def parse_args(argv=None):
         there = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
-        by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
+        by_row: dict[str, Iterable[str]] = {
+            "learning_rates": cells.ROWS,
+            "seeds": cells.ROWS,
+            "epochs": TASKS,
+        }
         for name, known in by_row.items():
             setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
         if any(len(values) > 1 for values in args.epochs.values()):
@@ -124,9 +130,14 @@ def parse_args(argv=None):
     return args
 
 
-def collect(parser, name, pairs, known):
+def collect(
+    parser: argparse.ArgumentParser,
+    name: str,
+    pairs: Iterable[tuple[str | None, list]],
+    known: Iterable[str],
+) -> dict[str | None, list]:
     """[(row or None, [values])] -> {row or None: [values]}"""
-    values = {}
+    values: dict[str | None, list] = {}
     for key, own in pairs:
         if key is not None and key not in known:
             flag = f"--{name.replace('_', '-')}"
@@ -135,7 +146,7 @@ def collect(parser, name, pairs, known):
     return values
 
 
-def plan(args):
+def plan(args: argparse.Namespace) -> int:
     from bitfit.artifacts import run_folder
     from bitfit.study import cost, plan
     from glue_evaluator import DTYPES
@@ -154,7 +165,7 @@ def plan(args):
     return 0
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     from bitfit.study import ledger, plan, work
 
     study = cells.read(args.output_path)
@@ -180,14 +191,14 @@ def run(args):
     return int(bad or any(statuses))
 
 
-def report(args):
+def report(args: argparse.Namespace) -> int:
     from bitfit.study import report
 
     utils.print_result(report.write(cells.read(args.output_path), args.resamples))
     return 0
 
 
-def submit(args):
+def submit(args: argparse.Namespace) -> int:
     from bitfit.study import submit
 
     name = f"submission_{cells.slug(cells.absolute(args.model))}_{args.method}.zip"
@@ -198,7 +209,7 @@ def submit(args):
     return 0
 
 
-def words_of(args, gpu, shard):
+def words_of(args: argparse.Namespace, gpu: int | str | None, shard: str) -> list[str]:
     """The words of the command of one worker of several; it has a part of the shard, if any."""
     words = [__file__, "run", "--output-path", str(args.output_path), "--gpus", str(gpu)]
     words += ["--shard", shard] if args.shard is not None else []
@@ -209,7 +220,7 @@ def words_of(args, gpu, shard):
 COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     utils.setup_logging()
     words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}

@@ -6,8 +6,12 @@ A line of input is a text, or two with a tab between them; a line of output is a
 entry for each evaluator, written as soon as its batch is answered.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import BinaryIO
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -29,7 +33,7 @@ from bitfit.options import POSITIVE, OneLineParser, add_machine
 from utils import UserError
 
 
-def make_parser():
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="predict.py", allow_abbrev=False, description=__doc__.splitlines()[0]
     )
@@ -50,7 +54,7 @@ def make_parser():
     return parser
 
 
-def opened(path):
+def opened(path: str) -> AbstractContextManager[BinaryIO]:
     if path == "-" and sys.stdin is None:
         raise UserError("standard input is closed: give --input FILE")
     if path == "-":
@@ -61,7 +65,7 @@ def opened(path):
         raise UserError(f"cannot read --input {path}: {error.strerror}") from None
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     with opened(args.input) as lines:
         from bitfit.tools import answers, multi_task
         from glue_evaluator import DTYPES
@@ -84,7 +88,7 @@ def run(args):
                 utils.print_result("\n".join(told))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     utils.setup_logging(logging.WARNING)
     less_memory = " (a lower --max-tokens needs less)"
