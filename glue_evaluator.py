@@ -25,7 +25,7 @@ from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading, predict, run_stack, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import OFF
@@ -277,12 +277,14 @@ class GLUEvaluator:
         self._need("chosen", "training_preparation")
         return trainable.dense_masks(self.model, self.chosen)
 
-    def why_not_stackable(self):
+    def reason_not_stackable(self):
         """Why several runs cannot be trained in one pass, or None if they can."""
         self._need("chosen", "training_preparation")
         if len(self.runs) > 1 and not hasattr(self, "_reason"):
             tokens = self.tokens("train")
-            self._reason = run_stack.why_not_stackable(self._forward("train"), self.chosen, tokens)
+            self._reason = run_stack.reason_not_stackable(
+                self._forward("train"), self.chosen, tokens
+            )
         return self._reason if len(self.runs) > 1 else None
 
     def passes(self, share=None):
@@ -292,7 +294,7 @@ class GLUEvaluator:
             share: some of the runs, for those alone.
         """
         share = self.runs if share is None else share
-        reason = self.why_not_stackable()
+        reason = self.reason_not_stackable()
         if len(share) > 1:
             how = f"one after the other: {reason}" if reason else "in one pass"
             LOGGER.info("%d runs %s", len(share), how)
@@ -322,7 +324,7 @@ class GLUEvaluator:
             raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
         if min(num_epochs, evaluation_frequency) < 1:
             raise UserError("num_epochs and evaluation_frequency are at least 1")
-        reason = self.why_not_stackable()
+        reason = self.reason_not_stackable()
         if hasattr(self, "stack"):
             raise UserError("this evaluator has been trained: prepare it again to train again")
         if reason:
@@ -333,7 +335,7 @@ class GLUEvaluator:
                     self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
         set_seed(self._dropout_seed())
-        self.stack = Stack(self.model, self.chosen, self.runs, self._draw, self.zero_gradient)
+        self.stack = RunStack(self.model, self.chosen, self.runs, self._draw, self.zero_gradient)
         state = start(plan, self.stack, self.optimizer, keep)
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
@@ -341,11 +343,11 @@ class GLUEvaluator:
         saver.load(state)
         tracker.begin(state, folders)
         try:
-            with self.stack.bound(DTYPES[self.precision]), saver.held():
+            with self.stack.patched(DTYPES[self.precision]), saver.held():
                 diverged = fit(state, lambda: self._note(state, folders), saver, tracker)
         finally:
             if state.best is not None:
-                self.stack.take(state.best)
+                self.stack.set_params(state.best)
             self._note(state)
         self._note(state, folders)
         for run, folder in folders.items() if curves else ():
@@ -374,7 +376,7 @@ class GLUEvaluator:
         self._need("stack", "train_and_evaluate")
         if not 0 <= run < len(self.runs):
             raise UserError(f"there is no run {run}: there are {len(self.runs)}, counted from 0")
-        self.stack.put(run)
+        self.stack.load_run(run)
         self.selected = run
 
     @property
@@ -462,8 +464,8 @@ class GLUEvaluator:
         self._need("stack", "train_and_evaluate")
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
-        before = self.stack.named_values(self.selected, self.stack.start)
-        after = self.stack.named_values(self.selected)
+        before = self.stack.named_params(self.selected, self.stack.initial_params)
+        after = self.stack.named_params(self.selected)
         return plots.bias_changes(before, after, self.zero_gradient)
 
     def plot_terms_changes(self, output_path=None):

@@ -31,7 +31,7 @@ from bitfit.model import forward as models_forward  # noqa: E402
 from bitfit.model import loading  # noqa: E402
 from bitfit.model.batching import MAX_TOKENS  # noqa: E402
 from bitfit.model.predict import Limit  # noqa: E402
-from bitfit.model.run_stack import Run, Stack  # noqa: E402
+from bitfit.model.run_stack import Run, RunStack  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select  # noqa: E402
 from bitfit.training.checkpoints import Saver  # noqa: E402
 from bitfit.training.loop import start, step_graphs, train_epoch  # noqa: E402
@@ -163,7 +163,7 @@ class Ours:
         self.plans: dict[torch.dtype, Plan] = {}
         components = ["bias"] if method == "bitfit" else []
         chosen = select(model, method, components, None, np.random.default_rng(0))
-        self.stack = Stack(model, chosen, grid, loading.draw_head)
+        self.stack = RunStack(model, chosen, grid, loading.draw_head)
 
     def plan_in(self, dtype: torch.dtype) -> Plan:
         """The plan with the fastest forward pass in a precision."""
@@ -175,11 +175,11 @@ class Ours:
 
     def epoch(self, precision: str) -> float:
         """The seconds of one epoch from the start, training alone."""
-        self.stack.values.copy_(self.stack.start)
+        self.stack.params.copy_(self.stack.initial_params)
         self.stack.bad_step.fill_(-1)
         plan = self.plan_in(DTYPES[precision])
         state = start(plan, self.stack)
-        with self.stack.bound(DTYPES[precision]):
+        with self.stack.patched(DTYPES[precision]):
             state.graphs = step_graphs(state)
             progress = Progress(plan, shows=False)
             return seconds(lambda: train_epoch(state, Saver(), progress), self.device)

@@ -101,7 +101,7 @@ def training(ours: Ours, dtype: torch.dtype, graphs: bool = True) -> Iterator[St
     """Yield the `State` of a training, for `steps`."""
     state = start(ours.plan_in(dtype), ours.stack)
     ours.plan.forward.model.train()
-    with ours.stack.bound(dtype):
+    with ours.stack.patched(dtype):
         state.graphs = step_graphs(state) if graphs else None
         yield state
 
@@ -204,17 +204,17 @@ def check_stack(args: argparse.Namespace, device: torch.device) -> Outcome:
     torch.set_float32_matmul_precision("highest")
     stack = make_runs(args, tokens, 3)
     model = without_dropout(stack.plan.forward.model)
-    together = trained(stack, torch.float32, 3).stack.values.clone()
+    together = trained(stack, torch.float32, 3).stack.params.clone()
     off = moved = 0.0
     for k, run in enumerate(stack.stack.runs):
         alone = Ours(model, tokens, TASKS["cola"], args.batch_size, 1)
         alone.stack.runs[0] = run
-        alone.stack.values.copy_(stack.stack.start[k : k + 1])
-        values = trained(alone, torch.float32, 3).stack.values[0]
+        alone.stack.params.copy_(stack.stack.initial_params[k : k + 1])
+        values = trained(alone, torch.float32, 3).stack.params[0]
         for name, (a, b) in stack.stack.slices.items():
             if not name.endswith("key.bias"):  # its gradient is rounding noise
                 off += (together[k, a:b] - values[a:b]).abs().sum().item()
-                moved += (stack.stack.start[k, a:b] - values[a:b]).abs().sum().item()
+                moved += (stack.stack.initial_params[k, a:b] - values[a:b]).abs().sum().item()
     torch.set_float32_matmul_precision(before)
     return 0 < off < 0.01 * moved, f"off by {off / moved:.1e} of what they moved"
 
@@ -236,7 +236,7 @@ def check_repeat(args: argparse.Namespace, device: torch.device) -> Outcome:
             ours = make_runs(args, random_tokens("CoLA", 20 * args.batch_size, device), runs)
             set_seed(0)
             state = trained(ours, DTYPES[args.precision], 40, graphs)
-            results.append(torch.cat([ours.stack.values.flatten(), state.loss_sum]))
+            results.append(torch.cat([ours.stack.params.flatten(), state.loss_sum]))
             used = len(state.graphs.graphs) if state.graphs else 0
             good &= not (graphs and device.type == "cuda" and not used)
             messages.append(f"{used} graphs" if graphs and len(results) == 1 else "")
@@ -325,15 +325,15 @@ def check_resume(args: argparse.Namespace, device: torch.device) -> Outcome:
     tokens, dtype = random_tokens("CoLA", 4 * args.batch_size, device), DTYPES[args.precision]
     whole, first, second = (make_runs(args, tokens, 3) for _ in range(3))
     set_seed(0)
-    expected = trained(whole, dtype, 20).stack.values
+    expected = trained(whole, dtype, 20).stack.params
     set_seed(0)
     facts, tensors = capture(trained(first, dtype, 12))
     set_seed(1)
     with training(second, dtype) as state:
         restore(state, facts, {name: tensor.clone() for name, tensor in tensors.items()})
-        second.stack.write_back()
+        second.stack.sync_to_model()
         steps(state, 8)
-    found = second.stack.values
+    found = second.stack.params
     return torch.equal(found, expected), f"off by {(found - expected).abs().max().item():.0e}"
 
 

@@ -35,7 +35,7 @@ from common import (
 )
 
 from bitfit.data.tasks import TASKS
-from bitfit.model.run_stack import Stack
+from bitfit.model.run_stack import RunStack
 from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
 
@@ -64,11 +64,11 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
         evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
         evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
-        evaluator.stack = Stack(
+        evaluator.stack = RunStack(
             evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head
         )
         for own in folders[first :: len(tasks)]:
-            evaluator.stack.values += 0.02 * torch.randn_like(evaluator.stack.values)
+            evaluator.stack.params += 0.02 * torch.randn_like(evaluator.stack.params)
             evaluator.save(own)
     return folders
 
@@ -76,7 +76,7 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
 def load(folders: list[Path], precision: str, stack: ExitStack) -> multi_task.Many:
     """The `Many` of some evaluators, ready to answer until the `ExitStack` ends."""
     many = multi_task.load(multi_task.read(folders), pick_device(), DTYPES[precision])
-    stack.enter_context(many.stack.bound(DTYPES[precision]))
+    stack.enter_context(many.stack.patched(DTYPES[precision]))
     return many
 
 

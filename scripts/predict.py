@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             torch.set_float32_matmul_precision("high")
         many = multi_task.load(found, device, dtype, args.max_seq_length, args.max_tokens)
         name = "standard input" if args.input == "-" else args.input
-        with many.stack.bound(dtype):
+        with many.stack.patched(dtype):
             for rows in answers.batches(many, lines, args.batch_size, name):
                 told = map(json.dumps, answers.answers(many, rows))
                 utils.print_result("\n".join(told))

@@ -16,7 +16,7 @@ from scipy.special import softmax
 from bitfit.data.splits import tsv_names
 from bitfit.data.tasks import TASKS
 from bitfit.model import fingerprints, loading
-from bitfit.model.run_stack import Stack
+from bitfit.model.run_stack import RunStack
 from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -40,10 +40,10 @@ def save(folder, task, model=TINY_BERT, kind=BITFIT, length=64, **options):
     evaluator = GLUEvaluator(task, str(model), None, 0, GLUE, **options)
     evaluator.preprocess_dataset("longest", length, 8, train_size=8)
     evaluator.prepare(kind[0], 1e-3, components=kind[1], verbose=False)
-    evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head)
+    evaluator.stack = RunStack(evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head)
     noise = torch.Generator().manual_seed(len(str(folder)) + len(task))
-    evaluator.stack.values += 0.2 * torch.randn(evaluator.stack.values.shape, generator=noise)
-    evaluator.stack.put(0)
+    evaluator.stack.params += 0.2 * torch.randn(evaluator.stack.params.shape, generator=noise)
+    evaluator.stack.load_run(0)
     evaluator.save(folder)
     return str(folder)
 
@@ -91,7 +91,7 @@ def lines(tmp_path_factory):
 
 def check_like_each_alone(folders, tmp_path, max_tokens=None):
     many = load(*folders, max_tokens=max_tokens)
-    with many.stack.bound():
+    with many.stack.patched():
         logits, told = multi_task.logits_of(many, ROWS), answers.answers(many, ROWS)
     for folder, name, task, own in zip(folders, many.names, many.tasks, logits, strict=True):
         expected = alone(folder, tmp_path)
@@ -158,7 +158,7 @@ def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
     many.forward.model.base_model.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].numel())
     )
-    with many.stack.bound():
+    with many.stack.patched():
         multi_task.logits_of(many, ROWS)
     assert sum(seen) == sum(map(len, many.tokenizer([a for a, _ in ROWS])["input_ids"])) + sum(
         map(len, many.tokenizer(*zip(*ROWS, strict=True), truncation=True, max_length=64).input_ids)
@@ -210,7 +210,9 @@ def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
 
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
-    monkeypatch.setattr(multi_task, "why_not_stackable", lambda *args: "it goes around its modules")
+    monkeypatch.setattr(
+        multi_task, "reason_not_stackable", lambda *args: "it goes around its modules"
+    )
     load(saved["cola"])
     with pytest.raises(UserError, match="cannot answer together: it goes around its modules; give"):
         load(saved["cola"], saved["mnli"])

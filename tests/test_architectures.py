@@ -178,7 +178,7 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
 
     many = multi_task.load(multi_task.read([tmp_path / "evaluator"]), torch.device("cpu"))
     rows = [("a film", "good"), ("a small film is good, and long", "it is bad"), ("no", "no")]
-    with many.stack.bound():
+    with many.stack.patched():
         alone = [multi_task.logits_of(many, [row])[0][0] for row in rows]
         assert np.abs(multi_task.logits_of(many, rows)[0] - alone).max() < bound
 
@@ -233,7 +233,7 @@ def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys
     model = folder_of(tmp_path / "model", "bart", **BART)
     assert run(tmp_path, model, "--data-dir", str(few_rows), "--save-evaluator") == 0
     many = multi_task.load(multi_task.read([tmp_path / "out" / "evaluator"]), torch.device("cpu"))
-    with many.stack.bound(torch.float32):
+    with many.stack.patched(torch.float32):
         assert len(multi_task.logits_of(many, [("a film", "a cat")] * 2)[0]) == 2
         with pytest.raises(UserError, match="has the token for its end, 3, in it"):
             multi_task.logits_of(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])

@@ -8,7 +8,7 @@ from conftest import TINY_BERT, load_model
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split
 from bitfit.model.predict import Limit
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.trainable import select
 from bitfit.training.checkpoints import Saver, capture, found, restore
 from bitfit.training.loop import move, start
@@ -17,7 +17,7 @@ from utils import Damaged
 
 
 def new_state(runs, model, keep="last"):
-    stack = Stack(model, select(model, "bitfit", ["bias"]), runs)
+    stack = RunStack(model, select(model, "bitfit", ["bias"]), runs)
     rows = {run.seed: [0] for run in runs}
     return start(Plan(TASKS["rte"], None, Split(None, rows), {}, Limit(9), 8, 2), stack, keep=keep)
 
@@ -26,7 +26,7 @@ def some_steps(state):
     """Change all that changes."""
     state.rates.fill_(1e-3)
     state.stack.grads.normal_()
-    with state.stack.bound():
+    with state.stack.patched():
         move(state)
     state.best.normal_()
     state.stack.bad_step[1] = 3
@@ -52,14 +52,14 @@ def test_all_that_changes_comes_back():
     for name in tensors.keys() - {"random.0"}:
         assert torch.equal(again_tensors[name], tensors[name]), name
     assert sum(name.startswith("optimizer.") for name in tensors) == 3
-    before = state.stack.values.clone()
+    before = state.stack.params.clone()
     for one in (state, fresh):  # and the next step is the same
         one.stack.grads.fill_(0.1)
         one.rates.fill_(1e-3)
-        with one.stack.bound():
+        with one.stack.patched():
             move(one)
-    assert not torch.equal(state.stack.values, before)
-    assert torch.equal(state.stack.values, fresh.stack.values)
+    assert not torch.equal(state.stack.params, before)
+    assert torch.equal(state.stack.params, fresh.stack.params)
 
 
 def test_other_runs_are_refused():
@@ -74,7 +74,7 @@ def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
     config = transformers.BertConfig(vocab_size=30, num_labels=2)
     model = transformers.BertForSequenceClassification(config)
     state = new_state([Run(1e-3, seed) for seed in range(20)], model)
-    with state.stack.bound():
+    with state.stack.patched():
         move(state)
     Saver(tmp_path).save(state)
     size = sum(path.stat().st_size for path in tmp_path.iterdir())

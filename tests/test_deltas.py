@@ -142,7 +142,7 @@ def test_known_directions(here):
     """A delta beside its double, its opposite and none at all."""
     (member,) = members.read(SEEDS[:1])
     evaluator = GLUEvaluator.load(member.folder, None)
-    start = evaluator.stack.named_values(0, evaluator.stack.start)
+    start = evaluator.stack.named_params(0, evaluator.stack.initial_params)
     scaled = [
         member._replace(
             name=str(factor),

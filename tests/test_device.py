@@ -20,7 +20,7 @@ from bitfit.data.tokens import Split, tokenize
 from bitfit.model import attention, batching, loading, run_stack
 from bitfit.model.forward import find_forward
 from bitfit.model.predict import Limit, predict_runs
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
@@ -47,7 +47,7 @@ def new_state(method, count, dtype, packed):
     forward = find_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
     chosen = select(model, method, ["bias"] if method == "bitfit" else [], 1000,
                     np.random.default_rng(0))  # fmt: skip
-    stack = Stack(model, chosen, [Run(1e-3, seed) for seed in range(count)], loading.draw_head)
+    stack = RunStack(model, chosen, [Run(1e-3, seed) for seed in range(count)], loading.draw_head)
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
     return loop.start(Plan(COLA, forward, split, {}, Limit(2000, CUDA), 8, 9), stack)
 
@@ -66,9 +66,9 @@ def take_steps(state, count):
 def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype):
     with simulated_gpu() as gpu:
         state = new_state(method, count, dtype, packed=True)
-        before = state.stack.values.clone()
+        before = state.stack.params.clone()
         assert state.plan.forward.packer and state.plan.forward.is_varlen == (dtype != torch.float)
-        with state.stack.bound(dtype):
+        with state.stack.patched(dtype):
             state.graphs = loop.step_graphs(state)
             assert bool(state.graphs) == state.plan.forward.is_varlen
             take_steps(state, 1)  # makes the optimizer's state
@@ -84,8 +84,8 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
             rows = {k: np.arange(5) for k in range(count)}
             found = dict(predict_runs(state.plan.forward, state.stack, state.plan.train.tokens,
                                       state.plan.limit, rows))  # fmt: skip
-        assert state.stack.values.device == CUDA
-        assert (state.stack.values != before).any()
+        assert state.stack.params.device == CUDA
+        assert (state.stack.params != before).any()
     assert all(np.isfinite(logits).all() and len(logits) == 5 for logits in found.values())
 
 
@@ -122,7 +122,7 @@ def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
     caplog.set_level("INFO", "bitfit")
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)
-        with state.stack.bound(torch.bfloat16):
+        with state.stack.patched(torch.bfloat16):
             loop.fit_limit_to_memory(state, 2**33)
             assert "--max-tokens" not in caplog.text
             loop.fit_limit_to_memory(state, 2**21)
@@ -133,7 +133,7 @@ def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
 def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)
-        with state.stack.bound(torch.bfloat16):
+        with state.stack.patched(torch.bfloat16):
             state.graphs = loop.step_graphs(state)
             fails = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
 
@@ -152,7 +152,7 @@ def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
 def test_padded_steps(count):
     with simulated_gpu():
         state = new_state("bitfit", count, torch.bfloat16, packed=False)
-        with state.stack.bound(torch.bfloat16):
+        with state.stack.patched(torch.bfloat16):
             assert loop.step_graphs(state) is None
             take_steps(state, 2)
 
@@ -214,14 +214,14 @@ def test_what_cuda_rejects_is_found(monkeypatch):
     with simulated_gpu(), pytest.raises(RejectedByCUDA, match=r"on the host|two devices"):
         monkeypatch.setattr(loop, "to_device", left_on_the_host)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
-        with state.stack.bound(torch.bfloat16):
+        with state.stack.patched(torch.bfloat16):
             take_steps(state, 1)
     monkeypatch.undo()
     with simulated_gpu() as gpu:
-        monkeypatch.setattr(loop, "clip_", clipped_with_a_look)
+        monkeypatch.setattr(loop, "clip_grad_norms_", clipped_with_a_look)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
-        with state.stack.bound(torch.bfloat16):
+        with state.stack.patched(torch.bfloat16):
             gpu.clear()
             take_steps(state, 1)
         assert any("item" in wait for wait in gpu.waits)
-    assert run_stack.clip_ is not loop.clip_
+    assert run_stack.clip_grad_norms_ is not loop.clip_grad_norms_

@@ -118,7 +118,7 @@ def test_memory_does_not_grow_with_the_runs(monkeypatch):
     evaluator = trained(list(range(64)), epochs=1, rows=16)
     assert max(sizes) <= evaluator.limit.tokens == 2048
     assert sum(sizes) > 2 * 2048
-    assert len({tuple(values.tolist()) for values in evaluator.stack.values[:, -2:]}) == 64
+    assert len({tuple(values.tolist()) for values in evaluator.stack.params[:, -2:]}) == 64
 
 
 def test_all_diverged_is_one_error_and_keeps_the_last_good_values():

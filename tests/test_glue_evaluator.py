@@ -72,7 +72,7 @@ def test_a_delta_is_small_and_stays_with_its_base(tmp_path, tiny_bert):
     evaluator = prepared(tiny_bert)
     evaluator.train_and_evaluate(1)
     evaluator.save(tmp_path / "e")
-    trained = sum(len(v.flatten()) for v in evaluator.stack.named_values().values())
+    trained = sum(len(v.flatten()) for v in evaluator.stack.named_params().values())
     assert (tmp_path / "e/delta.safetensors").stat().st_size < 4 * trained + 8000
     model = transformers.BertModel.from_pretrained(tiny_bert)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_seeds_matter_and_set_seed_is_the_default(tiny_bert):
     for evaluator in (first, second, third):
         evaluator.train_and_evaluate(1)
     assert equal(trained_values(first), trained_values(second))
-    assert not torch.equal(first.stack.values, third.stack.values)
+    assert not torch.equal(first.stack.params, third.stack.params)
     assert first.seeds == second.seeds == [1]
 
 
@@ -123,16 +123,16 @@ def test_keep_best(tiny_bert, monkeypatch):
 
     def score(task, logits, labels):
         value = {"Accuracy": next(scores)} if len(labels) != 40 else {"Accuracy": 0.0}
-        values.append(evaluator.stack.values.clone())
+        values.append(evaluator.stack.params.clone())
         return value
 
     monkeypatch.setattr("bitfit.training.loop.score", score)
     evaluator = prepared(tiny_bert)
     evaluator.train_and_evaluate(3, keep="best")
-    assert torch.equal(evaluator.stack.values, values[3])  # after the second epoch
-    assert not torch.equal(evaluator.stack.values, values[5])
+    assert torch.equal(evaluator.stack.params, values[3])  # after the second epoch
+    assert not torch.equal(evaluator.stack.params, values[5])
     name = "classifier.weight"
-    assert torch.equal(evaluator.stack.named_values()[name], evaluator.model.classifier.weight)
+    assert torch.equal(evaluator.stack.named_params()[name], evaluator.model.classifier.weight)
 
 
 def test_exported_model_is_plain(tmp_path, tiny_bert):

@@ -20,7 +20,7 @@ from bitfit.model.packing import (
     layout_of,
     packing_of,
 )
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from utils import UserError
 
@@ -53,13 +53,13 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
     chosen = select(model, method, components, 3000, np.random.default_rng(0))
 
     def loss_and_gradient(logits_of, dtype):
-        stack = Stack(model, chosen, [Run(1e-3, 0)])
+        stack = RunStack(model, chosen, [Run(1e-3, 0)])
         model.eval()
-        with stack.bound(dtype):
+        with stack.patched(dtype):
             logits = logits_of().float()
             loss = F.cross_entropy(logits, labels)
             loss.backward()
-            stack.collect()
+            stack.accumulate_grads()
         return logits.detach(), loss.item(), stack.grads[0].clone()
 
     def packed():

@@ -84,7 +84,7 @@ def train_all_types(folder, model, memory=None):
         predicted = evaluator.export_model_test_set_predictions(folder / kind)
         logits = torch.from_numpy(evaluator.predict("test"))
         limit = torch.tensor([evaluator.limit.tokens])
-        save_file({"logits": logits, "values": evaluator.stack.values, "limit": limit},
+        save_file({"logits": logits, "values": evaluator.stack.params, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted
     ranks.end()

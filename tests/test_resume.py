@@ -106,7 +106,7 @@ def send(*numbers):
 def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kind, capsys):
     """Dropout is on. The step is finished, a checkpoint written, the way on printed."""
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_", 5, send(signal.SIGTERM))
+        at_call(patch, loop, "clip_grad_norms_", 5, send(signal.SIGTERM))
         assert run_glue.main(flags(tmp_path / "out", kind)) == 128 + signal.SIGTERM
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_glue.py: stopped: SIGTERM; to go on: python run_glue.py ")
@@ -141,7 +141,7 @@ def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where
 
 def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch, quiet, capsys):
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_", 5, send(signal.SIGINT, signal.SIGINT))
+        at_call(patch, loop, "clip_grad_norms_", 5, send(signal.SIGINT, signal.SIGINT))
         assert run_glue.main(flags(tmp_path / "out")) == 130
     assert "stopped: at once; to go on: " in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
@@ -335,14 +335,16 @@ def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
         patch.setattr(forward.Forward, "__call__", always)
 
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_", 5, fail)
+        at_call(patch, loop, "clip_grad_norms_", 5, fail)
         assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "stopped: out of memory (a lower --max-tokens" in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
 def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "clip_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(
+        loop, "clip_grad_norms_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug"))
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         run_glue.main(flags(tmp_path / "out"))
 
@@ -351,7 +353,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
     """Also if the first was killed."""
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_", 2, send(signal.SIGTERM))
+        at_call(patch, loop, "clip_grad_norms_", 2, send(signal.SIGTERM))
         run_glue.main(flags(folder))
     before = kill_and_resume.left(folder)
     with run_folder.held(folder):
@@ -371,7 +373,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_", 5, send(signal.SIGTERM))
+        at_call(patch, loop, "clip_grad_norms_", 5, send(signal.SIGTERM))
         run_glue.main(flags(tmp_path / "out"))
     return tmp_path / "out"
 

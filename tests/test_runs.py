@@ -5,7 +5,13 @@ from conftest import forward_of
 from transformers import AutoModelForSequenceClassification
 
 from bitfit.data.tokens import Tokens
-from bitfit.model.run_stack import Run, Stack, clip_, stacked_pass_differs, why_not_stackable
+from bitfit.model.run_stack import (
+    Run,
+    RunStack,
+    clip_grad_norms_,
+    reason_not_stackable,
+    stacked_logits_differ,
+)
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 
 RUN = Run(1e-3, 0)
@@ -44,10 +50,10 @@ TOKENS = Tokens(
 def test_the_flat_gradient_is_autograds(model, method):
     expected, chosen = gradients(model), masks(model)[method]
     model.zero_grad()
-    stack = Stack(model, chosen, [RUN])
-    with stack.bound():
+    stack = RunStack(model, chosen, [RUN])
+    with stack.patched():
         loss(model).backward()
-        stack.collect()
+        stack.accumulate_grads()
     for name, (start, stop) in stack.slices.items():
         wanted = expected[name].flatten()
         wanted = wanted if chosen[name] is None else wanted[torch.from_numpy(chosen[name])]
@@ -58,9 +64,9 @@ def test_the_flat_gradient_is_autograds(model, method):
 def test_only_what_is_chosen_moves(model, method):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     chosen = masks(model)[method]
-    stack = Stack(model, chosen, [RUN])
-    with stack.bound():
-        stack.values += 1.0
+    stack = RunStack(model, chosen, [RUN])
+    with stack.patched():
+        stack.params += 1.0
     for name, parameter in model.named_parameters():
         expected = before[name].clone().view(-1)
         if name in chosen:
@@ -70,25 +76,25 @@ def test_only_what_is_chosen_moves(model, method):
 
 @pytest.mark.parametrize(("method", "runs"), [("rand_uniform", 1), ("bitfit", 1), ("bitfit", 2)])
 def test_a_model_is_plain_afterwards(model, tmp_path, method, runs):
-    stack = Stack(model, masks(model)[method], [Run(1e-3, seed) for seed in range(runs)])
+    stack = RunStack(model, masks(model)[method], [Run(1e-3, seed) for seed in range(runs)])
     storage = {n: p.data_ptr() for n, p in model.named_parameters()}
-    with stack.bound(torch.bfloat16):
+    with stack.patched(torch.bfloat16):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == storage
     assert not any("forward" in vars(module) for module in model.modules())
     loss(model).backward()  # no hook gathers any more
     assert all(p.requires_grad and p.grad is not None for p in model.parameters())
-    stack.values.zero_()
+    stack.params.zero_()
     assert model.classifier.weight.abs().sum() > 0  # no storage is shared any more
     model.save_pretrained(tmp_path)
 
 
 def test_the_key_bias_gets_no_gradient(model):
     """q.(k + b_k) adds one number to all scores of a row, and softmax removes it."""
-    stack = Stack(model, masks(model)["bitfit"], [RUN])
-    with stack.bound():
+    stack = RunStack(model, masks(model)["bitfit"], [RUN])
+    with stack.patched():
         loss(model).backward()
-        stack.collect()
+        stack.accumulate_grads()
     scale = stack.grads.abs().max()
     for name, (start, stop) in stack.slices.items():
         largest = stack.grads[0, start:stop].abs().max() / scale
@@ -102,38 +108,40 @@ def test_clipping_is_per_run():
         parameter = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = row
         torch.nn.utils.clip_grad_norm_([parameter], 1.0)
-    assert torch.allclose(clip_(grads, 1.0), torch.tensor([5.0, 0.5, 0.0]))
+    assert torch.allclose(clip_grad_norms_(grads, 1.0), torch.tensor([5.0, 0.5, 0.0]))
     assert torch.allclose(grads, torch.stack(alone))
 
 
 def test_no_memory_in_the_middle_of_a_gradient_leaves_nothing_behind(model, monkeypatch):
     """The step is tried again: what the first try left must not count twice."""
     chosen = masks(model)["rand_uniform"]
-    stack = Stack(model, chosen, [RUN])
-    with stack.bound():
+    stack = RunStack(model, chosen, [RUN])
+    with stack.patched():
         loss(model).backward()
-        stack.collect()
+        stack.accumulate_grads()
         wanted = stack.grads.clone()
-        stack.grads.zero_()
+        stack.zero_grad()
         with monkeypatch.context() as patch:
             patch.setattr(torch, "cat", lambda *a, **o: (_ for _ in ()).throw(MemoryError()))
             loss(model).backward()
             with pytest.raises(MemoryError):
-                stack.collect()
+                stack.accumulate_grads()
         assert any(p.grad is not None for p in model.parameters())
-        stack.forget()
+        stack.zero_grad()
         loss(model).backward()
-        stack.collect()
+        stack.accumulate_grads()
     assert torch.allclose(stack.grads, wanted)
 
 
 def test_what_can_be_stacked(model):
     chosen, forward = masks(model), forward_of(model)
-    assert why_not_stackable(forward, chosen["bitfit"], TOKENS) is None
-    assert why_not_stackable(forward, chosen["frozen"], TOKENS) is None
-    assert "the encoder's matrices train" in why_not_stackable(forward, chosen["full_ft"], TOKENS)
+    assert reason_not_stackable(forward, chosen["bitfit"], TOKENS) is None
+    assert reason_not_stackable(forward, chosen["frozen"], TOKENS) is None
+    assert "the encoder's matrices train" in reason_not_stackable(
+        forward, chosen["full_ft"], TOKENS
+    )
     for method in ("rand_uniform", "rand_row_col"):
-        reason = why_not_stackable(forward, chosen[method], TOKENS)
+        reason = reason_not_stackable(forward, chosen[method], TOKENS)
         assert "a random choice of its own" in reason
 
 
@@ -144,7 +152,7 @@ def test_a_model_of_other_modules_is_not_stacked(model):
 
     layer = model.bert.encoder.layer[1].output
     layer.dense.__class__ = Scaled
-    reason = why_not_stackable(forward_of(model), masks(model)["bitfit"], TOKENS)
+    reason = reason_not_stackable(forward_of(model), masks(model)["bitfit"], TOKENS)
     assert "bert.encoder.layer.1.output.dense.bias belongs to a Scaled" in reason
 
 
@@ -152,7 +160,7 @@ def test_a_model_that_goes_around_its_modules_is_found_out(model):
     """Its Linear is a plain one, but is not what computes."""
     chosen = masks(model)["bitfit"]
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert not stacked_pass_differs(forward_of(model), chosen, TOKENS)
+    assert not stacked_logits_differ(forward_of(model), chosen, TOKENS)
     output = model.bert.encoder.layer[0].intermediate
 
     def around(x):
@@ -160,6 +168,6 @@ def test_a_model_that_goes_around_its_modules_is_found_out(model):
         return torch.nn.functional.gelu(x)
 
     output.forward = around
-    reason = why_not_stackable(forward_of(model), chosen, TOKENS)
+    reason = reason_not_stackable(forward_of(model), chosen, TOKENS)
     assert "does not compute with its Linear and LayerNorm modules alone" in reason
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

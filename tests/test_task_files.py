@@ -704,7 +704,7 @@ def test_its_model_card_and_its_answers(quick_pictures, superglue, tmp_path):
     assert "fine-tuned on cb (a task of its own)." in card.text
     assert json.loads(card.text.split("```json")[1].split("```")[0])["labels"] == CB["labels"]
     many = multi_task.load(multi_task.read([out]), torch.device("cpu"))
-    with many.stack.bound(torch.float32):
+    with many.stack.patched(torch.float32):
         (answer,) = answers.answers(many, [("It rains.", "It is wet.")])
     assert list(answer["cb"]["probabilities"]) == CB["labels"]
 
@@ -726,7 +726,7 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
     more = ["--save-evaluator", "--predict-test", "-s", "0", "1", "-e", "2"]
     file = superglue / "cb.json"
     assert run_glue.main(flags(tmp_path / "quiet", file, *more)) == 0
-    plain, calls = loop.clip_, iter(range(1_000))
+    plain, calls = loop.clip_grad_norms_, iter(range(1_000))
 
     def clip(*args):
         if next(calls) == 1:  # in mid epoch
@@ -734,7 +734,7 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
         return plain(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_", clip)
+        patch.setattr(loop, "clip_grad_norms_", clip)
         assert run_glue.main(flags(tmp_path / "out", file, *more)) == 128 + signal.SIGTERM
     file.write_text(json.dumps(CB | {"metrics": ["Macro-F1", "Accuracy"]}))
     capsys.readouterr()

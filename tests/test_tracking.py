@@ -341,7 +341,7 @@ def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
 
     monkeypatch.setitem(services.KINDS, "kept", Kept)
     plan = SimpleNamespace(batch_size=8, rows_per_run=80, steps_per_epoch=10, factors=[1.0] * 10)
-    stack = SimpleNamespace(runs=[Run(1e-3, 0)], values=torch.zeros(1, 1))
+    stack = SimpleNamespace(runs=[Run(1e-3, 0)], params=torch.zeros(1, 1))
     state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
     with Tracker(["kept"], tmp_path) as tracker:
         tracker.begin(state, {stack.runs[0]: tmp_path})

@@ -12,7 +12,7 @@ from bitfit.data.tokens import Split, tokenize
 from bitfit.model import batching, loading, packing
 from bitfit.model import forward as models_forward
 from bitfit.model.predict import Limit, computing_in, predict, predict_runs
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
@@ -46,7 +46,7 @@ def new_model(folder, dropout=0.0, task=COLA):
 
 def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
               draw=None, limit=LIMIT, packed=True, **options):  # fmt: skip
-    stack = Stack(model, chosen, list(runs), draw)
+    stack = RunStack(model, chosen, list(runs), draw)
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
     forward = forward_of(model, packed)
     plan = Plan(task, forward, Split(tokens, rows), {}, limit, 16, **{"epochs": 9} | options)
@@ -55,7 +55,7 @@ def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
 
 def next_epoch(state, precision="fp32"):
     """Train an epoch; the mean losses of the runs, NaN where one is bad."""
-    with state.stack.bound(DTYPES[precision]):
+    with state.stack.patched(DTYPES[precision]):
         train_epoch(state, Saver(), Progress(state.plan, shows=False))
     losses = state.loss_sum / state.plan.rows_per_run
     state.loss_sum = torch.zeros_like(losses)
@@ -173,7 +173,7 @@ def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
             allowed[torch.from_numpy(chosen[name])] = True
             assert not (moved & ~allowed).any(), name
         assert parameter.dtype == torch.float32
-    assert (stack.values != stack.start).float().mean() > 0.5
+    assert (stack.params != stack.initial_params).float().mean() > 0.5
 
 
 def test_the_optimizer_holds_state_only_for_what_trains(tiny_bert):
@@ -198,19 +198,19 @@ def test_bf16_follows_fp32(tiny_bert):
     half_loss, half_logits, stack = run("bf16")
     assert half_loss == pytest.approx(loss, rel=0.02)
     assert np.abs(half_logits - logits).max() < 0.1
-    assert stack.values.dtype == stack.grads.dtype == torch.float32
+    assert stack.params.dtype == stack.grads.dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", ["bitfit", "partial", "frozen", "full_ft"])
 def test_bf16_trains_on_the_values_of_now(tiny_bert, method):
     """No cast of a trained value outlives the step that changes it."""
     model, tokens = new_model(tiny_bert), tokens_of(tiny_bert, rows=8)
-    stack = Stack(model, choose(model, method), [Run(1e-3, 0)])
+    stack = RunStack(model, choose(model, method), [Run(1e-3, 0)])
     forward = forward_of(model)
-    with stack.bound(torch.bfloat16):
+    with stack.patched(torch.bfloat16):
         first = forward.rows(tokens, np.arange(8)).detach()
-        stack.values += 0.05 * torch.randn(stack.values.shape)
-        stack.write_back()
+        stack.params += 0.05 * torch.randn(stack.params.shape)
+        stack.sync_to_model()
         second = forward.rows(tokens, np.arange(8)).detach()
         assert np.allclose(second.numpy(), predict(forward, tokens, LIMIT), atol=0.02)
     assert (first - second).abs().max() > 0.05
@@ -246,16 +246,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, 
         each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         call = next(calls)
         if call == 1:
-            kept.append(stack.values.clone())  # after the first step, before the bad one
+            kept.append(stack.params.clone())  # after the first step, before the bad one
         return each * float("nan") if call == 1 else each
 
     monkeypatch.setattr(loop, "row_losses", losses)
     (loss,) = next_epoch(state)
     assert np.isnan(loss)
     assert stack.bad_step.tolist() == [1]
-    assert not len(stack.alive())
-    assert not torch.equal(kept[0], stack.start)
-    assert torch.equal(stack.values, kept[0])
+    assert not len(stack.finite_runs())
+    assert not torch.equal(kept[0], stack.initial_params)
+    assert torch.equal(stack.params, kept[0])
 
 
 def test_regression_trains(tiny_bert):
@@ -274,7 +274,7 @@ def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precisi
     tokens = tokens_of(folder, rows)
     state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=loading.draw_head)
     losses = [next_epoch(state, precision) for _ in range(epochs)]
-    with state.stack.bound(DTYPES[precision]):
+    with state.stack.patched(DTYPES[precision]):
         every = {k: np.arange(rows) for k in range(len(runs))}
         of_run = predict_runs(state.plan.forward, state.stack, tokens, LIMIT, every)
         logits = [own for _, own in of_run]
@@ -295,8 +295,8 @@ def alone(folder, method, run, optimizer):
 
 def assert_same_values(stack, k, one):
     """Run k's trained values are those of its single run, but for rounding."""
-    wanted = one.named_values()
-    for name, values in stack.named_values(k).items():
+    wanted = one.named_params()
+    for name, values in stack.named_params(k).items():
         if not name.endswith("key.bias"):  # gradient 0: Adam magnifies the rounding noise
             assert torch.allclose(values, wanted[name], rtol=1e-3, atol=2e-4), name
 
@@ -328,7 +328,7 @@ def test_permuted_runs_give_permuted_results(folder):
     again, again_losses, again_stack = stack_of(folder, "bitfit", [GRID[k] for k in order])
     assert np.allclose(again, logits[order], atol=2e-4)
     assert np.allclose(again_losses, losses[:, order], rtol=1e-4)
-    assert torch.allclose(again_stack.start, stack.start[order])
+    assert torch.allclose(again_stack.initial_params, stack.initial_params[order])
 
 
 @pytest.mark.parametrize(("packed", "cap"), [(True, 2048), (True, 60), (False, 100), (True, 1)])
@@ -348,19 +348,19 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
     def sometimes_infinite(plan, stack, step):
         number = next(steps)
         if number == 2:
-            kept.append(stack.values.clone())
-            stack.values[1] *= float("inf")  # NaN and infinite biases: all it computes is bad
+            kept.append(stack.params.clone())
+            stack.params[1] *= float("inf")  # NaN and infinite biases: all it computes is bad
         try:
             return plain(plan, stack, step)
         finally:
             if number == 2:
-                stack.values[1] = kept[0][1]
+                stack.params[1] = kept[0][1]
 
     monkeypatch.setattr(loop, "forward_backward", sometimes_infinite)
     losses = [next_epoch(state) for _ in range(3)]
     assert stack.bad_step.tolist() == [-1, 2, -1, -1]
-    assert stack.alive().tolist() == [0, 2, 3]
-    assert torch.equal(stack.values[1], kept[0][1])
+    assert stack.finite_runs().tolist() == [0, 2, 3]
+    assert torch.equal(stack.params[1], kept[0][1])
     assert np.isnan(np.array(losses)[:, 1]).all()
     for k in (0, 2, 3):
         _, one_losses, one = alone(folder, "bitfit", GRID[k], "adamw")
@@ -371,7 +371,7 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
 def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
     """Three runs, one pass: the same logits as run by run."""
     model, _ = loading.load(folder, COLA)
-    stack = Stack(model, choose(model, "frozen"), GRID, loading.draw_head)
+    stack = RunStack(model, choose(model, "frozen"), GRID, loading.draw_head)
     forward, tokens = forward_of(model), tokens_of(folder)
     rows = {k: np.arange(44) for k in range(4)}
     passes, plain = [], type(model.base_model).forward
@@ -380,10 +380,10 @@ def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
         passes.append(1)
         return plain(*args, **options)
 
-    with stack.bound():
+    with stack.patched():
         together = dict(predict_runs(forward, stack, tokens, LIMIT, rows))
         for k in rows:
-            stack.put(k)
+            stack.load_run(k)
             assert np.allclose(together[k], predict(forward, tokens, LIMIT), atol=1e-5)
         monkeypatch.setattr(type(model.base_model), "forward", watched)
         list(predict_runs(forward, stack, tokens, LIMIT, rows))
@@ -412,7 +412,7 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
 
         monkeypatch.setattr(models_forward.Forward, "__call__", tight)
         torch.manual_seed(0)
-        return next_epoch(state), state.stack.values, limit.tokens
+        return next_epoch(state), state.stack.params, limit.tokens
 
     losses, values, cap = run(2048, room=300)
     assert cap == 256
@@ -462,19 +462,19 @@ def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, mon
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
     options = {"lr_schedule": "linear", "limit": Limit(100)}
     state = new_state(model, tokens_of(folder), chosen, grid, **options)
-    assert len(loop.plan_step(state, state.stack.alive(), np.arange(16)[None]).parts) > 1
+    assert len(loop.plan_step(state, state.stack.finite_runs(), np.arange(16)[None]).parts) > 1
     model.train()
-    alive = state.stack.alive()
+    alive = state.stack.finite_runs()
     rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
-    with state.stack.bound(dtype):
+    with state.stack.patched(dtype):
         loop.take_step(state, alive, rows)
         state.step += 1
-        before = state.stack.values.clone()
+        before = state.stack.params.clone()
         with monkeypatch.context() as patch, NoWaiting() as mode:
             forbid(patch, "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__")
             loop.take_step(state, alive, rows)
     assert mode.calls > 100
-    assert (state.stack.values != before).any(dim=1).all()
+    assert (state.stack.params != before).any(dim=1).all()
 
 
 def test_the_watch_sees_what_waits():
@@ -515,7 +515,7 @@ def kernels_of_a_step(runs, dtype):
     state = new_state(model, tokens, choose(model, "bitfit"), grid, limit=limit)
     model.train()
     rows = np.stack([np.random.default_rng(k).permutation(6)[:4] for k in range(runs)])
-    with state.stack.bound(dtype):
+    with state.stack.patched(dtype):
         loop.take_step(state, np.arange(runs), rows)
         with Kernels() as mode:
             loop.take_step(state, np.arange(runs), rows)
@@ -549,7 +549,7 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     moved = leaves(batching.to_device(step, CPU))
     assert all(leaf is None or torch.is_tensor(leaf) for leaf in moved)
     numbers = np.concatenate([batch.rows for batch, _ in step.parts])
-    owners = np.concatenate([of.rows.owner for _, of in step.parts])
+    owners = np.concatenate([of.rows.run_ids for _, of in step.parts])
     found = {(run, row) for run, row in zip(owners.tolist(), numbers.tolist(), strict=True)}
     assert found == {(run, row) for run in range(4) for row in rows[run].tolist()}
     assert (step.number, step.count, step.rates.tolist()) == (
@@ -565,9 +565,9 @@ def test_without_a_gradient_nothing_moves(tiny_bert, optimizer):
     model = new_model(tiny_bert)
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, optimizer)
     state.rates.fill_(1.0)
-    with state.stack.bound():
+    with state.stack.patched():
         loop.move(state)
-    assert torch.equal(state.stack.values, state.stack.start)
+    assert torch.equal(state.stack.params, state.stack.initial_params)
 
 
 @pytest.mark.parametrize("runs", [ONE, [Run(0.0, 0), Run(0.0, 1)]])
@@ -576,7 +576,7 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
     """Adam's moments, bias correction and eps, in float64, on gradients of every size."""
     model = new_model(tiny_bert)
     state = new_state(model, tokens_of(tiny_bert), choose(model, "frozen"), runs, optimizer)
-    start = state.stack.start.double().numpy()
+    start = state.stack.initial_params.double().numpy()
     grad = np.logspace(-12, 0, start.shape[1]) * np.where(np.arange(start.shape[1]) % 2, 1, -1)
     grad = np.stack([grad * (k + 1) for k in range(len(runs))])
     value, first, second = start.copy(), 0.0, 0.0
@@ -584,7 +584,7 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
         rates = rate * (1 + np.arange(len(runs)))
         state.rates.copy_(torch.from_numpy(rates))
         state.stack.grads.copy_(torch.from_numpy(step * grad))
-        with state.stack.bound():
+        with state.stack.patched():
             loop.move(state)
         first = 0.9 * first + 0.1 * step * grad
         second = 0.999 * second + 0.001 * (step * grad) ** 2
@@ -592,7 +592,7 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
         value -= rates[:, None] * first / (1 - 0.9**step) / root
     moved = np.abs(value - start)
     assert moved.min() < 1e-3 * moved.max()  # eps decides for the smallest
-    assert np.allclose(state.stack.values.numpy(), value, rtol=1e-5, atol=1e-8)
+    assert np.allclose(state.stack.params.numpy(), value, rtol=1e-5, atol=1e-8)
 
 
 def test_what_autograd_keeps_is_counted():
@@ -612,7 +612,7 @@ def test_the_limit_fits_into_memory(tiny_bert, method):
     state = new_state(model, tokens_of(tiny_bert), choose(model, method), limit=Limit(2**22))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    with state.stack.bound():
+    with state.stack.patched():
         for free in (2**30, 2**28, 2**20):
             loop.fit_limit_to_memory(state, free)
             limits[free] = state.plan.limit.tokens

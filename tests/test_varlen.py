@@ -18,7 +18,7 @@ from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward, find_forward
 from bitfit.model.packing import packers_of
 from bitfit.model.predict import Limit
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from bitfit.training import loop
 from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
@@ -37,17 +37,17 @@ def plain_kernel(monkeypatch):
 def gradient(forward, own, chosen, runs, owner, dtype=torch.float32):
     """(logits, the gradients (K, n)) of a pass of all rows."""
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
-    stack = Stack(forward.model, chosen, runs)
+    stack = RunStack(forward.model, chosen, runs)
     noise = torch.Generator().manual_seed(0)
-    stack.values += 0.02 * torch.randn(stack.values.shape, generator=noise)
+    stack.params += 0.02 * torch.randn(stack.params.shape, generator=noise)
     forward.model.eval()
     batch, rows = to_device(forward.routed_batch(own, ROWS, owner, len(runs)), "cpu")
-    with stack.bound(dtype):
-        with stack.computing(rows):
+    with stack.patched(dtype):
+        with stack.routing(rows):
             logits = forward(own, batch)
         F.cross_entropy(logits, labels).backward()
-        stack.collect()
-    stack.take(stack.start)
+        stack.accumulate_grads()
+    stack.set_params(stack.initial_params)
     return logits.detach(), stack.grads
 
 
@@ -107,7 +107,7 @@ def new_state(graphs):
             module.p = 0.1
     forward = Forward(model, packers_of(model, 0)[0])
     chosen = select(model, "bitfit", ["bias"])
-    stack = Stack(model, chosen, [Run(1e-3, 0), Run(3e-3, 1)])
+    stack = RunStack(model, chosen, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
     plan = Plan(TASKS["cola"], forward, split, {}, Limit(1000), 3, 20, "linear")
     state = loop.start(plan, stack)
@@ -129,7 +129,7 @@ def test_steps_from_graphs_are_the_steps_without(monkeypatch):
         state = new_state(graphs)
         orders, losses = np.random.default_rng(0), []
         state.plan.forward.model.train()
-        with state.stack.bound():
+        with state.stack.patched():
             for step in range(12):
                 state.epoch, state.step = divmod(step, 2)
                 rows = np.stack([orders.permutation(6)[:3] for _ in range(2)])
@@ -141,7 +141,7 @@ def test_steps_from_graphs_are_the_steps_without(monkeypatch):
     assert state.graphs.graphs  # some shape came more often than it takes
     assert sum(state.graphs.uses.values()) == 12 > USES_BEFORE_CAPTURE
     assert losses == expected
-    assert torch.equal(state.stack.values, plain.stack.values)
+    assert torch.equal(state.stack.params, plain.stack.params)
     assert torch.equal(state.loss_sum, plain.loss_sum)
 
 

@@ -15,7 +15,7 @@ from bitfit.data import task_files
 from bitfit.model import fingerprints as models
 from bitfit.model import trainable
 from bitfit.model.fingerprints import describe_change
-from bitfit.model.run_stack import Run, Stack
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.results import scores as reports
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
@@ -65,7 +65,7 @@ def write(evaluator, folder):
         facts["model_files"] = file_hashes(folder / "model")
     else:
         facts |= evaluator.base_fingerprints
-        values = evaluator.stack.named_values(evaluator.selected)
+        values = evaluator.stack.named_params(evaluator.selected)
         tensors = {name: value.cpu().contiguous() for name, value in values.items()}
         tensors |= {n + POSITIONS: p.cpu() for n, p in evaluator.stack.positions.items()}
     store.write(folder / FACTS, facts, tensors, "delta.safetensors")
@@ -161,15 +161,15 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     evaluator.zero_gradient = facts.get("zero_gradient", {})
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
     evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
-    evaluator.stack = Stack(evaluator.model, evaluator.chosen, evaluator.runs)
+    evaluator.stack = RunStack(evaluator.model, evaluator.chosen, evaluator.runs)
     for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
-        evaluator.stack.values[0, a:b] = tensors[name].flatten()
-    evaluator.stack.put(0)
+        evaluator.stack.params[0, a:b] = tensors[name].flatten()
+    evaluator.stack.load_run(0)
     return evaluator
 
 
 def chosen(model, encoder_sha256, facts, tensors, folder):
-    """What trained, as for `Stack`; the model must be the one that it trained on."""
+    """What trained, as for `RunStack`; the model must be the one that it trained on."""
     if facts["model_sha256"]:
         if models.fingerprint(model, head=True) != facts["model_sha256"]:
             what = f"{folder / 'model'} is not as it was written: train and save it again"

@@ -12,7 +12,7 @@ from bitfit.model.batching import batch_of, gather, to_device, varlen_batch
 from bitfit.model.loading import first_position, position_embedding, position_limit
 from bitfit.model.packing import Packer, packers_of
 from bitfit.model.predict import computing_in, full_float32
-from bitfit.model.run_routing import rows_in_chunks, rows_of
+from bitfit.model.run_routing import route_chunks, route_rows
 from bitfit.model.trainable import in_encoder, is_bias
 from utils import UserError, blaming, one_line
 
@@ -43,7 +43,7 @@ class Forward(NamedTuple):
         return batch_of(tokens, rows, self.packer is not None)
 
     def routed_batch(self, tokens, rows, owner, runs):
-        """(`Batch`, `stacked.Rows`) of rows of several runs: arrays on the host.
+        """(`Batch`, `RunRouting`) of rows of several runs: arrays on the host.
 
         Args:
             owner: (B,) the run of each row, out of `runs`; those of one run together.
@@ -51,9 +51,9 @@ class Forward(NamedTuple):
         packed = self.packer is not None
         if self.is_varlen:
             batch, chunks = varlen_batch(tokens, rows, owner, runs > 1)
-            return batch, rows_in_chunks(owner, runs, chunks)
+            return batch, route_chunks(owner, runs, chunks)
         token_owner = np.repeat(owner, tokens.lengths[rows]) if packed else None
-        return batch_of(tokens, rows, packed), rows_of(owner, runs, token_owner)
+        return batch_of(tokens, rows, packed), route_rows(owner, runs, token_owner)
 
     def __call__(self, tokens, batch):
         inputs = gather(tokens, batch)

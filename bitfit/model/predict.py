@@ -98,7 +98,7 @@ def set_random_state(device, state):
 def predict(forward, tokens, limit, rows=None, group=ALONE):
     """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
 
-    Within `Stack.computing()`: those of all runs, (K, rows, C). The ranks of a `group` compute
+    Within `RunStack.routing()`: those of all runs, (K, rows, C). The ranks of a `group` compute
     some each, and all of them have the whole.
     """
     forward.model.eval()
@@ -128,10 +128,10 @@ def predict_runs(forward, stack, tokens, limit, rows, group=ALONE):
     """
     first, *others = rows.values()
     if stack.shares_encoder and others and all(np.array_equal(own, first) for own in others):
-        with stack.computing():
+        with stack.routing():
             logits = predict(forward, tokens, limit, first, group)
         yield from ((run, logits[run]) for run in rows)
         return
     for run, own in rows.items():
-        stack.put(run)
+        stack.load_run(run)
         yield run, predict(forward, tokens, limit, own, group)

@@ -17,64 +17,64 @@ from torch.nn import functional as F
 from bitfit.model.attention import CHUNK
 
 
-class Owned(NamedTuple):
+class RunIndex(NamedTuple):
     """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
 
-    owner: torch.Tensor  # (B,) its run
-    present: torch.Tensor  # (k,) the runs that have any
-    places: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
-    real: torch.Tensor  # (k, 1, most) 0.0 there
-    place: torch.Tensor  # (B,) where a row sits among the k * most places
+    run_ids: torch.Tensor  # (B,) its run
+    active_runs: torch.Tensor  # (k,) the runs that have any
+    pad_index: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
+    valid_mask: torch.Tensor  # (k, 1, most) 0.0 there
+    unpad_index: torch.Tensor  # (B,) where a row sits among the k * most places
 
 
-class Rows(NamedTuple):
+class RunRouting(NamedTuple):
     """Whose the rows of a pass are, and the tokens if they are packed."""
 
-    rows: Owned
-    tokens: Owned | None  # its places are of tokens, or of chunks with CHUNK tokens each
+    rows: RunIndex
+    tokens: RunIndex | None  # its places are of tokens, or of chunks with CHUNK tokens each
 
     def to(self, dtype):
         """The same, for values of that type."""
-        if self.rows.real is None:
+        if self.rows.valid_mask is None:
             return self
-        return Rows(*(o and o._replace(real=o.real.to(dtype)) for o in self))
+        return RunRouting(*(o and o._replace(valid_mask=o.valid_mask.to(dtype)) for o in self))
 
-    def own(self, values, like):
+    def per_row(self, values, like):
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
-        shape = (len(self.rows.owner), *[1] * (like.dim() - 2), -1)
+        shape = (len(self.rows.run_ids), *[1] * (like.dim() - 2), -1)
         # On a GPU the gradient of `index_select` sums in any order.
-        return values[self.rows.owner].view(shape)
+        return values[self.rows.run_ids].view(shape)
 
-    def add(self, bias, x, weight=None):
+    def add_bias(self, bias, x, weight=None):
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
         if x.dim() == 2:
-            return OwnBias.apply(x, weight, bias, self.rows)
-        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.owner):
-            return OwnBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
+            return PerRunBias.apply(x, weight, bias, self.rows)
+        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.run_ids):
+            return PerRunBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
         x = x if weight is None else F.linear(x, weight)
-        return x + self.own(bias, x)
+        return x + self.per_row(bias, x)
 
     def matmul(self, x, weight):
         """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
-        seated = x[self.rows.places]  # (k, most, i)
-        product = torch.bmm(seated, weight.index_select(0, self.rows.present).mT)
-        return product.flatten(0, 1)[self.rows.place]
+        seated = x[self.rows.pad_index]  # (k, most, i)
+        product = torch.bmm(seated, weight.index_select(0, self.rows.active_runs).mT)
+        return product.flatten(0, 1)[self.rows.unpad_index]
 
 
-class AllRuns(NamedTuple):
+class BroadcastRuns(NamedTuple):
     """Every row belongs to every run: (B, i) becomes (K, B, o) where the runs first differ."""
 
-    def own(self, values, like):
+    def per_row(self, values, like):
         return values[:, None]
 
-    def add(self, bias, x, weight=None):
+    def add_bias(self, bias, x, weight=None):
         return (x if weight is None else F.linear(x, weight)) + bias[:, None]
 
     def matmul(self, x, weight):
         return torch.matmul(x, weight.mT)
 
 
-class OwnBias(torch.autograd.Function):
+class PerRunBias(torch.autograd.Function):
     """x @ weight.T + bias[owner], or x + bias[owner], for rows or tokens (N, i), biases (K, o).
 
     The gradient of a run's bias is a sum over its tokens alone: one product, whatever K. Tokens
@@ -84,46 +84,48 @@ class OwnBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, owned):
         ctx.weight, ctx.owned, ctx.shape = weight, owned, bias.shape
-        own = bias.index_select(0, owned.owner)
+        own = bias.index_select(0, owned.run_ids)
         return own.add_(x) if weight is None else own.addmm_(x, weight.t())
 
     @staticmethod
     def backward(ctx, grad):
         weight, owned = ctx.weight, ctx.owned
-        parts, real = grad, owned.real
-        if len(owned.place) < len(grad):
-            parts = grad.reshape(len(owned.place), -1, grad.shape[-1]).sum(1, dtype=torch.float32)
+        parts, real = grad, owned.valid_mask
+        if len(owned.unpad_index) < len(grad):
+            parts = grad.reshape(len(owned.unpad_index), -1, grad.shape[-1]).sum(
+                1, dtype=torch.float32
+            )
             real = real.float()
-        seated = parts.index_select(0, owned.places.flatten()).view(*owned.places.shape, -1)
+        seated = parts.index_select(0, owned.pad_index.flatten()).view(*owned.pad_index.shape, -1)
         sums = torch.bmm(real, seated)[:, 0].to(grad.dtype)
         if len(sums) < ctx.shape[0]:
-            sums = grad.new_zeros(ctx.shape).index_copy_(0, owned.present, sums)
+            sums = grad.new_zeros(ctx.shape).index_copy_(0, owned.active_runs, sums)
         if weight is not None:
             grad = grad @ weight if ctx.needs_input_grad[0] else None
         return grad, None, sums, None
 
 
-def rows_of(owner, runs, tokens=None):
-    """`Rows` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
+def route_rows(owner, runs, tokens=None):
+    """`RunRouting` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
 
     Args:
         tokens: (N,) the runs of the tokens, if they are packed.
     """
     if runs == 1:  # nothing is stacked
-        return Rows(Owned(owner, None, None, None, None), None)
-    return Rows(owned(owner), None if tokens is None else owned(tokens))
+        return RunRouting(RunIndex(owner, None, None, None, None), None)
+    return RunRouting(index_runs(owner), None if tokens is None else index_runs(tokens))
 
 
-def rows_in_chunks(owner, runs, chunks):
-    """Return the `Rows` of tokens that fill whole chunks, of the runs `chunks` (C,)."""
+def route_chunks(owner, runs, chunks):
+    """Return the `RunRouting` of tokens that fill whole chunks, of the runs `chunks` (C,)."""
     if runs == 1:
-        return rows_of(owner, runs)
-    tokens = owned(chunks, width_multiple=8)
-    return Rows(owned(owner), tokens._replace(owner=np.repeat(tokens.owner, CHUNK)))
+        return route_rows(owner, runs)
+    tokens = index_runs(chunks, width_multiple=8)
+    return RunRouting(index_runs(owner), tokens._replace(run_ids=np.repeat(tokens.run_ids, CHUNK)))
 
 
-def owned(owner, width_multiple=1):
-    """The `Owned` of arrays for the runs (B,) that rows, or tokens, belong to."""
+def index_runs(owner, width_multiple=1):
+    """The `RunIndex` of arrays for the runs (B,) that rows, or tokens, belong to."""
     present, run, counts = np.unique(owner, return_inverse=True, return_counts=True)
     order, begins = np.argsort(owner, kind="stable"), counts.cumsum() - counts
     column = np.arange(-(-counts.max() // width_multiple) * width_multiple)
@@ -132,26 +134,26 @@ def owned(owner, width_multiple=1):
     place = np.empty_like(owner)
     place[order] = np.arange(len(owner)) - np.repeat(begins, counts)
     place += run * len(column)
-    return Owned(owner, present, places, real[:, None].astype(np.float32), place)
+    return RunIndex(owner, present, places, real[:, None].astype(np.float32), place)
 
 
-def stacked_forward(stack, module, x, weight=None, bias=None):
+def forward_per_run(stack, module, x, weight=None, bias=None):
     """What a Linear or LayerNorm computes when each row takes the values of its own run.
 
     Args:
         weight, bias: (K, ...) where they train; else the module's own is used.
     """
-    rows = stack.rows
+    rows = stack.current_routing
     if rows is None:
         return type(module).forward(module, x)
     if isinstance(module, torch.nn.LayerNorm):
         gain = module.weight if weight is None else None
         x = F.layer_norm(x, module.normalized_shape, gain, None, module.eps)
-        x = x if weight is None else x * rows.own(weight, x)
+        x = x if weight is None else x * rows.per_row(weight, x)
     elif weight is None:
-        return rows.add(bias, x, module.weight)
+        return rows.add_bias(bias, x, module.weight)
     else:
         x = rows.matmul(x, weight)
     if bias is not None:
-        return rows.add(bias, x)
+        return rows.add_bias(bias, x)
     return x if module.bias is None else x + module.bias

@@ -20,7 +20,7 @@ import torch
 from bitfit.model.batching import to_device
 from bitfit.model.packing import drop
 from bitfit.model.predict import computing_in, full_float32
-from bitfit.model.run_routing import AllRuns, stacked_forward
+from bitfit.model.run_routing import BroadcastRuns, forward_per_run
 from bitfit.model.trainable import in_encoder, trains_matrices
 from utils import is_out_of_memory
 
@@ -40,7 +40,7 @@ class Run(NamedTuple):
         return f"learning rate {self.learning_rate:g}, seed {self.seed}"
 
 
-class Stack:
+class RunStack:
     """K runs of one method on one model.
 
     Attributes:
@@ -55,12 +55,12 @@ class Stack:
         """
         Args:
             chosen: {parameter name: None, or the flat positions that train}.
-            runs: a list of `Run`; more than one only where `why_not_stackable` is None.
+            runs: a list of `Run`; more than one only where `reason_not_stackable` is None.
             draw: a function (model, seed) that draws what a run's seed decides of its start.
             fixed: {parameter name: [[start, stop], ...]} of values that get no gradient.
         """
-        self.model, self.chosen, self.runs, self.rows = model, chosen, runs, None
-        self.leaves, self.work = {}, None
+        self.model, self.chosen, self.runs, self.current_routing = model, chosen, runs, None
+        self.leaves, self.compute_params = {}, None
         self.parameters = parameters = dict(model.named_parameters())
         device = next(model.parameters()).device
         self.positions = {
@@ -74,24 +74,24 @@ class Stack:
             n: (stop - size, stop) for n, size, stop in zip(chosen, sizes, stops, strict=True)
         }
         self.shares_encoder = not any(in_encoder(model, name) for name in chosen)
-        self.values = torch.empty(len(runs), stops[-1], device=device)
-        self.grads = torch.zeros_like(self.values)
+        self.params = torch.empty(len(runs), stops[-1], device=device)
+        self.grads = torch.zeros_like(self.params)
         self.bad_step = torch.full((len(runs),), -1, device=device)
-        for row, run in zip(self.values, runs, strict=True):
+        for row, run in zip(self.params, runs, strict=True):
             if draw:
                 draw(model, run.seed)
             for name, (a, b) in self.slices.items():
                 values = parameters[name].data.flatten()
                 row[a:b] = values[self.positions[name]] if name in self.positions else values
-        self.start = self.values.clone()
-        self.fixed = torch.zeros_like(self.values[0], dtype=torch.bool) if fixed else None
+        self.initial_params = self.params.clone()
+        self.fixed = torch.zeros_like(self.params[0], dtype=torch.bool) if fixed else None
         for name, ranges in (fixed or {}).items():
             a, _ = self.slices[name]
             for start, stop in ranges:
                 self.fixed[a + start : a + stop] = True
 
     @contextmanager
-    def bound(self, dtype=torch.float32):
+    def patched(self, dtype=torch.float32):
         """Within: the model computes in `dtype` with what trains, and all else is frozen.
 
         On leaving, it is as plain as it was, in its own storage, and holds the values of run 0.
@@ -99,22 +99,22 @@ class Stack:
         patched, trained = [], {p: p.requires_grad for p in self.parameters.values()}
         try:
             with computing_in(self.model, dtype):
-                self.work = (
-                    self.values if dtype == self.values.dtype else aligned(self.values, dtype)
+                self.compute_params = (
+                    self.params if dtype == self.params.dtype else aligned(self.params, dtype)
                 )
                 for name, parameter in self.parameters.items():
                     parameter.requires_grad_(name in self.chosen)
                 patched += self._patch()
-                self.write_back()
+                self.sync_to_model()
                 yield
         finally:
             for module in patched:
                 del module.forward
-            self.forget()
+            self._drop_leaf_grads()
             for parameter, flag in trained.items():
                 parameter.requires_grad_(flag)
-            self.work, self.leaves = None, {}
-            self.put(0)
+            self.compute_params, self.leaves = None, {}
+            self.load_run(0)
 
     def _patch(self):
         """Let modules compute with what trains, and draw dropout fast; yields those changed."""
@@ -123,47 +123,54 @@ class Stack:
             parameter = self.leaves[name] = self.parameters[name]
             module, _, kind = name.rpartition(".")
             if runs > 1:
-                leaf = self.work[:, a:b].view(runs, *parameter.shape).requires_grad_()
+                leaf = self.compute_params[:, a:b].view(runs, *parameter.shape).requires_grad_()
                 self.leaves[name] = stacked.setdefault(module, {})[kind] = leaf
             elif name not in self.positions:
-                parameter.data = self.work[0, a:b].view_as(parameter)
+                parameter.data = self.compute_params[0, a:b].view_as(parameter)
         for name, module in self.model.named_modules():
             if name in stacked:
-                module.forward = partial(stacked_forward, self, module, **stacked[name])
+                module.forward = partial(forward_per_run, self, module, **stacked[name])
                 yield module
             elif type(module) is torch.nn.Dropout:
                 module.forward = partial(drop, module)
                 yield module
 
-    def forget(self):
-        """Drop the gradients of a backward pass that `collect` has not taken."""
+    def zero_grad(self):
+        """Set `grads` to zero and drop gradients of an interrupted backward pass."""
+        self.grads.zero_()
+        self._drop_leaf_grads()
+
+    def _drop_leaf_grads(self):
         for leaf in self.leaves.values():
             leaf.grad = None
 
-    def collect(self):
+    def accumulate_grads(self):
         """Add the gradients of one backward pass to `grads`."""
         own = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves.values()]
         for i, name in enumerate(self.leaves):
             if name in self.positions:
                 own[i] = own[i].flatten()[self.positions[name]]
         self.grads += torch.cat([x.reshape(len(self.runs), -1) for x in own], dim=1)
-        self.forget()
+        self._drop_leaf_grads()
 
     @contextmanager
-    def computing(self, rows=None):
+    def routing(self, rows=None):
         """Within: the model computes with all runs' values, each row with those of its own run.
 
         Args:
-            rows: `Rows` on the device. None: each row is computed for every run, logits (K, B, C);
-                possible where only the classifier trains, so that the encoder is run once for all.
+            rows: `RunRouting` on the device. None: each row is computed for every run, so that
+                logits are (K, B, C); possible where only the classifier trains, so that the
+                encoder is run once for all.
         """
-        self.rows = AllRuns() if rows is None else rows.to(self.work.dtype)
+        self.current_routing = (
+            BroadcastRuns() if rows is None else rows.to(self.compute_params.dtype)
+        )
         try:
             yield
         finally:
-            self.rows = None
+            self.current_routing = None
 
-    def alive(self, step=None):
+    def finite_runs(self, step=None):
         """The runs whose losses and gradients were finite, before `step` or so far.
 
         Waits for the device.
@@ -171,33 +178,33 @@ class Stack:
         bad_step = self.bad_step.cpu().numpy()
         return np.flatnonzero((bad_step < 0) | (step is not None and bad_step >= step))
 
-    def note_bad(self, bad, step):
+    def mark_diverged(self, bad, step):
         """Remember the step, a tensor (), at which runs first went bad; `bad` is (K,) bool."""
         self.bad_step.copy_(self.bad_step.where(~bad | (self.bad_step >= 0), step))
 
-    def write_back(self):
+    def sync_to_model(self):
         """Put the values where the model computes with them."""
-        if self.work is not self.values:
-            self.work.copy_(self.values)
+        if self.compute_params is not self.params:
+            self.compute_params.copy_(self.params)
         for name, positions in self.positions.items():
             a, b = self.slices[name]
-            self.parameters[name].data.view(-1)[positions] = self.work[0, a:b]
+            self.parameters[name].data.view(-1)[positions] = self.compute_params[0, a:b]
 
-    def take(self, values):
+    def set_params(self, values):
         """Hold these values (K, n), the model those of run 0."""
-        self.values.copy_(values)
-        self.put(0)
+        self.params.copy_(values)
+        self.load_run(0)
 
-    def put(self, run):
+    def load_run(self, run):
         """Let the model's own parameters hold one run's values."""
-        row = self.values[run]
+        row = self.params[run]
         for name, (a, b) in self.slices.items():
             into = self.parameters[name].data.view(-1)
             into[self.positions.get(name, slice(None))] = row[a:b].to(into.dtype)
 
-    def named_values(self, run=0, values=None):
+    def named_params(self, run=0, values=None):
         """{name: what run `run` trains of it}: the parameter's shape, or flat at its positions."""
-        row = (self.values if values is None else values)[run]
+        row = (self.params if values is None else values)[run]
         return {
             n: row[a:b] if n in self.positions else row[a:b].view_as(self.parameters[n])
             for n, (a, b) in self.slices.items()
@@ -210,7 +217,7 @@ def aligned(values, dtype):
     return values.new_empty((runs, -(-size // 8) * 8), dtype=dtype)[:, :size].copy_(values)
 
 
-def why_not_stackable(forward, chosen, tokens):
+def reason_not_stackable(forward, chosen, tokens):
     """Why several runs cannot share one pass through this model, or None if they can."""
     model = forward.model
     if any(positions is not None for positions in chosen.values()):
@@ -221,30 +228,30 @@ def why_not_stackable(forward, chosen, tokens):
         module = model.get_submodule(name.rpartition(".")[0])
         if type(module) not in (torch.nn.Linear, torch.nn.LayerNorm):
             return f"{name} belongs to a {type(module).__name__}, not to a Linear or LayerNorm"
-    if stacked_pass_differs(forward, chosen, tokens):
+    if stacked_logits_differ(forward, chosen, tokens):
         return "this model does not compute with its Linear and LayerNorm modules alone"
     return None
 
 
 @torch.no_grad()
-def stacked_pass_differs(forward, chosen, tokens):
+def stacked_logits_differ(forward, chosen, tokens):
     """Whether a stack of two runs gives other logits than each run alone, on two rows.
 
     So it does if a model goes around its modules (reads their biases by itself, say).
     """
     forward.model.eval()
-    stack = Stack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
+    stack = RunStack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
-    stack.values += 0.1 * torch.randn(stack.values.shape, generator=noise).to(stack.values.device)
+    stack.params += 0.1 * torch.randn(stack.params.shape, generator=noise).to(stack.params.device)
     distinct = 1 if forward.equal else len(tokens.lengths)
     pair = forward.routed_batch(tokens, np.arange(2) % distinct, np.arange(2), 2)
-    batch, rows = to_device(pair, stack.values.device)
+    batch, rows = to_device(pair, stack.params.device)
     try:
-        with full_float32(), stack.bound():
-            with stack.computing(rows):
+        with full_float32(), stack.patched():
+            with stack.routing(rows):
                 together = forward(tokens, batch)
             for run in range(2):
-                stack.put(run)
+                stack.load_run(run)
                 alone = forward(tokens, batch)[run]
                 if not (together[run] - alone).abs().max() < 2e-3 * together.abs().max():
                     return True
@@ -254,10 +261,10 @@ def stacked_pass_differs(forward, chosen, tokens):
             raise
         return True
     finally:
-        stack.take(stack.start)
+        stack.set_params(stack.initial_params)
 
 
-def clip_(grads, max_norm=1.0):
+def clip_grad_norms_(grads, max_norm=1.0):
     """Scale each run's gradient (K, n) to at most `max_norm`, in place; returns the norms (K,)."""
     norms = grads.norm(dim=1)
     grads.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])

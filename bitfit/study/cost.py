@@ -19,7 +19,7 @@ from bitfit.model import forward as models_forward
 from bitfit.model import loading
 from bitfit.model.batching import MAX_TOKENS
 from bitfit.model.predict import Limit
-from bitfit.model.run_stack import Run, Stack, why_not_stackable
+from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
 from bitfit.model.trainable import matrix_weights, select
 from bitfit.results.scores import read_metrics
 from bitfit.study import ledger
@@ -194,15 +194,15 @@ def measure(cell, method, runs, device, dtype):
     model, _ = loading.load(cell.model, task)
     forward = models_forward.find_forward(model.to(device), cell.model, tokens, dtype)
     chosen = select(model, method, ["bias"] if method == "bitfit" else [])
-    if runs > 1 and why_not_stackable(forward, chosen, tokens):
+    if runs > 1 and reason_not_stackable(forward, chosen, tokens):
         return measure(cell, method, 1, device, dtype)
     rows = dict.fromkeys(range(runs), np.arange(len(picked)))
     limit = Limit(MAX_TOKENS[device.type], device)
     plan = Plan(task, forward, Split(tokens, rows), {}, limit, size, epochs=1)
-    stack = Stack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], loading.draw_head)
+    stack = RunStack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], loading.draw_head)
     state, alive = start(plan, stack), np.arange(runs)
     model.train()
-    with stack.bound(dtype):
+    with stack.patched(dtype):
         steps = [step_rate(state, alive, np.arange(i * size, (i + 1) * size)) for i in range(5)]
     return OPERATIONS[method] * matrix_weights(model) * statistics.median(steps[1:])
 

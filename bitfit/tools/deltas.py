@@ -29,7 +29,7 @@ def terms_text(evaluator, names, changes):
     table["mean"] = table.mean(axis=1)
     fixed = [f"{term} {plots.FIXED}" for term in table.index[table["mean"].isna()]]
     stack = evaluator.stack
-    start, end = stack.named_values(0, stack.start), stack.named_values()
+    start, end = stack.named_params(0, stack.initial_params), stack.named_params()
     outside = [n for n in encoder_names(evaluator) if layer_and_name(n)[0] is None]
     return "\n".join([
         f"{evaluator.caption}: mean absolute change of each bias term, by layer",
@@ -55,7 +55,7 @@ def compare(members, evaluator):
         evaluator: one of them, loaded: it knows the base model's values.
     """
     names = encoder_names(evaluator)
-    base = flat(evaluator.stack.named_values(0, evaluator.stack.start), names)
+    base = flat(evaluator.stack.named_params(0, evaluator.stack.initial_params), names)
     deltas = torch.stack([flat(member.tensors, names) - base for member in members])
     lengths = deltas.norm(dim=1)
     cosine = (deltas @ deltas.T / lengths.outer(lengths)).clamp(-1, 1)
@@ -162,7 +162,7 @@ def about(member, weight):
 
 def scores_of(evaluator, values):
     """{(split, metric): value} of the validation splits with these values (n,), which stay."""
-    evaluator.stack.take(values[None])
+    evaluator.stack.set_params(values[None])
     return {
         (split, metric): value
         for split in evaluator.task.validation_splits
@@ -191,11 +191,11 @@ def scale(evaluator, factor):
     Raises:
         UserError: a number would be too large for the model.
     """
-    values, start = evaluator.stack.values.clone(), evaluator.stack.start
+    values, start = evaluator.stack.params.clone(), evaluator.stack.initial_params
     limit = torch.finfo(values.dtype).max
     for name in encoder_names(evaluator):
         a, b = evaluator.stack.slices[name]
         values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], min(factor, limit))
     if factor > limit or not values.isfinite().all():
         raise UserError(f"--scale {factor:g}: what results are no finite numbers: give a lower one")
-    evaluator.stack.take(values)
+    evaluator.stack.set_params(values)

@@ -1,7 +1,7 @@
 """Many tasks answered by one encoder: several saved evaluators in one stacked pass.
 
-Evaluators of one base model are the rows of a `Stack`, as the runs of a sweep are: each text is a
-row of every evaluator, and each token gets the biases of its own. Heads differ in their number of
+Evaluators of one base model are the rows of a `RunStack`, as the runs of a sweep are: each text is
+a row of every evaluator, and each token gets the biases of its own. Heads differ in their number of
 classes: here all are as wide as the widest, and each task's logits are cut to its own.
 """
 
@@ -18,7 +18,7 @@ from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
 from bitfit.model.batching import MAX_TOKENS, passes_of, to_device
 from bitfit.model.predict import Limit, predict
-from bitfit.model.run_stack import Run, Stack, why_not_stackable
+from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
 from bitfit.tools.members import evaluators_in
 from utils import UserError
 
@@ -33,7 +33,7 @@ class Many(NamedTuple):
     lengths: list  # of each, the most tokens of a row
     tokenizer: Any
     forward: models_forward.Forward
-    stack: Stack  # the values of each
+    stack: RunStack  # the values of each
     limit: Limit
 
 
@@ -62,7 +62,7 @@ def read(folders, model_name=None):
 
 
 def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
-    """The `Many` of what `read` gives; its answers are asked for within `stack.bound(dtype)`.
+    """The `Many` of what `read` gives; its answers are asked for within `stack.patched(dtype)`.
 
     Args:
         max_length: rows are cut to so many tokens; None: each evaluator's own limit.
@@ -89,12 +89,12 @@ def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
     model.to(device)
     trial = tokenize(Texts((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
     forward = models_forward.find_forward(model, name, trial, dtype)
-    reason = why_not_stackable(forward, chosen, trial) if len(found) > 1 else None
+    reason = reason_not_stackable(forward, chosen, trial) if len(found) > 1 else None
     if reason:
         raise UserError(f"these evaluators cannot answer together: {reason}; give one at a time")
     runs = [Run(facts["learning_rate"], facts["seed"]) for _, facts, _ in found]
-    stack = Stack(model, chosen, runs)
-    for row, (_, _, tensors) in zip(stack.values, found, strict=True):
+    stack = RunStack(model, chosen, runs)
+    for row, (_, _, tensors) in zip(stack.params, found, strict=True):
         fill(row, stack, tensors)
     limit = Limit(max_tokens or MAX_TOKENS[device.type], device)
     names = names_of([folder for folder, *_ in found], tasks)
@@ -119,16 +119,16 @@ def fill(row, stack, tensors):
 
 
 def logits_of(many, rows):
-    """[(B, C) float32 of each evaluator] for B rows of texts, within `many.stack.bound`.
+    """[(B, C) float32 of each evaluator] for B rows of texts, within `many.stack.patched`.
 
     Where only heads trained, the encoder runs once for all.
     """
     tokens, read_by = tokens_of(many, rows)
     model = many.forward.model
     models_forward.check_ids(model, model.name_or_path, tokens)
-    tokens = tokens.to(many.stack.values.device)
+    tokens = tokens.to(many.stack.params.device)
     if many.stack.shares_encoder and len(many.tasks) > 1:
-        with many.stack.computing():
+        with many.stack.routing():
             every = predict(many.forward, tokens, many.limit)  # (K, all rows, C)
         together = np.take_along_axis(every, read_by[..., None], axis=1)
     else:
@@ -147,7 +147,7 @@ def stacked_logits(many, tokens, read_by):
     for part in parts:
         pair = many.forward.routed_batch(tokens, flat[part], owner[part], runs)
         batch, own = to_device(pair, tokens.ids.device)
-        with many.stack.computing(own):
+        with many.stack.routing(own):
             outputs.append(many.forward(tokens, batch))
     together = torch.cat(outputs)
     logits = np.empty(together.shape, np.float32)

@@ -121,7 +121,7 @@ class Tracker:
         self._place(state)
         plan, step, factor = state.plan, self.step, state.plan.factors[self.step - 1]
         common = {"epoch": step / plan.steps_per_epoch}
-        common |= {"peak_memory_gib": peak_gib(state.stack.values.device)}
+        common |= {"peak_memory_gib": peak_gib(state.stack.params.device)}
         common |= {"train/examples_per_second": examples_per_second(state, since)}
         rows = {}
         for k, own in measured.items():

@@ -108,7 +108,7 @@ def drop_older(folder):
 
 def capture(state):
     """(facts, tensors on the host): all of a `State` that changes, and the random generators."""
-    tensors = {"values": state.stack.values, "bad_step": state.stack.bad_step}
+    tensors = {"values": state.stack.params, "bad_step": state.stack.bad_step}
     tensors["loss_sum"] = state.loss_sum
     if state.best is not None:
         tensors["best"] = state.best
@@ -116,7 +116,7 @@ def capture(state):
         tensors |= {f"optimizer.{k}.{name}": value for name, value in own.items()}
     for split, logits in state.logits.items():
         tensors[f"logits.{split}"] = torch.from_numpy(logits[: evaluations(state)])
-    generators = state.plan.group.gather(random_state(state.stack.values.device))
+    generators = state.plan.group.gather(random_state(state.stack.params.device))
     tensors |= {f"random.{i}": generator for i, generator in enumerate(generators)}
     facts = {name: getattr(state, name) for name in ("epoch", "step", "seconds", "scores")}
     limits = state.plan.group.gather([torch.tensor([state.plan.limit.tokens])])
@@ -127,11 +127,11 @@ def capture(state):
 
 def restore(state, facts, tensors):
     """Put a checkpoint into a state of the same runs on the same model; else Damaged."""
-    stack, device = state.stack, state.stack.values.device
+    stack, device = state.stack, state.stack.params.device
     records = [Record(**record | {"run": Run(*record["run"])}) for record in facts["records"]]
-    if [r.run for r in records] != stack.runs or tensors["values"].shape != stack.values.shape:
+    if [r.run for r in records] != stack.runs or tensors["values"].shape != stack.params.shape:
         raise Damaged("it is of other runs or another model")
-    stack.values.copy_(tensors["values"])
+    stack.params.copy_(tensors["values"])
     stack.bad_step.copy_(tensors["bad_step"])
     if state.best is not None:
         state.best.copy_(tensors["best"])

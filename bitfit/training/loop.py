@@ -19,7 +19,7 @@ import torch
 from bitfit.data.tasks import compact, row_losses, score
 from bitfit.model.batching import passes_of, to_device
 from bitfit.model.predict import free_bytes, keep_random_state, predict_runs
-from bitfit.model.run_stack import Run, Stack, clip_
+from bitfit.model.run_stack import Run, RunStack, clip_grad_norms_
 from bitfit.results.scores import best_epochs, frame_of, one_line_scores
 from bitfit.tracking.tracker import OFF
 from bitfit.training.graphs import StepGraphs
@@ -48,7 +48,7 @@ class State:
     """One training: what it works on, and all that changes on the way."""
 
     plan: Plan
-    stack: Stack  # what trains: values, gradients, which runs went bad
+    stack: RunStack  # what trains: values, gradients, which runs went bad
     optimizer: torch.optim.Optimizer
     rates: torch.Tensor  # (K,) the learning rates of this step
     update: torch.Tensor | None  # (K, n) what the optimizer moves in place of many runs' values
@@ -70,10 +70,10 @@ def start(plan, stack, optimizer="adamw", keep="last"):
     kernel moves all runs, but knows one learning rate. Without decay a step is proportional to it:
     so zeros are moved at rate 1, and each run's values then go its own rate times as far.
     """
-    one, rates = len(stack.runs) == 1, torch.zeros_like(stack.values[:, 0])
+    one, rates = len(stack.runs) == 1, torch.zeros_like(stack.params[:, 0])
     # On a CPU the optimizer multiplies by a tensor in float64; on a GPU it reads float32 alone.
     rates = rates.double() if rates.device.type == "cpu" else rates
-    moved = torch.nn.Parameter(stack.values if one else torch.zeros_like(stack.values))
+    moved = torch.nn.Parameter(stack.params if one else torch.zeros_like(stack.params))
     moved.grad = stack.grads
     make, settings = {
         "adamw": (torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-6}),
@@ -89,17 +89,17 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         records=[Record(run) for run in stack.runs],
         scores=[],
         logits=plan.room_for_logits(len(stack.runs)),
-        best=stack.values.clone() if keep == "best" else None,
-        loss_sum=torch.zeros_like(stack.values[:, 0]),
+        best=stack.params.clone() if keep == "best" else None,
+        loss_sum=torch.zeros_like(stack.params[:, 0]),
     )
 
 
 def step_graphs(state):
-    """Return the `StepGraphs` of a training within `Stack.bound`, or None where there are none.
+    """Return the `StepGraphs` of a training within `RunStack.patched`, or None if it has none.
 
-    Graphs compute in the memory that the stack is bound to: do not use them after `bound` ends.
+    Graphs compute in memory of the patched stack: do not use them after `patched` ends.
     """
-    plan, device = state.plan, state.stack.values.device
+    plan, device = state.plan, state.stack.params.device
     if device.type != "cuda" or plan.group.size > 1 or not plan.forward.is_varlen:
         return None
     return StepGraphs(partial(whole_step, state), device)
@@ -118,7 +118,7 @@ def evaluations(state):
 class Step(NamedTuple):
     """All of a step that changes from one to the next: arrays of the host, then tensors."""
 
-    parts: tuple  # its passes, each (Batch, Rows)
+    parts: tuple  # its passes, each (Batch, RunRouting)
     number: np.ndarray  # () int64, counted over all epochs
     count: np.ndarray  # () float32, rows of each run
     rates: np.ndarray  # (K,) float64, the schedule's
@@ -150,7 +150,7 @@ def take_step(state, alive, rows):
     A run whose loss or gradient is not finite is held at its last good values from then on, and
     `stack.bad_step` says since which step.
     """
-    stack, device, limit = state.stack, state.stack.values.device, state.plan.limit
+    stack, device, limit = state.stack, state.stack.params.device, state.plan.limit
     tokens = limit.tokens
 
     def attempt():
@@ -170,8 +170,8 @@ def update(state, step, losses):
     """Clip the gradients of one `Step` of tensors, move the values, and return the losses (K,)."""
     stack = state.stack
     state.plan.group.sum_(stack.grads, losses)
-    norms = clip_(stack.grads, MAX_GRAD_NORM)
-    stack.note_bad(~(norms + losses).isfinite(), step.number)
+    norms = clip_grad_norms_(stack.grads, MAX_GRAD_NORM)
+    stack.mark_diverged(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0
     still = bad[:, None] if stack.fixed is None else bad[:, None] | stack.fixed
     stack.grads.masked_fill_(still, 0.0)
@@ -183,28 +183,27 @@ def update(state, step, losses):
 
 def move(state):
     """One step of the optimizer, at `state.rates`."""
-    values = state.stack.values
+    values = state.stack.params
     state.optimizer.step()
     if state.update is not None:
         values.addcmul_(state.update, state.rates[:, None].to(values.dtype))
         state.update.zero_()
-    state.stack.write_back()
+    state.stack.sync_to_model()
 
 
 def forward_backward(plan, stack, step):
     """The losses of one `Step` of tensors, (K,), and in `stack.grads` their gradients."""
-    stack.forget()
-    stack.grads.zero_()
-    losses = torch.zeros_like(stack.values[:, 0])
+    stack.zero_grad()
+    losses = torch.zeros_like(stack.params[:, 0])
     for batch, rows in step.parts:
-        with stack.computing(rows):
+        with stack.routing(rows):
             logits = plan.forward(plan.train.tokens, batch)
         each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
         # On a GPU `index_add` sums in any order.
-        owner = (rows.rows.owner,)
+        owner = (rows.rows.run_ids,)
         part_losses = torch.zeros_like(losses).index_put(owner, each / step.count, accumulate=True)
         part_losses.sum().backward()
-        stack.collect()
+        stack.accumulate_grads()
         losses += part_losses.detach()
     return losses
 
@@ -214,7 +213,7 @@ def train_epoch(state, saver, progress, tracker=OFF):
     plan, stack = state.plan, state.stack
     plan.forward.model.train()
     steps = plan.steps_per_epoch
-    alive = stack.alive(state.epoch * steps)
+    alive = stack.finite_runs(state.epoch * steps)
     orders = np.stack([plan.order(stack.runs[k], state.epoch) for k in alive])  # (R, rows)
     begin = time.perf_counter()
     while state.step < steps:
@@ -225,7 +224,7 @@ def train_epoch(state, saver, progress, tracker=OFF):
         progress.update(rows.size)
         look = time.perf_counter() - progress.looked > LOOK_SECONDS
         if look:
-            good = stack.alive()
+            good = stack.finite_runs()
             if plan.group.size == 1 and not len(good):
                 break  # ranks look at different times
             seen = losses.cpu()[good]
@@ -238,8 +237,8 @@ def train_epoch(state, saver, progress, tracker=OFF):
         begin = time.perf_counter()
     # A last step may have been finite, and what it led to not.
     last = torch.full_like(stack.bad_step[0], (state.epoch + 1) * steps - 1)
-    stack.note_bad(~stack.values.isfinite().all(1), last)
-    stack.alive()  # waits for the device: its work is training too
+    stack.mark_diverged(~stack.params.isfinite().all(1), last)
+    stack.finite_runs()  # waits for the device: its work is training too
     state.seconds += time.perf_counter() - begin
 
 
@@ -264,7 +263,7 @@ def fit(state, write, saver, tracker=OFF):
     with progress.shown():
         while state.epoch < plan.epochs:
             train_epoch(state, saver, progress, tracker)
-            if not plan.group.agree(state.stack.values):
+            if not plan.group.agree(state.stack.params):
                 raise Damaged(f"ranks {plan.group.members} hold different values")
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
@@ -275,7 +274,7 @@ def fit(state, write, saver, tracker=OFF):
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:
                 write()
-            if not len(state.stack.alive()):
+            if not len(state.stack.finite_runs()):
                 what = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
                 return (f"{what}; training stopped there: try a lower --learning-rate, or "
                         "--lr-schedule linear with --warmup-ratio")  # fmt: skip
@@ -293,12 +292,12 @@ def fit_limit_to_memory(state, free):
     tokens = plan.train.tokens
     row = np.array([tokens.lengths.argmax()])
     step = plan.forward.routed_batch(tokens, row, np.zeros(1, np.int64), len(stack.runs))
-    batch, rows = to_device(step, stack.values.device)
+    batch, rows = to_device(step, stack.params.device)
     plan.forward.model.train()
     with (
         keep_random_state(plan.limit.device),
         count_kept_bytes(plan.forward.model) as kept,
-        stack.computing(rows),
+        stack.routing(rows),
     ):
         plan.forward(tokens, batch)
     most = free / 3 / (sum(kept.values()) / batch.index.numel())
@@ -333,7 +332,7 @@ def evaluate(state, saver):
     A signal is not kept waiting: the checkpoint it leaves is that before the evaluation.
     """
     plan, stack, scores = state.plan, state.stack, []
-    begin, alive = time.perf_counter(), stack.alive()
+    begin, alive = time.perf_counter(), stack.finite_runs()
     try:
         with saver.held(waits=plan.group.size > 1):  # several ranks go through it together
             for name, split in plan.scored.items() if len(alive) else ():
@@ -359,7 +358,7 @@ def note(state, scores):
     """What an epoch gave: each run's loss and time, whether it went bad, scores, best values."""
     stack, first = state.stack, state.epoch * state.plan.steps_per_epoch
     losses, bad_step = (state.loss_sum / state.plan.rows_per_run).tolist(), stack.bad_step.tolist()
-    trained, alive = stack.alive(first), stack.alive()
+    trained, alive = stack.finite_runs(first), stack.finite_runs()
     for k in trained:
         record = state.records[k]
         record.seconds["training"] += state.seconds / len(trained)
@@ -376,7 +375,7 @@ def note(state, scores):
     best = best_epochs(frame_of(state.scores), state.plan.task)
     for k in alive if state.best is not None else ():
         if best[stack.runs[k].name] == state.epoch + 1:
-            state.best[k] = stack.values[k]
+            state.best[k] = stack.params[k]
     loss = mean(losses[k] for k in alive)
     said = one_line_scores(frame_of(scores), state.plan.task, loss)
     LOGGER.info("epoch %d  %s", state.epoch + 1, said)
