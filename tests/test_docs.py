@@ -90,7 +90,7 @@ def test_run_glue_commands(command, tmp_path, monkeypatch):
     words[words.index("--output-path") + 1] = str(tmp_path / "out")
     monkeypatch.chdir(ROOT)
     assert run_glue.main([*words, *SMALL]) == 0
-    args = run_glue.parse_args("", words)
+    args = flags.parse_args("", words)
     result = "results.csv" if len(args.seed) * len(args.learning_rate) > 1 else "metrics.json"
     assert (tmp_path / "out" / result).exists()
 

@@ -15,6 +15,7 @@ from conftest import COMMITS, GLUE, ROOT, TINY_BERT
 
 import run_glue
 from bitfit.artifacts import run_folder
+from bitfit.cli import experiment
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
 from bitfit.model.fingerprints import fingerprint
@@ -240,7 +241,7 @@ def test_a_push_that_fails_loses_nothing(online, monkeypatch, tmp_path, capsys):
     result = subprocess.run([program, *later[1:]], capture_output=True, text=True)
     assert "offline mode is enabled" in result.stderr + result.stdout  # its words were understood
     taken = take(monkeypatch)
-    monkeypatch.setattr(run_glue, "prepare", None)  # a call would fail
+    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
     argv = [*flags(output, "--push-to-hub", "me/y", model=TINY_BERT), "--resume"]
     assert run_glue.main(argv) == 0
     assert taken == {"me/y": names(output / "model")}
@@ -276,7 +277,7 @@ def test_a_push_that_cannot_be_is_refused_before_any_work(
         monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
     argv = flags(tmp_path / "out", model=TINY_BERT)
     argv += [word for word in more if word not in ("HF_TOKEN", "online")]
-    monkeypatch.setattr(run_glue, "prepare", None)  # a call would fail
+    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
     try:
         status = run_glue.main(argv)
     except SystemExit as stop:

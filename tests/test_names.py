@@ -20,6 +20,7 @@ import predict
 
 import run_glue
 from bitfit.artifacts import model_card, run_folder
+from bitfit.cli import experiment
 from bitfit.results import escape
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -112,7 +113,7 @@ PLACES = {
 def test_an_output_path_that_cannot_be(tmp_path, place, capsys, monkeypatch):
     path = str(PLACES[place](tmp_path))
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(run_glue, "prepare", None)  # a call would fail
+    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
     assert "--output-path" in refused(run_glue.main, flags(path), capsys)
     assert "--output-path" in refused(run_glue.main, flags(path, "--resume"), capsys)
     assert "--output-path" in refused(deltas.main, ["apply", "e", "-o", path], capsys)

@@ -21,6 +21,7 @@ import utils
 from bitfit import options as flags_of_program
 from bitfit import signals
 from bitfit.artifacts import run_folder, saved_evaluator
+from bitfit.cli import experiment
 from bitfit.model import forward
 from bitfit.results import plots
 from bitfit.training import loop, store
@@ -127,11 +128,11 @@ def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kin
         (signal.SIGINT, "train", "predict_runs", 3),  # in the second evaluation
         (signal.SIGTERM, "store", "write", 1),  # while a checkpoint is written
         (signal.SIGUSR1, "saved", "write", 2),  # while the results are
-        (signal.SIGTERM, "run_glue", "prepare", 1),  # before anything is
+        (signal.SIGTERM, "experiment", "prepare_evaluator", 1),  # before anything is
     ],
 )
 def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where, name, call):
-    modules = {"train": loop, "store": store, "saved": saved_evaluator, "run_glue": run_glue}
+    modules = {"train": loop, "store": store, "saved": saved_evaluator, "experiment": experiment}
     with monkeypatch.context() as patch:
         at_call(patch, modules[where], name, call, send(number))
         assert run_glue.main(flags(tmp_path / "out")) == 128 + number
@@ -479,7 +480,7 @@ def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
     before = kill_and_resume.left(tmp_path / "out")
     (tmp_path / "out/.lock").touch()  # the process was killed after its last file
     capsys.readouterr()
-    monkeypatch.setattr(run_glue, "prepare", None)  # not even loaded
+    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # not even loaded
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0
     assert "is finished: there is nothing to resume" in capsys.readouterr().out
     assert kill_and_resume.left(tmp_path / "out") == before
@@ -529,15 +530,15 @@ def test_what_another_version_began_is_refused(interrupted, capsys):
 def test_another_process_was_faster(tmp_path, monkeypatch, capsys):
     """It begins and ends while this one still loads: what it left counts."""
     folder = tmp_path / "out"
-    plain = run_glue.prepare
+    plain = experiment.prepare_evaluator
 
     def slow(*args):
         evaluator = plain(*args)
-        monkeypatch.setattr(run_glue, "prepare", plain)
+        monkeypatch.setattr(experiment, "prepare_evaluator", plain)
         assert run_glue.main([*flags(folder), "--resume"]) == 0
         return evaluator
 
-    monkeypatch.setattr(run_glue, "prepare", slow)
+    monkeypatch.setattr(experiment, "prepare_evaluator", slow)
     assert run_glue.main([*flags(folder), "--resume"]) == 0
     assert "is finished: there is nothing to resume" in capsys.readouterr().out
     assert json.loads((folder / "args.json").read_text())["finished"]

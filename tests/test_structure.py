@@ -99,7 +99,6 @@ LONG_FILES = [
     "bitfit/data/splits.py",
     "bitfit/training/loop.py",
     "glue_evaluator.py",
-    "run_glue.py",
     "utils.py",
     "tests/test_docs.py",
     "tests/test_loading.py",

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from sklearn.metrics import f1_score
 
 import run_glue
+from bitfit.cli import experiment
 from bitfit.data import task_files
 from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, predictions, score, written
@@ -764,8 +765,8 @@ def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path):
     said = iter([None, record, None, True])  # nothing wrong, the record; nothing wrong, finished
     ranks = Ranks()
     ranks.rank, ranks.size, ranks.say = 1, 2, lambda fact: [next(said), fact]
-    run_glue.run(args, None, ranks)
+    experiment.run(args, None, ranks)
     assert args.task == record == task_files.checked(CB, "")
     said = iter(["mine.json: there is something wrong", None])
     with pytest.raises(UserError, match="there is something wrong"):
-        run_glue.run(args, None, ranks)
+        experiment.run(args, None, ranks)

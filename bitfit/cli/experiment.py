@@ -1,0 +1,300 @@
+"""The work of `run_glue.py`: from its options to the files in the output folder.
+
+Modules that import torch are imported in the functions, so that a finished folder and bad input
+are reported at once.
+"""
+
+import logging
+from argparse import Namespace
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from bitfit.artifacts import run_folder
+from bitfit.data import task_files
+from bitfit.distributed import Group, Ranks
+from bitfit.model import hub
+from bitfit.signals import Signals
+from bitfit.tracking import tracker as tracking
+from utils import Diverged
+
+if TYPE_CHECKING:
+    from bitfit.model.run_stack import Run
+    from glue_evaluator import GLUEvaluator
+
+Folders = dict["Run", Path]  # the folder of each run's files
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One command after its data and model have been loaded and its output folder is held."""
+
+    args: Namespace
+    evaluator: "GLUEvaluator"
+    output: Path
+    metadata: dict[str, Any]  # the content of args.json
+    signals: Signals
+    ranks: Ranks
+    tracker: tracking.Tracker
+
+
+def run(args: Namespace, signals: Signals, ranks: Ranks) -> None:
+    """Check the output folder, fine-tune all runs, and upload the model if asked to."""
+    output, flags = Path(args.output_path), vars(args)
+    has_files = args.data_dir is not None
+    if args.task_file:
+        args.task = ranks.first_does(lambda: task_files.read(args.task_file, args.data_dir))
+        has_files = "files" in args.task
+    finished = ranks.first_does(lambda: run_folder.is_finished(output, flags, args.resume))
+    if finished and not args.push_to_hub:
+        return
+    if args.task_file and not finished:
+        ranks.first_does(lambda: task_files.check_files(args.task_file, args.task, args.data_dir))
+    ranks.first_does(lambda: tracking.connect(args.report_to, output))
+    all_local = has_files and Path(args.model_name).is_dir()
+    hub.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
+    if args.push_to_hub:
+        from bitfit.artifacts import hub as push_hub
+
+        ranks.first_does(lambda: push_hub.check_push(args.push_to_hub))
+    if not finished:
+        fine_tune(args, output, signals, ranks)
+    if args.push_to_hub and ranks.rank == 0:
+        utils.print_result(push_hub.push(output, args.push_to_hub))
+
+
+def fine_tune(args: Namespace, output: Path, signals: Signals, ranks: Ranks) -> None:
+    """Load data and model, hold the output folder, train all runs and write their files."""
+    import torch
+
+    if not args.no_tf32 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    evaluator = ranks.checked(lambda: prepare_evaluator(args, ranks))
+    metadata = run_folder.facts_of(args, evaluator) | {"ranks": ranks.size}
+    ranks.check_same("data or base model", evaluator.fingerprints())
+    with ExitStack() as resources:
+
+        def begin() -> bool:
+            """Hold the folder and write args.json, unless another process has finished it."""
+            resources.enter_context(run_folder.held(output))
+            finished = run_folder.is_finished(output, metadata, args.resume)
+            if not finished:
+                run_folder.write_args(output, metadata, finished=False)
+            return finished
+
+        if not ranks.first_does(begin):
+            tracker = tracking.Tracker(args.report_to, output, metadata)
+            resources.enter_context(tracker)
+            experiment = Experiment(
+                args=args, evaluator=evaluator, output=output, metadata=metadata,
+                signals=signals, ranks=ranks, tracker=tracker,
+            )  # fmt: skip
+            train_all_runs(experiment)
+
+
+def prepare_evaluator(args: Namespace, ranks: Ranks) -> "GLUEvaluator":
+    """Return an evaluator with data and model; all errors of the input are raised here."""
+    from glue_evaluator import GLUEvaluator, set_seed
+
+    set_seed(args.seed[0])
+    task, data_dir = args.task_name, args.data_dir
+    if args.task_file:
+        task, data_dir = args.task, data_dir or task_files.home_of(args.task_file)
+    evaluator = GLUEvaluator(
+        task,
+        args.model_name,
+        ranks.gpu(args.gpu_device),
+        seed=args.seed,
+        data_dir=data_dir,
+        precision=args.precision,
+        random_encoder=args.random_encoder,
+        max_tokens=args.max_tokens,
+        model_revision=args.model_revision,
+    )
+    evaluator.preprocess_dataset(
+        "longest",
+        args.max_seq_length,
+        args.batch_size,
+        train_size=args.train_size,
+        test_splits=args.predict_test,
+    )
+    select_trainable(evaluator, args, verbose=args.verbose and ranks.rank == 0)
+    return evaluator
+
+
+def select_trainable(
+    evaluator: "GLUEvaluator",
+    args: Namespace,
+    runs: list["Run"] | None = None,
+    verbose: bool = False,
+) -> None:
+    """Load the model and select what trains, for all runs or some of them."""
+    terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
+    evaluator.prepare(
+        args.fine_tune_type,
+        args.learning_rate,
+        optimizer=args.optimizer,
+        components=evaluator.convert_to_actual_components(terms),
+        mask_size=args.mask_size,
+        verbose=verbose,
+        only=runs,
+    )
+
+
+def train_all_runs(experiment: Experiment) -> None:
+    """Train all runs in one pass if they can share it, else one after the other; report them."""
+    args, evaluator, ranks = experiment.args, experiment.evaluator, experiment.ranks
+    folders = run_folder.folders_of(experiment.output, evaluator.runs)
+    has_own_gpu = ranks.size == 1 or (
+        evaluator.torch_device.type == "cuda" and args.gpu_device is None
+    )
+    if ranks.rank > 0:
+        utils.LOGGER.setLevel(logging.WARNING)  # rank 0 logs what is the same on all ranks
+    share, group = ranks.share(evaluator.runs, on_own_gpus=has_own_gpu)
+    evaluator.group = group._replace(speaks=group.speaks and not args.quiet)
+    for runs in evaluator.passes(share):
+        home = experiment.output if len(runs) == len(folders) else folders[runs[0]]
+        unfinished = unfinished_runs(runs, folders, evaluator.group)
+        if unfinished and evaluator.runs != runs:
+            select_trainable(evaluator, args, runs)
+        if unfinished:
+            train(experiment, unfinished, home, single=len(folders) == 1)
+            export_runs(experiment, unfinished, {run: folders[run] for run in share})
+        if group.rank == 0:
+            run_folder.drop_checkpoints(home)
+    ranks.end()
+    if ranks.rank == 0:
+        report(experiment, folders)
+
+
+def unfinished_runs(runs: list["Run"], folders: Folders, group: Group) -> Folders:
+    """Return the folders of the runs whose files are not complete, the same on all ranks."""
+    finished = [group.rank == 0 and run_folder.is_done(folders[run]) for run in runs]
+    finished = group.most(*finished)
+    return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
+
+
+def train(experiment: Experiment, folders: Folders, home: Path, single: bool) -> None:
+    """Train some runs together and write their metrics.
+
+    Args:
+        folders: of the runs that write files.
+        home: the folder of their checkpoints.
+        single: whether the command has no other run.
+
+    Raises:
+        Diverged: the only run of the command diverged.
+    """
+    from bitfit.training.checkpoints import Saver
+
+    args, evaluator, group = experiment.args, experiment.evaluator, experiment.evaluator.group
+    saver = Saver(
+        home / run_folder.CHECKPOINTS,
+        every=args.checkpoint_every,
+        minutes=args.checkpoint_minutes,
+        signals=experiment.signals,
+        group=group,
+    )
+    try:
+        evaluator.train_and_evaluate(
+            args.epochs,
+            folders if group.rank == 0 else {},
+            evaluation_frequency=args.evaluation_frequency,
+            lr_schedule=args.lr_schedule,
+            warmup_ratio=args.warmup_ratio,
+            keep=args.keep,
+            saver=saver,
+            tracker=experiment.tracker,
+            curves=False,
+        )
+    except Diverged as error:
+        if single and group.rank == 0:
+            plot_curves(evaluator, home)
+        if single:
+            raise
+        name = evaluator.runs[0].name if len(evaluator.runs) == 1 else "no run is left"
+        utils.LOGGER.warning("%s: %s", name, error)
+
+
+def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -> None:
+    """Write the files of trained runs beside their metrics, and mark each run as finished.
+
+    With --keep best only the best run so far has an evaluator, a model and predictions.
+
+    Args:
+        unfinished: of the runs just trained whose files are not complete.
+        folders: of all runs that this rank trains.
+    """
+    from bitfit.results import sweeps
+
+    args, evaluator = experiment.args, experiment.evaluator
+    evaluator.group.wait()  # rank 0 has written the metrics, and writes the rest
+    writes = evaluator.group.rank == 0
+    best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
+    metadata = experiment.metadata | {
+        "chosen_sha256": evaluator.chosen_sha256(),
+        "trained_by": list(evaluator.group.members),
+    }
+    # The best run is first, so that it is complete if a signal interrupts the others.
+    for number, run in sorted(enumerate(evaluator.runs), key=lambda item: item[1].name != best):
+        if run not in unfinished:
+            continue
+        evaluator.select(number)
+        # Rank 0 decides for all ranks of the run, which may see different files.
+        (kept,) = evaluator.group.most(writes and (args.keep != "best" or run.name == best))
+        export_run(experiment, folders[run], metadata, kept=bool(kept))
+        if writes and args.keep == "best":
+            sweeps.drop_beaten(folders, best)
+        if writes:
+            run_folder.write_args(folders[run], metadata | run._asdict(), finished=True)
+
+
+def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], kept: bool) -> None:
+    """Write the files of the selected run: its ranks predict together, and rank 0 writes.
+
+    Args:
+        kept: whether to write the evaluator, the model and the predictions that were asked for.
+    """
+    from bitfit.artifacts import model_card
+
+    args, evaluator = experiment.args, experiment.evaluator
+    writes, record = evaluator.group.rank == 0, evaluator.record
+    if writes:
+        plot_curves(evaluator, folder)
+    if writes and evaluator.trains_only_biases:
+        evaluator.plot_terms_changes(folder / "bias_term_changes")
+    if writes:
+        table = evaluator.score_table()
+        experiment.tracker.results(record.run.name, folder, table, record.diverged)
+    if writes and kept and args.save_evaluator:
+        evaluator.save(folder / "evaluator")
+    if writes and kept and args.export_model:
+        evaluator.export_model(folder / "model")
+        model_card.write(folder, evaluator.task, metadata)
+    if kept and args.predict_test:
+        evaluator.export_model_test_set_predictions(folder)
+
+
+def plot_curves(evaluator: "GLUEvaluator", folder: Path) -> None:
+    """Plot the learning curves of the selected run, if it was scored before it diverged."""
+    if evaluator.evaluations:
+        evaluator.plot_learning_curves(folder)
+
+
+def report(experiment: Experiment, folders: Folders) -> None:
+    """Print the scores of the only run, or write and print the report of a sweep."""
+    from bitfit.results import sweeps
+
+    args, evaluator, output = experiment.args, experiment.evaluator, experiment.output
+    if output in folders.values():
+        utils.print_result(evaluator.score_table())
+        return
+    if args.keep == "best":
+        best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
+        sweeps.drop_beaten(folders, best)
+    table = sweeps.report(output, evaluator.task, folders, evaluator.method_caption)
+    experiment.tracker.results("sweep", output, table)
+    run_folder.write_args(output, experiment.metadata, finished=True)
+    utils.print_result(table)
