@@ -1,18 +1,18 @@
-"""The paper's tables and figures: plan them, price them, run them, report them.
+"""Reproduce the paper's tables and figures: plan, run, report, submit.
 
     python scripts/paper.py plan --output-path out/paper --tables 2 3 --figures 1 2
     python scripts/paper.py run --output-path out/paper
     python scripts/paper.py report --output-path out/paper
     python scripts/paper.py submit --output-path out/paper --model bert-base-cased --method bitfit
 
-A study is a folder. Each cell of a table is a command of run_glue.py, and `plan` prints them all;
-`run` may be killed at any moment, and any number of them may work on one folder.
+A study is a folder. Each cell of a table is one command of run_glue.py. `run` may be killed at any
+time and started again, and any number of workers may share one folder.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -27,7 +27,7 @@ import utils
 from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
-from bitfit.options import POSITIVE, OneLineParser, gpu, make_commands, number
+from bitfit.options import POSITIVE, gpu, make_commands, number
 from bitfit.study import cells
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
@@ -45,11 +45,12 @@ def add_plan(add: Callable) -> None:
     add("--models", nargs="+", metavar="MODEL",
         help="names on the Hub, or folders [the paper's three for Table 2, else bert-base-cased]")
     add("--learning-rates", nargs="+", metavar="[ROW=]LR", default=[],
-        type=cells.one_number(float, 0), help="for all rows, or some: 1e-3 full_ft=1e-5,3e-5 "
+        type=cells.named_numbers(float, 0), help="for all rows, or some: 1e-3 full_ft=1e-5,3e-5 "
         "[the paper's grids]")
-    add("--seeds", nargs="+", metavar="[ROW=]N", default=[], type=cells.one_number(int, 0, 2**63),
+    add("--seeds", nargs="+", metavar="[ROW=]N", default=[],
+        type=cells.named_numbers(int, 0, 2**63),
         help="for all rows, or some: 0 1 2 frozen=0,1 [0 1 2 3 4]")
-    add("--epochs", nargs="+", metavar="[TASK=]N", default=[], type=cells.one_number(int, 1),
+    add("--epochs", nargs="+", metavar="[TASK=]N", default=[], type=cells.named_numbers(int, 1),
         help="for all tasks, or some: 8 rte=20 [cola 16, mrpc 20, rte 20, stsb 16, others 8]")
     add("--batch-size", type=POSITIVE, metavar="N", default=cells.BATCH_SIZE, help="[%(default)s]")
     add("--train-size", type=POSITIVE, metavar="N", help="train on so many rows [all]")
@@ -96,13 +97,13 @@ def add_folder(add: Callable) -> None:
     add("--output-path", "-o", type=Path, required=True, metavar="DIR", help="the study's folder")
 
 
-def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """(the parser, its {command: parser})"""
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser and {command: its parser}."""
     commands = [
-        ("plan", add_plan, "say what belongs to it and what it costs"),
-        ("run", add_run, "do what is not done"),
-        ("report", add_report, "tables, statistics and pictures of what there is"),
-        ("submit", add_submit, "the GLUE server's zip"),
+        ("plan", add_plan, "choose the cells and print their cost"),
+        ("run", add_run, "run the unfinished cells"),
+        ("report", add_report, "write tables, statistics and figures of the finished cells"),
+        ("submit", add_submit, "write the zip file for the GLUE server"),
     ]
     return make_commands("paper.py", __doc__.splitlines()[0], commands, add_folder)
 
@@ -118,11 +119,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         there = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
-        by_row: dict[str, Iterable[str]] = {
-            "learning_rates": cells.ROWS,
-            "seeds": cells.ROWS,
-            "epochs": TASKS,
-        }
+        by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
         for name, known in by_row.items():
             setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
         if any(len(values) > 1 for values in args.epochs.values()):
@@ -131,17 +128,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def collect(
-    parser: argparse.ArgumentParser,
-    name: str,
-    pairs: Iterable[tuple[str | None, list]],
-    known: Iterable[str],
+    parser: argparse.ArgumentParser, name: str, pairs: Iterable, known: Collection[str]
 ) -> dict[str | None, list]:
-    """[(row or None, [values])] -> {row or None: [values]}"""
-    values: dict[str | None, list] = {}
+    """Return {row or None: values} of pairs (row or None, values)."""
+    values = {}
     for key, own in pairs:
         if key is not None and key not in known:
             flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: {key!r} is none of {', '.join(known)}")
+            parser.error(f"{flag}: {key!r} is not one of {', '.join(known)}")
         values.setdefault(key, []).extend(own)
     return values
 
@@ -154,63 +148,63 @@ def plan(args: argparse.Namespace) -> int:
     run_folder.check_place(args.output_path)
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
     hub.use_local_copies_when_offline(needs_hub=not local)
-    study = cells.plan(args.output_path, args)
+    study = cells.plan_study(args.output_path, args)
     device = utils.choose_device(utils.gpu_of(args.gpu_device))
-    plan.check(study)
-    cells.write(study)
+    plan.check_study(study)
+    cells.write_study(study)
     if args.calibrate:
         precision = utils.choose_precision(args.precision, device)
         cost.calibrate(study, device, DTYPES[precision])
-    utils.print_result(f"{plan.table(study, cost.Costs(study))}\n{plan.commands(study)}")
+    utils.print_result(f"{plan.study_table(study, cost.Costs(study))}\n{plan.commands_text(study)}")
     return 0
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitfit.study import ledger, plan, work
+    from bitfit.study import cell_states, plan, worker
 
-    study = cells.read(args.output_path)
-    part, parts = (0, 1) if args.shard is None else work.shard_of(args.shard)
+    study = cells.read_study(args.output_path)
+    part, parts = (0, 1) if args.shard is None else worker.parse_shard(args.shard)
     gpus = args.gpus or [None]
     for choice in gpus:
         utils.choose_device(utils.gpu_of(choice))
-    work.check_ranks(args.nproc_per_node, gpus[0])
-    cells_here, states, left = study.cells[part::parts], work.takes(args.retry_failed), []
+    worker.check_gpus_for_ranks(args.nproc_per_node, gpus[0])
+    cells_here, states, left = study.cells[part::parts], worker.states_to_run(args.retry_failed), []
     fit = cells_here
     if args.budget_hours:
         hub.use_local_copies_when_offline()
-        fit, left = plan.within(study, cells_here, args.budget_hours, states)
+        fit, left = plan.cells_within_budget(study, cells_here, args.budget_hours, states)
     if len(gpus) > 1:
         shards = [f"{part + parts * i + 1}/{parts * len(gpus)}" for i in range(len(gpus))]
         pairs = zip(gpus, shards, strict=True)
-        statuses = work.work_on([words_of(args, gpu, shard) for gpu, shard in pairs])
+        statuses = worker.run_workers([worker_command(args, gpu, shard) for gpu, shard in pairs])
     else:
-        work.work(study, fit, states, gpus[0], args.shard is None, args.nproc_per_node)
+        worker.run_cells(study, fit, states, gpus[0], args.shard is None, args.nproc_per_node)
         statuses = []
-    utils.print_result(plan.summary(study, cells_here, left))
-    bad = any(ledger.state_of(study, cell) in ("failed", "foreign") for cell in cells_here)
+    utils.print_result(plan.states_summary(study, cells_here, left))
+    bad = any(cell_states.cell_state(study, cell) in ("failed", "foreign") for cell in cells_here)
     return int(bad or any(statuses))
 
 
 def report(args: argparse.Namespace) -> int:
     from bitfit.study import report
 
-    utils.print_result(report.write(cells.read(args.output_path), args.resamples))
+    utils.print_result(report.write(cells.read_study(args.output_path), args.resamples))
     return 0
 
 
 def submit(args: argparse.Namespace) -> int:
     from bitfit.study import submit
 
-    name = f"submission_{cells.slug(cells.absolute(args.model))}_{args.method}.zip"
+    name = f"submission_{cells.slug(cells.absolute_folder(args.model))}_{args.method}.zip"
     path = args.output_path / name
-    study = cells.read(args.output_path)
-    said = submit.write(study, args.model, args.method, path, args.placeholder_missing)
-    utils.print_result("\n".join([*said, str(path)]))
+    study = cells.read_study(args.output_path)
+    lines = submit.write_submission(study, args.model, args.method, path, args.placeholder_missing)
+    utils.print_result("\n".join([*lines, str(path)]))
     return 0
 
 
-def words_of(args: argparse.Namespace, gpu: int | str | None, shard: str) -> list[str]:
-    """The words of the command of one worker of several; it has a part of the shard, if any."""
+def worker_command(args: argparse.Namespace, gpu: int | str, shard: str) -> list[str]:
+    """Return the command of one of several workers, which gets its part of the shard."""
     words = [__file__, "run", "--output-path", str(args.output_path), "--gpus", str(gpu)]
     words += ["--shard", shard] if args.shard is not None else []
     words += ["--budget-hours", str(args.budget_hours)] if args.budget_hours else []

@@ -449,7 +449,7 @@ def test_code_in_a_model_folder_is_never_run(folder, tmp_path, monkeypatch, caps
     with pytest.raises(UserError, match="custom code is not supported"):
         GLUEvaluator.load("out/evaluator", None)
     with pytest.raises(UserError, match="custom code is not supported"):
-        cost.empty_model("./model", RTE)
+        cost.model_without_weights("./model", RTE)
     assert not asked
     assert not (tmp_path / "ran").exists()
 

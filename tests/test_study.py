@@ -21,7 +21,7 @@ from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
 from bitfit.artifacts import run_folder
-from bitfit.study import cells, cost, ledger, work
+from bitfit.study import cell_states, cells, cost, worker
 from utils import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -41,7 +41,7 @@ def plan(output, *more, tables=("--tables", "3")):
 
 
 def names(output):
-    return [cell.name for cell in cells.read(output).cells]
+    return [cell.name for cell in cells.read_study(output).cells]
 
 
 @pytest.fixture
@@ -49,20 +49,20 @@ def study(tmp_path, capsys):
     """Two cells, planned."""
     assert plan(tmp_path / "study", "--rows", "bitfit", "rand_row_col") == 0
     capsys.readouterr()
-    return cells.read(tmp_path / "study")
+    return cells.read_study(tmp_path / "study")
 
 
 def states(study):
-    return [ledger.state_of(study, cell) for cell in study.cells]
+    return [cell_states.cell_state(study, cell) for cell in study.cells]
 
 
 def test_tables_and_figures_are_the_papers(tmp_path):
-    keys = cells.wanted([2, 3], [1, 2], None, None, cells.ROWS, cells.SIZES)
+    keys = cells.requested_cells([2, 3], [1, 2], None, None, cells.ROWS, cells.SIZES)
     assert len(keys) == len(set(keys)) == 3 * 8 * 2 + 8 * 6 + 6 * 2
-    rows = {key[1] for key in cells.wanted([3], [], None, None, cells.ROWS, ())}
+    rows = {key[1] for key in cells.requested_cells([3], [], None, None, cells.ROWS, ())}
     assert rows == set(cells.ROWS)
     args = paper.parse_args(["plan", "-o", str(tmp_path), "--tables", "2"])
-    study = cells.plan(tmp_path, args)
+    study = cells.plan_study(tmp_path, args)
     by_name = {cell.name: cell for cell in study.cells}
     assert by_name["bert-base-cased/bitfit/rte"].rates == [1e-4, 4e-4, 7e-4, 1e-3]
     assert by_name["bert-large-cased/full_ft/mnli"].rates == [1e-5, 2e-5, 3e-5, 5e-5]
@@ -75,7 +75,7 @@ def test_tables_and_figures_are_the_papers(tmp_path):
 def test_a_plan_can_be_overridden_by_row_and_task(tmp_path):
     more = ["--tables", "3", "--tasks", "rte", "cola", "--epochs", "3", "rte=7", "--seeds", "4",
             "frozen=1,2", "--learning-rates", "2e-3", "b_q=1e-3,5e-3"]  # fmt: skip
-    study = cells.plan(tmp_path, paper.parse_args(["plan", "-o", str(tmp_path), *more]))
+    study = cells.plan_study(tmp_path, paper.parse_args(["plan", "-o", str(tmp_path), *more]))
     by_name = {cell.name.removeprefix("bert-base-cased/"): cell for cell in study.cells}
     assert by_name["b_q/rte"].rates == [1e-3, 5e-3]
     assert by_name["full_ft/rte"].rates == [2e-3]
@@ -90,9 +90,9 @@ def test_a_study_can_be_run_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     relative = ["--models", "examples/tiny_bert", "--data-dir", "examples/glue", "--rows", "bitfit"]
     assert plan(tmp_path / "study", *relative) == 0
-    before = cells.read(tmp_path / "study")
+    before = cells.read_study(tmp_path / "study")
     monkeypatch.chdir(tmp_path)
-    assert cells.read("study").cells == before.cells
+    assert cells.read_study("study").cells == before.cells
     assert before.cells[0].args["data_dir"] == str(GLUE)
     assert before.cells[0].name == "tiny_bert/bitfit/rte"
 
@@ -118,7 +118,7 @@ def test_a_cell_pasted_from_the_plan_is_done(study, capsys, monkeypatch):
     assert states(study) == ["done", "missing"]
     # A second plan takes the hours of its kind from what was done.
     costs = cost.Costs(study)
-    seconds = cost.seconds_of(study, study.cells[0])
+    seconds = cost.training_seconds(study, study.cells[0])
     assert costs.seconds(study.cells[0]) == pytest.approx(
         seconds + cost.START_SECONDS + cost.LOAD_SECONDS
     )
@@ -151,15 +151,15 @@ def test_the_hash_of_a_command_stays():
         "--epochs",
         "2",
     ]
-    assert cells.hash_of(words) == "54b04273b73fd2f2"
+    assert cells.flags_hash(words) == "54b04273b73fd2f2"
 
 
 def test_the_hash_is_of_what_results_depend_on(study):
     cell = study.cells[0]
     for harmless in (["--gpu-device", "cpu"], ["--checkpoint-every", "3"], ["--max-tokens", "64"]):
-        assert cells.hash_of([*cell.flags, *harmless]) == cell.hash
+        assert cells.flags_hash([*cell.flags, *harmless]) == cell.hash
     for other in (["--epochs", "3"], ["--seed", "1", "0"], ["--data-dir", "elsewhere"]):
-        assert cells.hash_of([*cell.flags, *other]) != cell.hash
+        assert cells.flags_hash([*cell.flags, *other]) != cell.hash
 
 
 def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
@@ -169,7 +169,7 @@ def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
     output = tmp_path / "study"
     more = ["--data-dir", str(data), "--tasks", "cola", "rte", "--rows", "bitfit"]
     assert plan(output, *more) == 0
-    study = cells.read(output)
+    study = cells.read_study(output)
     hidden = data / "CoLA" / "train.tsv"
     text = hidden.read_bytes()
     hidden.write_bytes(b"not a table\n")
@@ -180,22 +180,22 @@ def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "1 failed, 1 done" in said
     assert "tiny_bert/bitfit/cola, status 2: run_glue.py: error:" in said
-    failure = ledger.failure_of(study, study.cells[0])
+    failure = cell_states.read_failure(study, study.cells[0])
     assert failure["status"] == 2
     assert "CoLA" in failure["line"]
-    assert "run_glue.py" in ledger.beside(study, study.cells[0], ".log").read_text()
+    assert "run_glue.py" in cell_states.sibling_file(study, study.cells[0], ".log").read_text()
     hidden.write_bytes(text)
     assert paper.main(command) == 1  # it is not tried again unasked
     assert states(study) == ["failed", "done"]
     begun = time.time()
     assert paper.main([*command, "--retry-failed"]) == 0
     assert states(study) == ["done", "done"]
-    done = ledger.folder_of(study, study.cells[1]) / "args.json"
+    done = cell_states.cell_folder(study, study.cells[1]) / "args.json"
     assert done.stat().st_mtime < begun  # what is done is not done again
 
 
 def test_done_is_what_finished_under_the_same_settings(study):
-    folder = ledger.folder_of(study, study.cells[0])
+    folder = cell_states.cell_folder(study, study.cells[0])
     folder.mkdir(parents=True)
     assert states(study)[0] == "missing"
     facts = study.cells[0].args | {"finished": False, "precision": "fp32"}
@@ -212,40 +212,40 @@ def test_done_is_what_finished_under_the_same_settings(study):
         (folder / "args.json").write_text(damaged)
         assert states(study)[0] == "missing"
     for changes, expected in (({"finished": True}, "done"), ({"epochs": 3}, "foreign")):
-        with ledger.taken(study, study.cells[0]):  # such a cell is left at once
+        with cell_states.lock_cell(study, study.cells[0]):  # such a cell is left at once
             assert state(**changes) == expected
 
 
 def test_who_looks_whether_a_lock_is_held_holds_nothing(study):
     """Neither for others who look, nor for long against one who takes it."""
     cell = study.cells[0]
-    with ledger.taken(study, cell):
+    with cell_states.lock_cell(study, cell):
         pass
-    looking = os.open(ledger.beside(study, cell, ".lock"), os.O_RDONLY)
+    looking = os.open(cell_states.sibling_file(study, cell, ".lock"), os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
     assert states(study)[0] == "missing"
     threading.Timer(0.2, os.close, [looking]).start()
-    with ledger.taken(study, cell) as file:
+    with cell_states.lock_cell(study, cell) as file:
         assert file is not None
 
 
 def test_a_kill_counts_under_its_own_configuration(study):
     cell = study.cells[0]
-    ledger.folder_of(study, cell).mkdir(parents=True)
-    assert not ledger.note_kill(study, cell._replace(hash="of another epoch"))
-    assert not ledger.note_kill(study, cell)
-    assert ledger.note_kill(study, cell)
-    (ledger.folder_of(study, cell) / "args.json").write_text('{"finished": true}')
-    assert not ledger.note_kill(study, cell)  # a run is complete
-    ledger.beside(study, cell, ".killed.json").write_text("{")  # damaged
-    assert not ledger.note_kill(study, cell)
+    cell_states.cell_folder(study, cell).mkdir(parents=True)
+    assert not cell_states.record_kill(study, cell._replace(hash="of another epoch"))
+    assert not cell_states.record_kill(study, cell)
+    assert cell_states.record_kill(study, cell)
+    (cell_states.cell_folder(study, cell) / "args.json").write_text('{"finished": true}')
+    assert not cell_states.record_kill(study, cell)  # a run is complete
+    cell_states.sibling_file(study, cell, ".killed.json").write_text("{")  # damaged
+    assert not cell_states.record_kill(study, cell)
 
 
 def test_a_lock_is_held_as_long_as_anybody_has_it(study):
     cell = study.cells[0]
-    with ledger.taken(study, cell) as file:
+    with cell_states.lock_cell(study, cell) as file:
         assert states(study) == ["running", "missing"]
-        with ledger.taken(study, cell) as second:
+        with cell_states.lock_cell(study, cell) as second:
             assert second is None
         child = subprocess.Popen(["sleep", "60"], pass_fds=(file,))
     assert states(study)[0] == "running"  # who began it is gone, the command is not
@@ -257,26 +257,26 @@ def test_a_lock_is_held_as_long_as_anybody_has_it(study):
 def test_a_command_begun_by_hand_is_running(study, monkeypatch):
     """It holds the lock in its folder; whoever takes the cell beside it leaves it alone."""
     cell, begun = study.cells[0], []
-    monkeypatch.setattr(work, "run", lambda study, cell, *more: begun.append(cell))
-    folder = ledger.folder_of(study, cell)
+    monkeypatch.setattr(worker, "run_cell", lambda study, cell, *more: begun.append(cell))
+    folder = cell_states.cell_folder(study, cell)
     with run_folder.held(folder):
         facts = cell.args | {"finished": False, "precision": "fp32"}
         (folder / "args.json").write_text(json.dumps(facts))
         assert states(study) == ["running", "missing"]
-        work.work(study, study.cells, work.takes(retry_failed=True))
+        worker.run_cells(study, study.cells, worker.states_to_run(retry_failed=True))
         assert begun == study.cells[1:]
     assert states(study)[0] == "interrupted"
 
 
 def test_a_failure_counts_under_its_own_configuration(study):
     cell = study.cells[0]
-    ledger.folder_of(study, cell).mkdir(parents=True)
-    ledger.note_failure(study, cell._replace(hash="of another epoch"), 1, "a fault")
+    cell_states.cell_folder(study, cell).mkdir(parents=True)
+    cell_states.write_failure(study, cell._replace(hash="of another epoch"), 1, "a fault")
     assert states(study)[0] == "missing"
-    ledger.note_failure(study, cell, 1, "a fault")
+    cell_states.write_failure(study, cell, 1, "a fault")
     assert states(study)[0] == "failed"
-    assert ledger.failure_of(study, cell)["line"] == "a fault"
-    ledger.beside(study, cell, ".failed.json").write_text("[]")  # damaged
+    assert cell_states.read_failure(study, cell)["line"] == "a fault"
+    cell_states.sibling_file(study, cell, ".failed.json").write_text("[]")  # damaged
     assert states(study)[0] == "missing"
 
 
@@ -287,7 +287,7 @@ def results(study):
     """{file: content} of all that must not depend on who worked, and when."""
     found = {}
     for cell in study.cells:
-        folder = ledger.folder_of(study, cell)
+        folder = cell_states.cell_folder(study, cell)
         for path in sorted(folder.rglob("*")):
             if path.name in ("metrics.csv", "validation_logits.safetensors", "RTE.tsv"):
                 found[str(path.relative_to(study.output))] = path.read_bytes()
@@ -306,7 +306,7 @@ def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkey
         return subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.DEVNULL,
                                 stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
-    study, workers, kills = cells.read(many), [begin() for _ in range(4)], 0
+    study, workers, kills = cells.read_study(many), [begin() for _ in range(4)], 0
     deadline = time.monotonic() + 300
     while states(study) != ["done"] * len(study.cells):
         assert time.monotonic() < deadline
@@ -316,15 +316,15 @@ def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkey
             victim = rng.randrange(4)
             workers[victim].send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
             kills += 1
-        for i, worker in enumerate(workers):
-            if worker.poll() is not None:
+        for i, process in enumerate(workers):
+            if process.poll() is not None:
                 workers[i] = begin()
     assert kills >= 4
-    for worker in workers:
-        worker.wait()
-    assert results(study) == results(cells.read(one))
+    for process in workers:
+        process.wait()
+    assert results(study) == results(cells.read_study(one))
     for cell in study.cells:
-        log = ledger.beside(study, cell, ".log").read_text()
+        log = cell_states.sibling_file(study, cell, ".log").read_text()
         assert "in use" not in log
         assert log.count("nothing to resume") == 0
 
@@ -380,19 +380,23 @@ def test_a_killed_command_goes_on_until_it_gets_no_further(
 ):
     """The kernel kills what takes too much memory; before args.json a cell counts as missing."""
     program, left = tmp_path / "killed.py", tmp_path / "left"
-    program.write_text(KILLED.replace("PROGRAM", repr(str(work.PROGRAM))))
+    program.write_text(KILLED.replace("PROGRAM", repr(str(worker.PROGRAM))))
     left.write_text(kills)
-    monkeypatch.setattr(work, "PROGRAM", program)
-    monkeypatch.setattr(work, "launcher", lambda ranks: [sys.executable])
+    monkeypatch.setattr(worker, "PROGRAM", program)
+    monkeypatch.setattr(worker, "launch_command", lambda ranks: [sys.executable])
     monkeypatch.setenv("LEFT", str(left))
     seen = []
     for _ in expected:
-        work.work(study, study.cells[:1], work.takes(retry_failed=True), "cpu", ranks=ranks)
+        worker.run_cells(
+            study, study.cells[:1], worker.states_to_run(retry_failed=True), "cpu", ranks=ranks
+        )
         seen += states(study)[:1]
     assert seen == expected
-    failure = ledger.failure_of(study, study.cells[0])
+    failure = cell_states.read_failure(study, study.cells[0])
     assert "without progress" in failure["line"] if kills[-2:] in ("kk", "rr") else True
-    assert ledger.beside(study, study.cells[0], ".killed.json").exists() == (kills == "pppp")
+    assert cell_states.sibling_file(study, study.cells[0], ".killed.json").exists() == (
+        kills == "pppp"
+    )
 
 
 @pytest.mark.parametrize(
@@ -410,9 +414,9 @@ def test_a_killed_command_goes_on_until_it_gets_no_further(
 def test_shards(word, environment, part):
     if part is None:
         with pytest.raises(UserError, match="--shard I/N"):
-            work.shard_of(word, environment)
+            worker.parse_shard(word, environment)
     else:
-        assert work.shard_of(word, environment) == part
+        assert worker.parse_shard(word, environment) == part
 
 
 def test_shards_are_the_whole(study, capsys):
@@ -428,7 +432,7 @@ def test_a_file_system_without_locks(study, capsys, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", fails)
-    monkeypatch.setattr(work, "run", lambda *args: True)
+    monkeypatch.setattr(worker, "run_cell", lambda *args: True)
     command = ["run", "-o", str(study.output), "--gpus", "cpu"]
     assert paper.main(command) == 2
     assert "divide the cells with --shard I/N" in capsys.readouterr().err
@@ -450,7 +454,7 @@ def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
     facts = json.loads(args.read_text())
     assert facts["finished"] and facts["ranks"] == 2
     args.write_text(json.dumps(facts | {"finished": False}))
-    monkeypatch.setattr(work, "run", lambda *words: seen.append(words[-1]))
+    monkeypatch.setattr(worker, "run_cell", lambda *words: seen.append(words[-1]))
     paper.main(command)
     assert seen == [2]  # what was begun by two goes on by two
 
@@ -463,17 +467,17 @@ def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
 def test_more_ranks_than_gpus_fail_no_cell(ranks, gpu, seen, refused, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     if not refused:
-        return work.check_ranks(ranks, gpu)
+        return worker.check_gpus_for_ranks(ranks, gpu)
     with pytest.raises(UserError, match="needs as many GPUs, here are 4: leave --gpus out"):
-        work.check_ranks(ranks, gpu)
+        worker.check_gpus_for_ranks(ranks, gpu)
 
 
 def test_the_line_that_tells_a_failure(tmp_path):
     log = tmp_path / "log"
     log.write_text("$ python a\nrun_glue.py: error: old\n$ python a\nmore\n\n")
-    assert work.last_line(log) == "more"
+    assert worker.last_message(log) == "more"
     log.write_text("$ python a\nrun_glue.py: error: bad\nTraceback of torchrun\n===\n")
-    assert work.last_line(log) == "run_glue.py: error: bad"
+    assert worker.last_message(log) == "run_glue.py: error: bad"
 
 
 def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
@@ -483,17 +487,17 @@ def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
 
 
 def test_workers_that_are_killed_are_no_success(study, monkeypatch, capsys):
-    monkeypatch.setattr(work, "work_on", lambda commands: [-9, 0])
+    monkeypatch.setattr(worker, "run_workers", lambda commands: [-9, 0])
     assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 1
 
 
 def test_workers_of_a_shard_divide_it(study, monkeypatch):
     seen = []
-    monkeypatch.setattr(work, "work_on", lambda commands: seen.extend(commands) or [0])
+    monkeypatch.setattr(worker, "run_workers", lambda commands: seen.extend(commands) or [0])
     words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
     assert paper.main(words) == 0
     shards = [command[command.index("--shard") + 1] for command in seen]
-    own = [list(range(60))[part::parts] for part, parts in map(work.shard_of, shards)]
+    own = [list(range(60))[part::parts] for part, parts in map(worker.parse_shard, shards)]
     assert sorted(own[0] + own[1]) == list(range(60))[1::3]
 
 
@@ -509,7 +513,7 @@ def test_data_without_a_test_split(tmp_path, capsys):
 
 
 def test_a_kill_in_the_first_moments_leaves_nothing_to_resume(study, monkeypatch):
-    folder = ledger.folder_of(study, study.cells[0])
+    folder = cell_states.cell_folder(study, study.cells[0])
     folder.mkdir(parents=True)
     (folder / ".args.123.tmp.json").write_text("{")
     (folder / ".lock").touch()
@@ -551,8 +555,8 @@ def test_a_budget_takes_the_cheapest(study, capsys):
     command = ["run", "-o", str(study.output), "--gpus", "cpu", "--budget-hours", hours]
     assert paper.main(command) == 0
     assert f"left, beyond --budget-hours: {dear.name}" in capsys.readouterr().out
-    assert ledger.state_of(study, cheap) == "done"
-    assert ledger.state_of(study, dear) == "missing"
+    assert cell_states.cell_state(study, cheap) == "done"
+    assert cell_states.cell_state(study, dear) == "missing"
 
 
 def test_operations_are_counted_from_the_sizes(study):
@@ -572,7 +576,7 @@ def cell_of(tmp_path, row, *more, task="rte"):
     """One cell of two runs; "stsb" is the regression."""
     words = ["plan", "-o", str(tmp_path / "one"), "--tables", "3", *TOY, "--tasks", task]
     args = paper.parse_args([*words, "--rows", row, *more])
-    return cells.plan(tmp_path / "one", args).cells[0]
+    return cells.plan_study(tmp_path / "one", args).cells[0]
 
 
 def test_a_large_training_set_is_scored_in_part(tmp_path):
@@ -596,15 +600,15 @@ def test_hours_from_rates(study):
     costs, (stacked, single) = cost.Costs(study), study.cells
     sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10}, {"train": 5.0,
                        "validation": 4.0}, 2)  # fmt: skip
-    costs.sizes_of = lambda cell: sizes
+    costs.cell_sizes = lambda cell: sizes
     rates = {"stacked": 800.0, "single": 100.0, "full": 50.0}
     costs.measured = {"tiny_bert": rates}
     work_of = cost.operations(stacked, sizes)
     assert costs.seconds(stacked) == work_of / 800 + 8 + 1
-    assert costs.seconds_apart(stacked) == work_of / 100 + 2 * (8 + 1)
+    assert costs.seconds_one_by_one(stacked) == work_of / 100 + 2 * (8 + 1)
     apart = cost.operations(single, sizes)
     assert costs.seconds(single) == apart / 50 + 8 + 2 * 1  # a model for each run
-    assert costs.seconds_apart(single) == apart / 50 + 2 * (8 + 1)
+    assert costs.seconds_one_by_one(single) == apart / 50 + 2 * (8 + 1)
     costs.done = [(stacked, 3000.0, 1.0), (stacked, 1000.0, 3.0)]
     assert costs.rate(stacked) == 1000
     assert costs.rate(stacked._replace(row="frozen")) == 1000  # of its kind
@@ -612,7 +616,7 @@ def test_hours_from_rates(study):
     assert costs.rate(stacked._replace(model="other")) is None
     costs.done += [(stacked._replace(row="frozen"), 10.0, 1.0)]
     assert costs.rate(stacked._replace(row="frozen")) == 10
-    assert costs.seconds_apart(stacked) == work_of / (1000 / 8) + 2 * (8 + 1)
+    assert costs.seconds_one_by_one(stacked) == work_of / (1000 / 8) + 2 * (8 + 1)
 
 
 def test_the_tokens_of_all_runs_count(monkeypatch):
@@ -626,7 +630,7 @@ def test_the_tokens_of_all_runs_count(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     tokens = SimpleNamespace(lengths=np.array([5, 7, 9]))
     state = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(tokens=tokens)))
-    assert cost.step_rate(state, np.arange(4), np.array([0, 2])) == 4 * 14 / 2
+    assert cost.tokens_per_second(state, np.arange(4), np.array([0, 2])) == 4 * 14 / 2
 
 
 @pytest.mark.parametrize(
@@ -634,7 +638,7 @@ def test_the_tokens_of_all_runs_count(monkeypatch):
     [
         (["plan", "-o", "x"], "--tables 2 3"),
         (["plan", "-o", "x", "--tables", "4"], "invalid choice: 4"),
-        (["plan", "-o", "x", "--tables", "3", "--epochs", "rt=3"], "'rt' is none of cola"),
+        (["plan", "-o", "x", "--tables", "3", "--epochs", "rt=3"], "'rt' is not one of cola"),
         (["plan", "-o", "x", "--tables", "3", "--seeds", "one"], "'one'"),
         (["plan", "-o", "x", "--tables", "3", "--learning-rates", "bitfit=0"], "'0'"),
         (["plan", "-o", "x", "--tables", "3", "--epochs", "2", "rte=3,4"], "--epochs: give one"),

@@ -14,7 +14,7 @@ from conftest import GLUE, ROOT, TINY_BERT
 import run_glue
 from bitfit.data.tasks import TASKS
 from bitfit.results.scores import read_metrics
-from bitfit.study import cells, figures, ledger, published, report, results, statistics, submit
+from bitfit.study import cell_states, cells, figures, published, report, results, statistics, submit
 from utils import UserError
 
 sys_path = str(ROOT / "scripts")
@@ -39,7 +39,7 @@ def made(tmp_path_factory):
     curve = ["--figures", "2", "--tasks", "cola", "--sizes", "20", "40"]
     for own in (table, more, curve):
         assert paper.main(["plan", "--output-path", str(output), *common, *rates, *own]) == 0
-    study = cells.read(output)
+    study = cells.read_study(output)
     for cell in study.cells:
         assert run_glue.main(cell.command(output)[2:]) == 0
     return study
@@ -104,7 +104,7 @@ def test_published_numbers_add_up():
         own = {c: published.PUBLISHED[model, row, c][0] for c in published.COLUMNS}
         assert published.average(own) == pytest.approx(average, abs=0.06)
     assert published.average({"CoLA": 1.0}) is None
-    assert {task for task, _ in published.COLUMNS.values()} == set(cells.PAPERS_TASKS)
+    assert {task for task, _ in published.COLUMNS.values()} == set(cells.PAPER_TASKS)
     assert {row for _, row, _ in published.PUBLISHED} == set(cells.ROWS)
 
 
@@ -223,8 +223,8 @@ def test_published_numbers_stand_beside_ours(entries, monkeypatch):
 
 def test_the_papers_models_whoever_publishes_them():
     for name in ("roberta-base", "FacebookAI/roberta-base", "/models/roberta-base"):
-        assert cells.papers_rates(name, "bitfit") == (1e-4,)
-        assert (cells.papers_name(name), "bitfit", "RTE") in published.PUBLISHED
+        assert cells.paper_learning_rates(name, "bitfit") == (1e-4,)
+        assert (cells.paper_model_name(name), "bitfit", "RTE") in published.PUBLISHED
 
 
 def edit(path, **changes):
@@ -290,8 +290,8 @@ def test_a_file_of_a_finished_run_that_is_gone_is_named(study, name):
 
 def test_a_partial_study_reports_what_there_is(study):
     by_name = {cell.name.split("/", 1)[1]: cell for cell in study.cells}
-    shutil.rmtree(ledger.folder_of(study, by_name["full_ft/mnli"]))
-    unfinished = ledger.folder_of(study, by_name["bitfit/cola"])
+    shutil.rmtree(cell_states.cell_folder(study, by_name["full_ft/mnli"]))
+    unfinished = cell_states.cell_folder(study, by_name["bitfit/cola"])
     (unfinished / "args.json").unlink()
     shutil.rmtree(unfinished / "lr0.003_seed2")
     report.write(study, resamples=10)
@@ -302,7 +302,7 @@ def test_a_partial_study_reports_what_there_is(study):
 
 def test_a_study_without_scores_says_so(study):
     for cell in study.cells:
-        shutil.rmtree(ledger.folder_of(study, cell))
+        shutil.rmtree(cell_states.cell_folder(study, cell))
     with pytest.raises(UserError, match="no scores yet"):
         report.write(study)
 
@@ -322,10 +322,10 @@ def server(monkeypatch):
 def test_submission_of_the_winners(study, server, tmp_path):
     path = tmp_path / "all.zip"
     with pytest.raises(UserError, match=r"no predictions for SST-2\.tsv, MRPC\.tsv") as error:
-        submit.write(study, MODEL, "bitfit", path)
+        submit.write_submission(study, MODEL, "bitfit", path)
     assert "CoLA.tsv" not in str(error.value)
     assert not path.exists()
-    said = submit.write(study, MODEL, "bitfit", path, placeholder=True)
+    said = submit.write_submission(study, MODEL, "bitfit", path, placeholder=True)
     assert len(said) == 11
     assert sum("NOT PREDICTED" in line for line in said) == 7
     with zipfile.ZipFile(path) as archive:
@@ -352,15 +352,15 @@ def test_what_the_server_would_refuse(study, server, tmp_path, damage, message):
     for path in (study.output / cell.name).glob("*/MNLI-m.tsv"):
         path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
     with pytest.raises(UserError, match=message):
-        submit.write(study, MODEL, "bitfit", tmp_path / "all.zip", placeholder=True)
+        submit.write_submission(study, MODEL, "bitfit", tmp_path / "all.zip", placeholder=True)
     assert not (tmp_path / "all.zip").exists()
 
 
 def test_scores_are_numbers_from_0_to_5():
     for word, good in (("0", True), ("5.0", True), ("5.1", False), ("x", False), ("nan", False)):
-        assert submit.is_answer(TASKS["stsb"], word) is good
+        assert submit.is_valid_answer(TASKS["stsb"], word) is good
 
 
 def test_nothing_planned_is_named(study, tmp_path):
     with pytest.raises(UserError, match="b_m2"):
-        submit.write(study, MODEL, "frozen", tmp_path / "all.zip")
+        submit.write_submission(study, MODEL, "frozen", tmp_path / "all.zip")

@@ -1,10 +1,11 @@
-"""The cells of the paper's tables and figures: one `run_glue.py` command each.
+"""The cells of the paper's tables and figures: each is one command of run_glue.py.
 
-A cell is a model x a table's row x a task (x a training size). Its learning rates x seeds are the
-runs of one sweep, in one pass where they stack. `study.json` holds the cells with their flags and
-the hash of what their results depend on; whether one is done is read from its own folder.
+A cell is a combination of model, table row, task and perhaps training size. The pairs of learning
+rate and seed are the runs of one sweep. `study.json` holds the cells with their flags and a hash of
+the flags that results depend on. A cell's state is read from its folder.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -12,28 +13,34 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitfit import options
 from bitfit.artifacts.run_folder import HARMLESS, folders_of
 from bitfit.data.tasks import TASKS
 from utils import UserError, as_list, one_line, write_text
 
+if TYPE_CHECKING:
+    from bitfit.model.run_stack import Run
+
 STUDY = "study.json"
-PAPERS_MODELS = ("bert-base-cased", "bert-large-cased", "roberta-base")
-PAPERS_TASKS = ("qnli", "sst2", "mnli", "cola", "mrpc", "stsb", "rte", "qqp")  # Table 2's columns
+Key = tuple[str, str, str, int | None]  # model, row, task, training size
+PAPER_MODELS = ("bert-base-cased", "bert-large-cased", "roberta-base")
+PAPER_TASKS = ("qnli", "sst2", "mnli", "cola", "mrpc", "stsb", "rte", "qqp")  # Table 2's columns
 
 
 class Row(NamedTuple):
     """A row of Table 3."""
 
     fine_tune_type: str
-    bias_terms: tuple = ()
+    bias_terms: tuple[str, ...] = ()
 
     @property
-    def stacks(self):
-        """Whether its runs share one pass, on models that can."""
+    def stacks(self) -> bool:
+        """Whether its runs share one pass, if the model allows it."""
         return self.fine_tune_type in ("bitfit", "frozen")
 
 
@@ -47,8 +54,8 @@ ROWS = {
     "rand_uniform": Row("rand_uniform"),
     "rand_row_col": Row("rand_row_col"),
 }
-# The paper's protocol, as it is transcribed. Epochs are ours: the paper says at most 8 for most
-# tasks and up to 20 for bias terms; the author advised 32 for MNLI at 1e-4.
+# The paper's protocol. The epochs are our choice: the paper says at most 8 for most tasks and up to
+# 20 for bias terms; its author advised 32 for MNLI at 1e-4.
 LEARNING_RATES = (1e-4, 4e-4, 7e-4, 1e-3)
 FULL_FT_RATES = (1e-5, 2e-5, 3e-5, 5e-5)
 UNSEARCHED = {"roberta-base": {"full_ft": (1e-5,)} | dict.fromkeys(list(ROWS)[1:], (1e-4,))}
@@ -60,86 +67,102 @@ SIZES = (500, 1000, 2000, 4000, 8000, 16000)  # Figure 2's
 
 
 class Cell(NamedTuple):
-    """One command; `flags` are those of run_glue.py without what may differ between machines."""
+    """One command. `flags` are those of run_glue.py, without those that differ between machines."""
 
     model: str
     row: str
     task: str
     size: int | None  # of a train-size curve
-    flags: list
+    flags: list[str]
     hash: str
 
     @property
-    def name(self):
+    def name(self) -> str:
         size = "" if self.size is None else f"-{self.size}"
         return f"{slug(self.model)}/{self.row}/{self.task}{size}"
 
     @property
-    def args(self):
-        """The flags' values: a dict, as in args.json."""
-        return parse(self.flags)
+    def args(self) -> dict[str, Any]:
+        """The values of the flags, as in args.json."""
+        return parse_flags(self.flags)
 
     @property
-    def rates(self):
+    def rates(self) -> list[float]:
         return self.args["learning_rate"]
 
     @property
-    def seeds(self):
+    def seeds(self) -> list[int]:
         return self.args["seed"]
 
     @property
-    def runs(self):
+    def runs(self) -> int:
         return len(self.rates) * len(self.seeds)
 
-    def folders(self, output):
-        """{Run: its folder}, rate after rate."""
+    def folders(self, output: Path) -> dict["Run", Path]:
+        """Return {run: folder}, ordered by learning rate, then seed."""
         from bitfit.model.run_stack import Run
 
         runs = [Run(rate, seed) for rate in self.rates for seed in self.seeds]
         return folders_of(Path(output) / self.name, runs)
 
-    def command(self, output, *more):
-        """The words of the command that begins it, or goes on with it."""
+    def command(self, output: Path, *more: str) -> list[str]:
+        """Return the words of the command that starts or resumes this cell."""
         where = ["--output-path", str(Path(output) / self.name), "--resume"]
         return ["python", "run_glue.py", *self.flags, *more, *where]
 
-    def shell(self, output):
+    def shell(self, output: Path) -> str:
         return shlex.join(self.command(output))
 
 
 class Study(NamedTuple):
-    """What is planned in a folder."""
+    """The planned cells of a folder."""
 
     output: Path
-    tables: list
-    figures: list
-    cells: list
+    tables: list[int]
+    figures: list[int]
+    cells: list[Cell]
 
 
-def slug(model):
-    """A model's folder in the study; local folders are absolute there."""
+def slug(model: str) -> str:
+    """Return the name of a model's folder in the study. Local models have absolute paths."""
     return Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
 
 
-def absolute(path):
-    """A folder that is there, by its whole path: workers may start elsewhere. Else as given."""
+def absolute_folder(path: str | None) -> str | None:
+    """Return the absolute path of an existing folder, since workers may start elsewhere.
+
+    Anything else, for example a name on the Hub, is returned unchanged.
+    """
     return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
 
 
-def parse(words):
+def parse_flags(words: Iterable[str]) -> dict[str, Any]:
+    """Return the values of flags of run_glue.py, as in args.json. Do not change the result."""
+    return parse_cached(tuple(words))
+
+
+@cache
+def parse_cached(words: tuple[str, ...]) -> dict[str, Any]:
     return vars(options.parse_args("", ["--output-path", "-", *words]))
 
 
-def wanted(tables, figures, models, tasks, rows, sizes):
-    """(model, row, task, size) of all that tables and figures show, each once."""
-    base = list(models or PAPERS_MODELS[:1])
+def requested_cells(
+    tables: Iterable[int],
+    figures: Iterable[int],
+    models: Sequence[str] | None,
+    tasks: Sequence[str] | None,
+    rows: Iterable[str],
+    sizes: Iterable[int],
+) -> list[Key]:
+    """Return (model, row, task, size) of all cells of tables and figures, each once."""
+    base = list(models or PAPER_MODELS[:1])
     cells = []
     if 2 in tables:
         two = [row for row in ("full_ft", "bitfit") if row in rows]
-        cells += [(m, r, t, None) for m in models or PAPERS_MODELS for t in tasks or PAPERS_TASKS
+        cells += [(m, r, t, None) for m in models or PAPER_MODELS for t in tasks or PAPER_TASKS
                   for r in two]  # fmt: skip
     if 3 in tables:
-        cells += [(m, r, t, None) for m in base for t in tasks or PAPERS_TASKS for r in rows]
+        cells += [(m, r, t, None) for m in base for t in tasks or PAPER_TASKS for r in rows]
     if 1 in figures:
         cells += [(m, r, t, None) for m in base for t in tasks or ("rte",)
                   for r in ("bitfit", "b_m2+b_q")]  # fmt: skip
@@ -149,11 +172,14 @@ def wanted(tables, figures, models, tasks, rows, sizes):
     return list(dict.fromkeys(cells))
 
 
-def make_cell(model, row, task, size, args):
-    """The `Cell` of what `wanted` names, under the plan's flags."""
+def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.Namespace) -> Cell:
+    """Return the `Cell` of one key of `requested_cells` under the flags of `plan`."""
     kind = ROWS[row]
-    rates = of(args.learning_rates, row) or papers_rates(model, row)
-    seeds, epochs = of(args.seeds, row) or SEEDS, of(args.epochs, task) or [epochs_of(task)]
+    rates = value_for(args.learning_rates, row) or paper_learning_rates(model, row)
+    seeds, epochs = (
+        value_for(args.seeds, row) or SEEDS,
+        value_for(args.epochs, task) or [default_epochs(task)],
+    )
     words = ["--task-name", task, "--model-name", model]
     words += ["--fine-tune-type", kind.fine_tune_type]
     words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
@@ -161,122 +187,129 @@ def make_cell(model, row, task, size, args):
     words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
     words += ["--batch-size", str(args.batch_size)]
     more = {"max_seq_length": args.max_seq_length, "precision": args.precision}
-    for name, value in ({"data_dir": absolute(args.data_dir)} | more).items():
+    for name, value in ({"data_dir": absolute_folder(args.data_dir)} | more).items():
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     if size or args.train_size:
         words += ["--train-size", str(size or args.train_size)]
     if row in ("full_ft", "bitfit") and not size and args.predict_test:
         words.append("--predict-test")
-    return Cell(model, row, task, size, words, hash_of(words))
+    return Cell(model, row, task, size, words, flags_hash(words))
 
 
-def of(values, name):
-    """What is given for a name, else for all: {name or None: values}."""
+def value_for(values: dict[str | None, list], name: str) -> list | None:
+    """Return the values given for a name, else those given for all names (key None)."""
     return values.get(name, values.get(None))
 
 
-def papers_name(model):
-    """What the paper calls a model: its name without organisation or folder."""
+def paper_model_name(model: str) -> str:
+    """Return a model's name as in the paper: without organization or folder."""
     return str(model).rstrip("/").rpartition("/")[2]
 
 
-def papers_rates(model, row):
-    given = UNSEARCHED.get(papers_name(model), {}).get(row)
+def paper_learning_rates(model: str, row: str) -> tuple[float, ...]:
+    """Return the learning rates that the paper searches for a model and a table row."""
+    given = UNSEARCHED.get(paper_model_name(model), {}).get(row)
     return given or (FULL_FT_RATES if row == "full_ft" else LEARNING_RATES)
 
 
-def epochs_of(task):
+def default_epochs(task: str) -> int:
     return EPOCHS.get(task, OTHER_EPOCHS)
 
 
-def hash_of(words):
-    """SHA-256, short, of all in a cell's flags that its results depend on."""
-    return digest(settings_of(words))
+def flags_hash(words: Iterable[str]) -> str:
+    """Return a short SHA-256 of the flags that a cell's results depend on."""
+    return settings_hash(result_settings(words))
 
 
-def settings_of(words):
+def result_settings(words: Iterable[str]) -> dict[str, Any]:
+    """Return {option: value} of the options that results depend on."""
     free = HARMLESS - {"data_dir", "model_name"}
-    return {name: value for name, value in parse(words).items() if name not in free}
+    return {name: value for name, value in parse_flags(words).items() if name not in free}
 
 
-def digest(settings):
+def settings_hash(settings: dict[str, Any]) -> str:
     text = json.dumps({name: settings[name] for name in sorted(settings)})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def is_of(facts, cell):
-    """Whether an args.json is that of a cell's command."""
-    expected = settings_of(cell.flags)
+def has_settings_of(metadata: dict[str, Any], cell: Cell) -> bool:
+    """Return whether the content of an args.json belongs to a cell's command."""
+    expected = result_settings(cell.flags)
     free = () if expected["precision"] else ("precision",)
     return all(
-        name in facts and as_list(facts[name]) == as_list(value)
+        name in metadata and as_list(metadata[name]) == as_list(value)
         for name, value in expected.items()
         if name not in free
     )
 
 
-def plan(output, args):
-    """The `Study` of a plan's flags, with what was planned in that folder before.
+def plan_study(output: Path, args: argparse.Namespace) -> Study:
+    """Return the `Study` of the flags of `plan`, with the cells planned in that folder before.
 
     Raises:
-        UserError: two models have one name, or a cell there was planned otherwise.
+        UserError: two models have the same name, or a cell was planned with other flags.
     """
     tables, figures = args.tables or [], args.figures or []
-    models = args.models and [absolute(model) for model in args.models]
-    keys = wanted(tables, figures, models, args.tasks, args.rows or ROWS, args.sizes)
+    models = args.models and [absolute_folder(model) for model in args.models]
+    keys = requested_cells(tables, figures, models, args.tasks, args.rows or ROWS, args.sizes)
     if not keys and (tables or figures):
         raise UserError("these --tables have none of these --rows: give other rows, or none")
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
-    old = read(output) if os.path.exists(Path(output) / STUDY) else Study(Path(output), [], [], [])
+    old = (
+        read_study(output)
+        if os.path.exists(Path(output) / STUDY)
+        else Study(Path(output), [], [], [])
+    )
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
-            what = f"{cell.name}: {difference(cell, new[cell.name])}"
-            raise UserError(f"{output} was planned otherwise ({what}): give another --output-path")
+            what = f"{cell.name}: {describe_difference(cell, new[cell.name])}"
+            raise UserError(f"{output} has other flags for {what}: give another --output-path")
     cells = {cell.name: cell for cell in old.cells} | new
     both = [sorted({*now, *before}) for now, before in ((tables, old.tables),
                                                        (figures, old.figures))]  # fmt: skip
     return Study(Path(output), *both, list(cells.values()))
 
 
-def difference(old, new):
-    """What is not the same in two cells of one name, in words."""
-    before, after = settings_of(old.flags), settings_of(new.flags)
+def describe_difference(old: Cell, new: Cell) -> str:
+    """Return a message about the options in which two cells of one name differ."""
+    before, after = result_settings(old.flags), result_settings(new.flags)
     return ", ".join(
-        f"{name.replace('_', ' ')} {words(before[name])}, now {words(after[name])}"
+        f"{name.replace('_', ' ')} {join_words(before[name])}, now {join_words(after[name])}"
         for name in before
         if before[name] != after[name]
     )
 
 
-def words(value):
+def join_words(value: Any) -> str:
     return " ".join(map(str, as_list(value)))
 
 
-def write(study):
+def write_study(study: Study) -> None:
+    """Write study.json; UserError if its folder cannot be created."""
     try:
         study.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = f"cannot be made: {one_line(error)}: give another place"
-        raise UserError(f"--output-path {study.output} {what}") from None
+        message = f"cannot be created: {one_line(error)}: give another folder"
+        raise UserError(f"--output-path {study.output} {message}") from None
     content = study._asdict() | {"output": None, "cells": [c._asdict() for c in study.cells]}
     del content["output"]
     write_text(study.output / STUDY, json.dumps(content, indent=2) + "\n")
 
 
-def read(output):
-    """The `Study` in a folder.
+def read_study(output: Path) -> Study:
+    """Return the `Study` in a folder.
 
     Raises:
-        UserError: there is none, or it is not as it was written.
+        UserError: there is none, or study.json was edited or damaged.
     """
     path = Path(output) / STUDY
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = [Cell(**cell) for cell in content["cells"]]
         for cell in cells:
-            if not is_whole(cell):
+            if not is_unchanged(cell):
                 raise ValueError(f"{cell.name} was edited")
         shown = {name: sorted(map(int, content[name])) for name in ("tables", "figures")}
         return Study(Path(output), **shown, cells=cells)
@@ -286,22 +319,24 @@ def read(output):
         raise UserError(f"{path} is not a study: {error}; plan it anew") from None
 
 
-def is_whole(cell):
-    """Whether a cell that was read is as it was written."""
+def is_unchanged(cell: Cell) -> bool:
+    """Return whether a cell read from study.json agrees with its hash."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            same = hash_of(cell.flags) == cell.hash
-    except SystemExit:  # these are no flags of run_glue.py
+            same = flags_hash(cell.flags) == cell.hash
+    except SystemExit:  # The words are not flags of run_glue.py.
         return False
     same = same and cell.args["model_name"] == cell.model and cell.args["task_name"] == cell.task
     known = cell.task in TASKS and cell.row in ROWS
     return same and known and (cell.size is None or isinstance(cell.size, int))
 
 
-def one_number(kind, low, high=math.inf):
-    """An argparse type: `7`, or `rte=7` for one task or row; several with commas between."""
+def named_numbers(
+    kind: type, low: float, high: float = math.inf
+) -> Callable[[str], tuple[str | None, list]]:
+    """Return an argparse type: `7`, `7,8`, or `rte=7,8` for one task or row."""
 
-    def convert(word):
+    def convert(word: str) -> tuple[str | None, list]:
         name, mark, values = word.rpartition("=")
         parsed = [
             options.number(kind, low, high, above=kind is float)(v) for v in values.split(",")

@@ -1,149 +1,177 @@
-"""What `paper.py plan` and `run` print, and what is wrong with a plan before anything runs."""
+"""Checks of a study before it runs, and the tables that `paper.py plan` and `run` print."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from bitfit.data.splits import read_split
-from bitfit.data.tasks import TASKS
+from bitfit.data.tasks import TASKS, Task
 from bitfit.model.loading import cannot_load, load_config, load_tokenizer
-from bitfit.study import cost, ledger
-from utils import UserError, blaming
+from bitfit.study import cell_states, cost
+from bitfit.study.cells import Cell, Study
+from bitfit.study.cost import Costs
+from utils import UserError, blaming, write_text
+
+MAX_PRINTED_COMMANDS = 12
 
 
-def check(study):
-    """Refuse a plan whose local models or data are not there, all that is wrong at once.
+def check_study(study: Study) -> None:
+    """Raise one UserError for all local models and data that are missing.
 
-    What is on the Hub is looked for when its cell runs.
+    Models and data on the Hub are checked when their cell runs.
     """
     wrong = []
     for model in dict.fromkeys(cell.model for cell in study.cells if is_local(cell.model)):
-        wrong += said(lambda model=model: check_model(model))
-    wanted = {}  # {(task, folder): what of each split is needed}
+        wrong += error_messages(partial(check_model, model))
+    needed: dict[tuple[str, str], dict[str, int]] = {}  # {(task, folder): {split: examples}}
     for cell in study.cells:
         if cell.args["data_dir"]:
-            own = wanted.setdefault((cell.task, cell.args["data_dir"]), {"train": 0})
-            own["train"] = max(own["train"], cell.args["train_size"] or 0)
+            splits = needed.setdefault((cell.task, cell.args["data_dir"]), {"train": 0})
+            splits["train"] = max(splits["train"], cell.args["train_size"] or 0)
             tests = TASKS[cell.task].server_files if cell.args["predict_test"] else ()
-            own |= dict.fromkeys((*TASKS[cell.task].validation_splits, *tests), 0)
-    for (task, folder), splits in wanted.items():
+            splits |= dict.fromkeys((*TASKS[cell.task].validation_splits, *tests), 0)
+    for (task, folder), splits in needed.items():
         for split, rows in splits.items():
-            what = (TASKS[task], split, folder, rows)
-            wrong += said(lambda what=what: check_split(*what))
+            wrong += error_messages(partial(check_split, TASKS[task], split, folder, rows))
     if wrong:
         raise UserError("; ".join(dict.fromkeys(wrong)))
 
 
-def is_local(model):
-    """Whether a name can only be a folder's."""
+def is_local(model: str) -> bool:
+    """Return whether a model name can only be a local folder."""
     marked = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
     return marked or Path(model).is_dir()
 
 
-def check_model(model):
+def check_model(model: str) -> None:
     load_tokenizer(model)
     with blaming(lambda error: cannot_load(model, error)):
         load_config(model, TASKS["rte"])
 
 
-def check_split(task, split, folder, rows):
+def check_split(task: Task, split: str, folder: str, rows: int) -> None:
     texts = read_split(task, split, folder)
     if texts is not None and len(texts) < rows:
-        raise UserError(f"{task.name} has {len(texts)} training rows in {folder}, not {rows}")
+        raise UserError(
+            f"{task.name} has {len(texts)} training examples in {folder}, fewer than {rows}"
+        )
 
 
-def said(work):
-    """[what is wrong with some work], or nothing."""
+def error_messages(check: Callable[[], None]) -> list[str]:
+    """Return the message of the UserError that a check raises, or an empty list."""
     try:
-        work()
+        check()
         return []
     except UserError as error:
         return [str(error)]
 
 
-def table(study, costs):
-    """The cells: where each stands, its runs, its hours here, and one run at a time."""
-    rows, apart = [], []
+def study_table(study: Study, costs: Costs) -> str:
+    """Return the cells' states, runs and costs as text. Columns without any value are left out."""
+    rows = []
     for cell in study.cells:
-        seconds, alone, size = costs.seconds(cell), costs.seconds_apart(cell), costs.bytes(cell)
-        apart.append(alone)
-        spent = cost.seconds_of(study, cell)
+        spent, size = cost.training_seconds(study, cell), costs.bytes(cell)
         rows.append({
             "cell": cell.name,
-            "state": ledger.state_of(study, cell),
+            "state": cell_states.cell_state(study, cell),
             "runs": cell.runs,
             "epochs": cell.args["epochs"],
-            "hours": hours(seconds),
-            "one by one": hours(alone),
-            "took": hours(spent) if spent else "",
+            "hours": format_hours(costs.seconds(cell)),
+            "one by one": format_hours(costs.seconds_one_by_one(cell)),
+            "hours trained": format_hours(spent) if spent else "",
             "MB": "?" if size is None else f"{size / 1e6:.1f}",
         })  # fmt: skip
-    left = [c for c in study.cells if ledger.state_of(study, c) != "done"]
-    lines = [pd.DataFrame(rows).to_string(index=False), totals(study, costs, left)]
-    lines += [f"not known: {why}" for why in dict.fromkeys(costs.unknown.values())]
+    table = pd.DataFrame(rows)
+    table = table.loc[:, [not set(table[name]) <= {"", "?"} for name in table]]
+    left = [c for c in study.cells if cell_states.cell_state(study, c) != "done"]
+    lines = [table.to_string(index=False), totals_line(study, costs, left)]
+    lines += [f"unknown cost: {reason}" for reason in dict.fromkeys(costs.unknown.values())]
     if any(costs.seconds(cell) is None for cell in study.cells):
-        lines.append(
-            "hours are not known yet: plan again with --calibrate, or after a cell is done"
-        )
+        lines.append("hours are unknown until a cell is done; `plan --calibrate` estimates them")
     return "\n".join(lines)
 
 
-def totals(study, costs, left):
-    """One line: all cells, and what is left of them."""
+def totals_line(study: Study, costs: Costs, left: Sequence[Cell]) -> str:
+    """Return one line about all cells and the unfinished ones."""
     runs = sum(cell.runs for cell in study.cells)
-    say = [f"{len(study.cells)} cells, {runs} runs"]
-    for name, function in (("hours", costs.seconds), ("hours one by one", costs.seconds_apart)):
+    parts = [f"{len(study.cells)} cells, {runs} runs"]
+    for name, function in (
+        ("hours", costs.seconds),
+        ("hours one by one", costs.seconds_one_by_one),
+    ):
         values = [function(cell) for cell in study.cells]
         known = [value for value in values if value is not None]
         if known:
             some = "" if len(known) == len(values) else f" (of {len(known)} cells)"
-            say.append(f"{hours(sum(known))} {name}{some}")
+            parts.append(f"{format_hours(sum(known))} {name}{some}")
     to_do = [value for value in map(costs.seconds, left) if value is not None]
-    say.append(f"left: {len(left)} cells" + (f", {hours(sum(to_do))} hours" if to_do else ""))
+    parts.append(
+        f"left: {len(left)} cells" + (f", {format_hours(sum(to_do))} hours" if to_do else "")
+    )
     sizes = [size for size in map(costs.bytes, study.cells) if size is not None]
-    return ", ".join([*say, f"{sum(sizes) / 1e6:.0f} MB on disk"] if sizes else say)
+    return ", ".join([*parts, f"{sum(sizes) / 1e6:.0f} MB on disk"] if sizes else parts)
 
 
-def hours(seconds):
-    return "?" if seconds is None else f"{seconds / 3600:.2f}"
+def format_hours(seconds: float | None) -> str:
+    """Return hours with two decimals, three below one hour, or "?" if unknown."""
+    if seconds is None:
+        return "?"
+    hours = seconds / 3600
+    return f"{hours:.3f}" if hours < 1 else f"{hours:.2f}"
 
 
-def commands(study):
-    """Each cell's command, to be pasted and run alone."""
+def write_commands(study: Study) -> Path:
+    """Write commands.sh with the command of every cell, and return its path."""
+    path = study.output / "commands.sh"
+    write_text(path, "".join(f"{cell.shell(study.output)}\n" for cell in study.cells))
+    return path
+
+
+def commands_text(study: Study) -> str:
+    """Write commands.sh and return its commands, or for a large study only its name."""
+    path = write_commands(study)
+    if len(study.cells) > MAX_PRINTED_COMMANDS:
+        return f"the commands of all cells: {path}"
     return "\n".join(f"$ {cell.shell(study.output)}" for cell in study.cells)
 
 
-def within(study, cells, budget, states):
-    """(the cheapest cells in some states that fit into so many hours, those that do not)
+def cells_within_budget(
+    study: Study, cells: Sequence[Cell], budget: float, states: set[str]
+) -> tuple[list[Cell], list[Cell]]:
+    """Return the cheapest cells that fit into a budget of hours, and those that do not.
 
     Raises:
-        UserError: what they cost is not known.
+        UserError: their cost is unknown.
     """
     costs, spent, fit = cost.Costs(study), 0.0, []
-    open_cells = [cell for cell in cells if ledger.state_of(study, cell) in states]
+    open_cells = [cell for cell in cells if cell_states.cell_state(study, cell) in states]
     prices = {cell.name: costs.seconds(cell) for cell in open_cells}
     if None in prices.values():
-        raise UserError("--budget-hours needs the cells' cost: plan with --calibrate before")
-    for cell in sorted(open_cells, key=lambda cell: prices[cell.name]):
-        if spent + prices[cell.name] <= 3600 * budget:
-            spent += prices[cell.name]
+        raise UserError("--budget-hours needs the cost of the cells: run `plan --calibrate` first")
+    for cell in sorted(open_cells, key=lambda cell: prices[cell.name] or 0):
+        if spent + (prices[cell.name] or 0) <= 3600 * budget:
+            spent += prices[cell.name] or 0
             fit.append(cell)
     return fit, [cell for cell in open_cells if cell not in fit]
 
 
-def summary(study, cells, left):
-    """What became of some cells, in words; what failed, and why."""
-    states = [ledger.state_of(study, cell) for cell in cells]
-    counts = {state: states.count(state) for state in ledger.STATES if state in states}
+def states_summary(study: Study, cells: Sequence[Cell], left: Sequence[Cell]) -> str:
+    """Return the number of cells in each state, and the reasons of failures."""
+    states = [cell_states.cell_state(study, cell) for cell in cells]
+    counts = {state: states.count(state) for state in cell_states.STATES if state in states}
     lines = [", ".join(f"{count} {state}" for state, count in counts.items()) or "no cells"]
     if left:
         lines.append(f"left, beyond --budget-hours: {', '.join(cell.name for cell in left)}")
     for cell, state in zip(cells, states, strict=True):
-        failure = ledger.failure_of(study, cell) or {}
+        failure = cell_states.read_failure(study, cell) or {}
         if state == "failed":
-            where = ledger.beside(study, cell, ".log")
-            what = f"status {failure.get('status')}: {failure.get('line')}"
-            lines.append(f"failed: {cell.name}, {what} ({where})")
+            where = cell_states.sibling_file(study, cell, ".log")
+            reason = f"status {failure.get('status')}: {failure.get('line')}"
+            lines.append(f"failed: {cell.name}, {reason} ({where})")
         if state == "foreign":
-            lines.append(f"foreign: {ledger.folder_of(study, cell)} is another command's")
+            lines.append(
+                f"foreign: {cell_states.cell_folder(study, cell)} belongs to another command"
+            )
     return "\n".join(lines)

@@ -9,15 +9,15 @@ import pandas as pd
 
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
-from bitfit.study import cost, figures, ledger, results
+from bitfit.study import cell_states, cost, figures, results
 from bitfit.study.cells import (
     BATCH_SIZE,
-    PAPERS_MODELS,
+    PAPER_MODELS,
     ROWS,
     SEEDS,
-    epochs_of,
-    papers_name,
-    papers_rates,
+    default_epochs,
+    paper_learning_rates,
+    paper_model_name,
     slug,
 )
 from bitfit.study.published import COLUMNS, NOTE, average
@@ -153,9 +153,9 @@ def deviations(study):
     """What of the plan is not the paper's, in words."""
     said = []
     for cell in study.cells:
-        if papers_name(cell.model) not in PAPERS_MODELS:
+        if paper_model_name(cell.model) not in PAPER_MODELS:
             said.append(f"model {cell.model}")
-        if tuple(cell.rates) != tuple(papers_rates(cell.model, cell.row)):
+        if tuple(cell.rates) != tuple(paper_learning_rates(cell.model, cell.row)):
             rates = " ".join(f"{rate:g}" for rate in cell.rates)
             said.append(f"learning rates of {cell.row}: {rates}")
         if tuple(cell.seeds) != SEEDS:
@@ -167,9 +167,11 @@ def deviations(study):
             said.append(f"data of {cell.args['data_dir']}")
         if cell.args["train_size"] and not cell.size:
             said.append(f"{cell.args['train_size']} training rows, drawn by each seed")
-        if cell.args["epochs"] != epochs_of(cell.task):
+        if cell.args["epochs"] != default_epochs(cell.task):
             said.append(f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)")
-    precisions = {(ledger.args_of(study, cell) or {}).get("precision") for cell in study.cells}
+    precisions = {
+        (cell_states.read_cell_args(study, cell) or {}).get("precision") for cell in study.cells
+    }
     if "bf16" in precisions:
         said.append("computed in bf16; what trains is kept in float32")
     return list(dict.fromkeys(said))
@@ -248,7 +250,7 @@ def picture(path, text):
 
 
 def progress(study):
-    states = [ledger.state_of(study, cell) for cell in study.cells]
+    states = [cell_states.cell_state(study, cell) for cell in study.cells]
     done = states.count("done")
     text = f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
     foreign = [c.name for c, state in zip(study.cells, states, strict=True) if state == "foreign"]
@@ -259,14 +261,14 @@ def machine(study):
     """Where and in what time the cells were done."""
     said, hours = [], 0.0
     for cell in study.cells:
-        facts = ledger.args_of(study, cell)
+        facts = cell_states.read_cell_args(study, cell)
         if facts:
             facts = defaultdict(lambda: "unknown", facts)
             versions = " ".join(f"{n} {facts[n]}" for n in ("torch", "transformers", "python"))
             commit = (facts["commit"] or "unknown")[:7]
             where = f"{facts['device']}, {facts['threads']} threads, {facts['precision']}"
             said.append(f"{where}; {versions}; commit {commit}")
-        hours += (cost.seconds_of(study, cell) or 0) / 3600
+        hours += (cost.training_seconds(study, cell) or 0) / 3600
     runs = sum(cell.runs for cell in study.cells)
     said = list(dict.fromkeys(said))
     return [f"{hours:.2f} hours of the {runs} planned runs that are done", *said]

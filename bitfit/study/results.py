@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from bitfit.artifacts.saved_evaluator import LOGITS
 from bitfit.data.tasks import TASKS
 from bitfit.results.scores import read_metrics
-from bitfit.study import ledger, statistics
-from bitfit.study.cells import ROWS, Cell, papers_name
+from bitfit.study import cell_states, statistics
+from bitfit.study.cells import ROWS, Cell, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
 from utils import UserError, blaming, one_line
 
@@ -47,7 +47,7 @@ def read(study, cell):
     Raises:
         UserError: a file is damaged.
     """
-    state, kept, scores = ledger.state_of(study, cell), {}, []
+    state, kept, scores = cell_states.cell_state(study, cell), {}, []
     folders = {} if state == "foreign" else cell.folders(study.output)
     if state == "done":
         check_whole(folders.values())
@@ -144,7 +144,7 @@ def score_frame(entries):
     rows = []
     for (model, row, column, size), entry in entries.items():
         cell = entry.results.cell  # the paper trains on all rows
-        key = (papers_name(model), row, column) if cell.args["train_size"] is None else None
+        key = (paper_model_name(model), row, column) if cell.args["train_size"] is None else None
         published, std = PUBLISHED.get(key, (None, None))
         for selection in SELECTIONS:
             selected = entry.selected[selection]

@@ -1,16 +1,17 @@
-"""The GLUE server's zip: the eleven files of one model and method, checked before packing."""
+"""The zip file for the GLUE server: the eleven files of one model and method, checked first."""
 
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
-from bitfit.data.tasks import TASKS
+from bitfit.data.tasks import TASKS, Task
 from bitfit.model.run_stack import Run
-from bitfit.study import ledger, results
-from bitfit.study.cells import absolute, slug
+from bitfit.study import cell_states, results
+from bitfit.study.cells import Cell, Study, absolute_folder, slug
 from utils import UserError, whole_file
 
-# The server's files: rows, and the most frequent training label (STS-B: the mean score).
+# {file: (number of examples, most frequent training label, or for STS-B the mean score)}
 SERVER = {
     "CoLA.tsv": (1063, "1"),
     "SST-2.tsv": (1821, "1"),
@@ -27,18 +28,20 @@ SERVER = {
 OWNER = {name: task for task in TASKS.values() for name in task.server_files.values()}
 
 
-def write(study, model, row, path, placeholder=False):
-    """Write the zip; returns the list of its files, in words.
+def write_submission(
+    study: Study, model: str, row: str, path: Path, placeholder: bool = False
+) -> list[str]:
+    """Write the zip file and return one line of text for each file in it.
 
-    Of each task the winner is chosen by validation scores alone: at the last epoch, whose weights
-    predict, the learning rate with the best mean over the seeds, and of its seeds the best.
+    For each task, the validation scores of the last epoch choose the run: first the learning rate
+    with the best mean over seeds, then the best of its seeds.
 
     Raises:
-        UserError: files are missing (and `placeholder` is not set), or not as the server wants.
+        UserError: files are missing without `placeholder`, or the server would reject one.
     """
-    name = slug(absolute(model))
+    name = slug(absolute_folder(model))
     winners = {
-        cell.task: winner(study, cell)
+        cell.task: best_run_folder(study, cell)
         for cell in study.cells
         if (slug(cell.model), cell.row, cell.size) == (name, row, None)
     }
@@ -46,32 +49,32 @@ def write(study, model, row, path, placeholder=False):
         known = sorted(
             {f"{slug(cell.model)} {cell.row}" for cell in study.cells if cell.size is None}
         )
-        raise UserError(f"nothing is planned for {model} {row}; there is: {', '.join(known)}")
-    texts, said, missing, wrong = {}, [], [], []
+        raise UserError(f"no cells are planned for {model} {row}; planned: {', '.join(known)}")
+    texts, lines, missing, wrong = {}, [], [], []
     for name, (rows, majority) in SERVER.items():
         source = winners.get(OWNER[name].name)
         if source and (source / name).exists():
             texts[name] = (source / name).read_text(encoding="utf-8")
-            wrong += problems(name, texts[name], rows)
-            said.append(f"{name}: {source.relative_to(study.output)}")
+            wrong += format_problems(name, texts[name], rows)
+            lines.append(f"{name}: {source.relative_to(study.output)}")
         else:
             missing.append(name)
             texts[name] = "index\tprediction\n" + "".join(f"{i}\t{majority}\n" for i in range(rows))
-            said.append(f"{name}: NOT PREDICTED, {majority!r} for every row")
+            lines.append(f"{name}: NOT PREDICTED, {majority!r} for every row")
     if missing and not placeholder:
-        what = "run their cells with test predictions, or give --placeholder-missing"
-        raise UserError(f"no predictions for {', '.join(missing)}: {what}")
+        advice = "run their cells with test predictions, or give --placeholder-missing"
+        raise UserError(f"no predictions for {', '.join(missing)}: {advice}")
     if wrong:
-        raise UserError(f"the server would not take this: {'; '.join(wrong)}")
+        raise UserError(f"the server would reject this: {'; '.join(wrong)}")
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, text in texts.items():
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
-    return said
+    return lines
 
 
-def winner(study, cell):
-    """The folder of a done cell's best run, or None."""
-    found = results.read(study, cell) if ledger.state_of(study, cell) == "done" else None
+def best_run_folder(study: Study, cell: Cell) -> Path | None:
+    """Return the folder of the best run of a finished cell, or None."""
+    found = results.read(study, cell) if cell_states.cell_state(study, cell) == "done" else None
     if found is None:
         return None
     split = found.task.validation_splits[0]
@@ -83,23 +86,23 @@ def winner(study, cell):
     return cell.folders(study.output)[run]
 
 
-def problems(name, text, rows):
-    """What the server would refuse in a file: [in words]"""
+def format_problems(name: str, text: str, rows: int) -> list[str]:
+    """Return messages about what the server would reject in a file."""
     lines, task = text.removesuffix("\n").split("\n"), OWNER[name]
     if lines[0] != "index\tprediction":
         return [f"{name} has no header"]
     pairs = [line.split("\t") for line in lines[1:]]
     if len(pairs) != rows:
-        return [f"{name} has {len(pairs)} rows, not {rows}"]
+        return [f"{name} has {len(pairs)} predictions, not {rows}"]
     if [pair[0] for pair in pairs] != list(map(str, range(rows))):
-        return [f"{name} is not numbered from 0"]
+        return [f"{name} has an index that does not count from 0"]
     for index, word in pairs:
-        if not is_answer(task, word):
-            return [f"{name} says {word!r} at {index}"]
+        if not is_valid_answer(task, word):
+            return [f"{name} has {word!r} at index {index}"]
     return []
 
 
-def is_answer(task, word):
+def is_valid_answer(task: Task, word: str) -> bool:
     if not task.is_regression:
         return word in task.written_labels
     try:

@@ -1,0 +1,179 @@
+"""The state of each cell, read from its folder, which is the only record of it.
+
+missing      nothing there
+running      a process holds its lock
+interrupted  started, not finished, not locked: it resumes where it stopped
+failed       the last attempt ended with an error, or SIGKILL ended two that got just as far;
+             <cell>.failed.json says which
+foreign      its folder is of another command
+done         its own args.json says finished, under the cell's configuration hash
+"""
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitfit.artifacts import run_folder
+from bitfit.artifacts.run_folder import CHECKPOINTS
+from bitfit.study.cells import Cell, Study, has_settings_of
+from utils import UserError, write_text
+
+STATES = ("missing", "running", "interrupted", "failed", "foreign", "done")
+
+
+def cell_folder(study: Study, cell: Cell) -> Path:
+    return study.output / cell.name
+
+
+def sibling_file(study: Study, cell: Cell, suffix: str) -> Path:
+    """Return the path of a cell's log, lock or failure, which lies beside its folder."""
+    folder = cell_folder(study, cell)
+    return folder.with_name(folder.name + suffix)
+
+
+def read_cell_args(study: Study, cell: Cell) -> dict[str, Any] | None:
+    """Return the content of a cell's args.json, or None if it is absent or cannot be read."""
+    try:
+        metadata = json.loads((cell_folder(study, cell) / "args.json").read_text(encoding="utf-8"))
+        return run_folder.typed(metadata) if isinstance(metadata, dict) else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def cell_state(study: Study, cell: Cell) -> str:
+    """Return the cell's state, one of `STATES`."""
+    locked = is_locked(sibling_file(study, cell, ".lock"))
+    state = locked_cell_state(study, cell)
+    return "running" if locked and state not in ("foreign", "done") else state
+
+
+def locked_cell_state(study: Study, cell: Cell) -> str:
+    """Return the state for the process that has locked the cell.
+
+    The command of a killed worker may still be running.
+    """
+    metadata = read_cell_args(study, cell)
+    if metadata is not None and not has_settings_of(metadata, cell):
+        return "foreign"
+    if metadata is not None and metadata.get("finished") is True:
+        return "done"
+    if is_locked(cell_folder(study, cell) / ".lock"):
+        return "running"
+    if read_failure(study, cell):
+        return "failed"
+    return "missing" if metadata is None else "interrupted"
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds a lock. The file of a killed process may remain unlocked."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # This file system has no locks.
+        return False
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def lock_cell(study: Study, cell: Cell, shared: bool = True) -> Iterator[int | None]:
+    """Lock a cell. Yield the file descriptor of the lock, or None if another process has it.
+
+    A child process that inherits the descriptor holds the lock too. So when a worker is killed, its
+    command keeps the cell locked until it ends.
+
+    Args:
+        shared: whether other processes may work on the cell.
+
+    Raises:
+        UserError: the cell is shared, and the file system has no locks.
+    """
+    path = sibling_file(study, cell, ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            own = try_lock(file)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            if shared:
+                what = "its file system has no locks: divide the cells with --shard I/N"
+                raise UserError(f"{study.output} cannot be shared, {what}") from None
+            own = True
+        yield file if own else None
+    finally:
+        os.close(file)
+
+
+def try_lock(file: int) -> bool:
+    """Lock an open file and return whether that succeeded."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)  # Another process may only be testing the lock.
+    return False
+
+
+def read_failure(study: Study, cell: Cell) -> dict[str, Any] | None:
+    """Return {"status", "line"} of the last attempt if it failed with these flags, else None."""
+    try:
+        failure = json.loads(sibling_file(study, cell, ".failed.json").read_text(encoding="utf-8"))
+        return failure if failure["hash"] == cell.hash else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def write_failure(study: Study, cell: Cell, status: int, line: str) -> None:
+    content = {"hash": cell.hash, "status": status, "line": line}
+    write_text(sibling_file(study, cell, ".failed.json"), json.dumps(content, indent=2) + "\n")
+
+
+def remove_failure(study: Study, cell: Cell) -> None:
+    sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)
+
+
+def completed_files(study: Study, cell: Cell) -> list[str]:
+    """Return the checkpoints and complete runs of a cell, which show its progress."""
+    folder = cell_folder(study, cell)
+    complete = [path.parent for path in folder.rglob("args.json") if is_finished(path)]
+    paths = [*folder.rglob(f"{CHECKPOINTS}/*.json"), *complete]
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether an args.json says that its run is finished."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["finished"] is True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def record_kill(study: Study, cell: Cell) -> bool:
+    """Record that SIGKILL ended a command. Return whether there was no progress since the last."""
+    path, kill = sibling_file(study, cell, ".killed.json"), {"hash": cell.hash}
+    kill["progress"] = completed_files(study, cell)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    write_text(path, json.dumps(kill, indent=2) + "\n")
+    return kill == before
+
+
+def remove_kill(study: Study, cell: Cell) -> None:
+    sibling_file(study, cell, ".killed.json").unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""Workers: each takes the next unlocked cell and runs its command as a process.
+
+Any number of workers may share a folder. A cell of a killed worker is resumed by the next one.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bitfit.signals import Signals
+from bitfit.study import cell_states
+from bitfit.study.cells import Cell, Study
+from utils import Stopped, UserError
+
+LOGGER = logging.getLogger("bitfit")
+PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
+HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # torchrun passes these on to the ranks
+STOPPED = {status for n in Signals.NUMBERS for status in (128 + n, -n)}
+KILLED = {128 + signal.SIGKILL, -signal.SIGKILL}  # The kernel sends it when memory runs out.
+NO_PROGRESS = (
+    "killed (SIGKILL) twice without progress in between: memory may have run out; give it more, "
+    "or run fewer workers at once"
+)
+
+
+# Environment variables: index of this process, number of processes, first index, index step.
+SHARD_VARIABLES = (
+    [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")],
+    ["RANK", "WORLD_SIZE", "no first", "no step"],
+)
+
+
+def parse_shard(word: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return (index from 0, number of shards) of `3/8`; "" reads SLURM's array or torchrun's rank.
+
+    Raises:
+        UserError: the word is not a shard, or it is empty and the variables are not set.
+    """
+    for index, count, first, step in SHARD_VARIABLES:
+        if not word and index in environment and count in environment:
+            past = int(environment[index]) - int(environment.get(first, 0))
+            word = f"{past // int(environment.get(step, 1)) + 1}/{environment[count]}"
+    match = re.fullmatch(r"(\d+)/(\d+)", word)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        advice = "give --shard I/N with 1 <= I <= N, or SLURM_ARRAY_TASK_ID, or RANK and WORLD_SIZE"
+        raise UserError(f"{word!r} is not a shard: {advice}")
+    return int(match[1]) - 1, int(match[2])
+
+
+def states_to_run(retry_failed: bool) -> set[str]:
+    """Return the states of the cells that a worker runs."""
+    return {"missing", "interrupted"} | ({"failed"} if retry_failed else set())
+
+
+def run_cells(
+    study: Study,
+    cells: Sequence[Cell],
+    states: set[str],
+    gpu: int | str | None = None,
+    shared: bool = True,
+    ranks: int = 1,
+) -> None:
+    """Run the cells that are in one of the given states, in order.
+
+    Args:
+        ranks: ranks of torchrun for each command. A resumed cell keeps its number of ranks.
+        shared: whether other workers may work on the same cells.
+
+    Raises:
+        Stopped: on a signal; the running cell has written a checkpoint.
+        UserError: the cells are shared, and the file system has no locks.
+    """
+    for number, cell in enumerate(cells, 1):
+        if cell_states.cell_state(study, cell) not in states:
+            continue
+        with cell_states.lock_cell(study, cell, shared) as lock:
+            # Its state may have changed before it was locked.
+            if lock is None or cell_states.locked_cell_state(study, cell) not in states:
+                continue
+            LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
+            begun = cell_states.read_cell_args(study, cell) or {}
+            run_cell(study, cell, lock, gpu, ranks=begun.get("ranks") or ranks)
+
+
+def run_cell(
+    study: Study, cell: Cell, lock: int, gpu: int | str | None = None, ranks: int = 1
+) -> None:
+    """Run a cell's command to its end, append its output to its log, and record a failure.
+
+    A command ended by a signal counts as interrupted, but two SIGKILLs without progress as failed.
+
+    Args:
+        lock: the file descriptor of `cell_states.lock_cell`.
+    """
+    more = [] if gpu is None else ["--gpu-device", str(gpu)]
+    log, begin = cell_states.sibling_file(study, cell, ".log"), time.monotonic()
+    command = [*launch_command(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    cell_states.remove_failure(study, cell)
+    with open(log, "ab") as output:
+        output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
+        output.flush()
+        # In a new session, Ctrl-C reaches the command only through this process.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, pass_fds=(lock,), env=child_environment(),
+        )  # fmt: skip
+        try:
+            status = process.wait()
+        except (Stopped, KeyboardInterrupt) as error:
+            process.send_signal(getattr(error, "number", 2))
+            process.wait()
+            raise
+    took = f"{(time.monotonic() - begin) / 60:.1f} min"
+    line = last_message(log)
+    killed = status in KILLED or (status and ranks > 1 and was_rank_killed(log))
+    stuck = killed and cell_states.record_kill(study, cell)
+    if not killed or stuck:
+        cell_states.remove_kill(study, cell)
+    if status == 0 and cell_states.locked_cell_state(study, cell) == "done":
+        LOGGER.info("%s: done in %s", cell.name, took)
+    elif status in STOPPED or (killed and not stuck):
+        LOGGER.info("%s: stopped by a signal after %s; the next worker resumes it", cell.name, took)
+    else:
+        line = NO_PROGRESS if stuck else line
+        cell_states.write_failure(study, cell, status, line)
+        LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
+
+
+def check_gpus_for_ranks(ranks: int, gpu: int | str | None) -> None:
+    """Raise UserError if the ranks of one command would not have a GPU each."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if ranks > 1 and (gpu not in (None, "cpu") or (gpu is None and 0 < count < ranks)):
+        raise UserError(
+            f"--nproc-per-node {ranks} needs {ranks} GPUs, but this machine has {count}: "
+            "leave --gpus out, and give at most the number of GPUs"
+        )
+
+
+def launch_command(ranks: int) -> list[str]:
+    """Return the words that start a program on a number of ranks."""
+    if ranks == 1:
+        return [sys.executable]
+    options = ["--standalone", HANDLED, "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment without torchrun's variables: the command is not a rank of it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+
+
+def last_message(path: Path) -> str:
+    """Return the last line of run_glue.py in a log, or the last line if there is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1].split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    messages = [line for line in lines if line.startswith("run_glue.py: ")]
+    return (messages or lines or [""])[-1]
+
+
+def was_rank_killed(path: Path) -> bool:
+    """Return whether the last report of torchrun in a log says that SIGKILL ended a rank."""
+    text = path.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1]
+    return f"exitcode  : {-signal.SIGKILL} " in text
+
+
+def run_workers(commands: Sequence[Sequence[str]]) -> list[int]:
+    """Run one worker process for each command and return their exit statuses.
+
+    The workers share the cores of the machine, unless OMP_NUM_THREADS is set.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    workers = [
+        subprocess.Popen([sys.executable, *words], start_new_session=True, env=environment)
+        for words in commands
+    ]
+    try:
+        return [worker.wait() for worker in workers]
+    except (Stopped, KeyboardInterrupt) as error:
+        for worker in workers:
+            worker.send_signal(getattr(error, "number", 2))
+        for worker in workers:
+            worker.wait()
+        raise
