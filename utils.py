@@ -9,8 +9,14 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # these imports take seconds
+    import numpy as np
+    import torch
 
 LOGGER = logging.getLogger("bitfit")
 FORMAT = 4  # of args.json, checkpoints and saved evaluators
@@ -22,7 +28,7 @@ class UserError(Exception):
 
     shared = False  # whether all ranks of torchrun raise it
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         message = escaped(str(message))
         if len(message) > LONGEST_MESSAGE:  # a file's content, or an edited fact
             message = f"{message[: LONGEST_MESSAGE - 300]} ... {message[-300:]}"
@@ -51,7 +57,7 @@ class Stopped(BaseException):
     Like KeyboardInterrupt no Exception, so that no handler of errors takes it for one.
     """
 
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
@@ -59,11 +65,11 @@ class Stopped(BaseException):
 class OneLine(logging.Formatter):
     """Log lines that no character of a message can break."""
 
-    def formatMessage(self, record):
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return escaped(super().formatMessage(record))
 
 
-def setup_logging(level=logging.INFO, speaker=""):
+def setup_logging(level: int = logging.INFO, speaker: str = "") -> None:
     """Log to standard error, so that standard output holds the results alone."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S"))
@@ -72,18 +78,18 @@ def setup_logging(level=logging.INFO, speaker=""):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def escaped(text):
+def escaped(text: str) -> str:
     """Text in one line: what cannot be printed (newlines, bytes that are no UTF-8) as `\\n`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def write_line(line):
+def write_line(line: str) -> None:
     """Write one line to standard error, if anybody can read it."""
     with suppress(OSError, AttributeError):
         sys.stderr.write(f"{escaped(line)}\n")
 
 
-def print_result(text):
+def print_result(text: str) -> None:
     """Print to standard output at once, whatever its encoding.
 
     A reader that left (`| head -1`) has all that it wants.
@@ -100,7 +106,7 @@ def print_result(text):
             raise OSError(error.errno, error.strerror, "standard output") from None
 
 
-def set_seed(seed):
+def set_seed(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators."""
     import numpy as np
     import torch
@@ -110,22 +116,23 @@ def set_seed(seed):
     torch.manual_seed(seed)
 
 
-def generator(seed, purpose):
+def generator(seed: int, purpose: str) -> "np.random.Generator":
     """A NumPy generator of its own for each (seed, purpose): no draw can move another's stream."""
     import numpy as np
 
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def gpu_of(choice):
+def gpu_of(choice: int | str | None) -> int | None:
     """--gpu-device -> GPU number, or None for the CPU; without a choice the first GPU, if any."""
     import torch
 
-    first = 0 if torch.cuda.is_available() else None
-    return {None: first, "cpu": None}.get(choice, choice)
+    if choice is None:
+        return 0 if torch.cuda.is_available() else None
+    return None if choice == "cpu" else int(choice)
 
 
-def choose_device(gpu):
+def choose_device(gpu: int | None) -> "torch.device":
     """The torch device for GPU number `gpu`; None means the CPU; UserError where there is none."""
     import torch
 
@@ -138,7 +145,7 @@ def choose_device(gpu):
     return torch.device("cuda", gpu)
 
 
-def default_precision(device):
+def default_precision(device: "torch.device") -> str:
     """bf16 on a GPU that multiplies in it by itself, else fp32."""
     import torch
 
@@ -149,7 +156,7 @@ def default_precision(device):
     return "bf16" if native else "fp32"
 
 
-def choose_precision(precision, device):
+def choose_precision(precision: str | None, device: "torch.device") -> str:
     """The precision that was asked for, or the device's default.
 
     Says so where a CPU would compute it without instructions for it.
@@ -160,7 +167,7 @@ def choose_precision(precision, device):
     return precision or default_precision(device)
 
 
-def has_bf16_instructions():
+def has_bf16_instructions() -> bool:
     """Whether this machine's CPU multiplies in bfloat16 by itself, as far as torch can tell."""
     import torch
 
@@ -169,7 +176,7 @@ def has_bf16_instructions():
     return any(known.get(name) for name in names)
 
 
-def as_list(value):
+def as_list(value: object) -> list:
     return [*value] if isinstance(value, (list, tuple)) else [value]
 
 
@@ -184,7 +191,7 @@ NO_THREAD = re.compile("can't start new thread|Resource temporarily unavailable"
 MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device, or the machine, has no memory left."""
     torch = sys.modules.get("torch")  # what was not imported raised nothing
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
@@ -194,7 +201,7 @@ def is_out_of_memory(error):
     return isinstance(error, (RuntimeError, OSError)) and bool(NO_MEMORY.search(str(error)))
 
 
-def is_fault(error):
+def is_fault(error: BaseException) -> bool:
     """Whether an exception is the machine's fault (memory, disk, threads), not the input's."""
     if isinstance(error, OSError) and error.errno in MACHINES:
         return True
@@ -205,7 +212,7 @@ def is_fault(error):
 
 
 @contextmanager
-def blaming(make):
+def blaming(make: Callable[[Exception], Exception]) -> Iterator[None]:
     """What others' code raises within becomes the UserError `make(error)`; faults stay faults."""
     try:
         yield
@@ -215,19 +222,19 @@ def blaming(make):
         raise make(error) from None
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The first line of an error's text, without its final stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def temporary_name(path):
+def temporary_name(path: str | Path) -> Path:
     """The name beside `path` under which it is written; see `is_temporary`."""
     path = Path(path)
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
 
 @contextmanager
-def whole_file(path):
+def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; what is written there becomes `path` at the end.
 
     A reader sees the old file or the new one, never half of one, even after a power cut.
@@ -245,7 +252,7 @@ def whole_file(path):
 
 
 @contextmanager
-def whole_folder(path):
+def whole_folder(path: str | Path) -> Iterator[Path]:
     """The same for a folder: one that is new or empty appears with all of its files.
 
     In another one the files get their names one by one, config.json last; others are left alone.
@@ -268,7 +275,7 @@ def whole_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def home_of_temporary(path):
+def home_of_temporary(path: Path) -> Path:
     """Return where `whole_folder` writes: beside the folder, or in it if beside it cannot be."""
     there = path.is_dir() and (
         not os.access(path.parent, os.W_OK) or path.stat().st_dev != path.parent.stat().st_dev
@@ -276,7 +283,7 @@ def home_of_temporary(path):
     return path if there else path.parent
 
 
-def remove_temporaries_of(temporary):
+def remove_temporaries_of(temporary: Path) -> None:
     """Remove what killed processes left of a `whole_folder` with the same path."""
     name = re.sub(r"\d+\.tmp$", "", temporary.name)
     for path in temporary.parent.glob(".*.tmp"):
@@ -284,7 +291,7 @@ def remove_temporaries_of(temporary):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def rename_folder(temporary, path):
+def rename_folder(temporary: Path, path: Path) -> bool:
     """Whether a folder could take a name that is free or an empty folder's."""
     if path == Path.cwd() or temporary.parent == path:
         return False  # a shell would stay in the replaced folder
@@ -296,13 +303,13 @@ def rename_folder(temporary, path):
     return True
 
 
-def finish(file, mode):
+def finish(file: Path, mode: int) -> None:
     """Give a file the mode of the umask, for safetensors makes its files 0600; write it to disk."""
     file.chmod(mode)
     flush(file)
 
 
-def flush(path):
+def flush(path: str | Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -311,18 +318,18 @@ def flush(path):
         os.close(descriptor)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file (UTF-8; bytes of a path that are not, escaped)."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def is_temporary(name):
+def is_temporary(name: str) -> bool:
     """Whether a name is one of those that `whole_file` and `whole_folder` write under."""
     return bool(re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", name))
 
 
-def remove_temporaries(folder):
+def remove_temporaries(folder: str | Path) -> None:
     """What a killed process left of `whole_file` and `whole_folder`."""
     for path in list(Path(folder).rglob(".*.tmp*")):
         if is_temporary(path.name):

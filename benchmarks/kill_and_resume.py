@@ -86,9 +86,7 @@ def left(folder: Path) -> dict[str, Any]:
     return content
 
 
-def abuse(
-    case: str, kills: int, signals: list[signal.Signals], folder: Path, rng: random.Random
-) -> dict[str, Any]:
+def abuse(case: str, kills: int, signals: list[int], folder: Path, rng: random.Random) -> dict:
     """{"kills", "resumes", "differences"} of one case.
 
     A training that ends before it was killed so often is compared and begun again.
@@ -184,7 +182,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="of torchrun; one of them is killed")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    signals = [signal.SIGKILL]
+    signals: list[int] = [signal.SIGKILL]
     if args.signals:
         signals += [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     failed = False

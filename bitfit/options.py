@@ -5,8 +5,10 @@ import math
 import os
 import sys
 import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitfit.artifacts.run_folder import commit, wrong_file
 from bitfit.data.tasks import TASKS
@@ -16,6 +18,10 @@ from bitfit.tracking.services import KINDS
 from bitfit.tracking.tracker import is_installed
 from utils import print_result, write_line
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+AddFlag = Callable[..., argparse.Action]  # argparse's add_argument
 EXAMPLES = """\
 examples:
   python run_glue.py -o out/rte -t rte -f bitfit -l 1e-3
@@ -32,7 +38,11 @@ examples:
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; `-h` has the rest."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self,
+        args: Iterable[str] | None = None,
+        namespace: Any = None,  # noqa: ANN401
+    ) -> tuple[Any, list[str]]:
         # Such names would end up in logs, tables, JSON and commands to be pasted.
         what = "has control characters, or bytes that are not UTF-8: rename what it names"
         for word in sys.argv[1:] if args is None else args:
@@ -46,7 +56,7 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(f"the current folder '{folder}' {what}")
         return super().parse_known_args(args, namespace)
 
-    def _print_message(self, message, file=None):
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         if file is not sys.stdout:
             return super()._print_message(message, file)
         try:
@@ -55,16 +65,21 @@ class OneLineParser(argparse.ArgumentParser):
             write_line(f"{self.prog}: stopped: {error}")
             self.exit(1)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         Ranks().tell(f"{self.prog}: error: {message}")
         self.exit(2)
 
 
-def is_unreadable(word):
+def is_unreadable(word: str) -> bool:
     return any(unicodedata.category(character) in ("Cc", "Cs") for character in word)
 
 
-def make_commands(prog, description, commands, add_common):
+def make_commands(
+    prog: str,
+    description: str,
+    commands: Sequence[tuple[str, Callable[[AddFlag], None], str]],
+    add_common: Callable[[AddFlag], None],
+) -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """(the parser, its {command: parser}) of a program that has several.
 
     Args:
@@ -81,13 +96,15 @@ def make_commands(prog, description, commands, add_common):
     return parser, choices.choices
 
 
-def number(kind, low, high=math.inf, above=False):
+def number(
+    kind: type[float], low: float, high: float = math.inf, above: bool = False
+) -> Callable[[str], float]:
     """An argparse type: an int or float from `low` (or above it) up to `high`."""
     rule = f"{'above' if above else 'at least'} {low}"
     rule += f" and below {high}" if high < math.inf else ""
     name = {int: "whole number", float: "number"}[kind]
 
-    def parse(word):
+    def parse(word: str) -> float:
         try:
             value = kind(word)
         except ValueError:
@@ -99,7 +116,7 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def gpu(word):
+def gpu(word: str) -> int | str:
     if word == "cpu":
         return word
     try:
@@ -108,10 +125,10 @@ def gpu(word):
         raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
 
 
-def new_file(suffix):
+def new_file(suffix: str) -> Callable[[str], Path]:
     """An argparse type: the path of a file that can be written, with that ending."""
 
-    def parse(word):
+    def parse(word: str) -> Path:
         if wrong := wrong_file(word, suffix):
             raise argparse.ArgumentTypeError(f"{word!r} {wrong}")
         return Path(word)
@@ -122,7 +139,7 @@ def new_file(suffix):
 POSITIVE = number(int, 1, 2**31)
 # fmt: off
 
-def add_what_to_run(add):
+def add_what_to_run(add: AddFlag) -> None:
     add("--output-path", "-o", metavar="DIR", required=True,
         help="new or empty folder for the results; with --resume that of the interrupted run")
     add("--task-name", "-t", metavar="TASK", choices=TASKS,
@@ -145,7 +162,7 @@ def add_what_to_run(add):
         help="a control: draw the encoder's weights at random instead of loading them [off]")
 
 
-def add_data(add):
+def add_data(add: AddFlag) -> None:
     add("--data-dir", metavar="DIR",
         help="a folder with GLUE's own TSV folders (RTE/train.tsv) or with Parquet files "
              "(rte/train-*.parquet) [nyu-mll/glue from the Hub]")
@@ -155,7 +172,7 @@ def add_data(add):
         help="train on so many rows, drawn by the seed [all]")
 
 
-def add_training(add):
+def add_training(add: AddFlag) -> None:
     add("--learning-rate", "-l", metavar="LR", nargs="+", default=[1e-3],
         type=number(float, 0, above=True),
         help="usual: 1e-4 to 1e-3 for bias terms, 1e-5 to 5e-5 for full_ft; several: a run for "
@@ -175,7 +192,7 @@ def add_training(add):
              "every learning rate [0]")
 
 
-def add_machine(add):
+def add_machine(add: AddFlag) -> None:
     add("--gpu-device", "-d", metavar="GPU", type=gpu,
         help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
     add("--precision", choices=("fp32", "bf16"),
@@ -187,7 +204,7 @@ def add_machine(add):
     add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
 
 
-def add_results(add):
+def add_results(add: AddFlag) -> None:
     add("--resume", action="store_true",
         help="go on where a run in --output-path was interrupted; give it the same flags [off]")
     add("--checkpoint-every", metavar="N", type=number(int, 0), default=1,
@@ -228,7 +245,7 @@ GROUPS = {
 class Versions(argparse.Action):
     """Says what results may depend on, and ends."""
 
-    def __call__(self, parser, *_):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         said = [f"commit {commit() or 'unknown'}"]
         for name in ("torch", "transformers", "datasets", "numpy"):
             try:
@@ -239,7 +256,7 @@ class Versions(argparse.Action):
         parser.exit()
 
 
-def make_parser(description):
+def make_parser(description: str) -> OneLineParser:
     parser = OneLineParser(
         prog="run_glue.py", allow_abbrev=False, description=description, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -251,7 +268,7 @@ def make_parser(description):
     return parser
 
 
-def parse_args(description, argv=None):
+def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; exits with status 2 and one line where one is wrong."""
     parser = make_parser(description)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how a word could go on

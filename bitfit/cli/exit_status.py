@@ -2,6 +2,7 @@
 
 import errno
 import signal
+from collections.abc import Callable
 
 from bitfit import early
 from bitfit.signals import Signals
@@ -19,7 +20,15 @@ from utils import (
 )
 
 
-def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_finished=None):
+def end_of(
+    program: str,
+    work: Callable[[Signals], int | None],
+    stopped: str = "",
+    fault: str = "",
+    less_memory: str = "",
+    tell: Callable[[str, BaseException, int], None] | None = None,
+    is_finished: Callable[[], bool | None] | None = None,
+) -> int:
     """A program's exit status: that of `work(signals)`, or with one line where it ended badly.
 
     Args:
@@ -36,9 +45,10 @@ def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_fi
             early.ended.append(status)
         return status
     except BaseException as error:
-        status, message = outcome(error, stopped, fault, less_memory)
-        if status is None:
+        found, message = outcome(error, stopped, fault, less_memory)
+        if found is None:
             raise
+        status = found
         if status > 128 and is_finished and is_finished():
             status, message = 0, f"finished before {signal.Signals(status - 128).name}"
         early.ended.append(status)
@@ -46,8 +56,10 @@ def end_of(program, work, stopped="", fault="", less_memory="", tell=None, is_fi
         return status
 
 
-def outcome(error, stopped, fault, less_memory):
-    """(exit status, message) of the exception that ended a program; (None, None): it is a bug."""
+def outcome(
+    error: BaseException, stopped: str, fault: str, less_memory: str
+) -> tuple[int | None, str]:
+    """(exit status, message) of the exception that ended a program; None: it is a bug."""
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, (Diverged, NotPushed)):
@@ -61,4 +73,4 @@ def outcome(error, stopped, fault, less_memory):
     if is_fault(error) or isinstance(error, (Damaged, Lost, OSError)):
         memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
         return 1, f"stopped: {memory}{one_line(error)}{fault}"
-    return None, None
+    return None, ""

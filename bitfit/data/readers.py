@@ -12,11 +12,15 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from utils import UserError, blaming, one_line
+
+if TYPE_CHECKING:
+    import pyarrow
 
 LOGGER = logging.getLogger("bitfit")
 SHOWN, MANY = 80, 20  # the most characters of a value, and the most names, that a message quotes
@@ -36,28 +40,28 @@ class Table(NamedTuple):
     """Some columns of a file or of a data set, and where each row stands in it."""
 
     source: str
-    columns: dict  # {name: [the value of each row]}
-    numbers: Sequence  # of each row: its first line from 1, or its index from 0
+    columns: dict[str, list]  # {name: [the value of each row]}
+    numbers: Sequence[int]  # of each row: its first line from 1, or its index from 0
     has_lines: bool = True
 
-    def place(self, row):
+    def place(self, row: int) -> str:
         """Where a row stands, as error messages begin."""
         between = ":" if self.has_lines else ": row index "
         return f"{self.source}{between}{self.numbers[row]}"
 
-    def take(self, rows):
+    def take(self, rows: Iterable[int]) -> Self:
         """The given rows, in that order."""
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return self._replace(columns=columns, numbers=[self.numbers[i] for i in rows])
 
 
-def shown(value):
+def shown(value: object) -> str:
     """A value as messages quote it: no character of it can break a line, however long it is."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]}...{text[-1]}"
 
 
-def shown_all(names):
+def shown_all(names: Iterable) -> str:
     """Names as messages list them, in quotes where they cannot be told apart without."""
     names = list(names)
     more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
@@ -66,7 +70,7 @@ def shown_all(names):
     return (", ".join(map(str, words)) or "none") + more
 
 
-def look_alike(word, known):
+def look_alike(word: object, known: Iterable) -> str:
     """Where a word looks like a known one, a note of the characters that differ; else ""."""
     if not isinstance(word, str) or len(word) > SHOWN:
         return ""
@@ -82,17 +86,17 @@ def look_alike(word, known):
     return ""
 
 
-def visible(word):
+def visible(word: str) -> str:
     """A word without marks, blanks and characters of no width, like letters as one."""
     letters = unicodedata.normalize("NFKD", word).translate(LIKE_LETTERS)
     return "".join(c for c in letters if unicodedata.category(c)[0] not in "MCZ")
 
 
-def code_points(letters):
+def code_points(letters: str) -> str:
     return " ".join(f"U+{ord(c):04X}" for c in letters) or "nothing"
 
 
-def check_names(where, names, wanted):
+def check_names(where: object, names: Sequence[str], wanted: Sequence[str]) -> None:
     """UserError where a column is there twice, or is missing."""
     counted = set()
     for name in names:
@@ -105,14 +109,14 @@ def check_names(where, names, wanted):
             raise UserError(f"{where}: no column {shown(name)} among {among}")
 
 
-def check_pointer(path):
+def check_pointer(path: Path) -> None:
     """UserError where git-lfs left a pointer in the place of a file."""
     with suppress(OSError), open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file; they end with LF, CR LF or, where there is no LF at all, CR."""
     check_pointer(path)
     try:
@@ -133,7 +137,13 @@ def read_lines(path):
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_tsv(path, wanted, names=None, skips_broken_rows=False, optional=()):
+def read_tsv(
+    path: Path,
+    wanted: Sequence[str],
+    names: Sequence[str] | None = None,
+    skips_broken_rows: bool = False,
+    optional: Sequence[str] = (),
+) -> Table:
     """Tab-separated UTF-8, never quoted, so that a `"` is text.
 
     Args:
@@ -147,14 +157,14 @@ def read_tsv(path, wanted, names=None, skips_broken_rows=False, optional=()):
     first = 1 if names else 2  # the number of the first line that holds a row
     names = names or (lines.pop(0).split("\t") if lines else [])
     rows = [line.split("\t") for line in lines]
-    numbers = range(first, first + len(rows))
+    numbers: Sequence[int] = range(first, first + len(rows))
     if skips_broken_rows:
         rows, numbers = whole_rows(path, rows, numbers, len(names))
     wanted = [*wanted, *(name for name in optional if name in names)]
     return table_of(path, names, rows, numbers, wanted)
 
 
-def warn_of_returns(path, lines):
+def warn_of_returns(path: Path, lines: list[str]) -> None:
     """Print how many rows hold a carriage return: with other line ends too, it ends none."""
     found = [number for number, line in enumerate(lines, 1) if "\r" in line]
     if found:
@@ -164,7 +174,9 @@ def warn_of_returns(path, lines):
                        path, found[0], what, advice)  # fmt: skip
 
 
-def whole_rows(path, rows, numbers, width):
+def whole_rows(
+    path: Path, rows: list[list[str]], numbers: Sequence[int], width: int
+) -> tuple[list[list[str]], list[int]]:
     """The rows that have so many fields, and their numbers; a line tells of the others."""
     kept = [i for i, row in enumerate(rows) if len(row) == width]
     if len(kept) < len(rows):
@@ -174,7 +186,7 @@ def whole_rows(path, rows, numbers, width):
     return [rows[i] for i in kept], [numbers[i] for i in kept]
 
 
-def read_csv(path, wanted):
+def read_csv(path: Path, wanted: Sequence[str]) -> Table:
     """Comma-separated UTF-8 with a line of names, quoted with `"`.
 
     pandas itself would fill up short rows, cut long ones, and take `NA` for nothing.
@@ -192,7 +204,13 @@ def read_csv(path, wanted):
     return table_of(path, rows[0] if rows else [], rows[1:], numbers[1:], wanted)
 
 
-def table_of(path, names, rows, numbers, wanted):
+def table_of(
+    path: Path,
+    names: Sequence[str],
+    rows: list[list[str]],
+    numbers: Sequence[int],
+    wanted: Sequence[str],
+) -> Table:
     """The `Table` of rows of fields."""
     for row, number in zip(rows, numbers, strict=True):
         if len(row) != len(names):
@@ -205,12 +223,12 @@ def table_of(path, names, rows, numbers, wanted):
             LOGGER.warning("%s:%d: %s; it is used as a text", path, number, what)
     if names:
         check_names(f"{path}:1", names, wanted)
-    places = {name: names.index(name) for name in wanted} if names else dict.fromkeys(wanted)
-    columns = {name: [row[place] for row in rows] for name, place in places.items()}
+    places = {name: names.index(name) for name in wanted if names}
+    columns = {name: [row[places[name]] for row in rows] for name in wanted}
     return Table(str(path), columns, numbers)
 
 
-def read_json_lines(path, wanted):
+def read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
     """A JSON object a line; nothing is taken for a date or a number that is none."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
@@ -228,7 +246,7 @@ def read_json_lines(path, wanted):
     return Table(str(path), columns, range(1, len(rows) + 1))
 
 
-def each_once(pairs):
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key given twice json itself would keep the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -238,8 +256,8 @@ def each_once(pairs):
     return value
 
 
-def read_parquet(path, wanted, optional=()):
-    def unreadable(error):
+def read_parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    def unreadable(error: Exception) -> UserError:
         return UserError(f"{path}: not a readable Parquet file: {one_line(error)}")
 
     check_pointer(path)
@@ -254,15 +272,22 @@ def read_parquet(path, wanted, optional=()):
         return arrow_table(path, file.read(columns=wanted), wanted)
 
 
-def arrow_table(source, table, wanted):
+def arrow_table(source: object, table: "pyarrow.Table", wanted: Sequence[str]) -> Table:
     columns = {name: table[name].to_pylist() for name in wanted}
     return Table(str(source), columns, range(table.num_rows), has_lines=False)
 
 
-def load_hub(name, config, split, revision, otherwise, wanted):
+def load_hub(
+    name: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    otherwise: str,
+    wanted: Sequence[str],
+) -> tuple[Table, dict[str, Any]]:
     """(table, features) of a data set on the Hub; `otherwise`: what to do where there is none."""
 
-    def unreachable(error):
+    def unreachable(error: Exception) -> UserError:
         what = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
         return UserError(f"{what}: {one_line(error)}; {otherwise}")
 
@@ -276,7 +301,7 @@ def load_hub(name, config, split, revision, otherwise, wanted):
     return arrow_table(source, table, wanted), rows.features
 
 
-def read_file(path, wanted):
+def read_file(path: Path, wanted: Sequence[str]) -> Table:
     """A file of a task of one's own, read by its ending."""
     return READERS[path.suffix](path, wanted)
 

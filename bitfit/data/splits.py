@@ -10,6 +10,7 @@ import logging
 import numbers
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 
 from bitfit.data import readers
 from bitfit.data.task_files import data_file
-from bitfit.data.tasks import written
+from bitfit.data.tasks import Task, written
 from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
@@ -41,20 +42,20 @@ class Texts(NamedTuple):
     columns: tuple[list[str], ...]
     labels: np.ndarray | None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.columns[0])
 
-    def take(self, rows):
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
         """The given rows, in that order."""
         columns = tuple([column[i] for i in rows] for column in self.columns)
         return Texts(columns, None if self.labels is None else self.labels[rows])
 
 
-def is_labelled(split):
+def is_labelled(split: str) -> bool:
     return split == "train" or split.startswith("validation")
 
 
-def read_split(task, split, data_dir=None):
+def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Texts | None:
     """The texts of one split of a task; None where the optional split "ax" is not there.
 
     Args:
@@ -83,7 +84,7 @@ def read_split(task, split, data_dir=None):
     return texts
 
 
-def columns_of(task, split, numbered=False):
+def columns_of(task: Task, split: str, numbered: bool = False) -> list[str]:
     """The names of the columns to read: one text or two and, where there are labels, the label.
 
     Args:
@@ -93,12 +94,12 @@ def columns_of(task, split, numbered=False):
     return [*texts, label] if is_labelled(split) else [*texts]
 
 
-def numbers_of(split):
+def numbers_of(split: str) -> Sequence[str]:
     """The names of columns that may number the rows of a split of GLUE's, where it is predicted."""
     return () if is_labelled(split) else NUMBERS
 
 
-def without_numbers(table, begin):
+def without_numbers(table: readers.Table, begin: int) -> readers.Table:
     """A table without its column of row numbers; UserError where they are not those of the rows.
 
     Args:
@@ -115,7 +116,7 @@ def without_numbers(table, begin):
     return table._replace(columns=columns)
 
 
-def read_hub(task, split):
+def read_hub(task: Task, split: str) -> list[readers.Table]:
     """[table], or [] for an optional split that is not there."""
     config, name = ("ax", "test") if split == "ax" else (task.name, split)
     copies = "give local copies: --data-dir <folder> and --model-name <folder>"
@@ -129,7 +130,7 @@ def read_hub(task, split):
         return []
 
 
-def read_local(task, split, data_dir):
+def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Table], bool]:
     """(tables of a split in a folder, whether they are those of `nyu-mll/glue`)"""
     if not os.path.isdir(data_dir):  # Path's own raises where a name is too long
         raise UserError(f"there is no data folder {data_dir}: check --data-dir")
@@ -148,9 +149,9 @@ def read_local(task, split, data_dir):
     raise UserError(f"no {split} split of {task.name} in {data_dir}: expected {expected}")
 
 
-def find_shards(folder, stem):
+def find_shards(folder: Path, stem: str) -> list[Path]:
     """The Parquet files of a split, in order; UserError where one is missing or there twice."""
-    found = {}  # {(its number, of how many): file}
+    found: dict[tuple[int, int], Path] = {}  # {(its number, of how many): file}
     for path in sorted(folder.glob(f"{stem}-*.parquet")):
         match = readers.SHARD.fullmatch(path.name.removeprefix(f"{stem}-"))
         if not match:
@@ -172,12 +173,12 @@ def find_shards(folder, stem):
     return [found[key] for key in sorted(found)]
 
 
-def tsv_names(task, split):
+def tsv_names(task: Task, split: str) -> tuple[str, ...]:
     name = f"{task.folder}/{task.splits.get(split, split)}.tsv"
     return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
 
 
-def read_glue_tsv(task, split, data_dir, name):
+def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.Table:
     """The table of a file of GLUE's own."""
     path, wanted = data_dir / name, columns_of(task, split)
     if name == FIRST_TRAIN_FILE:
@@ -187,7 +188,7 @@ def read_glue_tsv(task, split, data_dir, name):
     return readers.read_tsv(path, wanted, names, skips, numbers_of(split))
 
 
-def without_dev_rows(path, wanted):
+def without_dev_rows(path: Path, wanted: list[str]) -> readers.Table:
     """MRPC's first training file without the rows of dev.tsv; UserError where any is not in it."""
     dev = path.with_name("dev.tsv")
     if not dev.is_file():
@@ -205,10 +206,11 @@ def without_dev_rows(path, wanted):
     return table._replace(columns={name: table.columns[name] for name in wanted})
 
 
-def same_rows(table, others):
+def same_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
     """[[row of `table`]] for each row of `others`: by the two IDs, or by all where they are not
     those of one row alone."""
-    rows, by_ids = list(zip(*table.columns.values(), strict=True)), {}
+    rows = list(zip(*table.columns.values(), strict=True))
+    by_ids: dict[tuple, list[int]] = {}
     for number, row in enumerate(rows):
         by_ids.setdefault(row[:2], []).append(number)
     found = []
@@ -218,12 +220,12 @@ def same_rows(table, others):
     return found
 
 
-def read_own(task, split, folder):
+def read_own(task: Task, split: str, folder: Path) -> readers.Table:
     """The table of a split of a task that has a record."""
-    wanted = columns_of(task, split)
-    if "files" in task.record:
-        return readers.read_file(data_file(folder, task.record["files"][split]), wanted)
-    hub = task.record["hub"]
+    wanted, record = columns_of(task, split), task.record or {}
+    if "files" in record:
+        return readers.read_file(data_file(folder, record["files"][split]), wanted)
+    hub = record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
     where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]
     table, features = readers.load_hub(*where, copies, wanted)
@@ -234,7 +236,7 @@ def read_own(task, split, folder):
     return table
 
 
-def texts_of(task, split, table, numbered):
+def texts_of(task: Task, split: str, table: readers.Table, numbered: bool) -> Texts:
     """A table's texts and, where there are, labels.
 
     Args:
@@ -248,14 +250,14 @@ def texts_of(task, split, table, numbered):
     return Texts(columns, decode_labels(task, table.columns[label], table.place, numbered))
 
 
-def joined(parts):
+def joined(parts: list[Texts]) -> Texts:
     """Several `Texts` as one."""
     columns = zip(*(part.columns for part in parts), strict=True)
     labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
     return Texts(tuple(list(chain.from_iterable(column)) for column in columns), labels)
 
 
-def with_gold_labels(task, table):
+def with_gold_labels(task: Task, table: readers.Table) -> readers.Table:
     """A table without the rows that the task's record excludes; a line tells how many."""
     if not task.excluded_labels:
         return table
@@ -266,9 +268,10 @@ def with_gold_labels(task, table):
     return table.take(kept)
 
 
-def checked_texts(table, names):
+def checked_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     """Some columns of texts: a missing one is an error, a blank one is a text, and counted."""
-    columns, blank = [table.columns[name] for name in names], {}
+    columns = [table.columns[name] for name in names]
+    blank: dict[int, str] = {}
     for name, column in zip(names, columns, strict=True):
         for row, text in enumerate(column):
             if not is_text(text):
@@ -284,12 +287,14 @@ def checked_texts(table, names):
     return columns
 
 
-def is_text(value):
+def is_text(value: object) -> bool:
     """Whether it is a word that UTF-8 can hold: JSON can name halves of letters."""
     return isinstance(value, str) and HALVES.search(value) is None
 
 
-def decode_labels(task, values, place, numbered):
+def decode_labels(
+    task: Task, values: list, place: Callable[[int], str], numbered: bool
+) -> np.ndarray:
     """Labels as files hold them -> numbers, float32 for a regression.
 
     Args:
@@ -314,13 +319,13 @@ def decode_labels(task, values, place, numbered):
     return np.array(labels, np.float32 if task.is_regression else np.int64)
 
 
-def real(value):
+def real(value: object) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError
-    return value
+    return float(value)
 
 
-def float_of(word):
+def float_of(word: str | None) -> float:
     """The number that a word is; Python's own float takes 1_0 for one too."""
     if word is None or "_" in word:
         raise ValueError

@@ -10,19 +10,23 @@ import math
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bitfit.data.readers import READERS, SHARD, code_points, each_once
 from bitfit.data.tasks import METRICS, TASKS, Task, written
 from utils import UserError
 
+Json = Any  # a value of json.loads
+Record = dict[str, Json]
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
 # No control characters, and no halves of letters, which JSON can name.
 WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
-def find(task, data_dir=None):
+def find(task: str | Path | Record, data_dir: str | None = None) -> tuple[Task, str | None]:
     """(Task, data_dir) of a GLUE task's name, a record, or the path of a file that holds one.
 
     Raises:
@@ -40,7 +44,7 @@ def find(task, data_dir=None):
     return task_of(record), (data_dir or home) if "files" in record else None
 
 
-def task_of(record):
+def task_of(record: Record) -> Task:
     """The `Task` of a record that has been checked."""
     splits = record["files"] if "files" in record else record["hub"]["splits"]
     return Task(
@@ -53,7 +57,7 @@ def task_of(record):
     )  # fmt: skip
 
 
-def read(path, data_dir=None):
+def read(path: str | Path, data_dir: str | None = None) -> Record:
     """The checked record of a task file.
 
     Args:
@@ -74,7 +78,7 @@ def read(path, data_dir=None):
     return record
 
 
-def check_files(path, record, data_dir=None):
+def check_files(path: str | Path, record: Record, data_dir: str | None = None) -> None:
     """UserError where a data file of the record in a task file is not there."""
     for split, name in record.get("files", {}).items():
         try:
@@ -83,7 +87,7 @@ def check_files(path, record, data_dir=None):
             raise UserError(f'{path}: "files": {split}: {error}') from None
 
 
-def data_file(folder, name):
+def data_file(folder: str | Path, name: str) -> Path:
     """The path of a data file that a record names; UserError where it cannot be read as a split.
 
     A name outside the folder would be the same file whatever --data-dir is.
@@ -99,12 +103,12 @@ def data_file(folder, name):
     return file
 
 
-def home_of(path):
+def home_of(path: str | Path) -> str:
     """The folder that the data files of a task file lie in, if nobody says otherwise."""
     return str(Path(path).parent)
 
 
-def checked(record, where):
+def checked(record: Record, where: object) -> Record:
     """A record with its defaults, its labels as words, its splits by name.
 
     Raises:
@@ -127,12 +131,14 @@ def checked(record, where):
         raise UserError(f"{where}: {error}") from None
 
 
-def need(good, key, what):
+def need(good: object, key: str, what: str) -> None:
     if not good:
         raise UserError(f'"{key}": {what}')
 
 
-def need_keys(value, required, optional=(), inside=""):
+def need_keys(
+    value: object, required: Sequence[str], optional: Sequence[str] = (), inside: str = ""
+) -> None:
     """UserError where a JSON value is no object with these keys."""
     known = (*required, *optional)
     if not isinstance(value, dict):
@@ -145,38 +151,38 @@ def need_keys(value, required, optional=(), inside=""):
         raise UserError(f'{inside}the key "{missing[0]}" is missing')
 
 
-def need_one(record, one, other):
+def need_one(record: Record, one: str, other: str) -> None:
     if (one in record) == (other in record):
         both = "not both" if one in record else "none is there"
         raise UserError(f'give one of the keys "{one}" and "{other}", {both}')
 
 
-def is_like(pattern, word):
+def is_like(pattern: str, word: Json) -> bool:
     return isinstance(word, str) and re.fullmatch(pattern, word) is not None
 
 
-def are_distinct(words, least, most=math.inf):
+def are_distinct(words: Json, least: int, most: float = math.inf) -> bool:
     """Whether a JSON value is a list of so many words, none empty, each once."""
     if not isinstance(words, list) or not all(is_like(WORD, word) for word in words):
         return False
     return least <= len(words) <= most and len(set(words)) == len(words)
 
 
-def check_name(name):
+def check_name(name: Json) -> None:
     need(is_like(NAME, name), "name", f"give letters, digits, - and _, not {name!r}")
     need(name.lower() not in TASKS, "name", f"{name} is a task of GLUE: give another name")
 
 
-def check_columns(texts, label):
+def check_columns(texts: Json, label: Json) -> None:
     need(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
     need(is_like(WORD, label), "label", "give the name of a column")
     need(label not in texts, "label", f'"{label}" is one of the texts')
 
 
-def labels_of(labels):
-    words = [written(label) for label in labels] if isinstance(labels, list) else None
+def labels_of(labels: Json) -> list[str]:
+    words: Json = [written(label) for label in labels] if isinstance(labels, list) else None
     need(are_distinct(words, 2), "labels", "give a list of two or more words, each once")
-    seen = {}
+    seen: dict[str, str] = {}
     for word in words:
         other = seen.setdefault(printed(word), word)
         alike = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
@@ -184,13 +190,13 @@ def labels_of(labels):
     return words
 
 
-def printed(word):
+def printed(word: str) -> str:
     """What can be seen of a word: accents composed, no characters without width, single blanks."""
     letters = [c for c in unicodedata.normalize("NFC", word) if unicodedata.category(c) != "Cf"]
     return " ".join("".join(letters).split())
 
 
-def excluded_of(labels):
+def excluded_of(labels: Json) -> list[str | None]:
     """The labels of rows that are left out, as `written` has them; None: there is none."""
     what = "give a list of labels, or null for a missing one, each once"
     need(isinstance(labels, list) and labels, "exclude_labels", what)
@@ -201,25 +207,27 @@ def excluded_of(labels):
     return words
 
 
-def check_excluded(labels, scores, exclude_labels):
+def check_excluded(
+    labels: Sequence[str], scores: Sequence[float], exclude_labels: Sequence[str | None]
+) -> None:
     """UserError where a label is both one of the task's and one of rows that are left out."""
     for word in exclude_labels:
         need(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
         try:
-            within = scores and scores[0] <= float(word) <= scores[1]
+            within = scores and scores[0] <= float(word or "") <= scores[1]
         except (TypeError, ValueError):
             within = False
         need(not within, "exclude_labels", f"{word} is one of the scores")
 
 
-def scores_of(scores):
+def scores_of(scores: Json) -> list[float]:
     right = isinstance(scores, list) and len(scores) == 2
     right = right and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)
     need(right and scores[0] < scores[1], "scores", "give the lowest and the highest, as [0, 5]")
     return [float(score) for score in scores]
 
 
-def check_metrics(metrics, labels):
+def check_metrics(metrics: Json, labels: list[str] | None) -> None:
     """Whether the metrics are known, and fit what is predicted: labels, or where there are none
     scores."""
     kind = "labels" if labels else "scores"
@@ -234,7 +242,7 @@ def check_metrics(metrics, labels):
     need(not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more")
 
 
-def splits_of(splits, key):
+def splits_of(splits: Json, key: str) -> dict[str, str]:
     """{split: where it is}, sorted, so that their order in the file means nothing."""
     need(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
     for split, where in splits.items():
@@ -246,7 +254,7 @@ def splits_of(splits, key):
     return dict(sorted(splits.items()))
 
 
-def files_of(files):
+def files_of(files: Json) -> dict[str, str]:
     files = splits_of(files, "files")
     for split, name in files.items():
         known = ", ".join(READERS)
@@ -254,9 +262,9 @@ def files_of(files):
     return files
 
 
-def hub_of(hub):
+def hub_of(hub: Json) -> dict[str, Any]:
     need_keys(hub, ("name", "splits"), ("config", "revision"), '"hub": ')
-    hub = {"config": None, "revision": None} | hub
+    hub = {"config": None, "revision": None, **hub}
     for key in ("name", "config", "revision"):
         right = is_like(WORD, hub[key]) or (hub[key] is None and key != "name")
         need(right, "hub", f"{key}: give a name, not {hub[key]!r}")

@@ -7,9 +7,14 @@ one's own is made by `bitfit.data.task_files` of a JSON record.
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:  # the flags need this module, and -h imports no torch
+    import torch
 
 METRICS = {  # by what is predicted; F1 is that of the second of two labels
     "labels": ("Accuracy", "F1", "Macro-F1", "MCC"),
@@ -31,36 +36,36 @@ class Task:
     tsv_names: tuple[str, ...] = ()  # the columns of a train or dev file that has no header line
     labels_by_name: bool = False  # TSV and server files hold names, not numbers
     skips_short_rows: bool = False  # the published train file has broken rows, which all skip
-    splits: dict = field(default_factory=lambda: {"validation": "dev", "test": "test"})
+    splits: dict[str, str] = field(default_factory=lambda: {"validation": "dev", "test": "test"})
     validation_rows: tuple[int, ...] = ()  # of GLUE's validation splits, where they are known
     score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; STS-B's
     excluded_labels: tuple = ()  # of rows without a gold label: None, or as files write them
-    record: dict | None = None  # of a task of one's own: the JSON that it was made of
+    record: dict[str, Any] | None = None  # of a task of one's own: the JSON that it was made of
 
     @property
-    def tsv_columns(self):
+    def tsv_columns(self) -> tuple[str, ...]:
         return self.tsv_texts or self.texts
 
     @property
-    def is_regression(self):
+    def is_regression(self) -> bool:
         return not self.labels
 
     @property
-    def num_labels(self):
+    def num_labels(self) -> int:
         return len(self.labels) or 1
 
     @property
-    def written_labels(self):
+    def written_labels(self) -> tuple[str, ...]:
         """The labels as TSV and server files write them, in order."""
         return self.labels if self.labels_by_name else tuple(map(str, range(len(self.labels))))
 
     @property
-    def validation_splits(self):
+    def validation_splits(self) -> tuple[str, ...]:
         """The scored splits; the first holds the main score."""
         return tuple(name for name in self.splits if name.startswith("validation"))
 
     @property
-    def server_files(self):
+    def server_files(self) -> dict[str, str]:
         """{test split: the file of its predictions, for GLUE's tasks as the server expects it}"""
         if self.record:
             tests = [split for split in self.splits if split.startswith("test")]
@@ -81,23 +86,22 @@ ENTAILMENT = ("entailment", "not_entailment")
 PAIR = ("sentence1", "sentence2")
 QUESTIONS = ("question1", "question2")
 
-NAMED = {"labels_by_name": True}
 RECORDS = (
     Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("MCC",),
          tsv_names=("source", "label", "annotation", "sentence"),
          validation_rows=(1043,)),
     Task("mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
-         tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, **NAMED,
+         tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, labels_by_name=True,
          validation_rows=(9815, 9832)),
     Task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent"), ("F1", "Accuracy"),
          tsv_texts=("#1 String", "#2 String"), tsv_label="Quality",
          validation_rows=(408,)),
-    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, **NAMED,
+    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, labels_by_name=True,
          validation_rows=(5463,)),
     Task("qqp", "QQP", QUESTIONS, ("not_duplicate", "duplicate"), ("F1", "Accuracy"),
          tsv_label="is_duplicate", skips_short_rows=True,
          validation_rows=(40430,)),
-    Task("rte", "RTE", PAIR, ENTAILMENT, **NAMED,
+    Task("rte", "RTE", PAIR, ENTAILMENT, labels_by_name=True,
          validation_rows=(277,)),
     Task("sst2", "SST-2", ("sentence",), ("negative", "positive"),
          validation_rows=(872,)),
@@ -109,18 +113,19 @@ RECORDS = (
 TASKS = {task.name: task for task in RECORDS}
 
 
-def written(value):
+def written(value: object) -> str | None:
     """A label as a record writes it: words as they stand, true and false, 1 for 1.0; else None."""
     if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
     if isinstance(value, numbers.Integral):
         return str(int(value))
     if isinstance(value, numbers.Real) and math.isfinite(value):
-        return str(int(value) if value == int(value) else value)
+        whole = math.trunc(value)
+        return str(whole if value == whole else value)
     return value if isinstance(value, str) else None
 
 
-def row_losses(task, logits, labels):
+def row_losses(task: Task, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
     """The loss of each row: cross-entropy, or squared error. (B, C), (B,) -> (B,)"""
     import torch.nn.functional as F
 
@@ -129,14 +134,14 @@ def row_losses(task, logits, labels):
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def predictions(task, logits):
+def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
     """Label numbers, or scores clipped to the task's range. (rows, C) -> (rows,)"""
     if task.is_regression:
         return np.clip(logits[:, 0], *task.score_range)
     return logits.argmax(axis=1)
 
 
-def compact(task, logits):
+def compact(task: Task, logits: np.ndarray) -> np.ndarray:
     """Logits (rows, C) as they are kept: in half precision, each row's largest made 0, so that
     rounding does not change which it is; but scores, whose ranks need all digits, in full.
     """
@@ -149,7 +154,7 @@ def compact(task, logits):
     )
 
 
-def score(task, logits, labels):
+def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """{metric: value} of float logits (rows, C) against labels (rows,).
 
     A correlation with a constant is 0, as scikit-learn has it for Matthews', and no warning.
@@ -157,7 +162,7 @@ def score(task, logits, labels):
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    def correlation(function):
+    def correlation(function: Callable) -> float:
         constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
         return 0.0 if constant else function(labels, predicted).statistic
 

@@ -4,13 +4,18 @@ All tokens of a split lie in one flat array with offsets; a batch is a gather on
 """
 
 import logging
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from bitfit.data.splits import read_split
+from bitfit.data.splits import Texts, read_split
+from bitfit.data.tasks import Task
 from utils import UserError, generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger("bitfit")
 # Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
@@ -29,7 +34,7 @@ class Tokens(NamedTuple):
     pad_id: int
     pad_left: bool = False  # which side of a padded row the padding is on
 
-    def to(self, device):
+    def to(self, device: torch.device) -> Self:
         moved = {k: v.to(device) for k, v in self._asdict().items() if torch.is_tensor(v)}
         return self._replace(**moved)
 
@@ -38,10 +43,10 @@ class Split(NamedTuple):
     """Rows to train on, or to score."""
 
     tokens: Tokens
-    rows_of_seed: dict  # {seed: its rows of `tokens`, as many for each}
+    rows_of_seed: dict[int, np.ndarray]  # {seed: its rows of `tokens`, as many for each}
 
 
-def tokenize(texts, tokenizer, max_length):
+def tokenize(texts: Texts, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokens:
     """Texts -> Tokens on the CPU. Rows over `max_length` tokens are cut, longest sentence first.
 
     Raises:
@@ -72,7 +77,7 @@ def tokenize(texts, tokenizer, max_length):
     )
 
 
-def concatenate(parts):
+def concatenate(parts: list[Tokens]) -> Tokens:
     """Return the rows of several `Tokens` as one `Tokens` without labels."""
     lengths = np.concatenate([part.lengths for part in parts])
     types = None if parts[0].types is None else torch.cat([part.types for part in parts])
@@ -82,14 +87,23 @@ def concatenate(parts):
     )  # fmt: skip
 
 
-def flat(rows):
+def flat(rows: list[list[int]]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in rows]))
 
 
 class Dataset:
     """The splits of one task, read and tokenized when they are first needed."""
 
-    def __init__(self, task, data_dir, tokenizer, max_length, seeds, train_size, device):
+    def __init__(
+        self,
+        task: Task,
+        data_dir: str | Path | None,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        seeds: list[int],
+        train_size: int | None,
+        device: torch.device,
+    ) -> None:
         """
         Args:
             data_dir, max_length: as in `sources.read_split` and `tokenize`.
@@ -97,10 +111,11 @@ class Dataset:
         """
         self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
         self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
-        self.device, self.splits = device, {}
-        self.row_hashes = {}  # {split: (rows,) int64 of each row's texts}
+        self.device = device
+        self.splits: dict[str, Split] = {}
+        self.row_hashes: dict[str, np.ndarray] = {}  # {split: (rows,) int64 of each row's texts}
 
-    def split(self, name):
+    def split(self, name: str) -> Split:
         """A `Split`; its tokens are None for an optional one that is not there."""
         if name not in self.splits:
             texts = read_split(self.task, name, self.data_dir)
@@ -116,7 +131,7 @@ class Dataset:
             self.splits[name] = Split(tokens, of_seed)
         return self.splits[name]
 
-    def report_overlap(self):
+    def report_overlap(self) -> None:
         """Log how many training rows occur in other splits that have been read."""
         others = dict(self.row_hashes)
         train = others.pop("train")
@@ -129,14 +144,14 @@ class Dataset:
         else:
             LOGGER.info("no training row occurs in %s", " or ".join(others))
 
-    def scored(self):
+    def scored(self) -> dict[str, Split]:
         """{name: Split} of those with labels, of a large training set some rows."""
         tokens, rows = self.split("train")
         train = Split(tokens, {seed: thin(own) for seed, own in rows.items()})
         return {"train": train} | {name: self.split(name) for name in self.task.validation_splits}
 
 
-def draw_rows(seeds, total, size):
+def draw_rows(seeds: list[int], total: int, size: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Each seed's own `size` of `total` rows.
 
     Returns:
@@ -147,7 +162,7 @@ def draw_rows(seeds, total, size):
     return kept, {seed: np.searchsorted(kept, rows) for seed, rows in drawn.items()}
 
 
-def thin(rows):
+def thin(rows: np.ndarray) -> np.ndarray:
     """At most 50,000 of some rows, evenly spaced."""
     picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS_SCORED))
     return rows[picked.astype(np.int64)]
