@@ -27,7 +27,7 @@ import utils
 from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
-from bitfit.options import POSITIVE, gpu, make_commands, number
+from bitfit.options import POSITIVE, OneLineParser, gpu, make_commands, number
 from bitfit.study import cells
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
@@ -97,7 +97,7 @@ def add_folder(add: Callable) -> None:
     add("--output-path", "-o", type=Path, required=True, metavar="DIR", help="the study's folder")
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the parser and {command: its parser}."""
     commands = [
         ("plan", add_plan, "choose the cells and print their cost"),
