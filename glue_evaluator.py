@@ -25,7 +25,9 @@ from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading, predict, run_stack, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
+from bitfit.model.precision import DTYPES, cast_parameters
 from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.token_budget import TokenBudget
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import OFF
@@ -44,7 +46,6 @@ from utils import (
 from utils import set_seed as set_seed  # a name of the released code
 
 LOGGER = logging.getLogger("bitfit")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class GLUEvaluator:
@@ -197,7 +198,7 @@ class GLUEvaluator:
         self._draw = partial(loading.draw_head, names=initialized) if initialized else None
         self.encoder_sha256 = models_fingerprints.fingerprint(self.model)
         self.model.to(self.torch_device)
-        self.limit = predict.Limit(self.max_tokens, self.torch_device)
+        self.token_budget = TokenBudget(self.max_tokens, self.torch_device)
         for outdated in ("stack", "chosen", "_found", "_longest_tried"):
             vars(self).pop(outdated, None)
 
@@ -210,7 +211,7 @@ class GLUEvaluator:
         if longest > vars(self).get("_longest_tried", 0):
             parts = [own.tokens for own in self.data.splits.values() if own.tokens]
             tokens, dtype = concatenate(parts), DTYPES[self.precision]
-            self._found = models_forward.find_forward(self.model, self.model_name, tokens, dtype)
+            self._found = models_forward.select_forward(self.model, self.model_name, tokens, dtype)
             self._longest_tried = tokens.lengths.max()
         else:
             models_forward.check_ids(self.model, self.model_name, self.tokens(split))
@@ -220,7 +221,7 @@ class GLUEvaluator:
     def row_batching(self):
         """How rows share a pass: "packed", "padded" or "equal length"."""
         self._need("model", "training_preparation")
-        return self._forward("train").kind
+        return self._forward("train").batching_kind
 
     def _find_zero_gradient(self):
         """The biases whose gradient is zero; a line says which, unless an earlier one did."""
@@ -332,7 +333,7 @@ class GLUEvaluator:
                             "prepare and train one after the other")  # fmt: skip
         folders = run_folder.folders_of(output_path, self.runs)
         plan = Plan(self.task, self._forward("train"), self.data.split("train"),
-                    self.data.scored(), self.limit, self.batch_size, num_epochs, lr_schedule,
+                    self.data.scored(), self.token_budget, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
         set_seed(self._dropout_seed())
         self.stack = RunStack(self.model, self.chosen, self.runs, self._draw, self.zero_gradient)
@@ -396,8 +397,8 @@ class GLUEvaluator:
         """Logits of a split, (rows, C) float32, in the order of its rows."""
         self._need("model", "training_preparation")
         forward = self._forward(split)
-        with predict.computing_in(self.model, DTYPES[self.precision]):
-            return predict.predict(forward, self.tokens(split), self.limit, group=self.group)
+        with cast_parameters(self.model, DTYPES[self.precision]):
+            return predict.predict(forward, self.tokens(split), self.token_budget, group=self.group)
 
     def evaluate(self, split):
         """{metric: value} of a split with labels, all its rows."""

@@ -30,8 +30,9 @@ from bitfit.data.tokens import (  # noqa: E402
 from bitfit.model import forward as models_forward  # noqa: E402
 from bitfit.model import loading  # noqa: E402
 from bitfit.model.batching import MAX_TOKENS  # noqa: E402
-from bitfit.model.predict import Limit  # noqa: E402
+from bitfit.model.precision import DTYPES  # noqa: E402
 from bitfit.model.run_stack import Run, RunStack  # noqa: E402
+from bitfit.model.token_budget import TokenBudget  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select  # noqa: E402
 from bitfit.training.checkpoints import Saver  # noqa: E402
 from bitfit.training.loop import start, step_graphs, train_epoch  # noqa: E402
@@ -39,7 +40,6 @@ from bitfit.training.plan import Plan  # noqa: E402
 from bitfit.training.progress import Progress  # noqa: E402
 
 LENGTH = 128
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {  # hidden size, layers, heads, intermediate size
     "tiny": (32, 2, 2, 64),
     "minilm": (384, 6, 12, 1536),
@@ -158,8 +158,8 @@ class Ours:
         grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
         forward = models_forward.Forward(model)
         rows = dict.fromkeys(range(runs), np.arange(len(tokens.lengths)))
-        limit = Limit(max_tokens or MAX_TOKENS[self.device.type], self.device)
-        self.plan = Plan(task, forward, Split(tokens, rows), {}, limit, batch_size, epochs=1)
+        budget = TokenBudget(max_tokens or MAX_TOKENS[self.device.type], self.device)
+        self.plan = Plan(task, forward, Split(tokens, rows), {}, budget, batch_size, epochs=1)
         self.plans: dict[torch.dtype, Plan] = {}
         components = ["bias"] if method == "bitfit" else []
         chosen = select(model, method, components, None, np.random.default_rng(0))
@@ -169,7 +169,7 @@ class Ours:
         """The plan with the fastest forward pass in a precision."""
         if dtype not in self.plans:
             model, tokens = self.plan.forward.model, self.plan.train.tokens
-            forward = models_forward.find_forward(model, "the model", tokens, dtype)
+            forward = models_forward.select_forward(model, "the model", tokens, dtype)
             self.plans[dtype] = dataclasses.replace(self.plan, forward=forward)
         return self.plans[dtype]
 

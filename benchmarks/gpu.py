@@ -191,10 +191,12 @@ def check_dropout(args: argparse.Namespace, device: torch.device) -> Outcome:
 def check_packing(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Check that BERT trains on packed rows, on a GPU in bf16 with FlashAttention."""
     ours = make_runs(args, random_tokens("RTE", 64, device), 1)
-    packer = ours.plan_in(DTYPES[args.precision]).forward.packer
+    packed_encoder = ours.plan_in(DTYPES[args.precision]).forward.packed_encoder
     fused = device.type == "cuda" and args.precision == "bf16"
-    good = packer and packer.rest and packer.varlen == fused
-    return bool(good), "off" if not packer else "fused" if packer.varlen else "grouped"
+    good = packed_encoder and packed_encoder.rest and packed_encoder.varlen == fused
+    return bool(
+        good
+    ), "off" if not packed_encoder else "fused" if packed_encoder.varlen else "grouped"
 
 
 def check_stack(args: argparse.Namespace, device: torch.device) -> Outcome:
@@ -280,20 +282,20 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Check that a step with a fifth of the memory it takes is cut into smaller passes."""
     tokens = random_tokens("CoLA", 4 * args.batch_size, device)
     ours = make_runs(args, tokens, 20)
-    limit, config = ours.plan.limit, ours.plan.forward.model.config
+    budget, config = ours.plan.token_budget, ours.plan.forward.model.config
     before = 20 * int(tokens.lengths[: args.batch_size].sum()) * 2
     left = 20 * before * config.hidden_size * config.num_hidden_layers  # bytes
     if left < 2**26:
         return True, "not asked: too small a model to tell"
     with training(ours, torch.float32, graphs=False) as state:
-        limit.tokens = 256
+        budget.max_tokens = 256
         steps(state, 1)
-        limit.tokens = before
+        budget.max_tokens = before
         with little_memory(device, left):
             steps(state, 1)
         losses = state.loss_sum
-    message = f"{before} -> {limit.tokens} tokens a pass, {left / 2**20:.0f} MiB left"
-    return limit.tokens < before and bool(losses.isfinite().all()), message
+    message = f"{before} -> {budget.max_tokens} tokens a pass, {left / 2**20:.0f} MiB left"
+    return budget.max_tokens < before and bool(losses.isfinite().all()), message
 
 
 @contextmanager

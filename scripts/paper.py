@@ -142,8 +142,8 @@ def collect(
 
 def plan(args: argparse.Namespace) -> int:
     from bitfit.artifacts import run_folder
+    from bitfit.model.precision import DTYPES
     from bitfit.study import cost, plan
-    from glue_evaluator import DTYPES
 
     run_folder.check_place(args.output_path)
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])

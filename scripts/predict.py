@@ -67,8 +67,8 @@ def opened(path: str) -> AbstractContextManager[BinaryIO]:
 
 def run(args: argparse.Namespace) -> None:
     with opened(args.input) as lines:
+        from bitfit.model.precision import DTYPES
         from bitfit.tools import answers, multi_task
-        from glue_evaluator import DTYPES
 
         found = multi_task.read(args.evaluators, args.model_name)
         local = Path(found[0][1]["model_name"]).is_dir()

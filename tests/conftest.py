@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from bitfit.model import forward, loading
-from bitfit.model.packing import packers_of
+from bitfit.model.packing import packed_encoders
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
@@ -43,7 +43,7 @@ def forward_of(model, packed=True):
     if not packed:
         return forward.Forward(model)
     first = loading.first_position(loading.position_embedding(model))
-    return forward.Forward(model, packers_of(model, first)[0])
+    return forward.Forward(model, packed_encoders(model, first)[0])
 
 
 def wait_for(condition):

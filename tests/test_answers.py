@@ -114,7 +114,7 @@ def test_each_answers_as_alone(saved, tmp_path, max_tokens):
     """Whether all go through the model at once, or in passes of few tokens."""
     folders = [saved[name] for name in ("cola", "mnli", "stsb", "sst2")]
     many = check_like_each_alone(folders, tmp_path, max_tokens)
-    assert many.forward.packer
+    assert many.forward.packed_encoder
     assert not many.stack.shares_encoder
     assert [own.num_labels for own in many.tasks] == [2, 3, 1, 2]
 
@@ -138,7 +138,7 @@ def test_padded_rows_and_another_head(tmp_path, tiny_roberta):
         tasks = ("stsb", "cola", "mnli")
         folders = [save(tmp_path / f"{packed}-{task}", task, model) for task in tasks]
         many = check_like_each_alone(folders, tmp_path)
-        assert bool(many.forward.packer) == packed
+        assert bool(many.forward.packed_encoder) == packed
 
 
 def test_a_checkpoint_without_pooler_serves_any_number_of_classes(tmp_path):

@@ -10,7 +10,7 @@ import transformers
 from conftest import GLUE, TINY_BERT
 
 import run_glue
-from bitfit.model.packing import Packer
+from bitfit.model.packing import PackedEncoder
 from bitfit.results.scores import read_metrics
 from bitfit.tools import multi_task
 from glue_evaluator import GLUEvaluator
@@ -162,7 +162,7 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
     evaluator.save(tmp_path / "evaluator")
     loaded = GLUEvaluator.load(tmp_path / "evaluator", None)
     for cap in (1, 2048):
-        loaded.limit.tokens = cap
+        loaded.token_budget.max_tokens = cap
         logits.append(loaded.predict("validation"))
     bound = 1e-3 * logits[0].std(0).max()
     assert np.abs(logits[0] - logits[1]).max() < bound
@@ -205,7 +205,7 @@ def test_an_exception_while_packing_is_named(tmp_path, monkeypatch, caplog):
     def broken(*args):
         raise TypeError("no such kernel")
 
-    monkeypatch.setattr(Packer, "__call__", broken)
+    monkeypatch.setattr(PackedEncoder, "__call__", broken)
     with caplog.at_level("INFO", "bitfit"):
         assert run(tmp_path, str(TINY_BERT)) == 0
     assert "rows: padded (packed rows raise TypeError: no such kernel)" in caplog.text

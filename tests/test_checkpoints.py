@@ -7,8 +7,8 @@ from conftest import TINY_BERT, load_model
 
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split
-from bitfit.model.predict import Limit
 from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select
 from bitfit.training.checkpoints import Saver, capture, found, restore
 from bitfit.training.loop import move, start
@@ -19,7 +19,9 @@ from utils import Damaged
 def new_state(runs, model, keep="last"):
     stack = RunStack(model, select(model, "bitfit", ["bias"]), runs)
     rows = {run.seed: [0] for run in runs}
-    return start(Plan(TASKS["rte"], None, Split(None, rows), {}, Limit(9), 8, 2), stack, keep=keep)
+    return start(
+        Plan(TASKS["rte"], None, Split(None, rows), {}, TokenBudget(9), 8, 2), stack, keep=keep
+    )
 
 
 def some_steps(state):
@@ -32,7 +34,7 @@ def some_steps(state):
     state.stack.bad_step[1] = 3
     state.loss_sum += 0.5
     state.epoch, state.step, state.seconds = 3, 5, 1.5
-    state.plan.limit.tokens = 7
+    state.plan.token_budget.max_tokens = 7
     state.records[0].train_loss.append(0.7)
     state.records[1].diverged = "somewhere"
     state.scores.append((state.stack.runs[0].name, 3, "validation", "Accuracy", 0.5))

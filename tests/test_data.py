@@ -8,15 +8,15 @@ from bitfit.data.splits import Texts
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Dataset, concatenate, tokenize
 from bitfit.model.batching import (
-    arrays_of,
-    batch_of,
     batches_by_length,
-    gather,
-    host_buffer,
-    passes_of,
+    buffer_views,
+    gather_inputs,
+    list_arrays,
+    make_batch,
+    pack_into_buffer,
+    replace_arrays,
+    split_into_micro_batches,
     to_device,
-    views_of,
-    with_arrays,
 )
 from utils import UserError
 
@@ -29,7 +29,7 @@ def tokenizer(tiny_bert):
 
 
 def inputs_of(tokens, rows, packed=False):
-    return gather(tokens, to_device(batch_of(tokens, np.array(rows), packed), "cpu"))
+    return gather_inputs(tokens, to_device(make_batch(tokens, np.array(rows), packed), "cpu"))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -114,7 +114,7 @@ def test_training_rows_that_occur_elsewhere_are_counted(tokenizer, monkeypatch, 
 @pytest.mark.parametrize("cap", [1, 60, 200, 512, 10**9])
 def test_passes_hold_each_row_once_and_no_more_tokens_than_allowed(packed, cap):
     lengths = np.random.default_rng(0).integers(1, 128, 500)
-    parts = passes_of(lengths, cap, packed)
+    parts = split_into_micro_batches(lengths, cap, packed)
     assert sorted(np.concatenate(parts)) == list(range(500))
     for part in parts:
         tokens = lengths[part].sum() if packed else len(part) * lengths[part].max()
@@ -135,7 +135,7 @@ def test_concatenated_rows_are_the_rows_of_each(tokenizer):
 @pytest.mark.parametrize("cap", [1, 60, 512])
 def test_rows_of_equal_length_alone_share_a_batch(cap):
     lengths = np.random.default_rng(0).integers(1, 32, 500)
-    parts = passes_of(lengths, cap, False, equal=True)
+    parts = split_into_micro_batches(lengths, cap, False, equal_length=True)
     assert sorted(np.concatenate(parts)) == list(range(500))
     assert all(len(set(lengths[part])) == 1 for part in parts)
     assert all(lengths[part].sum() <= cap or len(part) == 1 for part in parts)
@@ -157,10 +157,10 @@ def test_one_buffer_holds_all_arrays_of_a_step():
         rng.normal(size=(3, 5)).astype(np.float32), [np.arange(7), None, 4], np.array(2.5),
         rng.random((2, 3)) < 0.5, np.empty((0, 2), np.int32), np.arange(5, dtype=np.int32),
     )  # fmt: skip
-    arrays = arrays_of(step)
-    buffer = host_buffer(arrays, pin=False)
+    arrays = list_arrays(step)
+    buffer = pack_into_buffer(arrays, pin=False)
     assert buffer.dtype == torch.uint8 and len(buffer) < sum(a.nbytes + 16 for a in arrays)
-    moved, plain = with_arrays(step, views_of(buffer, arrays)), to_device(step, "cpu")
+    moved, plain = replace_arrays(step, buffer_views(buffer, arrays)), to_device(step, "cpu")
     pairs = list(zip(tensors_of(moved), tensors_of(plain), strict=True))
     assert len(pairs) == 6
     for own, expected in pairs:

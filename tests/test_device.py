@@ -18,9 +18,10 @@ from bitfit.data import splits
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split, tokenize
 from bitfit.model import attention, batching, loading, run_stack
-from bitfit.model.forward import find_forward
-from bitfit.model.predict import Limit, predict_runs
+from bitfit.model.forward import select_forward
+from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
@@ -44,12 +45,12 @@ def new_state(method, count, dtype, packed):
     model.to(CUDA)
     texts = splits.read_split(COLA, "train", GLUE).take(range(24))
     tokens = tokenize(texts, loading.load_tokenizer(str(TINY_BERT)), 48).to(CUDA)
-    forward = find_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
+    forward = select_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
     chosen = select(model, method, ["bias"] if method == "bitfit" else [], 1000,
                     np.random.default_rng(0))  # fmt: skip
     stack = RunStack(model, chosen, [Run(1e-3, seed) for seed in range(count)], loading.draw_head)
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
-    return loop.start(Plan(COLA, forward, split, {}, Limit(2000, CUDA), 8, 9), stack)
+    return loop.start(Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), 8, 9), stack)
 
 
 def take_steps(state, count):
@@ -67,10 +68,12 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
     with simulated_gpu() as gpu:
         state = new_state(method, count, dtype, packed=True)
         before = state.stack.params.clone()
-        assert state.plan.forward.packer and state.plan.forward.is_varlen == (dtype != torch.float)
+        assert state.plan.forward.packed_encoder and state.plan.forward.uses_varlen == (
+            dtype != torch.float
+        )
         with state.stack.patched(dtype):
             state.graphs = loop.step_graphs(state)
-            assert bool(state.graphs) == state.plan.forward.is_varlen
+            assert bool(state.graphs) == state.plan.forward.uses_varlen
             take_steps(state, 1)  # makes the optimizer's state
             gpu.clear()
             take_steps(state, USES_BEFORE_CAPTURE - 1)
@@ -83,7 +86,7 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
                 assert len(state.graphs.graphs) == 1 and not gpu.waits and len(gpu.copies) == 1
             rows = {k: np.arange(5) for k in range(count)}
             found = dict(predict_runs(state.plan.forward, state.stack, state.plan.train.tokens,
-                                      state.plan.limit, rows))  # fmt: skip
+                                      state.plan.token_budget, rows))  # fmt: skip
         assert state.stack.params.device == CUDA
         assert (state.stack.params != before).any()
     assert all(np.isfinite(logits).all() and len(logits) == 5 for logits in found.values())
@@ -101,7 +104,7 @@ def test_the_grouped_attention_where_flashattention_fails(broken):
 
         patch.setattr(attention, "kernel", only_in_float32)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
-        assert state.plan.forward.packer and not state.plan.forward.is_varlen
+        assert state.plan.forward.packed_encoder and not state.plan.forward.uses_varlen
 
 
 def test_flashattention_is_tried_on_several_sequences_in_bf16():
@@ -115,7 +118,7 @@ def test_flashattention_is_tried_on_several_sequences_in_bf16():
 
         patch.setattr(attention, "kernel", mixes_sequences)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
-        assert state.plan.forward.packer and not state.plan.forward.is_varlen
+        assert state.plan.forward.packed_encoder and not state.plan.forward.uses_varlen
 
 
 def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
@@ -126,8 +129,8 @@ def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
             loop.fit_limit_to_memory(state, 2**33)
             assert "--max-tokens" not in caplog.text
             loop.fit_limit_to_memory(state, 2**21)
-    assert state.plan.limit.tokens < 2000
-    assert f"--max-tokens {state.plan.limit.tokens}: more does not fit" in caplog.text
+    assert state.plan.token_budget.max_tokens < 2000
+    assert f"--max-tokens {state.plan.token_budget.max_tokens}: more does not fit" in caplog.text
 
 
 def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
@@ -145,7 +148,7 @@ def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
             forward_backward = loop.forward_backward
             monkeypatch.setattr(loop, "forward_backward", pass_or_fail)
             take_steps(state, 1)
-        assert state.graphs is None and state.plan.limit.tokens == 1000
+        assert state.graphs is None and state.plan.token_budget.max_tokens == 1000
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -193,7 +196,7 @@ def test_a_sweep_stopped_and_resumed(tmp_path, capsys, monkeypatch):
 
 
 def left_on_the_host(value, device):
-    return batching.with_arrays(value, map(torch.from_numpy, batching.arrays_of(value)))
+    return batching.replace_arrays(value, map(torch.from_numpy, batching.list_arrays(value)))
 
 
 def drawn_on_the_gpu(model, seed):

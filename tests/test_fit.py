@@ -116,7 +116,7 @@ def test_memory_does_not_grow_with_the_runs(monkeypatch):
 
     monkeypatch.setattr(models.Forward, "__call__", watched)
     evaluator = trained(list(range(64)), epochs=1, rows=16)
-    assert max(sizes) <= evaluator.limit.tokens == 2048
+    assert max(sizes) <= evaluator.token_budget.max_tokens == 2048
     assert sum(sizes) > 2 * 2048
     assert len({tuple(values.tolist()) for values in evaluator.stack.params[:, -2:]}) == 64
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Tokens
 from bitfit.model.fingerprints import fingerprint, sha256
-from bitfit.model.forward import Forward, find_forward
+from bitfit.model.forward import Forward, select_forward
 from bitfit.model.loading import check_length, draw_head, load_tokenizer, position_limit
 from utils import UserError
 
@@ -163,14 +163,14 @@ def random_model(name, **more):
 @pytest.mark.parametrize("padded", [False, True])
 def test_each_forward_pass_is_transformers_own(name, padded):
     model, own = random_model(name), tokens(9, 4, 6)
-    forward = find_forward(model, name, own)
-    assert (forward.packer is None) == (name == "modernbert")  # its layers see windows
+    forward = select_forward(model, name, own)
+    assert (forward.packed_encoder is None) == (name == "modernbert")  # its layers see windows
     forward = Forward(model) if padded else forward
     mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
     ids = torch.full((3, 9), 1).masked_scatter(mask, own.ids)
     with torch.no_grad():
         plain = model(input_ids=ids, attention_mask=mask.long()).logits
-        assert torch.allclose(forward.rows(own, np.arange(3)), plain, atol=1e-6)
+        assert torch.allclose(forward.logits(own, np.arange(3)), plain, atol=1e-6)
     assert model.config._attn_implementation == "sdpa"
     assert not any(m._forward_hooks for m in model.modules())
 

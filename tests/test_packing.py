@@ -9,7 +9,7 @@ from test_models import random_model, tokens
 from torch.nn import functional as F
 
 from bitfit.model.batching import to_device
-from bitfit.model.forward import find_forward
+from bitfit.model.forward import select_forward
 from bitfit.model.packing import (
     SPARE,
     UNIT,
@@ -46,8 +46,8 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
     """In float32 to rounding; in bf16 as near the exact gradient as plain bf16 comes."""
     monkeypatch.setitem(SPARE, "cpu", 500)  # several groups
     model, own = random_model(name), tokens(*LENGTHS)
-    forward = find_forward(model, name, own)
-    assert forward.packer.rest  # all four go through the last layer with first tokens alone
+    forward = select_forward(model, name, own)
+    assert forward.packed_encoder.rest  # all four go through the last layer with first tokens alone
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     components = ["bias"] if method == "bitfit" else []
     chosen = select(model, method, components, 3000, np.random.default_rng(0))
@@ -63,7 +63,7 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
         return logits.detach(), loss.item(), stack.grads[0].clone()
 
     def packed():
-        return forward.rows(own, np.arange(len(LENGTHS)))
+        return forward.logits(own, np.arange(len(LENGTHS)))
 
     exact = loss_and_gradient(lambda: plain_logits(model, own), torch.float32)
     logits, loss, gradient = loss_and_gradient(packed, dtype)
@@ -194,19 +194,23 @@ def test_what_cannot_be_packed_is_found_out(name):
         "squeezebert": {"embedding_size": 32},
     }.get(name, {})
     model, own = random_model(name, intermediate_size=64, **more), tokens(*LENGTHS)
-    forward = find_forward(model, name, own)
-    assert bool(forward.packer) == (name in PACKED)
+    forward = select_forward(model, name, own)
+    assert bool(forward.packed_encoder) == (name in PACKED)
     # ALBERT's last layer is its first as well
-    assert bool(forward.packer and forward.packer.rest) == (name in PACKED and name != "albert")
+    assert bool(forward.packed_encoder and forward.packed_encoder.rest) == (
+        name in PACKED and name != "albert"
+    )
     with torch.no_grad():  # a head's bias, as trained ones have, must not hide any difference
         [p for n, p in model.named_parameters() if n.endswith("bias")][-1].fill_(100.0)
-    assert bool(find_forward(model, name, own).packer) == (name in PACKED)
+    assert bool(select_forward(model, name, own).packed_encoder) == (name in PACKED)
     if name != "fnet":  # mixes along padding too: each width gives its own
         model.eval()
         with torch.no_grad():
             expected = plain_logits(model, own)
-            assert torch.allclose(forward.rows(own, np.arange(6)), expected, atol=1e-5)
-            assert torch.allclose(forward.rows(own, np.array([4, 1])), expected[[4, 1]], atol=1e-5)
+            assert torch.allclose(forward.logits(own, np.arange(6)), expected, atol=1e-5)
+            assert torch.allclose(
+                forward.logits(own, np.array([4, 1])), expected[[4, 1]], atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (8, 8, 8)])
@@ -218,7 +222,7 @@ def test_neighbours_are_noticed(name, lengths, zeros):
     if zeros:
         torch.nn.init.zeros_(model.classifier.weight)
     kind = {"bert": "packed", "fnet": "equal length"}[name]
-    assert find_forward(model, name, tokens(*lengths)).kind == kind
+    assert select_forward(model, name, tokens(*lengths)).batching_kind == kind
     assert model.classifier.weight.any() != zeros
 
 
@@ -226,4 +230,4 @@ def test_a_token_beyond_the_embeddings_is_refused():
     own = tokens(*LENGTHS)
     own.ids[3] = 60
     with pytest.raises(UserError, match="a text has token 60, but the model bert has embeddings"):
-        find_forward(random_model("bert"), "bert", own)
+        select_forward(random_model("bert"), "bert", own)

@@ -83,7 +83,7 @@ def train_all_types(folder, model, memory=None):
         evaluator.train_and_evaluate(3, folder / kind if group.rank == 0 else {})
         predicted = evaluator.export_model_test_set_predictions(folder / kind)
         logits = torch.from_numpy(evaluator.predict("test"))
-        limit = torch.tensor([evaluator.limit.tokens])
+        limit = torch.tensor([evaluator.token_budget.max_tokens])
         save_file({"logits": logits, "values": evaluator.stack.params, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted

@@ -11,8 +11,10 @@ from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split, tokenize
 from bitfit.model import batching, loading, packing
 from bitfit.model import forward as models_forward
-from bitfit.model.predict import Limit, computing_in, predict, predict_runs
+from bitfit.model.precision import DTYPES, cast_parameters
+from bitfit.model.predict import predict, predict_runs
 from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
@@ -23,9 +25,8 @@ from utils import generator
 
 COLA = TASKS["cola"]
 CPU = torch.device("cpu")
-LIMIT = Limit(2048)
+BUDGET = TokenBudget(2048)
 ONE = [Run(1e-3, 0)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @pytest.fixture(params=["tiny_bert", "tiny_roberta"])
@@ -45,11 +46,11 @@ def new_model(folder, dropout=0.0, task=COLA):
 
 
 def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
-              draw=None, limit=LIMIT, packed=True, **options):  # fmt: skip
+              draw=None, token_budget=BUDGET, packed=True, **options):  # fmt: skip
     stack = RunStack(model, chosen, list(runs), draw)
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
     forward = forward_of(model, packed)
-    plan = Plan(task, forward, Split(tokens, rows), {}, limit, 16, **{"epochs": 9} | options)
+    plan = Plan(task, forward, Split(tokens, rows), {}, token_budget, 16, **{"epochs": 9} | options)
     return start(plan, stack, optimizer)
 
 
@@ -118,7 +119,7 @@ def choose(model, method):
 def test_the_loop_is_the_plain_one(folder, method, optimizer, packed, cap):
     """Packed rows, passes, flat rows and fused steps change no value beyond rounding."""
     expected, model = new_model(folder), new_model(folder)
-    chosen, options = choose(model, method), {"packed": packed, "limit": Limit(cap)}
+    chosen, options = choose(model, method), {"packed": packed, "token_budget": TokenBudget(cap)}
     expected_losses = plain_loop(expected, folder, set(chosen), 2, optimizer)
     _, losses = trained(model, tokens_of(folder), chosen, 2, optimizer, **options)
     assert losses == pytest.approx(expected_losses, rel=2e-4)
@@ -148,7 +149,7 @@ def test_the_schedule_is_the_plain_one(tiny_bert):
 
 def test_the_order_of_the_rows_is_the_runs_own():
     rows = dict.fromkeys((0, 1), np.arange(50))
-    plan = Plan(COLA, None, Split(None, rows), {}, LIMIT, 16, 2)
+    plan = Plan(COLA, None, Split(None, rows), {}, BUDGET, 16, 2)
     orders = [plan.order(Run(1.0, s), e) for s in (0, 1) for e in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -191,8 +192,8 @@ def test_bf16_follows_fp32(tiny_bert):
         model = new_model(tiny_bert)
         state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"))
         loss, tokens = next_epoch(state, precision), state.plan.train.tokens
-        with computing_in(model, DTYPES[precision]):
-            return loss[0], predict(state.plan.forward, tokens, LIMIT), state.stack
+        with cast_parameters(model, DTYPES[precision]):
+            return loss[0], predict(state.plan.forward, tokens, BUDGET), state.stack
 
     loss, logits, _ = run("fp32")
     half_loss, half_logits, stack = run("bf16")
@@ -208,11 +209,11 @@ def test_bf16_trains_on_the_values_of_now(tiny_bert, method):
     stack = RunStack(model, choose(model, method), [Run(1e-3, 0)])
     forward = forward_of(model)
     with stack.patched(torch.bfloat16):
-        first = forward.rows(tokens, np.arange(8)).detach()
+        first = forward.logits(tokens, np.arange(8)).detach()
         stack.params += 0.05 * torch.randn(stack.params.shape)
         stack.sync_to_model()
-        second = forward.rows(tokens, np.arange(8)).detach()
-        assert np.allclose(second.numpy(), predict(forward, tokens, LIMIT), atol=0.02)
+        second = forward.logits(tokens, np.arange(8)).detach()
+        assert np.allclose(second.numpy(), predict(forward, tokens, BUDGET), atol=0.02)
     assert (first - second).abs().max() > 0.05
 
 
@@ -226,8 +227,10 @@ def test_predictions_come_in_the_order_of_the_rows(folder):
             model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in texts.columns[0]
         ]
     forward, single = forward_of(model), np.stack(single)
-    assert np.allclose(predict(forward, tokens, LIMIT), single, atol=1e-5)
-    assert np.allclose(predict(forward, tokens, LIMIT, np.array([7, 3])), single[[7, 3]], atol=1e-5)
+    assert np.allclose(predict(forward, tokens, BUDGET), single, atol=1e-5)
+    assert np.allclose(
+        predict(forward, tokens, BUDGET, np.array([7, 3])), single[[7, 3]], atol=1e-5
+    )
 
 
 def test_schedules():
@@ -276,7 +279,7 @@ def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precisi
     losses = [next_epoch(state, precision) for _ in range(epochs)]
     with state.stack.patched(DTYPES[precision]):
         every = {k: np.arange(rows) for k in range(len(runs))}
-        of_run = predict_runs(state.plan.forward, state.stack, tokens, LIMIT, every)
+        of_run = predict_runs(state.plan.forward, state.stack, tokens, BUDGET, every)
         logits = [own for _, own in of_run]
     return np.stack(logits), np.array(losses), state.stack
 
@@ -340,7 +343,7 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
     model, _ = loading.load(folder, COLA)
     set_dropout(model, 0.0)
     chosen = choose(model, "bitfit")
-    options = {"draw": loading.draw_head, "packed": packed, "limit": Limit(cap)}
+    options = {"draw": loading.draw_head, "packed": packed, "token_budget": TokenBudget(cap)}
     state = new_state(model, tokens_of(folder), chosen, GRID, **options)
     stack, kept, steps = state.stack, [], iter(range(100))
     plain = loop.forward_backward
@@ -381,15 +384,15 @@ def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
         return plain(*args, **options)
 
     with stack.patched():
-        together = dict(predict_runs(forward, stack, tokens, LIMIT, rows))
+        together = dict(predict_runs(forward, stack, tokens, BUDGET, rows))
         for k in rows:
             stack.load_run(k)
-            assert np.allclose(together[k], predict(forward, tokens, LIMIT), atol=1e-5)
+            assert np.allclose(together[k], predict(forward, tokens, BUDGET), atol=1e-5)
         monkeypatch.setattr(type(model.base_model), "forward", watched)
-        list(predict_runs(forward, stack, tokens, LIMIT, rows))
+        list(predict_runs(forward, stack, tokens, BUDGET, rows))
         shared = len(passes)
         rows[0] = rows[0][::-1].copy()  # other rows: no sharing
-        list(predict_runs(forward, stack, tokens, LIMIT, rows))
+        list(predict_runs(forward, stack, tokens, BUDGET, rows))
     assert len(passes) - shared == 4 * shared
 
 
@@ -398,10 +401,10 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
     plain = models_forward.Forward.__call__
 
     def run(cap, room):
-        limit, model = Limit(cap), new_model(tiny_bert, dropout=0.1)
+        budget, model = TokenBudget(cap), new_model(tiny_bert, dropout=0.1)
         chosen = choose(model, "bitfit")
         state = new_state(
-            model, tokens_of(tiny_bert), chosen, GRID, draw=loading.draw_head, limit=limit
+            model, tokens_of(tiny_bert), chosen, GRID, draw=loading.draw_head, token_budget=budget
         )
 
         def tight(forward, tokens, batch):
@@ -412,7 +415,7 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
 
         monkeypatch.setattr(models_forward.Forward, "__call__", tight)
         torch.manual_seed(0)
-        return next_epoch(state), state.stack.params, limit.tokens
+        return next_epoch(state), state.stack.params, budget.max_tokens
 
     losses, values, cap = run(2048, room=300)
     assert cap == 256
@@ -460,7 +463,7 @@ def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, mon
     model = new_model(folder, dropout=0.1)
     chosen = choose(model, method)
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
-    options = {"lr_schedule": "linear", "limit": Limit(100)}
+    options = {"lr_schedule": "linear", "token_budget": TokenBudget(100)}
     state = new_state(model, tokens_of(folder), chosen, grid, **options)
     assert len(loop.plan_step(state, state.stack.finite_runs(), np.arange(16)[None]).parts) > 1
     model.train()
@@ -511,8 +514,8 @@ def kernels_of_a_step(runs, dtype):
         starts=lengths.cumsum() - lengths, lengths=lengths, pad_id=0,
     )  # fmt: skip
     grid = [Run(1e-3, seed) for seed in range(runs)]
-    limit = Limit(batching.MAX_TOKENS["cuda"])
-    state = new_state(model, tokens, choose(model, "bitfit"), grid, limit=limit)
+    budget = TokenBudget(batching.MAX_TOKENS["cuda"])
+    state = new_state(model, tokens, choose(model, "bitfit"), grid, token_budget=budget)
     model.train()
     rows = np.stack([np.random.default_rng(k).permutation(6)[:4] for k in range(runs)])
     with state.stack.patched(dtype):
@@ -533,8 +536,8 @@ def test_a_step_is_few_kernels_however_many_runs(monkeypatch):
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     """And what changes from step to step reaches the device as tensors, no number as a constant."""
-    model, limit = new_model(tiny_bert), Limit(200)  # several passes
-    options = {"limit": limit, "packed": packed}
+    model, budget = new_model(tiny_bert), TokenBudget(200)  # several passes
+    options = {"budget": budget, "packed": packed}
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, **options)
     rows = np.stack([np.arange(16) + k for k in range(4)])
     step = loop.plan_step(state, np.arange(4), rows)
@@ -609,18 +612,20 @@ def test_what_autograd_keeps_is_counted():
 def test_the_limit_fits_into_memory(tiny_bert, method):
     """It is a power of two, in proportion to what is free, and a step of it fits."""
     model, limits = new_model(tiny_bert, dropout=0.1), {}
-    state = new_state(model, tokens_of(tiny_bert), choose(model, method), limit=Limit(2**22))
+    state = new_state(
+        model, tokens_of(tiny_bert), choose(model, method), token_budget=TokenBudget(2**22)
+    )
     torch.manual_seed(0)
     before = torch.get_rng_state()
     with state.stack.patched():
         for free in (2**30, 2**28, 2**20):
             loop.fit_limit_to_memory(state, free)
-            limits[free] = state.plan.limit.tokens
+            limits[free] = state.plan.token_budget.max_tokens
         assert torch.equal(torch.get_rng_state(), before)
-        state.plan.limit.tokens = 100
+        state.plan.token_budget.max_tokens = 100
         loop.fit_limit_to_memory(state, 2**30)  # what the user gave is not raised
     assert limits[2**30] == 4 * limits[2**28] and limits[2**30].bit_count() == 1
-    assert state.plan.limit.tokens == 100
+    assert state.plan.token_budget.max_tokens == 100
     # Each layer keeps at least the inputs of two LayerNorms (128) and of GELU (256), in float32.
     least = 3 * 4 * (2 * 128 + 256)
     assert least * limits[2**30] < 2**30 / 2 < 30 * least * limits[2**30]

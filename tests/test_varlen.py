@@ -15,10 +15,10 @@ from bitfit.data.tokens import Split
 from bitfit.model import attention
 from bitfit.model.attention import CHUNK, QUERY_BLOCK, plan_sequences, rounded
 from bitfit.model.batching import to_device
-from bitfit.model.forward import Forward, find_forward
-from bitfit.model.packing import packers_of
-from bitfit.model.predict import Limit
+from bitfit.model.forward import Forward, select_forward
+from bitfit.model.packing import packed_encoders
 from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import FINE_TUNE_TYPES, select
 from bitfit.training import loop
 from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
@@ -41,7 +41,7 @@ def gradient(forward, own, chosen, runs, owner, dtype=torch.float32):
     noise = torch.Generator().manual_seed(0)
     stack.params += 0.02 * torch.randn(stack.params.shape, generator=noise)
     forward.model.eval()
-    batch, rows = to_device(forward.routed_batch(own, ROWS, owner, len(runs)), "cpu")
+    batch, rows = to_device(forward.make_routed_batch(own, ROWS, owner, len(runs)), "cpu")
     with stack.patched(dtype):
         with stack.routing(rows):
             logits = forward(own, batch)
@@ -57,8 +57,8 @@ def gradient(forward, own, chosen, runs, owner, dtype=torch.float32):
 )
 def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
     model, own = random_model(name), tokens(*LENGTHS)
-    forward = find_forward(model, name, own)
-    assert forward.is_varlen and forward.packer.rest
+    forward = select_forward(model, name, own)
+    assert forward.uses_varlen and forward.packed_encoder.rest
     chosen = select(model, method, ["bias"] if method == "bitfit" else [], 3000,
                     np.random.default_rng(0))  # fmt: skip
     owner = np.repeat(np.arange(runs), len(LENGTHS) // runs)
@@ -72,9 +72,9 @@ def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
 
 def test_prediction_has_no_fillers():
     model, own = random_model("bert"), tokens(*LENGTHS)
-    forward = find_forward(model, "bert", own)
-    assert forward.batch(own, ROWS).index.size == sum(LENGTHS)
-    assert torch.allclose(forward.rows(own, ROWS), plain_logits(model, own), atol=1e-6)
+    forward = select_forward(model, "bert", own)
+    assert forward.make_batch(own, ROWS).index.size == sum(LENGTHS)
+    assert torch.allclose(forward.logits(own, ROWS), plain_logits(model, own), atol=1e-6)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -105,11 +105,11 @@ def new_state(graphs):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    forward = Forward(model, packers_of(model, 0)[0])
+    forward = Forward(model, packed_encoders(model, 0)[0])
     chosen = select(model, "bitfit", ["bias"])
     stack = RunStack(model, chosen, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
-    plan = Plan(TASKS["cola"], forward, split, {}, Limit(1000), 3, 20, "linear")
+    plan = Plan(TASKS["cola"], forward, split, {}, TokenBudget(1000), 3, 20, "linear")
     state = loop.start(plan, stack)
     if graphs:  # what CUDA repeats is the same work on the same tensors
         state.graphs = StepGraphs(

@@ -272,7 +272,7 @@ def facts_of(args, evaluator):
         "format": FORMAT,
         "model_commit": evaluator.model_commit,
         "precision": evaluator.precision,
-        "max_tokens": evaluator.limit.tokens,
+        "max_tokens": evaluator.token_budget.max_tokens,
         "rows": evaluator.row_batching,
         "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
         **{package: installed(package) for package in ("torch", "transformers", "datasets")},

@@ -98,7 +98,7 @@ def size_step(count):
 
 
 def supports(head_size, device, dtype):
-    """Whether FlashAttention can be tried: `models.find_forward` compares its results."""
+    """Whether FlashAttention can be tried: `forward.select_forward` compares its results."""
     if device.type != "cuda" or dtype != torch.bfloat16 or head_size % 8 or head_size > 256:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

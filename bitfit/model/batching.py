@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     packing: Packing | Sequences | None  # None: padded
 
 
-def batch_of(tokens, rows, packed):
+def make_batch(tokens, rows, packed):
     """What the host knows of a batch of rows (B,)."""
     lengths, starts = tokens.lengths[rows], tokens.starts[rows]
     if packed:
@@ -35,7 +35,7 @@ def batch_of(tokens, rows, packed):
     return Batch(rows, index, None if real.all() else real, None)
 
 
-def varlen_batch(tokens, rows, owner=None, stacked=False):
+def make_varlen_batch(tokens, rows, owner=None, stacked=False):
     """Return (`Batch`, runs of its chunks) for the kernels of `varlen`; see `plan_sequences`."""
     sequences, row, chunks = plan_sequences(tokens.lengths[rows], owner, stacked)
     index = np.where(row < 0, 0, tokens.starts[rows][row]) + sequences.positions
@@ -47,22 +47,22 @@ def to_device(value, device):
 
     A GPU gets all arrays in one copy from pinned memory, so that the host never waits for it.
     """
-    arrays = arrays_of(value)
+    arrays = list_arrays(value)
     if torch.device(device).type == "cpu" or not arrays:
-        return with_arrays(value, map(torch.from_numpy, arrays))
-    buffer = host_buffer(arrays, pin=True).to(device, non_blocking=True)
-    return with_arrays(value, views_of(buffer, arrays))
+        return replace_arrays(value, map(torch.from_numpy, arrays))
+    buffer = pack_into_buffer(arrays, pin=True).to(device, non_blocking=True)
+    return replace_arrays(value, buffer_views(buffer, arrays))
 
 
-def arrays_of(value):
+def list_arrays(value):
     """Return the arrays in nested tuples and lists, in order."""
     if isinstance(value, np.ndarray):
         return [value]
     inside = value if isinstance(value, (list, tuple)) else ()
-    return [array for item in inside for array in arrays_of(item)]
+    return [array for item in inside for array in list_arrays(item)]
 
 
-def with_arrays(value, replacements):
+def replace_arrays(value, replacements):
     """Return nested tuples and lists with each array replaced by the next of `replacements`."""
     replacements = iter(replacements)
 
@@ -76,7 +76,7 @@ def with_arrays(value, replacements):
     return replace(value)
 
 
-def host_buffer(arrays, pin):
+def pack_into_buffer(arrays, pin):
     """Return one uint8 tensor with the bytes of all arrays, each at a multiple of 16."""
     buffer = torch.empty(sum(map(aligned_bytes, arrays)), dtype=torch.uint8, pin_memory=pin)
     whole, begin = buffer.numpy(), 0
@@ -87,8 +87,8 @@ def host_buffer(arrays, pin):
     return buffer
 
 
-def views_of(buffer, arrays):
-    """Yield a tensor in a copy of `host_buffer(arrays)` for each of the arrays."""
+def buffer_views(buffer, arrays):
+    """Yield a tensor in a copy of `pack_into_buffer(arrays)` for each of the arrays."""
     begin = 0
     for array in arrays:
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
@@ -100,7 +100,7 @@ def aligned_bytes(array):
     return -(-array.nbytes // 16) * 16
 
 
-def gather(tokens, batch):
+def gather_inputs(tokens, batch):
     """The model's inputs for a `Batch` on the device.
 
     Returns:
@@ -116,7 +116,7 @@ def gather(tokens, batch):
     return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask.long()}
 
 
-def passes_of(lengths, max_tokens, packed, equal=False):
+def split_into_micro_batches(lengths, max_tokens, packed, equal_length=False):
     """Cut a step's rows into passes of at most `max_tokens` tokens; one row always fits.
 
     Packed rows stay in their order, run after run, in passes of like size; padded ones go by
@@ -124,13 +124,13 @@ def passes_of(lengths, max_tokens, packed, equal=False):
 
     Args:
         lengths: (rows,) tokens in each row.
-        equal: put only rows of equal length into one pass.
+        equal_length: put only rows of equal length into one pass.
 
     Returns:
         A list of position arrays; together they hold each position once.
     """
     if not packed:
-        return list(batches_by_length(lengths, max_tokens, equal))
+        return list(batches_by_length(lengths, max_tokens, equal_length))
     ends, cuts = lengths.cumsum(), [0]
     like = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
     while cuts[-1] < len(lengths):
@@ -140,17 +140,17 @@ def passes_of(lengths, max_tokens, packed, equal=False):
     return np.split(np.arange(len(lengths)), cuts[1:-1])
 
 
-def batches_by_length(lengths, max_tokens, equal=False):
+def batches_by_length(lengths, max_tokens, equal_length=False):
     """All rows, the longest first, in batches of at most `max_tokens` padded tokens.
 
     Args:
-        equal: put only rows of equal length into one batch.
+        equal_length: put only rows of equal length into one batch.
     """
     order = np.argsort(-lengths, kind="stable")
     start, falling = 0, -lengths[order]
     while start < len(order):
         stop = start + max(1, int(max_tokens // lengths[order[start]]))
-        if equal:
+        if equal_length:
             stop = min(stop, int(np.searchsorted(falling, falling[start], "right")))
         yield order[start:stop]
         start = stop

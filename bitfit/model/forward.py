@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bitfit.model.batching import batch_of, gather, to_device, varlen_batch
+from bitfit.model.batching import gather_inputs, make_batch, make_varlen_batch, to_device
 from bitfit.model.loading import first_position, position_embedding, position_limit
-from bitfit.model.packing import Packer, packers_of
-from bitfit.model.predict import computing_in, full_float32
+from bitfit.model.packing import PackedEncoder, packed_encoders
+from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.run_routing import route_chunks, route_rows
 from bitfit.model.trainable import in_encoder, is_bias
 from utils import UserError, blaming, one_line
@@ -23,52 +23,56 @@ class Forward(NamedTuple):
     """The one forward pass: a `Batch` of a split's rows -> logits (B, C) in float32."""
 
     model: torch.nn.Module
-    packer: Packer | None = None  # how it runs on packed rows; None: on padded ones
-    equal: bool = False  # a batch has rows of one length only, for padding changes the logits
+    packed_encoder: PackedEncoder | None = None  # how it runs on packed rows; None: on padded ones
+    equal_length: bool = (
+        False  # a batch has rows of one length only, for padding changes the logits
+    )
 
     @property
-    def kind(self):
+    def batching_kind(self):
         """How rows share a pass: "packed", "padded" or "equal length"."""
-        return "packed" if self.packer else "equal length" if self.equal else "padded"
+        return (
+            "packed" if self.packed_encoder else "equal length" if self.equal_length else "padded"
+        )
 
     @property
-    def is_varlen(self):
+    def uses_varlen(self):
         """Whether rows are packed for the kernels of `varlen`."""
-        return self.packer is not None and self.packer.varlen
+        return self.packed_encoder is not None and self.packed_encoder.varlen
 
-    def batch(self, tokens, rows):
+    def make_batch(self, tokens, rows):
         """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
-        if self.is_varlen:
-            return varlen_batch(tokens, rows)[0]
-        return batch_of(tokens, rows, self.packer is not None)
+        if self.uses_varlen:
+            return make_varlen_batch(tokens, rows)[0]
+        return make_batch(tokens, rows, self.packed_encoder is not None)
 
-    def routed_batch(self, tokens, rows, owner, runs):
+    def make_routed_batch(self, tokens, rows, owner, runs):
         """(`Batch`, `RunRouting`) of rows of several runs: arrays on the host.
 
         Args:
             owner: (B,) the run of each row, out of `runs`; those of one run together.
         """
-        packed = self.packer is not None
-        if self.is_varlen:
-            batch, chunks = varlen_batch(tokens, rows, owner, runs > 1)
+        packed = self.packed_encoder is not None
+        if self.uses_varlen:
+            batch, chunks = make_varlen_batch(tokens, rows, owner, runs > 1)
             return batch, route_chunks(owner, runs, chunks)
         token_owner = np.repeat(owner, tokens.lengths[rows]) if packed else None
-        return batch_of(tokens, rows, packed), route_rows(owner, runs, token_owner)
+        return make_batch(tokens, rows, packed), route_rows(owner, runs, token_owner)
 
     def __call__(self, tokens, batch):
-        inputs = gather(tokens, batch)
-        if self.packer:
-            return self.packer(self.model, inputs, batch.packing).logits.float()
+        inputs = gather_inputs(tokens, batch)
+        if self.packed_encoder:
+            return self.packed_encoder(self.model, inputs, batch.packing).logits.float()
         return self.model(**inputs).logits.float()
 
-    def rows(self, tokens, rows):
+    def logits(self, tokens, rows):
         """The same for row numbers (B,) on the host."""
-        return self(tokens, to_device(self.batch(tokens, rows), tokens.ids.device))
+        return self(tokens, to_device(self.make_batch(tokens, rows), tokens.ids.device))
 
 
 @torch.no_grad()
-@full_float32()
-def find_forward(model, model_name, tokens, dtype=torch.float32):
+@without_tf32()
+def select_forward(model, model_name, tokens, dtype=torch.float32):
     """The fastest `Forward` that gives each row the logits that it has alone; the log says which.
 
     Packed rows are tried first, then padded rows, then batches of rows of equal length, each on a
@@ -96,14 +100,14 @@ def find_forward(model, model_name, tokens, dtype=torch.float32):
     ):
         with blaming(cannot(what, "another --model-name")):
             model.train()  # some are strict in training alone (Reformer)
-            Forward(model).rows(tokens, rows[1:2])
+            Forward(model).logits(tokens, rows[1:2])
             model.eval()
-            alone = {row: Forward(model).rows(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
+            alone = {row: Forward(model).logits(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
         warn_of_constant(model_name, alone, tokens.lengths[rows])
         forward = first_independent(model, model_name, tokens, rows, alone, dtype)
     if dtype != torch.float32:
-        with blaming(cannot("compute in bf16", "--precision fp32")), computing_in(model, dtype):
-            if not all(forward.rows(tokens, rows[[i]]).isfinite().all() for i in range(3)):
+        with blaming(cannot("compute in bf16", "--precision fp32")), cast_parameters(model, dtype):
+            if not all(forward.logits(tokens, rows[[i]]).isfinite().all() for i in range(3)):
                 raise ValueError("its logits are not finite")
     return forward
 
@@ -193,15 +197,15 @@ def first_independent(model, model_name, tokens, rows, alone, dtype):
         UserError: there is none.
     """
     ways, problems = ways_to_batch(model, tokens, rows, dtype), []
-    if not ways[0][0].packer:
+    if not ways[0][0].packed_encoder:
         problems.append("packed rows need other layers")
     for forward, batches in ways:
         problem = neighbour_problem(forward, tokens, batches, alone)
         if problem is None:
-            why = f" ({'; '.join(problems)})" if problems and not forward.packer else ""
-            LOGGER.info("rows: %s%s", forward.kind, why)
+            why = f" ({'; '.join(problems)})" if problems and not forward.packed_encoder else ""
+            LOGGER.info("rows: %s%s", forward.batching_kind, why)
             return forward
-        if (problem := f"{forward.kind} rows {problem}") not in problems:
+        if (problem := f"{forward.batching_kind} rows {problem}") not in problems:
             problems.append(problem)
     what = f"gives a row other logits in a batch than alone ({'; '.join(problems)})"
     raise UserError(f"the model {model_name} {what}; give another --model-name")
@@ -214,9 +218,9 @@ def ways_to_batch(model, tokens, rows, dtype):
     packed = [np.tile(rows, times), rows[1:2]]
     padded = [rows, rows[::-1].copy(), rows[1:], rows[[2, 1]]]
     equal = [np.append(np.flatnonzero(tokens.lengths == tokens.lengths[r])[:2], r) for r in rows]
-    packers = packers_of(model, first_position(position_embedding(model)), dtype)
-    ways = [(Forward(model, packer), packed) for packer in packers]
-    return [*ways, (Forward(model), padded), (Forward(model, equal=True), equal)]
+    encoders = packed_encoders(model, first_position(position_embedding(model)), dtype)
+    ways = [(Forward(model, packed_encoder), packed) for packed_encoder in encoders]
+    return [*ways, (Forward(model), padded), (Forward(model, equal_length=True), equal)]
 
 
 def neighbour_problem(forward, tokens, batches, alone):
@@ -228,12 +232,12 @@ def neighbour_problem(forward, tokens, batches, alone):
         for batch in batches:
             known = np.flatnonzero(np.isin(batch, [*alone]))
             expected = torch.stack([alone[row] for row in batch[known]])
-            found = forward.rows(tokens, batch)
+            found = forward.logits(tokens, batch)
             if len(found) < len(batch) or not (found[known] - expected).abs().max() <= bound:
                 return "give other logits"
-            if forward.is_varlen:  # trained with FlashAttention, which computes in bf16 alone
-                with computing_in(forward.model, torch.bfloat16):
-                    found = forward.rows(tokens, batch)
+            if forward.uses_varlen:  # trained with FlashAttention, which computes in bf16 alone
+                with cast_parameters(forward.model, torch.bfloat16):
+                    found = forward.logits(tokens, batch)
                 if not (found[known] - expected).abs().max() <= 0.2 * largest:
                     return "give other logits in bf16"
     except Exception as error:  # whatever it is: the next way may do

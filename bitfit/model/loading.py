@@ -169,7 +169,7 @@ def check_length(model_name, task, max_length, revision=None):
     try:
         with torch.device("meta"):
             limit = position_limit(from_config(config))
-    except Exception:  # not all can be made without weights; `find_forward` tries the longest row
+    except Exception:  # not all can be made without weights; `select_forward` tries the longest row
         return
     if limit is not None and max_length > limit:
         what = f"is above the model's {limit} positions: give at most {limit}"

@@ -5,8 +5,8 @@ anew with each row. Attention alone cuts the row apart: rows of like length form
 inside the attention only. Behind the last attention the first token of each row is picked,
 which is all that a classifier of this family reads.
 
-`models.find_forward` tries a model both ways; one that reads more, or attends in its own way, runs
-on padded rows.
+`forward.select_forward` tries a model both ways; one that reads more, or attends in its own way,
+runs on padded rows.
 """
 
 from functools import partial
@@ -200,7 +200,7 @@ def drop(module, x):
     return F.dropout(x, module.p, module.training)
 
 
-class Packer(NamedTuple):
+class PackedEncoder(NamedTuple):
     """How to run one model on packed rows."""
 
     layers: torch.nn.Module  # runs the layers one after the other
@@ -247,8 +247,8 @@ def pick_output(first, module, args, output):
     return output
 
 
-def packers_of(model, first_position, dtype=torch.float32):
-    """The `Packer`s to try on a model, the fastest first; none where its layers see windows.
+def packed_encoders(model, first_position, dtype=torch.float32):
+    """The `PackedEncoder`s to try on a model, the fastest first; none where its layers see windows.
 
     After the last attention no token sees another, and the classifier reads the first of each row
     alone: three quarters of the last layer's arithmetic need not be done for the others.
@@ -266,4 +266,8 @@ def packers_of(model, first_position, dtype=torch.float32):
     size = getattr(config, "hidden_size", 0) // heads
     fused = varlen.supports(size, next(model.parameters()).device, dtype)
     kinds = (True, False) if fused else (False,)
-    return [Packer(layers, *pair, heads, first_position, kind) for kind in kinds for pair in pairs]
+    return [
+        PackedEncoder(layers, *pair, heads, first_position, kind)
+        for kind in kinds
+        for pair in pairs
+    ]

@@ -19,7 +19,7 @@ import torch
 
 from bitfit.model.batching import to_device
 from bitfit.model.packing import drop
-from bitfit.model.predict import computing_in, full_float32
+from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.run_routing import BroadcastRuns, forward_per_run
 from bitfit.model.trainable import in_encoder, trains_matrices
 from utils import is_out_of_memory
@@ -98,7 +98,7 @@ class RunStack:
         """
         patched, trained = [], {p: p.requires_grad for p in self.parameters.values()}
         try:
-            with computing_in(self.model, dtype):
+            with cast_parameters(self.model, dtype):
                 self.compute_params = (
                     self.params if dtype == self.params.dtype else aligned(self.params, dtype)
                 )
@@ -243,11 +243,11 @@ def stacked_logits_differ(forward, chosen, tokens):
     stack = RunStack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
     stack.params += 0.1 * torch.randn(stack.params.shape, generator=noise).to(stack.params.device)
-    distinct = 1 if forward.equal else len(tokens.lengths)
-    pair = forward.routed_batch(tokens, np.arange(2) % distinct, np.arange(2), 2)
+    distinct = 1 if forward.equal_length else len(tokens.lengths)
+    pair = forward.make_routed_batch(tokens, np.arange(2) % distinct, np.arange(2), 2)
     batch, rows = to_device(pair, stack.params.device)
     try:
-        with full_float32(), stack.patched():
+        with without_tf32(), stack.patched():
             with stack.routing(rows):
                 together = forward(tokens, batch)
             for run in range(2):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bitfit.model.forward import Forward
-from bitfit.model.predict import computing_in, full_float32
+from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.trainable import in_encoder, layer_and_name
 
 ROWS, TOKENS = 2, 32  # the trial computes with so many rows, and so many tokens of each
@@ -39,12 +39,12 @@ def find(model, trained, tokens):
     for dtype in (torch.float64, torch.float32):
         rng = torch.Generator().manual_seed(0)
         try:
-            with full_float32(), computing_in(model, dtype):
+            with without_tf32(), cast_parameters(model, dtype):
                 masks = cancelled_in_all(model, trained, tokens, rows, rng)
                 if masks and logits_change(model, trained, masks, tokens, rows, rng):
                     masks = {}
             return {name: ranges(mask) for name, mask in masks.items()}
-        except Exception:  # of any kind: `find_forward` reports what is wrong with a model
+        except Exception:  # of any kind: `select_forward` reports what is wrong with a model
             continue
     return {}
 
@@ -121,7 +121,7 @@ def gradient_sums(model, biases, tokens, row, rng):
             module = model.get_submodule(name.rpartition(".")[0])
             handles.append(module.register_forward_hook(partial(watch, name=name)))
         with torch.enable_grad():
-            logits = Forward(model).rows(tokens, row)
+            logits = Forward(model).logits(tokens, row)
             direction = torch.randn(logits.shape, generator=rng).to(logits)
             wanted = [p for p, _ in flags if p.requires_grad]
             torch.autograd.grad((logits * direction).sum(), wanted, allow_unused=True)
@@ -140,9 +140,9 @@ def logits_change(model, trained, masks, tokens, rows, rng):
     """Whether a shift of the biases in masks changes any row's logits by more than rounding."""
     forward = Forward(model)
     with shifted(model, trained, rng):
-        before = torch.cat([forward.rows(tokens, row) for row in rows])
+        before = torch.cat([forward.logits(tokens, row) for row in rows])
         with shifted(model, list(masks), rng, masks):
-            after = torch.cat([forward.rows(tokens, row) for row in rows])
+            after = torch.cat([forward.logits(tokens, row) for row in rows])
     spread = (before - before.mean(0)).abs().max()
     rounding = 4 * torch.finfo(before.dtype).eps * before.abs().max()
     return not (after - before).abs().max() < 1e-3 * spread + rounding

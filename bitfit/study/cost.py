@@ -19,8 +19,8 @@ from bitfit.data.tokens import MOST_ROWS_SCORED, Split, tokenize
 from bitfit.model import forward as models_forward
 from bitfit.model import loading
 from bitfit.model.batching import MAX_TOKENS
-from bitfit.model.predict import Limit
 from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
+from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import matrix_weights, select
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states
@@ -203,13 +203,13 @@ def measure_rate(
     tokenizer = loading.load_tokenizer(cell.model)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
     model, _ = loading.load(cell.model, task)
-    forward = models_forward.find_forward(model.to(device), cell.model, tokens, dtype)
+    forward = models_forward.select_forward(model.to(device), cell.model, tokens, dtype)
     chosen = select(model, method, ["bias"] if method == "bitfit" else [])
     if runs > 1 and reason_not_stackable(forward, chosen, tokens):
         return measure_rate(cell, method, 1, device=device, dtype=dtype)
     rows = dict.fromkeys(range(runs), np.arange(len(picked)))
-    limit = Limit(MAX_TOKENS[device.type], device)
-    plan = Plan(task, forward, Split(tokens, rows), {}, limit, size, epochs=1)
+    budget = TokenBudget(MAX_TOKENS[device.type], device)
+    plan = Plan(task, forward, Split(tokens, rows), {}, budget, size, epochs=1)
     stack = RunStack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], loading.draw_head)
     state, alive = start(plan, stack), np.arange(runs)
     model.train()

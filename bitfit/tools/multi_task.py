@@ -16,9 +16,10 @@ from bitfit.data.tokens import concatenate, tokenize
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
-from bitfit.model.batching import MAX_TOKENS, passes_of, to_device
-from bitfit.model.predict import Limit, predict
+from bitfit.model.batching import MAX_TOKENS, split_into_micro_batches, to_device
+from bitfit.model.predict import predict
 from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
+from bitfit.model.token_budget import TokenBudget
 from bitfit.tools.members import evaluators_in
 from utils import UserError
 
@@ -34,7 +35,7 @@ class Many(NamedTuple):
     tokenizer: Any
     forward: models_forward.Forward
     stack: RunStack  # the values of each
-    limit: Limit
+    token_budget: TokenBudget
 
 
 def read(folders, model_name=None):
@@ -88,7 +89,7 @@ def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
         chosen |= saved_evaluator.chosen(model, encoder, facts, tensors, folder)
     model.to(device)
     trial = tokenize(Texts((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
-    forward = models_forward.find_forward(model, name, trial, dtype)
+    forward = models_forward.select_forward(model, name, trial, dtype)
     reason = reason_not_stackable(forward, chosen, trial) if len(found) > 1 else None
     if reason:
         raise UserError(f"these evaluators cannot answer together: {reason}; give one at a time")
@@ -96,9 +97,9 @@ def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
     stack = RunStack(model, chosen, runs)
     for row, (_, _, tensors) in zip(stack.params, found, strict=True):
         fill(row, stack, tensors)
-    limit = Limit(max_tokens or MAX_TOKENS[device.type], device)
+    budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
     names = names_of([folder for folder, *_ in found], tasks)
-    return Many(names, tasks, lengths, tokenizer, forward, stack, limit)
+    return Many(names, tasks, lengths, tokenizer, forward, stack, budget)
 
 
 def names_of(folders, tasks):
@@ -129,10 +130,10 @@ def logits_of(many, rows):
     tokens = tokens.to(many.stack.params.device)
     if many.stack.shares_encoder and len(many.tasks) > 1:
         with many.stack.routing():
-            every = predict(many.forward, tokens, many.limit)  # (K, all rows, C)
+            every = predict(many.forward, tokens, many.token_budget)  # (K, all rows, C)
         together = np.take_along_axis(every, read_by[..., None], axis=1)
     else:
-        together = many.limit.hold(lambda: stacked_logits(many, tokens, read_by))
+        together = many.token_budget.retry_on_oom(lambda: stacked_logits(many, tokens, read_by))
     return [own[:, : task.num_labels] for own, task in zip(together, many.tasks, strict=True)]
 
 
@@ -140,12 +141,17 @@ def logits_of(many, rows):
 def stacked_logits(many, tokens, read_by):
     """(K, B, C) on the host: what each of K evaluators says of the rows (K, B) that it reads."""
     many.forward.model.eval()
-    runs, packed = len(read_by), many.forward.packer is not None
+    runs, packed = len(read_by), many.forward.packed_encoder is not None
     owner, flat = np.repeat(np.arange(runs), read_by.shape[1]), read_by.ravel()
     lengths = tokens.lengths[flat]
-    parts, outputs = passes_of(lengths, many.limit.tokens, packed, many.forward.equal), []
+    parts, outputs = (
+        split_into_micro_batches(
+            lengths, many.token_budget.max_tokens, packed, many.forward.equal_length
+        ),
+        [],
+    )
     for part in parts:
-        pair = many.forward.routed_batch(tokens, flat[part], owner[part], runs)
+        pair = many.forward.make_routed_batch(tokens, flat[part], owner[part], runs)
         batch, own = to_device(pair, tokens.ids.device)
         with many.stack.routing(own):
             outputs.append(many.forward(tokens, batch))

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from bitfit.distributed import ALONE
-from bitfit.model.predict import random_state, set_random_state
 from bitfit.model.run_stack import Run
+from bitfit.model.token_budget import random_state, set_random_state
 from bitfit.signals import Signals
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
@@ -119,7 +119,7 @@ def capture(state):
     generators = state.plan.group.gather(random_state(state.stack.params.device))
     tensors |= {f"random.{i}": generator for i, generator in enumerate(generators)}
     facts = {name: getattr(state, name) for name in ("epoch", "step", "seconds", "scores")}
-    limits = state.plan.group.gather([torch.tensor([state.plan.limit.tokens])])
+    limits = state.plan.group.gather([torch.tensor([state.plan.token_budget.max_tokens])])
     facts |= {"max_tokens": [limit.item() for limit in limits]}
     facts |= {"records": [asdict(record) for record in state.records]}
     return facts, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -142,12 +142,12 @@ def restore(state, facts, tensors):
         }
         if own:
             state.optimizer.state[group["params"][0]] = own
-    group, limit = state.plan.group, state.plan.limit
+    group, budget = state.plan.group, state.plan.token_budget
     names = [name for name in tensors if name.startswith("random.")]
     each = len(names) // group.size
     first = group.rank * each
     set_random_state(device, [tensors[f"random.{first + i}"] for i in range(each)])
-    limit.tokens = min(limit.tokens, as_list(facts["max_tokens"])[group.rank])
+    budget.max_tokens = min(budget.max_tokens, as_list(facts["max_tokens"])[group.rank])
     state.records = records
     state.loss_sum.copy_(tensors["loss_sum"])
     state.scores = [tuple(score) for score in facts["scores"]]

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from bitfit.model.attention import MAX_ROUNDED_TOKENS
-from bitfit.model.batching import arrays_of, host_buffer, views_of, with_arrays
+from bitfit.model.batching import buffer_views, list_arrays, pack_into_buffer, replace_arrays
 from utils import is_out_of_memory, one_line
 
 LOGGER = logging.getLogger("bitfit")
@@ -41,10 +41,10 @@ class StepGraphs:
         Args:
             step: nested tuples with arrays on the host.
         """
-        arrays = arrays_of(step)
+        arrays = list_arrays(step)
         if not self.enabled or max(array.size for array in arrays) > MAX_ROUNDED_TOKENS:
             return None
-        shapes = with_arrays(step, [(array.shape, array.dtype.str) for array in arrays])
+        shapes = replace_arrays(step, [(array.shape, array.dtype.str) for array in arrays])
         self.uses[shapes] += 1
         if shapes not in self.graphs:
             if self.uses[shapes] <= USES_BEFORE_CAPTURE or len(self.graphs) == MAX_GRAPHS:
@@ -54,7 +54,7 @@ class StepGraphs:
         buffer, replay, result = self.graphs[shapes]
 
         def run():
-            buffer.copy_(host_buffer(arrays, pin=buffer.is_cuda), non_blocking=True)
+            buffer.copy_(pack_into_buffer(arrays, pin=buffer.is_cuda), non_blocking=True)
             replay()
             return result
 
@@ -62,8 +62,8 @@ class StepGraphs:
 
     def _add(self, shapes, step, arrays):
         """Capture a graph, or return False and let all steps run without graphs."""
-        buffer = host_buffer(arrays, pin=False).to(self.device)
-        tensors = with_arrays(step, views_of(buffer, arrays))
+        buffer = pack_into_buffer(arrays, pin=False).to(self.device)
+        tensors = replace_arrays(step, buffer_views(buffer, arrays))
         try:
             self.graphs[shapes] = buffer, *self.capture(lambda: self.work(tensors))
         except RuntimeError as error:

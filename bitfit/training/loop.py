@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from bitfit.data.tasks import compact, row_losses, score
-from bitfit.model.batching import passes_of, to_device
-from bitfit.model.predict import free_bytes, keep_random_state, predict_runs
+from bitfit.model.batching import split_into_micro_batches, to_device
+from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack, clip_grad_norms_
+from bitfit.model.token_budget import free_gpu_bytes, preserve_random_state
 from bitfit.results.scores import best_epochs, frame_of, one_line_scores
 from bitfit.tracking.tracker import OFF
 from bitfit.training.graphs import StepGraphs
@@ -100,7 +101,7 @@ def step_graphs(state):
     Graphs compute in memory of the patched stack: do not use them after `patched` ends.
     """
     plan, device = state.plan, state.stack.params.device
-    if device.type != "cuda" or plan.group.size > 1 or not plan.forward.is_varlen:
+    if device.type != "cuda" or plan.group.size > 1 or not plan.forward.uses_varlen:
         return None
     return StepGraphs(partial(whole_step, state), device)
 
@@ -132,11 +133,15 @@ def plan_step(state, alive, rows):
     owner, flat = owner[own], flat[own]
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
-    packed, parts = plan.forward.packer is not None, []
-    equal = plan.forward.equal
-    for part in passes_of(lengths, plan.limit.tokens, packed, equal) if len(flat) else ():
+    packed, parts = plan.forward.packed_encoder is not None, []
+    equal = plan.forward.equal_length
+    for part in (
+        split_into_micro_batches(lengths, plan.token_budget.max_tokens, packed, equal)
+        if len(flat)
+        else ()
+    ):
         tokens = plan.train.tokens
-        parts.append(plan.forward.routed_batch(tokens, flat[part], owner[part], len(runs)))
+        parts.append(plan.forward.make_routed_batch(tokens, flat[part], owner[part], len(runs)))
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
     return Step(tuple(parts), np.array(number), np.array(rows.shape[1], np.float32), rates)
 
@@ -150,11 +155,11 @@ def take_step(state, alive, rows):
     A run whose loss or gradient is not finite is held at its last good values from then on, and
     `stack.bad_step` says since which step.
     """
-    stack, device, limit = state.stack, state.stack.params.device, state.plan.limit
-    tokens = limit.tokens
+    stack, device, budget = state.stack, state.stack.params.device, state.plan.token_budget
+    tokens = budget.max_tokens
 
     def attempt():
-        if limit.tokens < tokens:
+        if budget.max_tokens < tokens:
             state.graphs = None  # the device is out of memory, of which they hold some
         planned = plan_step(state, alive, rows)
         if state.graphs and (run := state.graphs.find(planned)):
@@ -162,7 +167,7 @@ def take_step(state, alive, rows):
         step = to_device(planned, device)
         return step, forward_backward(state.plan, stack, step)
 
-    step, losses = limit.hold(attempt)
+    step, losses = budget.retry_on_oom(attempt)
     return losses if step is None else update(state, step, losses)
 
 
@@ -257,8 +262,8 @@ def fit(state, write, saver, tracker=OFF):
     each = plan.rows_per_run
     done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
     progress = Progress(plan, runs, done, plan.group.speaks)
-    if plan.limit.device.type == "cuda":
-        fit_limit_to_memory(state, free_bytes(plan.limit.device))
+    if plan.token_budget.device.type == "cuda":
+        fit_limit_to_memory(state, free_gpu_bytes(plan.token_budget.device))
     state.graphs = step_graphs(state)
     with progress.shown():
         while state.epoch < plan.epochs:
@@ -291,19 +296,19 @@ def fit_limit_to_memory(state, free):
     plan, stack = state.plan, state.stack
     tokens = plan.train.tokens
     row = np.array([tokens.lengths.argmax()])
-    step = plan.forward.routed_batch(tokens, row, np.zeros(1, np.int64), len(stack.runs))
+    step = plan.forward.make_routed_batch(tokens, row, np.zeros(1, np.int64), len(stack.runs))
     batch, rows = to_device(step, stack.params.device)
     plan.forward.model.train()
     with (
-        keep_random_state(plan.limit.device),
+        preserve_random_state(plan.token_budget.device),
         count_kept_bytes(plan.forward.model) as kept,
         stack.routing(rows),
     ):
         plan.forward(tokens, batch)
     most = free / 3 / (sum(kept.values()) / batch.index.numel())
     fitting = max(64, 2 ** int(math.log2(most)))
-    if fitting < plan.limit.tokens:
-        plan.limit.tokens = fitting
+    if fitting < plan.token_budget.max_tokens:
+        plan.token_budget.max_tokens = fitting
         LOGGER.info("--max-tokens %d: more does not fit into %.1f GiB of free memory", fitting,
                     free / 2**30)  # fmt: skip
 
@@ -339,7 +344,7 @@ def evaluate(state, saver):
                 labels = split.tokens.labels.cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in alive}
                 for k, logits in predict_runs(
-                    plan.forward, stack, split.tokens, plan.limit, rows, plan.group
+                    plan.forward, stack, split.tokens, plan.token_budget, rows, plan.group
                 ):
                     if name in state.logits:
                         kept = state.logits[name][state.epoch // plan.evaluation_frequency]

@@ -10,7 +10,7 @@ from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split
 from bitfit.distributed import ALONE, Group
 from bitfit.model.forward import Forward
-from bitfit.model.predict import Limit
+from bitfit.model.token_budget import TokenBudget
 from utils import generator
 
 
@@ -22,7 +22,7 @@ class Plan:
     forward: Forward
     train: Split
     scored: dict  # {split: Split}
-    limit: Limit
+    token_budget: TokenBudget
     batch_size: int  # rows of each run in a step
     epochs: int
     lr_schedule: str = "constant"  # or "linear" down to 0
