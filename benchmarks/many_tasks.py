@@ -73,22 +73,26 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
     return folders
 
 
-def load(folders: list[Path], precision: str, stack: ExitStack) -> multi_task.Many:
-    """The `Many` of some evaluators, ready to answer until the `ExitStack` ends."""
-    many = multi_task.load(multi_task.read(folders), pick_device(), DTYPES[precision])
+def load(folders: list[Path], precision: str, stack: ExitStack) -> multi_task.MultiTaskPredictor:
+    """Load evaluators that can predict until the `ExitStack` ends."""
+    many = multi_task.load_predictor(
+        multi_task.read_evaluators(folders), pick_device(), DTYPES[precision]
+    )
     stack.enter_context(many.stack.patched(DTYPES[precision]))
     return many
 
 
-def answer(loaded: list[multi_task.Many], rows: list[tuple[str, ...]], batch_size: int) -> None:
+def answer(
+    loaded: list[multi_task.MultiTaskPredictor], rows: list[tuple[str, ...]], batch_size: int
+) -> None:
     for many in loaded:
         for i in range(0, len(rows), batch_size):
-            answers.answers(many, rows[i : i + batch_size])
+            answers.predict_answers(many, rows[i : i + batch_size])
 
 
 @torch.inference_mode()
 def answer_plainly(
-    loaded: list[multi_task.Many], rows: list[tuple[str, ...]], batch_size: int
+    loaded: list[multi_task.MultiTaskPredictor], rows: list[tuple[str, ...]], batch_size: int
 ) -> None:
     """As plain transformers does: a padded batch after the other, model after model."""
     for one in loaded:

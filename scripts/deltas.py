@@ -1,4 +1,4 @@
-"""What saved evaluators changed in their base model: show it, compare, average or apply it.
+"""Show, compare, average or apply the changes that saved evaluators made to their base model.
 
     python scripts/deltas.py show out/sst2/lr0.001_seed0
     python scripts/deltas.py compare out/sst2/lr* out/rte --plot out/deltas.png
@@ -31,7 +31,7 @@ from bitfit.options import OneLineParser, gpu, make_commands, new_file, number
 from utils import UserError, write_text
 
 if TYPE_CHECKING:  # -h and argument errors import no torch
-    from bitfit.tools.members import Member
+    from bitfit.tools.saved_evaluators import SavedEvaluator
     from glue_evaluator import GLUEvaluator
 
 # fmt: off
@@ -61,7 +61,7 @@ def add_average(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs="+", help="saved evaluators of one task and one base "
         "model that trained the same parameters")
     add("--weights", metavar="W", nargs="+", type=number(float, 0),
-        help="of each folder; their sum counts as 1 [all the same]")
+        help="one weight per folder, divided by their sum [equal weights]")
     add("--data-dir", metavar="DIR", help="where the data is now [where it was]")
     add("--gpu-device", "-d", metavar="GPU", type=gpu,
         help="to score on: GPU number, or cpu [GPU 0 where there is one, else cpu]")
@@ -71,7 +71,7 @@ def add_average(add: Callable) -> None:
 def add_apply(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator")
     add("--scale", metavar="S", type=number(float, 0), default=1.0,
-        help="S times what changed in the encoder; the classifier stays [1]")
+        help="multiply the change of the encoder by S; the classifier keeps its values [1]")
     add_output(add, "a plain Hugging Face model")
 
 # fmt: on
@@ -82,12 +82,12 @@ def add_base(add: Callable) -> None:
 
 
 def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """(the parser, its {command: parser})"""
+    """Return the parser and {command: its parser}."""
     commands = [
-        ("show", add_show, "how far each bias term moved in each layer"),
-        ("compare", add_compare, "cosine and distance between the encoders' changes"),
-        ("average", add_average, "an evaluator with the mean of several, scored beside them"),
-        ("apply", add_apply, "a plain Hugging Face folder of base model and change"),
+        ("show", add_show, "print how far each bias term moved in each layer"),
+        ("compare", add_compare, "print cosines and distances between the changes of encoders"),
+        ("average", add_average, "write the average of several evaluators, and score it"),
+        ("apply", add_apply, "write a Hugging Face model with the changes"),
     ]
     return make_commands("deltas.py", __doc__.splitlines()[0], commands, add_base)
 
@@ -95,24 +95,26 @@ def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser, commands = make_parser()
     args = parser.parse_args(argv)
-    own = commands[args.command]
+    command = commands[args.command]
     if args.command in ("compare", "average") and len(args.folders) < 2:
-        own.error("give two folders or more")
+        command.error("give two folders or more")
     weights = getattr(args, "weights", None)
     if weights and len(weights) != len(args.folders):
-        own.error(f"--weights: {len(weights)} for {len(args.folders)} folders: give one for each")
+        command.error(
+            f"--weights: {len(weights)} for {len(args.folders)} folders: give one per folder"
+        )
     if weights and not sum(weights):
-        own.error("--weights: all are 0: give one above it")
+        command.error("--weights: all are 0: give a positive weight")
     if weights and sum(weights) == math.inf:
-        own.error("--weights: their sum is too large: give smaller ones")
+        command.error("--weights: their sum is too large: give smaller ones")
     return args
 
 
-def load(args: argparse.Namespace, member: "Member") -> "GLUEvaluator":
-    """The evaluator of a member, with its base model."""
-    model = args.model_name or member.facts["model_name"]
+def load(args: argparse.Namespace, member: "SavedEvaluator") -> "GLUEvaluator":
+    """Load a saved evaluator with its base model."""
+    model = args.model_name or member.metadata["model_name"]
     data, device = getattr(args, "data_dir", None), getattr(args, "gpu_device", "cpu")
-    local = Path(model).is_dir() and (data or member.facts["data_dir"])
+    local = Path(model).is_dir() and (data or member.metadata["data_dir"])
     hub.use_local_copies_when_offline(needs_hub=not local)
     from glue_evaluator import GLUEvaluator
 
@@ -121,10 +123,10 @@ def load(args: argparse.Namespace, member: "Member") -> "GLUEvaluator":
 
 def show(args: argparse.Namespace) -> None:
     from bitfit.results import plots
-    from bitfit.tools import deltas, members
+    from bitfit.tools import deltas, saved_evaluators
 
-    found = members.read(args.folders)
-    members.check_biases(found, "show")
+    found = saved_evaluators.read_evaluators(args.folders)
+    saved_evaluators.check_bitfit(found, "show")
     evaluator = load(args, found[0])
     names, changes = evaluator.terms_changes()
     if args.csv:
@@ -132,37 +134,40 @@ def show(args: argparse.Namespace) -> None:
     if args.plot:
         figure = plots.bias_heatmap(names, changes, evaluator.caption)
         plots.save_figure(figure, args.plot)
-    utils.print_result(deltas.terms_text(evaluator, names, changes))
+    utils.print_result(deltas.bias_changes_text(evaluator, names, changes))
 
 
 def compare(args: argparse.Namespace) -> None:
     from bitfit.results import plots
-    from bitfit.tools import deltas, members
+    from bitfit.tools import deltas, saved_evaluators
 
-    found = members.read(args.folders)
-    members.check_biases(found, "compare")
-    members.check_trained(found)
-    comparison = deltas.compare(found, load(args, found[0]))
-    base, method = members.base_of(found[0]), members.method_of(found[0])
-    what = f"How {len(found)} saved evaluators changed the encoder of {base}, {method}; their "
-    what += "classifiers are left out"
+    found = saved_evaluators.read_evaluators(args.folders)
+    saved_evaluators.check_bitfit(found, "compare")
+    saved_evaluators.check_same_trainable(found)
+    comparison = deltas.compare_deltas(found, load(args, found[0]))
+    base, method = (
+        saved_evaluators.describe_base(found[0]),
+        saved_evaluators.describe_method(found[0]),
+    )
+    caption = f"How {len(found)} saved evaluators changed the encoder of {base}, {method} "
+    caption += "(without classifiers)"
     if args.csv:
-        write_text(args.csv, deltas.pairs(comparison).to_csv(index=False))
+        write_text(args.csv, deltas.comparison_pairs(comparison).to_csv(index=False))
     if args.plot:
-        plots.save_figure(deltas.comparison_heatmap(comparison, what), args.plot)
-    utils.print_result(f"{what}\n{deltas.comparison_text(comparison)}")
+        plots.save_figure(deltas.comparison_heatmap(comparison, caption), args.plot)
+    utils.print_result(f"{caption}\n{deltas.comparison_text(comparison)}")
 
 
 def average(args: argparse.Namespace) -> None:
     from bitfit.artifacts import run_folder
-    from bitfit.tools import deltas, members
+    from bitfit.tools import deltas, saved_evaluators
 
     run_folder.check_new(args.output_path)
-    found = members.read(args.folders)
-    members.check_tasks(found)
-    members.check_trained(found)
+    found = saved_evaluators.read_evaluators(args.folders)
+    saved_evaluators.check_same_task(found)
+    saved_evaluators.check_same_trainable(found)
     evaluator = load(args, found[0])
-    table = deltas.average(found, args.weights or [1] * len(found), evaluator)
+    table = deltas.average_evaluators(found, args.weights or [1] * len(found), evaluator)
     with utils.whole_folder(args.output_path) as folder:
         write_text(folder / "members.csv", table.to_csv(index=False))
         evaluator.save(folder)
@@ -171,17 +176,19 @@ def average(args: argparse.Namespace) -> None:
 
 def apply(args: argparse.Namespace) -> None:
     from bitfit.artifacts import run_folder
-    from bitfit.tools import deltas, members
+    from bitfit.tools import deltas, saved_evaluators
 
     run_folder.check_new(args.output_path)
-    (member,) = members.read(args.folders)
-    if args.scale != 1 and member.facts["fine_tune_type"] == "frozen":
-        raise UserError(f"--scale: {member.name} changed nothing in the encoder: leave it out")
+    (member,) = saved_evaluators.read_evaluators(args.folders)
+    if args.scale != 1 and member.metadata["fine_tune_type"] == "frozen":
+        raise UserError(f"--scale: {member.name} did not change the encoder: leave --scale out")
     evaluator = load(args, member)
-    deltas.scale(evaluator, args.scale)
+    deltas.scale_delta(evaluator, args.scale)
     evaluator.export_model(args.output_path)
     times = f"{args.scale:g} x " * (args.scale != 1)
-    utils.print_result(f"{args.output_path}: {members.base_of(member)} + {times}{member.name}")
+    utils.print_result(
+        f"{args.output_path}: {saved_evaluators.describe_base(member)} + {times}{member.name}"
+    )
 
 
 COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply}

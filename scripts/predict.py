@@ -1,9 +1,9 @@
-"""Answer text with several saved evaluators of one base model, all in one pass over its encoder.
+"""Predict texts with several saved evaluators of one base model, in one pass over its encoder.
 
     python scripts/predict.py out/cola/evaluator out/rte/evaluator --input texts.tsv
 
-A line of input is a text, or two with a tab between them; a line of output is a JSON object with an
-entry for each evaluator, written as soon as its batch is answered.
+A line of input is a text, or two texts with a tab between them. A line of output is a JSON object
+with one entry per evaluator, written as soon as its batch is predicted.
 """
 
 import argparse
@@ -44,11 +44,11 @@ def make_parser() -> OneLineParser:
     add("--input", "-i", metavar="FILE", default="-",
         help="a text, or two with a tab between, on each line; -: standard input [-]")
     add("--batch-size", "-b", metavar="N", type=POSITIVE, default=32,
-        help="lines that are read before they are answered; 1: each at once [%(default)s]")
+        help="lines per batch; 1: answer every line at once [%(default)s]")
     add("--model-name", "-m", metavar="MODEL",
         help="where the base model is now [where it was in training]")
     add("--max-seq-length", metavar="N", type=POSITIVE,
-        help="longer rows are cut to so many tokens [as each evaluator's were in training]")
+        help="cut longer texts to N tokens [as in training]")
     add_machine(parser.add_argument_group("machine").add_argument)
     # fmt: on
     return parser
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         from bitfit.model.precision import DTYPES
         from bitfit.tools import answers, multi_task
 
-        found = multi_task.read(args.evaluators, args.model_name)
+        found = multi_task.read_evaluators(args.evaluators, args.model_name)
         local = Path(found[0][1]["model_name"]).is_dir()
         hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
@@ -80,12 +80,14 @@ def run(args: argparse.Namespace) -> None:
         dtype = DTYPES[precision]
         if not args.no_tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
-        many = multi_task.load(found, device, dtype, args.max_seq_length, args.max_tokens)
+        predictor = multi_task.load_predictor(
+            found, device, dtype, args.max_seq_length, args.max_tokens
+        )
         name = "standard input" if args.input == "-" else args.input
-        with many.stack.patched(dtype):
-            for rows in answers.batches(many, lines, args.batch_size, name):
-                told = map(json.dumps, answers.answers(many, rows))
-                utils.print_result("\n".join(told))
+        with predictor.stack.patched(dtype):
+            for rows in answers.read_batches(predictor, lines, args.batch_size, name):
+                answered = answers.predict_answers(predictor, rows)
+                utils.print_result("\n".join(map(json.dumps, answered)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,5 +98,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as other filters do, without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # End silently, as other filters do.
     early.leave(main())

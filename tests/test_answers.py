@@ -61,7 +61,7 @@ def alone(folder, data_dir, rows=ROWS):
 
 
 def load(*folders, **options):
-    return multi_task.load(multi_task.read(folders), CPU, **options)
+    return multi_task.load_predictor(multi_task.read_evaluators(folders), CPU, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def lines(tmp_path_factory):
 def check_like_each_alone(folders, tmp_path, max_tokens=None):
     many = load(*folders, max_tokens=max_tokens)
     with many.stack.patched():
-        logits, told = multi_task.logits_of(many, ROWS), answers.answers(many, ROWS)
+        logits, told = multi_task.predict_logits(many, ROWS), answers.predict_answers(many, ROWS)
     for folder, name, task, own in zip(folders, many.names, many.tasks, logits, strict=True):
         expected = alone(folder, tmp_path)
         assert own.shape == (len(ROWS), task.num_labels)
@@ -159,7 +159,7 @@ def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
         lambda module, args: seen.append(args[0].numel())
     )
     with many.stack.patched():
-        multi_task.logits_of(many, ROWS)
+        multi_task.predict_logits(many, ROWS)
     assert sum(seen) == sum(map(len, many.tokenizer([a for a, _ in ROWS])["input_ids"])) + sum(
         map(len, many.tokenizer(*zip(*ROWS, strict=True), truncation=True, max_length=64).input_ids)
     )
@@ -197,16 +197,16 @@ def test_names(saved):
 )
 def test_what_cannot_answer_together(saved, names, message):
     with pytest.raises(UserError, match=message):
-        multi_task.read([saved[name] for name in names])
+        multi_task.read_evaluators([saved[name] for name in names])
 
 
 def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
     (tmp_path / "evaluator").symlink_to(saved["cola"])
-    ((folder, facts, _),) = multi_task.read([tmp_path])
+    ((folder, facts, _),) = multi_task.read_evaluators([tmp_path])
     assert folder == tmp_path / "evaluator"
     assert facts["task_name"] == "cola"
     with pytest.raises(UserError, match=r"cola is given twice"):  # by another name
-        multi_task.read([tmp_path, saved["cola"]])
+        multi_task.read_evaluators([tmp_path, saved["cola"]])
 
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
@@ -296,12 +296,12 @@ def test_lines_of_any_system(saved, capsys, monkeypatch):
 def test_lines_that_are_not_what_they_seem(saved, data, message):
     """Read as UTF-8 lines they would be answered as others, or as fewer."""
     with pytest.raises(UserError, match=message):
-        list(answers.batches(load(saved["cola"]), io.BytesIO(data), 1, "in"))
+        list(answers.read_batches(load(saved["cola"]), io.BytesIO(data), 1, "in"))
 
 
 def test_a_byte_order_mark_within_the_lines_is_text(saved):
     lines = [b"\xef\xbb\xbfa\n", b"\xef\xbb\xbfb\n"]
-    ((first, second),) = answers.batches(load(saved["cola"]), lines, 9, "in")
+    ((first, second),) = answers.read_batches(load(saved["cola"]), lines, 9, "in")
     assert (first, second) == (("a",), ("\ufeffb",))
 
 

@@ -176,11 +176,13 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
             plain = loaded.model(**inputs).logits[0].numpy()
             assert np.abs(logits[1][row] - plain).max() < bound
 
-    many = multi_task.load(multi_task.read([tmp_path / "evaluator"]), torch.device("cpu"))
+    many = multi_task.load_predictor(
+        multi_task.read_evaluators([tmp_path / "evaluator"]), torch.device("cpu")
+    )
     rows = [("a film", "good"), ("a small film is good, and long", "it is bad"), ("no", "no")]
     with many.stack.patched():
-        alone = [multi_task.logits_of(many, [row])[0][0] for row in rows]
-        assert np.abs(multi_task.logits_of(many, rows)[0] - alone).max() < bound
+        alone = [multi_task.predict_logits(many, [row])[0][0] for row in rows]
+        assert np.abs(multi_task.predict_logits(many, rows)[0] - alone).max() < bound
 
 
 @pytest.mark.parametrize("case", ["xlnet", "deberta", "fnet"])
@@ -232,11 +234,13 @@ def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys
     """BART reads the last of them and wants as many in each row of a batch."""
     model = folder_of(tmp_path / "model", "bart", **BART)
     assert run(tmp_path, model, "--data-dir", str(few_rows), "--save-evaluator") == 0
-    many = multi_task.load(multi_task.read([tmp_path / "out" / "evaluator"]), torch.device("cpu"))
+    many = multi_task.load_predictor(
+        multi_task.read_evaluators([tmp_path / "out" / "evaluator"]), torch.device("cpu")
+    )
     with many.stack.patched(torch.float32):
-        assert len(multi_task.logits_of(many, [("a film", "a cat")] * 2)[0]) == 2
+        assert len(multi_task.predict_logits(many, [("a film", "a cat")] * 2)[0]) == 2
         with pytest.raises(UserError, match="has the token for its end, 3, in it"):
-            multi_task.logits_of(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
+            multi_task.predict_logits(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
     data = shutil.copytree(few_rows, tmp_path / "data")
     lines = (data / "RTE" / "dev.tsv").read_text().splitlines()
     lines[2] = lines[2].replace(" ", " [SEP] ", 1)

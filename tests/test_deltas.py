@@ -14,7 +14,7 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 from safetensors.numpy import load_file
 
-from bitfit.tools import deltas, members
+from bitfit.tools import deltas, saved_evaluators
 from glue_evaluator import GLUEvaluator
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -140,7 +140,7 @@ def test_compare_is_what_plain_numpy_says(here, capsys):
 
 def test_known_directions(here):
     """A delta beside its double, its opposite and none at all."""
-    (member,) = members.read(SEEDS[:1])
+    (member,) = saved_evaluators.read_evaluators(SEEDS[:1])
     evaluator = GLUEvaluator.load(member.folder, None)
     start = evaluator.stack.named_params(0, evaluator.stack.initial_params)
     scaled = [
@@ -150,10 +150,10 @@ def test_known_directions(here):
         )
         for factor in (1, 2, -1, 0)
     ]
-    found = deltas.compare(scaled, evaluator)
+    found = deltas.compare_deltas(scaled, evaluator)
     assert np.allclose(found.cosine.loc["1"], [1, 1, -1, np.nan], atol=1e-5, equal_nan=True)
     assert np.allclose(found.distance.loc["1"], [0, 2 / 3, 2, 2], atol=1e-5)
-    assert found.lengths["0"] == 0
+    assert found.norms["0"] == 0
     deltas.comparison_heatmap(found, "a caption").canvas.draw()
 
 
@@ -205,24 +205,24 @@ def test_an_average_is_an_evaluator_with_the_mean(here, capsys):
 
 def test_an_average_with_one_whose_key_moved(here):
     """Evaluators from before biases without a gradient were kept fixed."""
-    found = members.read(SEEDS[:2])
-    old = found[1]._replace(facts={k: v for k, v in found[1].facts.items() if k != ZERO})
+    found = saved_evaluators.read_evaluators(SEEDS[:2])
+    old = found[1]._replace(metadata={k: v for k, v in found[1].metadata.items() if k != ZERO})
     evaluator = GLUEvaluator.load(found[0].folder, None)
-    deltas.average(found, [1, 1], evaluator)
+    deltas.average_evaluators(found, [1, 1], evaluator)
     assert len(evaluator.zero_gradient) == 3
-    deltas.average([found[0], old], [1, 1], evaluator)
+    deltas.average_evaluators([found[0], old], [1, 1], evaluator)
     assert evaluator.zero_gradient == {}
 
 
 def test_the_order_of_bias_terms_is_no_difference():
     query, value = "attention.self.query.bias", "attention.self.value.bias"
     facts = {"fine_tune_type": "bitfit", "seed": 0}
-    pair = [members.Member("a", Path("a"), facts | {"components": own}, {})
+    pair = [saved_evaluators.SavedEvaluator("a", Path("a"), facts | {"components": own}, {})
             for own in ([query, value], [value, query])]  # fmt: skip
-    members.check_trained(pair)
-    other = pair[0]._replace(facts=facts | {"components": [query]})
-    with pytest.raises(members.UserError, match="different trained parameters"):
-        members.check_trained([pair[0], other])
+    saved_evaluators.check_same_trainable(pair)
+    other = pair[0]._replace(metadata=facts | {"components": [query]})
+    with pytest.raises(saved_evaluators.UserError, match="different trained parameters"):
+        saved_evaluators.check_same_trainable([pair[0], other])
 
 
 def test_weights(here):
@@ -302,7 +302,7 @@ def test_a_moved_base_model_and_moved_data(here):
         ("show nowhere", "there is no saved evaluator in nowhere: evaluator.json is missing"),
         ("show sweep", "sweep is a sweep: give its runs, sweep/lr*"),
         ("show torn", "torn/evaluator.json is damaged: the checksum of delta.safetensors is wrong"),
-        ("show out/full", "out/full/evaluator trained everything (full_ft): no base model is left"),
+        ("show out/full", "out/full/evaluator trained everything (full_ft), so it has no delta"),
         ("show out/frozen/seed0", "seed0 is frozen: only bitfit has bias terms to show"),
         ("show out/rte/seed0 --plot x.pdf", "argument --plot: 'x.pdf' is not a .png file in a "),
         ("show out/rte/seed0 --csv no/x.csv", "argument --csv: 'no/x.csv' is not a .csv file in a"),
@@ -326,14 +326,14 @@ def test_a_moved_base_model_and_moved_data(here):
         ("average out/rte/seed0 out/rte/seed1 -o new --weights 0 0", "--weights: all are 0: give"),
         ("average out/rte/seed0 out/rte/seed1 -o new --weights 1e308 1e308", "--weights: their sum "
          "is too large"),
-        ("apply out/rte/seed0 -o new --scale 1e300", "--scale 1e+300: what results are no finite "),
-        ("apply out/rte/seed0 -o new --scale 3e42", "--scale 3e+42: what results are no finite "),
+        ("apply out/rte/seed0 -o new --scale 1e300", "--scale 1e+300: the result is not finite"),
+        ("apply out/rte/seed0 -o new --scale 3e42", "--scale 3e+42: the result is not finite"),
         ("average out/rte/seed0 out/rte/seed1 -o new --weights 1 -1", "argument --weights: '-1' is "
          "not a number at least 0"),
         ("average out/rte/seed0 out/rte/seed1 -o new --data-dir nodata", "nodata"),
         ("apply out/rte/seed0 -o used", "--output-path used is not empty"),
         ("apply out/full -o new", "out/full/evaluator/model is the whole model"),
-        ("apply out/frozen/seed0 -o new --scale 2", "--scale: seed0 changed nothing in the "),
+        ("apply out/frozen/seed0 -o new --scale 2", "--scale: seed0 did not change the "),
         ("apply out/rte/seed0 -o new --model-name other", "out/rte/seed0/evaluator was trained on "
          "another base model than other"),
     ],
@@ -372,7 +372,7 @@ def test_names():
         ("x/seed0/evaluator",): ["seed0"],
         ("out/sst2", "out/sst20"): ["sst2", "sst20"],
     }.items():
-        assert members.names_of([Path(folder) for folder in given]) == expected
+        assert saved_evaluators.short_names([Path(folder) for folder in given]) == expected
 
 
 @pytest.mark.parametrize("count", [2, 9])

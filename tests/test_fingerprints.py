@@ -10,7 +10,7 @@ from conftest import GLUE, ROOT, TINY_BERT
 
 from bitfit.artifacts import saved_evaluator
 from bitfit.model.fingerprints import describe_change
-from bitfit.tools import members
+from bitfit.tools import saved_evaluators
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -103,7 +103,7 @@ def test_members_of_bases_that_differ_in_config_alone(trained, base, tmp_path):
     edit(base / CONFIG, ["layer_norm_eps"], 1e-3)
     other = train(base, tmp_path / "other")
     with pytest.raises(UserError, match="base models, whose config changed"):
-        members.read([trained, other])
+        saved_evaluators.read_evaluators([trained, other])
 
 
 def test_another_version_of_transformers_may_know_other_keys(trained):

@@ -704,9 +704,9 @@ def test_its_model_card_and_its_answers(quick_pictures, superglue, tmp_path):
     assert card.data.datasets is None and card.data.eval_results is None
     assert "fine-tuned on cb (a task of its own)." in card.text
     assert json.loads(card.text.split("```json")[1].split("```")[0])["labels"] == CB["labels"]
-    many = multi_task.load(multi_task.read([out]), torch.device("cpu"))
+    many = multi_task.load_predictor(multi_task.read_evaluators([out]), torch.device("cpu"))
     with many.stack.patched(torch.float32):
-        (answer,) = answers.answers(many, [("It rains.", "It is wet.")])
+        (answer,) = answers.predict_answers(many, [("It rains.", "It is wet.")])
     assert list(answer["cb"]["probabilities"]) == CB["labels"]
 
 

@@ -1,33 +1,39 @@
-"""Lines of text in, answers out: what scripts/predict.py asks of `bitfit.tools.multi_task`."""
+"""Read lines of text and format predictions, for scripts/predict.py."""
 
 from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from bitfit.data.tasks import predictions
-from bitfit.tools.multi_task import logits_of
+from bitfit.data.tasks import Task, predictions
+from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits
 from utils import UserError
 
-NO_TEXT = {  # an input in which these stand has other lines or other letters than are read
+INVALID_CHARACTERS = {  # Their presence means that lines or letters would be misread.
     "\0": "not text, there is a zero byte; convert the input to UTF-8",
     "\r": "a carriage return within a line; end every line with a newline",
 }
 
 
-def batches(many, lines, size, name):
-    """Yields up to `size` rows of texts at a time, as they come.
+def read_batches(
+    predictor: MultiTaskPredictor, lines: Iterable[bytes], size: int, name: str
+) -> Iterator[list[tuple[str, ...]]]:
+    """Yield batches of up to `size` examples, as soon as their lines arrive.
 
     Args:
-        lines: bytes, one row each: a text, or two with a tab between.
-        name: of where they come from, for errors.
+        lines: one example each: a text, or two texts with a tab between them.
+        name: names the input in messages.
 
     Raises:
-        UserError: a line that cannot be answered, once those before it have been given.
+        UserError: a line is invalid; the lines before it are yielded first.
     """
     batch = []
     for number, line in enumerate(lines, 1):
         try:
-            batch.append(texts_of(many, line.removeprefix(BOM_UTF8) if number == 1 else line))
+            batch.append(
+                line_texts(predictor, line.removeprefix(BOM_UTF8) if number == 1 else line)
+            )
         except UserError as error:
             if batch:
                 yield batch
@@ -39,41 +45,45 @@ def batches(many, lines, size, name):
         yield batch
 
 
-def texts_of(many, line):
-    """A line's texts, one or two; tasks of one sentence read the first of two."""
+def line_texts(predictor: MultiTaskPredictor, line: bytes) -> tuple[str, ...]:
+    """Return the one or two texts of a line. Tasks with one sentence read the first."""
     try:
         texts = tuple(line.decode().rstrip("\r\n").split("\t"))
     except UnicodeDecodeError:
         raise UserError("not UTF-8 text; convert the input to UTF-8") from None
-    for character, what in NO_TEXT.items():
+    for character, message in INVALID_CHARACTERS.items():
         if any(character in text for text in texts):
-            raise UserError(what)
-    pairs = [n for n, task in zip(many.names, many.tasks, strict=True) if len(task.texts) > 1]
+            raise UserError(message)
+    pairs = [
+        n for n, task in zip(predictor.names, predictor.tasks, strict=True) if len(task.texts) > 1
+    ]
     if len(texts) > 2 or (len(texts) == 2 and not pairs):
-        need = "one or two" if pairs else "one, for no evaluator here reads pairs"
-        raise UserError(f"{len(texts)} texts with tabs between; give {need}")
+        allowed = "one or two" if pairs else "one: no evaluator reads pairs"
+        raise UserError(f"{len(texts)} texts with tabs between them; give {allowed}")
     if len(texts) < 2 and pairs:
         raise UserError(f"one text, but {pairs[0]} reads two; put a tab between them")
     if not all(text.strip() for text in texts):
-        raise UserError("an empty text; give every line one")
+        raise UserError("an empty text; give a text in every line")
     return texts
 
 
-def answers(many, rows):
-    """[{evaluator: answer}] for rows of one or two texts; see `worded` for an answer."""
-    each = map(worded, many.tasks, logits_of(many, rows))
-    return [dict(zip(many.names, row, strict=True)) for row in zip(*each, strict=True)]
+def predict_answers(
+    predictor: MultiTaskPredictor, rows: Sequence[tuple[str, ...]]
+) -> list[dict[str, dict[str, Any]]]:
+    """Return {evaluator: answer} for examples of one or two texts; see `format_answers`."""
+    by_task = map(format_answers, predictor.tasks, predict_logits(predictor, rows))
+    return [dict(zip(predictor.names, row, strict=True)) for row in zip(*by_task, strict=True)]
 
 
-def worded(task, logits):
-    """Logits (B, C) in words: [{"label", "probabilities"}], or [{"score"}] for a regression."""
+def format_answers(task: Task, logits: np.ndarray) -> list[dict[str, Any]]:
+    """Return [{"label", "probabilities"}] of logits (B, C), or [{"score"}] for a regression."""
     from scipy.special import softmax
 
     best = predictions(task, logits)
     if task.is_regression:
         return [{"score": round(float(value), 6)} for value in best]
-    shares = softmax(logits.astype(np.float64), axis=1).round(6).tolist()
+    probabilities = softmax(logits.astype(np.float64), axis=1).round(6).tolist()
     return [
-        {"label": task.labels[k], "probabilities": dict(zip(task.labels, own, strict=True))}
-        for k, own in zip(best, shares, strict=True)
+        {"label": task.labels[k], "probabilities": dict(zip(task.labels, values, strict=True))}
+        for k, values in zip(best, probabilities, strict=True)
     ]

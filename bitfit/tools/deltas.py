@@ -1,10 +1,11 @@
-"""Saved evaluators as deltas: shown, compared, averaged, scaled.
+"""Show, compare, average and scale the deltas of saved evaluators.
 
-A saved evaluator holds values; its delta is those minus its base model's. The functions take
-`members.Member`s, and one of them loaded, which knows the base model's values.
+A delta is the difference between the trained values of a saved evaluator and the values of its base
+model. The functions take saved evaluators and one of them loaded, which has the base model.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,19 +13,24 @@ import torch
 
 from bitfit.model.trainable import in_encoder, layer_and_name, term_names
 from bitfit.results import escape, plots, scores
+from bitfit.tools.saved_evaluators import SavedEvaluator
+from glue_evaluator import GLUEvaluator
 from utils import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Comparison(NamedTuple):
-    """Of M deltas, those of the encoder alone: a classifier has the shape of its task."""
+    """A comparison of M deltas of the encoder. Classifiers are left out: their shapes differ."""
 
-    lengths: pd.Series  # (M,) the L2 norms
-    cosine: pd.DataFrame  # (M, M); NaN for a delta of length 0
-    distance: pd.DataFrame  # (M, M) L2 norm of the difference / mean of the two lengths, 0 to 2
+    norms: pd.Series  # (M,) L2 norms
+    cosine: pd.DataFrame  # (M, M); NaN for a delta of norm 0
+    distance: pd.DataFrame  # (M, M) L2 norm of the difference / mean of the two norms, 0 to 2
 
 
-def terms_text(evaluator, names, changes):
-    """What `evaluator.terms_changes` gave as text, with what lies outside the layers."""
+def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np.ndarray) -> str:
+    """Return the result of `evaluator.terms_changes` as text, with biases outside the layers."""
     table = plots.changes_table(term_names(names), changes)
     table["mean"] = table.mean(axis=1)
     fixed = [f"{term} {plots.FIXED}" for term in table.index[table["mean"].isna()]]
@@ -39,112 +45,121 @@ def terms_text(evaluator, names, changes):
     ])  # fmt: skip
 
 
-def encoder_names(evaluator):
+def encoder_names(evaluator: GLUEvaluator) -> list[str]:
+    """Return the names of the trained parameters of the encoder."""
     return [name for name in evaluator.stack.slices if in_encoder(evaluator.model, name)]
 
 
-def flat(named, names):
-    """{name: values} -> one vector of those named, float64 on the host."""
+def flatten(named: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
+    """Return the named tensors as one vector, in float64 on the host."""
     return torch.cat([named[name].flatten() for name in names]).double().cpu()
 
 
-def compare(members, evaluator):
-    """The `Comparison` of members that trained the same bias terms.
+def compare_deltas(evaluators: Sequence[SavedEvaluator], evaluator: GLUEvaluator) -> Comparison:
+    """Compare saved evaluators that trained the same bias terms.
 
     Args:
-        evaluator: one of them, loaded: it knows the base model's values.
+        evaluator: one of them, loaded, which has the values of the base model.
     """
     names = encoder_names(evaluator)
-    base = flat(evaluator.stack.named_params(0, evaluator.stack.initial_params), names)
-    deltas = torch.stack([flat(member.tensors, names) - base for member in members])
-    lengths = deltas.norm(dim=1)
-    cosine = (deltas @ deltas.T / lengths.outer(lengths)).clamp(-1, 1)
+    base = flatten(evaluator.stack.named_params(0, evaluator.stack.initial_params), names)
+    deltas = torch.stack([flatten(saved.tensors, names) - base for saved in evaluators])
+    norms = deltas.norm(dim=1)
+    cosine = (deltas @ deltas.T / norms.outer(norms)).clamp(-1, 1)
     between = torch.cdist(deltas, deltas, compute_mode="donot_use_mm_for_euclid_dist")
-    distance = between / ((lengths[:, None] + lengths) / 2)
-    own = [member.name for member in members]
-    frames = [pd.DataFrame(of.numpy(), own, own) for of in (cosine, distance)]
-    return Comparison(pd.Series(lengths.numpy(), own), *frames)
+    distance = between / ((norms[:, None] + norms) / 2)
+    labels = [saved.name for saved in evaluators]
+    return Comparison(
+        pd.Series(norms.numpy(), labels),
+        pd.DataFrame(cosine.numpy(), labels, labels),
+        pd.DataFrame(distance.numpy(), labels, labels),
+    )
 
 
-def comparison_text(comparison):
-    """Two tables, with the lengths."""
-    names = [f"{number} {name}" for number, name in enumerate(comparison.lengths.index, 1)]
+def comparison_text(comparison: Comparison) -> str:
+    """Return the cosines and distances as two tables, with the norms."""
+    names = [f"{number} {name}" for number, name in enumerate(comparison.norms.index, 1)]
     lines = []
-    for title, table in titled(comparison).items():
+    for title, table in titled_tables(comparison).items():
         numbered = table.set_axis(names).set_axis(range(1, len(names) + 1), axis=1)
-        numbered.insert(0, "length", comparison.lengths.to_numpy())
+        numbered.insert(0, "norm", comparison.norms.to_numpy())
         lines += [title, (numbered.round(2) + 0.0).to_string(float_format="{:.2f}".format)]
     return "\n".join(lines)
 
 
-def titled(comparison):
+def titled_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+    """Return {title: table} of a comparison."""
     return {
-        "cosine (1: same direction, 0: at right angles)": comparison.cosine,
-        "L2 distance / mean length (0: equal, at most 2)": comparison.distance,
+        "cosine (1: same direction, 0: orthogonal)": comparison.cosine,
+        "L2 distance / mean norm (0: equal, at most 2)": comparison.distance,
     }
 
 
-def pairs(comparison):
-    """The same, a row for each two."""
-    names = list(comparison.lengths.index)
+def comparison_pairs(comparison: Comparison) -> pd.DataFrame:
+    """Return a table with one line per pair of evaluators."""
+    names = list(comparison.norms.index)
     return pd.DataFrame(
         [
             (names[i], names[j], comparison.cosine.iat[i, j], comparison.distance.iat[i, j],
-             comparison.lengths.iat[i], comparison.lengths.iat[j])
+             comparison.norms.iat[i], comparison.norms.iat[j])
             for i, j in zip(*np.triu_indices(len(names), 1), strict=True)
         ],
         columns=["first", "second", "cosine", "distance", "first_length", "second_length"],
     )  # fmt: skip
 
 
-def comparison_heatmap(comparison, caption):
-    """Cosine and distance side by side, a number in each cell."""
+def comparison_heatmap(comparison: Comparison, caption: str) -> "Figure":
+    """Draw cosines and distances side by side, with a number in each cell."""
     from seaborn import heatmap
 
-    count = len(comparison.lengths)
-    longest = max(map(len, comparison.lengths.index))
+    count = len(comparison.norms)
+    longest = max(map(len, comparison.norms.index))
     width = 2.5 + 0.09 * longest + 2 * max(0.5 * count, 2.4)
     height = 1.6 + 0.09 * longest + 0.36 * count
     figure = plots.new_figure(width, height, caption)
     colors = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}, {"cmap": "Blues", "vmin": 0, "vmax": 2}
-    for axes, own, (title, table) in zip(
-        figure.subplots(1, 2, sharey=True), colors, titled(comparison).items(), strict=True
+    for axes, style, (title, table) in zip(
+        figure.subplots(1, 2, sharey=True), colors, titled_tables(comparison).items(), strict=True
     ):
         table = table.round(2) + 0.0  # no -0.00
         table = table.rename(index=escape.plot, columns=escape.plot)
         heatmap(table, ax=axes, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, linewidths=0.5,
-                **own)  # fmt: skip
+                **style)  # fmt: skip
         axes.set_title(title, fontsize=9)
         axes.tick_params(axis="x", rotation=90, labelsize=8)
         axes.tick_params(axis="y", rotation=0, labelsize=8)
     return figure
 
 
-def average(members, weights, evaluator):
-    """Put the weighted mean of all that trained, classifier included, into an evaluator.
+def average_evaluators(
+    evaluators: Sequence[SavedEvaluator], weights: Sequence[float], evaluator: GLUEvaluator
+) -> pd.DataFrame:
+    """Put the weighted mean of all trained values, classifier included, into an evaluator.
 
     Args:
-        members: of one task, trained on the same parameters.
-        weights: a number from 0 for each; their sum counts as 1.
-        evaluator: the first of them, loaded; afterwards it is the average, and has its scores.
+        evaluators: evaluators of one task that trained the same parameters.
+        weights: one number >= 0 per evaluator; they are divided by their sum.
+        evaluator: the first of them, loaded. It becomes the average and gets its scores.
 
     Returns:
-        A table with a row per member and one for the average: its weight, and its scores on the
+        A table with one line per evaluator and one for the average: weights and scores on the
         validation splits, all computed here in the same way.
     """
-    values = torch.stack([flat(member.tensors, evaluator.stack.slices) for member in members])
-    weights = torch.tensor(weights, dtype=torch.float64)
-    weights /= weights.sum()
-    rows = [about(*of) for of in zip(members, weights.tolist(), strict=True)]
-    rows = [row | scores_of(evaluator, own) for row, own in zip(rows, values, strict=True)]
-    last = scores_of(evaluator, weights @ values)
-    evaluator.averaged = [
-        {"folder": str(member.folder.resolve()), "weight": weight}
-        for member, weight in zip(members, weights.tolist(), strict=True)
+    values = torch.stack([flatten(saved.tensors, evaluator.stack.slices) for saved in evaluators])
+    shares = torch.tensor(weights, dtype=torch.float64)
+    shares /= shares.sum()
+    rows = [
+        table_entry(saved, weight) | score_params(evaluator, params)
+        for saved, weight, params in zip(evaluators, shares.tolist(), values, strict=True)
     ]
-    if any(m.facts.get("zero_gradient", {}) != evaluator.zero_gradient for m in members):
-        evaluator.zero_gradient = {}  # of one from before these were kept fixed, they moved
-    evaluator.record.train_loss.clear()  # it was the first member's, as are these scores
+    last = score_params(evaluator, shares @ values)
+    evaluator.averaged = [
+        {"folder": str(saved.folder.resolve()), "weight": weight}
+        for saved, weight in zip(evaluators, shares.tolist(), strict=True)
+    ]
+    if any(e.metadata.get("zero_gradient", {}) != evaluator.zero_gradient for e in evaluators):
+        evaluator.zero_gradient = {}  # Earlier versions trained these biases.
+    evaluator.record.train_loss.clear()  # This loss and these scores are the first member's.
     run = evaluator.record.run.name
     evaluator.scores = scores.frame_of([(run, 0, *of, value) for of, value in last.items()])
     table = pd.DataFrame(
@@ -153,16 +168,17 @@ def average(members, weights, evaluator):
     return table.rename(columns={of: " ".join(of) for of in last})
 
 
-def about(member, weight):
-    """What the table of `average` says of a member; one that is itself an average has no seed."""
-    rate, seed = f"{member.facts['learning_rate']:g}", str(member.facts["seed"])
-    rate, seed = ("", "") if member.facts.get("averaged") else (rate, seed)
-    return {"name": member.name, "learning_rate": rate, "seed": seed, "weight": weight}
+def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
+    """Return one line of the table of averages. An average has no learning rate and no seed."""
+    metadata = saved.metadata
+    rate, seed = f"{metadata['learning_rate']:g}", str(metadata["seed"])
+    rate, seed = ("", "") if metadata.get("averaged") else (rate, seed)
+    return {"name": saved.name, "learning_rate": rate, "seed": seed, "weight": weight}
 
 
-def scores_of(evaluator, values):
-    """{(split, metric): value} of the validation splits with these values (n,), which stay."""
-    evaluator.stack.set_params(values[None])
+def score_params(evaluator: GLUEvaluator, params: torch.Tensor) -> dict[tuple[str, str], float]:
+    """Set the trained parameters (n,) and return {(split, metric): score} of validation splits."""
+    evaluator.stack.set_params(params[None])
     return {
         (split, metric): value
         for split in evaluator.task.validation_splits
@@ -170,26 +186,26 @@ def scores_of(evaluator, values):
     }
 
 
-def average_text(table, evaluator):
-    """The table of `average`, scores x 100, and what the average is beside its members."""
+def average_text(table: pd.DataFrame, evaluator: GLUEvaluator) -> str:
+    """Return the table of averages as text, with the average beside its members."""
     main = f"{evaluator.task.validation_splits[0]} {evaluator.task.metrics[0]}"
     first = list(table.columns).index(main)
     shown = table.assign(**{name: 100 * table[name] for name in table.columns[first:]})
-    *own, last = shown[main]
+    *of_members, last = shown[main]
     formats = dict.fromkeys(shown.columns[first:], "{:.1f}".format) | {"weight": "{:.3g}".format}
     return "\n".join([
-        f"{evaluator.caption}: scores x 100",
+        f"{evaluator.caption}: scores × 100",
         shown.to_string(index=False, formatters=formats),
-        f"{main}: average {last:.1f}; its members {np.mean(own):.1f} on average, "
-        f"{max(own):.1f} the best",
+        f"{main}: average {last:.1f}; its members {np.mean(of_members):.1f} on average, "
+        f"{max(of_members):.1f} the best",
     ])  # fmt: skip
 
 
-def scale(evaluator, factor):
-    """Let the encoder's delta be `factor` times what it was; the classifier stays as it is.
+def scale_delta(evaluator: GLUEvaluator, factor: float) -> None:
+    """Multiply the delta of the encoder by a factor. The classifier does not change.
 
     Raises:
-        UserError: a number would be too large for the model.
+        UserError: a value would not be finite.
     """
     values, start = evaluator.stack.params.clone(), evaluator.stack.initial_params
     limit = torch.finfo(values.dtype).max
@@ -197,5 +213,5 @@ def scale(evaluator, factor):
         a, b = evaluator.stack.slices[name]
         values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], min(factor, limit))
     if factor > limit or not values.isfinite().all():
-        raise UserError(f"--scale {factor:g}: what results are no finite numbers: give a lower one")
+        raise UserError(f"--scale {factor:g}: the result is not finite: give a lower factor")
     evaluator.stack.set_params(values)

@@ -1,10 +1,12 @@
-"""Many tasks answered by one encoder: several saved evaluators in one stacked pass.
+"""Predict several tasks with one encoder: saved evaluators of one base model share a pass.
 
-Evaluators of one base model are the rows of a `RunStack`, as the runs of a sweep are: each text is
-a row of every evaluator, and each token gets the biases of its own. Heads differ in their number of
-classes: here all are as wide as the widest, and each task's logits are cut to its own.
+The evaluators are the runs of a `RunStack`, as in a sweep. Every text is an example of every
+evaluator, and its tokens get the biases of that evaluator. All heads get the width of the widest,
+and the logits of a task are cut to its number of classes.
 """
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 
 from bitfit.artifacts import saved_evaluator
 from bitfit.data.splits import Texts
-from bitfit.data.tokens import concatenate, tokenize
+from bitfit.data.tasks import Task
+from bitfit.data.tokens import Tokens, concatenate, tokenize
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
@@ -20,157 +23,181 @@ from bitfit.model.batching import MAX_TOKENS, split_into_micro_batches, to_devic
 from bitfit.model.predict import predict
 from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
 from bitfit.model.token_budget import TokenBudget
-from bitfit.tools.members import evaluators_in
+from bitfit.tools.saved_evaluators import evaluator_folders
 from utils import UserError
 
-TRIAL = tuple(" ".join(["a small film is good,"] * n) for n in (1, 4, 16))  # the model is tried on
+TRIAL = tuple(
+    " ".join(["a small film is good,"] * n) for n in (1, 4, 16)
+)  # texts for the first passes
 
 
-class Many(NamedTuple):
-    """Evaluators that answer together."""
+class MultiTaskPredictor(NamedTuple):
+    """Saved evaluators that predict together; K is their number."""
 
-    names: list  # of each, as its answers are called
-    tasks: list  # the `Task` of each
-    lengths: list  # of each, the most tokens of a row
+    names: list[str]  # K names for the answers
+    tasks: list[Task]  # K
+    lengths: list[int]  # K maximum numbers of tokens of an example
     tokenizer: Any
     forward: models_forward.Forward
-    stack: RunStack  # the values of each
+    stack: RunStack  # the trained values of the K evaluators
     token_budget: TokenBudget
 
 
-def read(folders, model_name=None):
-    """[(folder, facts, tensors)] of saved evaluators that can answer together.
+def read_evaluators(
+    folders: Iterable[str | Path], model_name: str | None = None
+) -> list[tuple[Path, dict[str, Any], dict[str, torch.Tensor]]]:
+    """Read (folder, metadata, tensors) of saved evaluators that can share a pass.
 
     Raises:
-        UserError: a folder that holds none or is given twice; no common base model; one of several
-            that changed the encoder's matrices.
+        UserError: an evaluator is missing or given twice, the base models differ, or one of several
+            changed the matrices of the encoder.
     """
     found = [
-        (folder, *saved_evaluator.files(folder, model_name)) for folder in evaluators_in(folders)
+        (folder, *saved_evaluator.files(folder, model_name))
+        for folder in evaluator_folders(folders)
     ]
     first, base, _ = found[0]
-    for folder, facts, tensors in found:
-        own = facts["model_sha256"] or any(
+    for folder, metadata, tensors in found:
+        has_matrices = metadata["model_sha256"] or any(
             name.endswith(saved_evaluator.POSITIONS) for name in tensors
         )
-        if own and len(found) > 1:
-            what = f"{folder} has weight matrices of its own ({facts['fine_tune_type']})"
-            raise UserError(f"{what}, where others share the base model's: give it alone")
-        if facts["encoder_sha256"] != base["encoder_sha256"]:
-            bases = f"{folder} ({facts['base_name']}) and {first} ({base['base_name']})"
+        if has_matrices and len(found) > 1:
+            kind = metadata["fine_tune_type"]
+            raise UserError(
+                f"{folder} ({kind}) changed weight matrices, which the others share: give it alone"
+            )
+        if metadata["encoder_sha256"] != base["encoder_sha256"]:
+            bases = f"{folder} ({metadata['base_name']}) and {first} ({base['base_name']})"
             raise UserError(f"{bases} were trained on different base models: give those of one")
     return found
 
 
-def load(found, device, dtype=torch.float32, max_length=None, max_tokens=None):
-    """The `Many` of what `read` gives; its answers are asked for within `stack.patched(dtype)`.
+def load_predictor(
+    found: Sequence[tuple[Path, dict[str, Any], dict[str, torch.Tensor]]],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    max_length: int | None = None,
+    max_tokens: int | None = None,
+) -> MultiTaskPredictor:
+    """Load the base model of evaluators from `read_evaluators`; predict within `stack.patched`.
 
     Args:
-        max_length: rows are cut to so many tokens; None: each evaluator's own limit.
-        max_tokens: the most tokens in one pass; None: the device's default.
+        max_length: maximum number of tokens of an example; None: each evaluator's limit.
+        max_tokens: maximum number of tokens of a pass; None: the default of the device.
 
     Raises:
-        UserError: the base model is not there, is another, or cannot be shared.
+        UserError: the base model is missing, is another, or cannot be shared.
     """
     base = found[0][1]
     name, tasks = base["model_name"], [saved_evaluator.task_of(own) for _, own, _ in found]
-    lengths = [max_length or facts["max_sequence_len"] for _, facts, _ in found]
+    lengths = [max_length or metadata["max_sequence_len"] for _, metadata, _ in found]
     widest = max(tasks, key=lambda task: task.num_labels)
     revision, _ = hub.resolve(name, base["model_revision"])
     tokenizer = loading.load_tokenizer(name, revision)
     fingerprints = loading.base_fingerprints(name, widest, tokenizer, revision)
-    for folder, facts, _ in found:
-        saved_evaluator.check_base(folder, facts, fingerprints)
+    for folder, metadata, _ in found:
+        saved_evaluator.check_base(folder, metadata, fingerprints)
     loading.check_length(name, widest, max(lengths), revision)
     drawn = base["random_encoder"] and not base["model_sha256"]
     model, _ = loading.load(name, widest, drawn, revision)
     encoder, chosen = models_fingerprints.fingerprint(model), {}
-    for folder, facts, tensors in found:
-        chosen |= saved_evaluator.chosen(model, encoder, facts, tensors, folder)
+    for folder, metadata, tensors in found:
+        chosen |= saved_evaluator.chosen(model, encoder, metadata, tensors, folder)
     model.to(device)
     trial = tokenize(Texts((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
     forward = models_forward.select_forward(model, name, trial, dtype)
     reason = reason_not_stackable(forward, chosen, trial) if len(found) > 1 else None
     if reason:
         raise UserError(f"these evaluators cannot answer together: {reason}; give one at a time")
-    runs = [Run(facts["learning_rate"], facts["seed"]) for _, facts, _ in found]
+    runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
     stack = RunStack(model, chosen, runs)
     for row, (_, _, tensors) in zip(stack.params, found, strict=True):
-        fill(row, stack, tensors)
+        copy_delta(row, stack, tensors)
     budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
-    names = names_of([folder for folder, *_ in found], tasks)
-    return Many(names, tasks, lengths, tokenizer, forward, stack, budget)
+    names = answer_names([folder for folder, *_ in found], tasks)
+    return MultiTaskPredictor(names, tasks, lengths, tokenizer, forward, stack, budget)
 
 
-def names_of(folders, tasks):
-    """Their tasks' names, or the folders' where a task is there twice."""
+def answer_names(folders: Sequence[Path], tasks: Sequence[Task]) -> list[str]:
+    """Return the tasks' names, or the folders if a task occurs twice."""
     names = [task.name for task in tasks]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def fill(row, stack, tensors):
-    """Put a delta into its row (n,) of a stack; what it did not train stays the base model's.
+def copy_delta(params: torch.Tensor, stack: RunStack, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy the trained values of an evaluator into its parameters (n,) of a stack.
 
-    Of a head with fewer classes than the stack's, the others keep values that nobody reads.
+    Other parameters keep the values of the base model. Of a head with fewer classes than the
+    stack, the remaining classes keep values that are never read.
     """
     for name, (a, _) in stack.slices.items():
         if name in tensors:
-            own = tensors[name].flatten()
-            row[a : a + len(own)] = own
+            values = tensors[name].flatten()
+            params[a : a + len(values)] = values
 
 
-def logits_of(many, rows):
-    """[(B, C) float32 of each evaluator] for B rows of texts, within `many.stack.patched`.
+def predict_logits(
+    predictor: MultiTaskPredictor, rows: Sequence[tuple[str, ...]]
+) -> list[np.ndarray]:
+    """Return K arrays of logits (B, C), float32, for B examples, within `stack.patched`.
 
-    Where only heads trained, the encoder runs once for all.
+    If only heads trained, the encoder runs once for all evaluators.
     """
-    tokens, read_by = tokens_of(many, rows)
-    model = many.forward.model
+    tokens, positions = tokenize_for_all(predictor, rows)
+    model = predictor.forward.model
     models_forward.check_ids(model, model.name_or_path, tokens)
-    tokens = tokens.to(many.stack.params.device)
-    if many.stack.shares_encoder and len(many.tasks) > 1:
-        with many.stack.routing():
-            every = predict(many.forward, tokens, many.token_budget)  # (K, all rows, C)
-        together = np.take_along_axis(every, read_by[..., None], axis=1)
+    tokens = tokens.to(predictor.stack.params.device)
+    if predictor.stack.shares_encoder and len(predictor.tasks) > 1:
+        with predictor.stack.routing():
+            every = predict(predictor.forward, tokens, predictor.token_budget)  # (K, all rows, C)
+        together = np.take_along_axis(every, positions[..., None], axis=1)
     else:
-        together = many.token_budget.retry_on_oom(lambda: stacked_logits(many, tokens, read_by))
-    return [own[:, : task.num_labels] for own, task in zip(together, many.tasks, strict=True)]
+        together = predictor.token_budget.retry_on_oom(
+            lambda: stacked_logits(predictor, tokens, positions)
+        )
+    return [own[:, : task.num_labels] for own, task in zip(together, predictor.tasks, strict=True)]
 
 
 @torch.inference_mode()
-def stacked_logits(many, tokens, read_by):
-    """(K, B, C) on the host: what each of K evaluators says of the rows (K, B) that it reads."""
-    many.forward.model.eval()
-    runs, packed = len(read_by), many.forward.packed_encoder is not None
-    owner, flat = np.repeat(np.arange(runs), read_by.shape[1]), read_by.ravel()
+def stacked_logits(
+    predictor: MultiTaskPredictor, tokens: Tokens, positions: np.ndarray
+) -> np.ndarray:
+    """Return logits (K, B, C) on the host, for the positions (K, B) of the examples in `tokens`."""
+    predictor.forward.model.eval()
+    runs, packed = len(positions), predictor.forward.packed_encoder is not None
+    owner, flat = np.repeat(np.arange(runs), positions.shape[1]), positions.ravel()
     lengths = tokens.lengths[flat]
     parts, outputs = (
         split_into_micro_batches(
-            lengths, many.token_budget.max_tokens, packed, many.forward.equal_length
+            lengths, predictor.token_budget.max_tokens, packed, predictor.forward.equal_length
         ),
         [],
     )
     for part in parts:
-        pair = many.forward.make_routed_batch(tokens, flat[part], owner[part], runs)
+        pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], runs)
         batch, own = to_device(pair, tokens.ids.device)
-        with many.stack.routing(own):
-            outputs.append(many.forward(tokens, batch))
+        with predictor.stack.routing(own):
+            outputs.append(predictor.forward(tokens, batch))
     together = torch.cat(outputs)
     logits = np.empty(together.shape, np.float32)
     logits[np.concatenate(parts)] = together.cpu().numpy()
-    return logits.reshape(*read_by.shape, -1)
+    return logits.reshape(*positions.shape, -1)
 
 
-def tokens_of(many, rows):
-    """(`Tokens` of B rows in each way that an evaluator reads them, (K, B) which are whose).
+def tokenize_for_all(
+    predictor: MultiTaskPredictor, rows: Sequence[tuple[str, ...]]
+) -> tuple[Tokens, np.ndarray]:
+    """Tokenize B examples and return the tokens with their positions (K, B) for K evaluators.
 
-    A way is a number of texts and a limit of length; evaluators that read alike share them.
+    Evaluators with the same number of texts and the same maximum length share tokens.
     """
-    ways = [(len(task.texts), n) for task, n in zip(many.tasks, many.lengths, strict=True)]
+    ways = [
+        (len(task.texts), n) for task, n in zip(predictor.tasks, predictor.lengths, strict=True)
+    ]
     distinct = list(dict.fromkeys(ways))
     parts = []
     for texts, length in distinct:
         columns = tuple(map(list, zip(*(row[:texts] for row in rows), strict=True)))
-        parts.append(tokenize(Texts(columns, None), many.tokenizer, length))
+        parts.append(tokenize(Texts(columns, None), predictor.tokenizer, length))
     begins = len(rows) * np.array([distinct.index(way) for way in ways])
     return concatenate(parts), begins[:, None] + np.arange(len(rows))

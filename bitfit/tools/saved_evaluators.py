@@ -1,0 +1,148 @@
+"""Read several saved evaluators and check that they can be combined.
+
+They must have the same base model, which the hash of its encoder identifies.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bitfit.artifacts import saved_evaluator
+from bitfit.data.tasks import Task
+from bitfit.model.fingerprints import describe_change
+from bitfit.model.trainable import term_names
+from utils import UserError
+
+
+class SavedEvaluator(NamedTuple):
+    """The content of the files of a saved evaluator."""
+
+    name: str  # in tables
+    folder: Path
+    metadata: dict[str, Any]
+    # {parameter name: trained values}, and for a random mask {name + POSITIONS: flat positions}
+    tensors: dict[str, torch.Tensor]
+
+
+def read_evaluators(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
+    """Read the saved evaluators in folders, or in the `evaluator/` of run folders.
+
+    Raises:
+        UserError: an evaluator is missing, damaged, given twice or of full_ft, or base models
+            differ.
+    """
+    folders = evaluator_folders(folders)
+    evaluators = [
+        SavedEvaluator(name, folder, *saved_evaluator.files(folder))
+        for name, folder in zip(short_names(folders), folders, strict=True)
+    ]
+    for evaluator in evaluators:
+        if evaluator.metadata["model_sha256"]:
+            raise UserError(
+                f"{evaluator.folder} trained everything (full_ft), so it has no delta: "
+                f"{evaluator.folder / 'model'} is the whole model"
+            )
+    check_same(evaluators, "base models", lambda e: e.metadata["encoder_sha256"], describe_base)
+    first, *others = evaluators
+    for other in others:
+        change = describe_change(first.metadata, other.metadata)
+        if change:
+            both = f"{first.name} and {other.name}"
+            raise UserError(
+                f"{both} have different base models, whose {change}: give evaluators with the same"
+            )
+    return evaluators
+
+
+def evaluator_folders(folders: Iterable[str | Path]) -> list[Path]:
+    """Return the folder of each evaluator; UserError if one is given twice."""
+    paths = [evaluator_folder(Path(folder)) for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    for number, folder in enumerate(paths):
+        if resolved[number] in resolved[:number]:
+            raise UserError(f"{folder} is given twice: give each once")
+    return paths
+
+
+def evaluator_folder(folder: Path) -> Path:
+    """Return the folder itself, or the folder of the evaluator that a run wrote in it."""
+    if (folder / "results.csv").exists():
+        raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
+    inner = folder / "evaluator"
+    inside = (inner / saved_evaluator.FACTS).exists() and not (
+        folder / saved_evaluator.FACTS
+    ).exists()
+    return Path(os.path.normpath(inner if inside else folder))
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' paths without their common beginning and without `/evaluator`."""
+    paths = [os.path.abspath(folder).removesuffix(f"{os.sep}evaluator") for folder in folders]
+    shared = os.path.commonpath(paths)
+    return [Path(p).name if p == shared else os.path.relpath(p, shared) for p in paths]
+
+
+def describe_base(evaluator: SavedEvaluator) -> str:
+    """Return the name of an evaluator's base model for tables and messages."""
+    metadata = evaluator.metadata
+    return metadata["base_name"] + " (random encoder)" * metadata["random_encoder"]
+
+
+def describe_method(evaluator: SavedEvaluator) -> str:
+    """Return the fine-tune type and the bias terms, or the seed of a random mask."""
+    metadata = evaluator.metadata
+    details = term_names(metadata["components"]) or [f"seed {metadata['seed']}"]
+    return f"{metadata['fine_tune_type']} ({', '.join(details)})"
+
+
+def check_same(
+    evaluators: Sequence[SavedEvaluator],
+    noun: str,
+    key: Callable[[SavedEvaluator], Any],
+    describe: Callable[[SavedEvaluator], str],
+) -> None:
+    """Raise UserError unless `key` is the same for all evaluators.
+
+    Args:
+        noun: names the property in the message.
+        describe: returns the property of an evaluator as text for the message.
+    """
+    first = evaluators[0]
+    for other in evaluators[1:]:
+        if key(other) != key(first):
+            both = " and ".join(f"{e.name} ({describe(e)})" for e in (first, other))
+            raise UserError(f"{both} have different {noun}: give evaluators with the same")
+
+
+def check_same_task(evaluators: Sequence[SavedEvaluator]) -> None:
+    """Raise UserError unless all evaluators have the same task."""
+    check_same(evaluators, "tasks", task_of, lambda e: task_of(e).folder)
+
+
+def task_of(evaluator: SavedEvaluator) -> Task:
+    """Return the task of a saved evaluator."""
+    return saved_evaluator.task_of(evaluator.metadata)
+
+
+def check_same_trainable(evaluators: Sequence[SavedEvaluator]) -> None:
+    """Raise UserError unless the same parameters trained, at the same positions."""
+
+    def key(evaluator: SavedEvaluator) -> tuple[str, set[str], dict[str, list[int]]]:
+        positions = {
+            n: t.tolist() for n, t in evaluator.tensors.items() if saved_evaluator.POSITIONS in n
+        }
+        metadata = evaluator.metadata
+        return metadata["fine_tune_type"], set(metadata["components"]), positions
+
+    check_same(evaluators, "trained parameters", key, describe_method)
+
+
+def check_bitfit(evaluators: Iterable[SavedEvaluator], verb: str) -> None:
+    """Raise UserError unless all evaluators are of bitfit; `verb` completes the message."""
+    for evaluator in evaluators:
+        kind = evaluator.metadata["fine_tune_type"]
+        if kind != "bitfit":
+            raise UserError(f"{evaluator.name} is {kind}: only bitfit has bias terms to {verb}")
