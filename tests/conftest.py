@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from pathlib import Path
 
+import pictures
 import pytest
 import safetensors.torch
 import torch
@@ -23,6 +24,17 @@ GLUE = ROOT / "examples" / "glue"
 TINY_BERT = ROOT / "examples" / "tiny_bert"
 
 transformers.logging.disable_progress_bar()
+pictures.use_placeholders()
+
+
+@pytest.fixture(autouse=True)
+def drawing(request):
+    """Draw pictures in tests with the mark `pictures`; others write placeholders."""
+    if not request.node.get_closest_marker("pictures"):
+        yield
+        return
+    with pictures.real_pictures():
+        yield
 
 
 def set_dropout(model, p):

@@ -44,6 +44,7 @@ def run(tmp_path, model, *more):
     return run_glue.main(argv)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("name", "more", "said"),
     [

@@ -1,9 +1,10 @@
 """Deltas shown, compared, averaged and applied, beside plain NumPy and plain transformers."""
 
+import itertools
 import json
-import multiprocessing
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ import pytest
 import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT
+from interruption import output_contents
+from pictures import real_pictures
+from processes import start_process
 from safetensors.numpy import load_file
 
 from bitfit.tools import deltas, saved_evaluators
 from glue_evaluator import GLUEvaluator
 
 sys.path.insert(0, str(ROOT / "scripts"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kill_and_resume
 from deltas import main
 
 KINDS = {  # folder: (task, seeds, fine-tune type, components, random encoder)
@@ -48,7 +50,8 @@ def out(tmp_path_factory):
             own = folder / name / f"seed{seed}" if len(seeds) > 1 else folder / name
             evaluator.save(own / "evaluator")
             if kind == "bitfit":
-                evaluator.plot_terms_changes(own / "bias_term_changes")
+                with real_pictures() if name == "rte" else nullcontext():
+                    evaluator.plot_terms_changes(own / "bias_term_changes")
     return folder
 
 
@@ -73,9 +76,10 @@ def base_values():
     return {f"bert.{name}": p.detach().numpy() for name, p in model.named_parameters()}
 
 
-def die_at_call(number, argv):
+def die_at_call(number, folder, argv):
     """Run the command, and end it without a word before file `number` gets its name, from 1."""
-    calls = iter(range(1, 1_000))
+    os.chdir(folder)
+    calls = itertools.count(1)
 
     def dying(plain):
         def call(*args):
@@ -93,13 +97,11 @@ def die_at_call(number, argv):
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_killed_command_can_be_given_again(here, words, exists):
     """It is killed between any two of its files."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(kill_and_resume.PRELOADED)
     if exists:
         Path("made").mkdir()
     for number in (1, 2, 4, 1_000):
-        process = context.Process(target=die_at_call, args=(number, [*words, "-o", "made"]))
-        process.start()
+        folder = str(Path.cwd())
+        process = start_process(die_at_call, number, folder, [*words, "-o", "made"])
         process.join()
         if process.exitcode == 0:
             break
@@ -108,7 +110,7 @@ def test_a_killed_command_can_be_given_again(here, words, exists):
     assert process.exitcode == 0
     assert sorted(path.name for path in Path().iterdir()) == ["made", "out"]
     assert main([*words, "-o", "expected"]) == 0
-    assert kill_and_resume.left(Path("made")) == kill_and_resume.left(Path("expected"))
+    assert output_contents(Path("made")) == output_contents(Path("expected"))
 
 
 def change(folder):
@@ -119,6 +121,7 @@ def change(folder):
     return np.concatenate([np.float64(values[name]) - base[name] for name in names])
 
 
+@pytest.mark.pictures
 def test_compare_is_what_plain_numpy_says(here, capsys):
     folders = [*SEEDS, "out/sst2"]
     words = ["--csv", "pairs.csv", "--plot", "pairs.png"]
@@ -157,6 +160,7 @@ def test_known_directions(here):
     deltas.comparison_heatmap(found, "a caption").canvas.draw()
 
 
+@pytest.mark.pictures
 def test_show_is_what_the_training_plotted(here, capsys):
     assert main(["show", "out/rte/seed1", "--csv", "a.csv", "--plot", "a.png"]) == 0
     assert Path("a.csv").read_text() == Path("out/rte/seed1/bias_term_changes.csv").read_text()
@@ -375,6 +379,7 @@ def test_names():
         assert saved_evaluators.short_names([Path(folder) for folder in given]) == expected
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("count", [2, 9])
 def test_nothing_of_the_heatmap_is_cut_off(count):
     names = [f"a-task-of-some-length/lr0.0005_seed{number}" for number in range(count)]

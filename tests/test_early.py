@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
+from processes import run_script
 from test_resume import at_call, send
 
 import run_glue
@@ -131,8 +132,9 @@ def test_what_is_not_finished_is_stopped_before_its_table(tmp_path, monkeypatch,
 
 def notes(folder):
     """What scripts/compare.py says of a run."""
-    command = [sys.executable, str(ROOT / "scripts/compare.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = run_script("scripts/compare.py", str(folder))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("more", [[], ["-s", "0", "1"]], ids=["one run", "sweep"])

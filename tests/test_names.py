@@ -17,6 +17,7 @@ import compare
 import deltas
 import paper
 import predict
+from pictures import real_pictures
 
 import run_glue
 from bitfit.artifacts import model_card, run_folder
@@ -181,8 +182,9 @@ def texts_of(monkeypatch, module, work):
     figures = []
     monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
     work()
-    for figure in figures:
-        figure.canvas.draw()
+    with real_pictures():
+        for figure in figures:
+            figure.canvas.draw()
     return [t for figure in figures for t in figure.findobj(Text)]
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
+from processes import run_script
 
 import run_glue
 from bitfit import options
@@ -83,8 +84,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, shows):
 
 
 def test_quiet_says_the_results_alone(tmp_path, capfd, monkeypatch):
-    command = [sys.executable, "run_glue.py", "-o", str(tmp_path / "out"), *FLAGS, "--quiet"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_script("run_glue.py", "-o", str(tmp_path / "out"), *FLAGS, "--quiet")
     assert (result.returncode, result.stderr) == (0, "")
     assert "best of 2 trials" in result.stdout
 

@@ -1,7 +1,6 @@
 """Several processes: who trains what, and the results, faults and words of one."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import GLUE, ROOT, TINY_BERT, wait_for
+from processes import in_ranks, run_program
 from safetensors.torch import load_file, save_file
-from torch.distributed import TCPStore
 
 import run_glue
 from bitfit.distributed import Ranks, deal
@@ -24,37 +23,8 @@ from bitfit.model.run_stack import Run
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kill_and_resume
-
 TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
 RATES = {"full_ft": 1e-4, "rand_row_col": 1e-4}
-
-
-def be_rank(place, port, work, *args):
-    """Call `work` as torchrun would have started it, as rank (number, of how many) `place`."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    os.environ.update(zip(names, map(str, [*place, *place]), strict=True))
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    torch.set_num_threads(1)
-    work(*args)
-
-
-def in_ranks(size, work, *args):
-    """The exit statuses of so many ranks that call `work`; torchrun itself takes long to start."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(kill_and_resume.PRELOADED)
-    ranks = [
-        context.Process(target=be_rank, args=((rank, size), store.port, work, *args))
-        for rank in range(size)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    return [rank.exitcode for rank in ranks]
 
 
 def train_all_types(folder, model, memory=None):
@@ -153,7 +123,7 @@ FLAGS = ["--task-name", "rte", "--model-name", str(TINY_BERT), "--data-dir", str
 def run(output, *words, status=0):
     """The command over two ranks; what they printed."""
     log, flags = output.with_suffix(".log"), ["--output-path", str(output), *FLAGS, *words]
-    assert in_ranks(2, kill_and_resume.job, flags, log) == [status] * 2, log.read_text()
+    assert in_ranks(2, run_program, flags, log) == [status] * 2, log.read_text()
     return log.read_text()
 
 

@@ -10,6 +10,7 @@ from bitfit.model.run_stack import Run
 from bitfit.results import plots, scores
 from bitfit.training.loop import Record
 
+pytestmark = pytest.mark.pictures
 MRPC = TASKS["mrpc"]
 EPOCHS = [2, 4, 5]
 EVALUATIONS = {

@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT
-from test_ranks import in_ranks
+from interruption import differences, kill_repeatedly, output_contents
+from processes import in_ranks, run_program
 
 import run_glue
 import utils
@@ -23,12 +24,8 @@ from bitfit import signals
 from bitfit.artifacts import run_folder, saved_evaluator
 from bitfit.cli import experiment
 from bitfit.model import forward
-from bitfit.results import plots
 from bitfit.training import loop, store
 from bitfit.training.checkpoints import found
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kill_and_resume
 
 BASE = [
     "-t", "cola", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "--gpu-device", "cpu", "-e", "3",
@@ -49,17 +46,6 @@ def flags(output, kind="stacked"):
     return [*BASE, *RUNS[kind], "-o", str(output)]
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
-    """Pictures are drawn elsewhere; here they are files that are written."""
-
-    def save(figure, path):
-        with utils.whole_file(path) as temporary:
-            temporary.write_text("a picture")
-
-    monkeypatch.setattr(plots, "save_figure", save)
-
-
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
     """What each command leaves when nothing disturbs it, by kind."""
@@ -69,7 +55,7 @@ def quiet(tmp_path_factory):
         if kind not in remembered:
             folder = tmp_path_factory.mktemp("quiet") / "out"
             assert run_glue.main(flags(folder, kind)) == 0
-            remembered[kind] = kill_and_resume.left(folder)
+            remembered[kind] = output_contents(folder)
         return remembered[kind]
 
     return of
@@ -77,7 +63,7 @@ def quiet(tmp_path_factory):
 
 def assert_as_if_never_stopped(folder, quiet, kind):
     assert run_glue.main([*flags(folder, kind), "--resume"]) == 0
-    assert kill_and_resume.differences(quiet(kind), kill_and_resume.left(folder)) == []
+    assert differences(quiet(kind), output_contents(folder)) == []
 
 
 def at_call(monkeypatch, target, name, number, action):
@@ -181,7 +167,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     def abuse(case):
         folder = tmp_path / case
         folder.mkdir()
-        return kill_and_resume.abuse(case, 7, [signal.SIGKILL], folder, random.Random(0))
+        return kill_repeatedly(case, 7, [signal.SIGKILL], folder, random.Random(0))
 
     with ThreadPoolExecutor() as pool:
         for result in pool.map(abuse, ("single", "stacked")):
@@ -200,7 +186,7 @@ def die_at_second(name, flags, log):
         plain(source, target)
 
     os.replace = replace
-    kill_and_resume.job(flags, log)
+    run_program(flags, log)
 
 
 @pytest.mark.parametrize(
@@ -225,15 +211,15 @@ def test_each_start_completes_one_run_more(tmp_path, ranks, seeds, name, more):
 
     statuses = [start(die_at_second, name, [*flags, str(killed)], log) for _ in range(starts)]
     assert statuses == [9] * (starts - 1) + [0], log.read_text()
-    assert start(kill_and_resume.job, [*flags, str(quiet)], log) == 0
-    assert kill_and_resume.differences(without_places(quiet), without_places(killed)) == []
+    assert start(run_program, [*flags, str(quiet)], log) == 0
+    assert differences(without_places(quiet), without_places(killed)) == []
 
 
 def without_places(folder):
     """What a command left; model cards quote the command and so its output folder."""
     return {
         name: content.replace(folder.name.encode(), b"") if name.endswith(".md") else content
-        for name, content in kill_and_resume.left(folder).items()
+        for name, content in output_contents(folder).items()
     }
 
 
@@ -278,7 +264,7 @@ def test_a_full_disk_at_any_file_loses_nothing(tmp_path, monkeypatch, quiet, kin
         failing += 7
     assert status == 0
     assert failing > 30
-    assert kill_and_resume.differences(quiet(kind), kill_and_resume.left(folder)) == []
+    assert differences(quiet(kind), output_contents(folder)) == []
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT])
@@ -356,13 +342,13 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         at_call(patch, loop, "clip_grad_norms_", 2, send(signal.SIGTERM))
         run_glue.main(flags(folder))
-    before = kill_and_resume.left(folder)
+    before = output_contents(folder)
     with run_folder.held(folder):
         assert run_glue.main([*flags(folder), "--resume"]) == 2
         assert "is in use by another process" in capsys.readouterr().err.splitlines()[-1]
         (folder / ".lock").unlink()
-        after = kill_and_resume.left(folder)
-    assert kill_and_resume.differences(before, after) == []
+        after = output_contents(folder)
+    assert differences(before, after) == []
     (folder / ".lock").touch()  # what a killed process leaves
     assert run_glue.main([*flags(folder), "--resume"]) == 0
     assert not (folder / ".lock").exists()
@@ -394,12 +380,12 @@ def interrupted(tmp_path, monkeypatch):
     ],
 )
 def test_resume_refuses_other_flags(interrupted, more, message, capsys):
-    before = kill_and_resume.left(interrupted)
+    before = output_contents(interrupted)
     assert run_glue.main([*flags(interrupted), "--resume", *more]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "--resume: this is not the interrupted run: " in last
     assert message in last
-    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+    assert differences(before, output_contents(interrupted)) == []
 
 
 def test_resume_refuses_other_data_and_another_base(interrupted, tmp_path, capsys):
@@ -449,11 +435,11 @@ def test_resume_refuses_another_config_or_tokenizer(
     model = shutil.copytree(TINY_BERT, tmp_path / "model")
     content = json.loads((model / file).read_text())
     (model / file).write_text(json.dumps(content | {key: value}))
-    before = kill_and_resume.left(interrupted)
+    before = output_contents(interrupted)
     assert run_glue.main([*flags(interrupted), "--resume", "--model-name", str(model)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith(f"not the interrupted run: {message}: give that again, or a new folder")
-    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+    assert differences(before, output_contents(interrupted)) == []
 
 
 def test_what_was_begun_without_fingerprints_goes_on_with_a_line(interrupted, quiet, caplog):
@@ -469,21 +455,21 @@ def test_a_moved_folder_and_the_same_data_elsewhere_resume(interrupted, tmp_path
     shutil.copytree(GLUE / "CoLA", tmp_path / "glue" / "CoLA")
     argv = [*flags(tmp_path / "moved"), "--resume", "--data-dir", str(tmp_path / "glue")]
     assert run_glue.main(argv) == 0
-    found, expected = kill_and_resume.left(tmp_path / "moved"), quiet("stacked")
-    differ = kill_and_resume.differences(expected, found)
+    found, expected = output_contents(tmp_path / "moved"), quiet("stacked")
+    differ = differences(expected, found)
     assert all(name.endswith(("args.json", "evaluator.json")) for name in differ)  # they name it
 
 
 def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0  # nothing there: it starts
     assert not (tmp_path / "out/checkpoints").exists()
-    before = kill_and_resume.left(tmp_path / "out")
+    before = output_contents(tmp_path / "out")
     (tmp_path / "out/.lock").touch()  # the process was killed after its last file
     capsys.readouterr()
     monkeypatch.setattr(experiment, "prepare_evaluator", None)  # not even loaded
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0
     assert "is finished: there is nothing to resume" in capsys.readouterr().out
-    assert kill_and_resume.left(tmp_path / "out") == before
+    assert output_contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("more", [["-m", "roberta-base"], ["--data-dir", "x"], ["--export-model"]])
@@ -634,7 +620,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_when_all_are_damaged(interrupted, capsys):
     for path in (interrupted / "checkpoints").glob("*.json"):
         path.write_text("{}")
-    before = kill_and_resume.left(interrupted)
+    before = output_contents(interrupted)
     assert run_glue.main([*flags(interrupted), "--resume"]) == 1
     assert "no checkpoint in " in capsys.readouterr().err.splitlines()[-1]
-    assert kill_and_resume.differences(before, kill_and_resume.left(interrupted)) == []
+    assert differences(before, output_contents(interrupted)) == []

@@ -61,6 +61,7 @@ RELEASED = [  # the released README's examples, placeholders filled
 ]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("command", RELEASED)
 def test_the_released_examples(tmp_path, command, capsys):
     words = command.replace("bert-base-cased", str(TINY_BERT)).split()
@@ -99,6 +100,7 @@ def test_git_is_not_needed(monkeypatch):
     assert run_folder.commit() is None
 
 
+@pytest.mark.pictures
 def test_all_outputs_of_one_run(tmp_path):
     output = tmp_path / "deep" / "out"
     more = ["--save-evaluator", "--export-model", "--predict-test", "--keep", "best"]

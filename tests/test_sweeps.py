@@ -44,6 +44,7 @@ def write(folder, results):
     return folders
 
 
+@pytest.mark.pictures
 def test_report(tmp_path):
     text = sweeps.report(tmp_path, RTE, write(tmp_path, RESULTS), "a caption")
     lines = [" ".join(line.split()) for line in text.splitlines()]

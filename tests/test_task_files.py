@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import GLUE, ROOT, TINY_BERT
 from huggingface_hub import ModelCard
+from interruption import differences, output_contents
 from sklearn.metrics import f1_score
 
 import run_glue
@@ -23,17 +24,14 @@ from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, predictions, score, written
 from bitfit.distributed import Ranks
 from bitfit.options import parse_args
-from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tools import answers, multi_task
 from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare
-import kill_and_resume
 
 PAGE = (ROOT / "docs/own-tasks.md").read_text(encoding="utf-8")
 SHOWN = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
@@ -45,12 +43,6 @@ WORDS = (GLUE / "RTE/dev.tsv").read_text(encoding="utf-8").split()
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-@pytest.fixture
-def quick_pictures(monkeypatch):
-    """Pictures are drawn in `test_the_docs_commands`."""
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.write_text("a picture"))
 
 
 def made_up(folder, record, labels, rows=24):
@@ -92,6 +84,7 @@ def predicted(path):
     return table["prediction"]
 
 
+@pytest.mark.pictures
 def test_the_docs_commands(superglue, tmp_path, monkeypatch, capsys):
     """BoolQ, one run with all it leaves; CB, a sweep; then a table and a picture of both."""
     monkeypatch.chdir(tmp_path)
@@ -120,7 +113,7 @@ def test_the_docs_commands(superglue, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 
-def test_a_saved_evaluator_needs_no_task_file(quick_pictures, superglue, tmp_path):
+def test_a_saved_evaluator_needs_no_task_file(superglue, tmp_path):
     output = tmp_path / "out"
     more = ["--save-evaluator", "--export-model", "--predict-test"]
     assert run_glue.main(flags(output, superglue / "cb.json", *more)) == 0
@@ -147,7 +140,7 @@ def test_a_saved_evaluator_needs_no_task_file(quick_pictures, superglue, tmp_pat
         ("stsb", "score", {"scores": [0, 5], "metrics": ["Spearman", "Pearson"]}),
     ],
 )
-def test_a_task_of_glue_by_its_record_is_glues(quick_pictures, tmp_path, name, label, more):
+def test_a_task_of_glue_by_its_record_is_glues(tmp_path, name, label, more):
     """To the last bit: trained values, every score, every prediction."""
     task = TASKS[name]
     files = {split: f"{task.folder}/{stem}.tsv" for split, stem in task.splits.items()}
@@ -472,7 +465,7 @@ def test_macro_f1_is_the_mean_of_the_labels_own():
     assert constant["Macro-F1"] == pytest.approx(0.5 / 3)
 
 
-def test_more_splits_than_three(quick_pictures, tmp_path):
+def test_more_splits_than_three(tmp_path):
     """However they are ordered in the file, the main score is that of `validation`."""
     splits = ("validation_hard", "test_b", "validation", "test", "train")
     record = BOOLQ | {"files": {split: f"{split}.jsonl" for split in splits}}
@@ -625,9 +618,7 @@ def test_a_fault_of_the_record(superglue, tmp_path, monkeypatch, capsys, changes
 
 
 @pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
-def test_a_command_tells_what_it_leaves_out_and_what_leaks(
-    quick_pictures, tmp_path, caplog, ending
-):
+def test_a_command_tells_what_it_leaves_out_and_what_leaks(tmp_path, caplog, ending):
     """In every format: one line for each file, and one for training rows that are scored too."""
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 5)) for _ in range(14)]
@@ -695,7 +686,7 @@ def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
     assert_one_line(flags(out, file), message, out, capsys)
 
 
-def test_its_model_card_and_its_answers(quick_pictures, superglue, tmp_path):
+def test_its_model_card_and_its_answers(superglue, tmp_path):
     out = tmp_path / "out"
     file = superglue / "cb.json"
     assert run_glue.main(flags(out, file, "--export-model", "--save-evaluator", "-e", "1")) == 0
@@ -721,7 +712,7 @@ def test_scores_in_a_small_range_are_written_with_their_digits(tmp_path):
 # Resume, ranks
 
 
-def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monkeypatch, capsys):
+def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     """Stopped, refused with another record, ended with the same one from elsewhere as if never
     stopped."""
     more = ["--save-evaluator", "--predict-test", "-s", "0", "1", "-e", "2"]
@@ -746,10 +737,10 @@ def test_resume_wants_the_same_record(quick_pictures, superglue, tmp_path, monke
     (tmp_path / "b.json").write_text(json.dumps({key: CB[key] for key in keys}, indent=8))
     again = flags(tmp_path / "out", tmp_path / "b.json", *more, "--data-dir", str(superglue))
     assert run_glue.main([*again, "--resume"]) == 0
-    quiet, left = (kill_and_resume.left(tmp_path / name) for name in ("quiet", "out"))
+    quiet, left = (output_contents(tmp_path / name) for name in ("quiet", "out"))
     where = {"task_file": str(tmp_path / "b.json"), "data_dir": str(superglue)}
     expected = {k: v | where if k.endswith("args.json") else v for k, v in quiet.items()}
-    assert kill_and_resume.differences(expected, left) == []
+    assert differences(expected, left) == []
     assert len(left) > 10
     (superglue / "CB/loop.jsonl").unlink()  # a finished run asks for nothing
     assert run_glue.main([*again, "--resume"]) == 0

@@ -15,6 +15,7 @@ import torch
 import wandb
 from conftest import GLUE, TINY_BERT
 from matplotlib.image import imread
+from pictures import real_pictures
 
 import run_glue
 from bitfit.model.run_stack import Run
@@ -79,7 +80,7 @@ def left(folder):
 def sweep(offline, tmp_path_factory):
     """Two runs in one pass, told to all three."""
     output = tmp_path_factory.mktemp("told") / "sweep"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, real_pictures():
         failures = []
         patch.setattr(tracking.LOGGER, "warning", lambda *words: failures.append(words))
         assert run(output, *RATES, "--report-to", *ALL) == 0

@@ -1,0 +1,100 @@
+"""Processes that start quickly: they are forked from a server that has imported torch.
+
+A new Python needs about four seconds to import the program. Tests that are about the start itself,
+signals during it, or shells start one nevertheless.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from contextlib import chdir, nullcontext
+from multiprocessing import forkserver
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+PRELOADED = ["glue_evaluator", "run_glue", "bitfit.results.sweeps", "bitfit.study.report",
+             "sklearn.metrics", "scipy.stats", "pandas", "seaborn", "conftest",
+             "transformers.models.bert.modeling_bert", "torch.distributed.run"]  # fmt: skip
+
+
+def start_process(work, *args):
+    """Start a process that calls `work(*args)`, and return it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    with chdir(ROOT), mock.patch.dict(os.environ, {"PYTHONPATH": path}):
+        forkserver.ensure_running()  # the server finds the modules of PRELOADED there
+    process = context.Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def write_output_to(log, error_log=None):
+    """Append this process's standard output and standard error to files."""
+    for descriptor, path in ((1, log), (2, error_log or log)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+
+
+def run_program(flags, log):
+    """Run `run_glue.py` in this process, with its output in `log`, and exit with its status."""
+    write_output_to(log)
+    import torch
+
+    import run_glue
+
+    torch.set_num_threads(1)
+    sys.exit(run_glue.main(flags))
+
+
+def execute(script, words, folder, output, error, draws):
+    """Run a script in this process as `python script words...` does."""
+    import pictures
+
+    write_output_to(output, error)
+    os.chdir(folder)
+    sys.argv = [str(script), *words]
+    sys.path.insert(0, str(Path(script).parent))
+    with pictures.real_pictures() if draws else nullcontext():
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def run_script(script, *words, cwd=ROOT, draws=False):
+    """Run a script of the project in a forked process, and return its `CompletedProcess`.
+
+    Args:
+        draws: whether pictures are drawn; else placeholders are written.
+    """
+    with TemporaryDirectory() as folder:
+        output, error = Path(folder, "output"), Path(folder, "error")
+        process = start_process(execute, ROOT / script, words, cwd, output, error, draws)
+        process.join()
+        texts = output.read_text(), error.read_text()
+        return CompletedProcess([script, *words], process.exitcode, *texts)
+
+
+def be_rank(rank, size, port, work, *args):
+    """Call `work(*args)` as one of `size` ranks that torchrun has started."""
+    import torch
+
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    work(*args)
+
+
+def in_ranks(size, work, *args):
+    """Call `work(*args)` in `size` ranks, and return their exit statuses."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    ranks = [start_process(be_rank, rank, size, store.port, work, *args) for rank in range(size)]
+    for rank in ranks:
+        rank.join(120)
+    return [rank.exitcode for rank in ranks]
