@@ -28,7 +28,7 @@ from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
 from bitfit.options import POSITIVE, OneLineParser, gpu, make_commands, number
-from bitfit.study import cells
+from bitfit.study import cells, protocol
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
 # fmt: off
@@ -40,8 +40,8 @@ def add_plan(add: Callable) -> None:
         help="of the paper: 1, how far biases move; 2, scores over the number of training rows")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
         help="[all of Table 2; Figure 1 rte, Figure 2 qnli]")
-    add("--rows", nargs="+", choices=cells.ROWS, metavar="ROW",
-        help=f"of the tables: some of {', '.join(cells.ROWS)} [all]")
+    add("--rows", nargs="+", choices=protocol.ROWS, metavar="ROW",
+        help=f"of the tables: some of {', '.join(protocol.ROWS)} [all]")
     add("--models", nargs="+", metavar="MODEL",
         help="names on the Hub, or folders [the paper's three for Table 2, else bert-base-cased]")
     add("--learning-rates", nargs="+", metavar="[ROW=]LR", default=[],
@@ -52,9 +52,10 @@ def add_plan(add: Callable) -> None:
         help="for all rows, or some: 0 1 2 frozen=0,1 [0 1 2 3 4]")
     add("--epochs", nargs="+", metavar="[TASK=]N", default=[], type=cells.named_numbers(int, 1),
         help="for all tasks, or some: 8 rte=20 [cola 16, mrpc 20, rte 20, stsb 16, others 8]")
-    add("--batch-size", type=POSITIVE, metavar="N", default=cells.BATCH_SIZE, help="[%(default)s]")
+    add("--batch-size", type=POSITIVE, metavar="N", default=protocol.BATCH_SIZE,
+        help="[%(default)s]")
     add("--train-size", type=POSITIVE, metavar="N", help="train on so many rows [all]")
-    add("--sizes", type=POSITIVE, nargs="+", metavar="N", default=cells.SIZES,
+    add("--sizes", type=POSITIVE, nargs="+", metavar="N", default=protocol.SIZES,
         help="training rows of Figure 2 [500 1000 2000 4000 8000 16000]")
     add("--max-seq-length", type=POSITIVE, metavar="N", help="[128]")
     add("--data-dir", metavar="DIR", help="as for run_glue.py [the Hub]")
@@ -86,7 +87,7 @@ def add_report(add: Callable) -> None:
 
 def add_submit(add: Callable) -> None:
     add("--model", required=True, metavar="MODEL", help="as planned")
-    add("--method", required=True, choices=cells.ROWS, metavar="ROW", help="as planned")
+    add("--method", required=True, choices=protocol.ROWS, metavar="ROW", help="as planned")
     add("--placeholder-missing", action="store_true",
         help="where there are no predictions, write the majority class [no zip then]")
 
@@ -119,7 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         there = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
-        by_row = {"learning_rates": cells.ROWS, "seeds": cells.ROWS, "epochs": TASKS}
+        by_row = {"learning_rates": protocol.ROWS, "seeds": protocol.ROWS, "epochs": TASKS}
         for name, known in by_row.items():
             setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
         if any(len(values) > 1 for values in args.epochs.values()):

@@ -21,7 +21,7 @@ from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
 from bitfit.artifacts import run_folder
-from bitfit.study import cell_states, cells, cost, worker
+from bitfit.study import cell_states, cells, cost, protocol, worker
 from utils import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -57,10 +57,10 @@ def states(study):
 
 
 def test_tables_and_figures_are_the_papers(tmp_path):
-    keys = cells.requested_cells([2, 3], [1, 2], None, None, cells.ROWS, cells.SIZES)
+    keys = cells.requested_cells([2, 3], [1, 2], None, None, protocol.ROWS, protocol.SIZES)
     assert len(keys) == len(set(keys)) == 3 * 8 * 2 + 8 * 6 + 6 * 2
-    rows = {key[1] for key in cells.requested_cells([3], [], None, None, cells.ROWS, ())}
-    assert rows == set(cells.ROWS)
+    rows = {key[1] for key in cells.requested_cells([3], [], None, None, protocol.ROWS, ())}
+    assert rows == set(protocol.ROWS)
     args = paper.parse_args(["plan", "-o", str(tmp_path), "--tables", "2"])
     study = cells.plan_study(tmp_path, args)
     by_name = {cell.name: cell for cell in study.cells}
@@ -100,7 +100,7 @@ def test_a_study_can_be_run_from_anywhere(tmp_path, monkeypatch, capsys):
 def test_what_a_plan_prints(tmp_path, capsys):
     assert plan(tmp_path / "study", "--calibrate") == 0
     shown = capsys.readouterr().out
-    for row in cells.ROWS:
+    for row in protocol.ROWS:
         assert f"tiny_bert/{row}/rte" in shown
     assert shown.count("missing") == 8
     assert "hours one by one" in shown

@@ -14,7 +14,17 @@ from conftest import GLUE, ROOT, TINY_BERT
 import run_glue
 from bitfit.data.tasks import TASKS
 from bitfit.results.scores import read_metrics
-from bitfit.study import cell_states, cells, figures, published, report, results, statistics, submit
+from bitfit.study import (
+    cell_states,
+    cells,
+    figures,
+    protocol,
+    published,
+    report,
+    results,
+    statistics,
+    submit,
+)
 from utils import UserError
 
 sys_path = str(ROOT / "scripts")
@@ -104,8 +114,8 @@ def test_published_numbers_add_up():
         own = {c: published.PUBLISHED[model, row, c][0] for c in published.COLUMNS}
         assert published.average(own) == pytest.approx(average, abs=0.06)
     assert published.average({"CoLA": 1.0}) is None
-    assert {task for task, _ in published.COLUMNS.values()} == set(cells.PAPER_TASKS)
-    assert {row for _, row, _ in published.PUBLISHED} == set(cells.ROWS)
+    assert {task for task, _ in published.COLUMNS.values()} == set(protocol.PAPER_TASKS)
+    assert {row for _, row, _ in published.PUBLISHED} == set(protocol.ROWS)
 
 
 def test_differences_are_paired_and_pooled(entries):
@@ -223,8 +233,8 @@ def test_published_numbers_stand_beside_ours(entries, monkeypatch):
 
 def test_the_papers_models_whoever_publishes_them():
     for name in ("roberta-base", "FacebookAI/roberta-base", "/models/roberta-base"):
-        assert cells.paper_learning_rates(name, "bitfit") == (1e-4,)
-        assert (cells.paper_model_name(name), "bitfit", "RTE") in published.PUBLISHED
+        assert protocol.paper_learning_rates(name, "bitfit") == (1e-4,)
+        assert (protocol.paper_model_name(name), "bitfit", "RTE") in published.PUBLISHED
 
 
 def edit(path, **changes):

@@ -24,7 +24,8 @@ from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import matrix_weights, select
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states
-from bitfit.study.cells import ROWS, Cell, Study, slug
+from bitfit.study.cells import Cell, Study, slug
+from bitfit.study.protocol import ROWS
 from bitfit.training.loop import start, take_step
 from bitfit.training.plan import Plan
 from utils import UserError, blaming, one_line, write_text

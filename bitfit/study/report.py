@@ -10,7 +10,8 @@ import pandas as pd
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
 from bitfit.study import cell_states, cost, figures, results
-from bitfit.study.cells import (
+from bitfit.study.cells import slug
+from bitfit.study.protocol import (
     BATCH_SIZE,
     PAPER_MODELS,
     ROWS,
@@ -18,7 +19,6 @@ from bitfit.study.cells import (
     default_epochs,
     paper_learning_rates,
     paper_model_name,
-    slug,
 )
 from bitfit.study.published import COLUMNS, NOTE, average
 from utils import UserError, write_text

@@ -13,7 +13,8 @@ from bitfit.artifacts.saved_evaluator import LOGITS
 from bitfit.data.tasks import TASKS
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states, statistics
-from bitfit.study.cells import ROWS, Cell, paper_model_name
+from bitfit.study.cells import Cell
+from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
 from utils import UserError, blaming, one_line
 

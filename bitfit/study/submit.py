@@ -39,17 +39,7 @@ def write_submission(
     Raises:
         UserError: files are missing without `placeholder`, or the server would reject one.
     """
-    name = slug(absolute_folder(model))
-    winners = {
-        cell.task: best_run_folder(study, cell)
-        for cell in study.cells
-        if (slug(cell.model), cell.row, cell.size) == (name, row, None)
-    }
-    if not winners:
-        known = sorted(
-            {f"{slug(cell.model)} {cell.row}" for cell in study.cells if cell.size is None}
-        )
-        raise UserError(f"no cells are planned for {model} {row}; planned: {', '.join(known)}")
+    winners = best_run_folders(study, model, row)
     texts, lines, missing, wrong = {}, [], [], []
     for name, (rows, majority) in SERVER.items():
         source = winners.get(OWNER[name].name)
@@ -70,6 +60,21 @@ def write_submission(
         for name, text in texts.items():
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
     return lines
+
+
+def best_run_folders(study: Study, model: str, row: str) -> dict[str, Path | None]:
+    """Return {task: folder of the best run}; UserError if no cell is planned for the row."""
+    name = slug(absolute_folder(model))
+    folders = {
+        cell.task: best_run_folder(study, cell)
+        for cell in study.cells
+        if (slug(cell.model), cell.row, cell.size) == (name, row, None)
+    }
+    if not folders:
+        known = {f"{slug(cell.model)} {cell.row}" for cell in study.cells if cell.size is None}
+        planned = ", ".join(sorted(known))
+        raise UserError(f"no cells are planned for {model} {row}; planned: {planned}")
+    return folders
 
 
 def best_run_folder(study: Study, cell: Cell) -> Path | None:

@@ -96,28 +96,12 @@ def run_cell(
     A command ended by a signal counts as interrupted, but two SIGKILLs without progress as failed.
 
     Args:
-        lock: the file descriptor of `cell_states.lock_cell`.
+        lock: the file descriptor of `cell_states.lock_cell`, which the command inherits.
     """
-    more = [] if gpu is None else ["--gpu-device", str(gpu)]
     log, begin = cell_states.sibling_file(study, cell, ".log"), time.monotonic()
-    command = [*launch_command(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
     cell_states.remove_failure(study, cell)
-    with open(log, "ab") as output:
-        output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
-        output.flush()
-        # In a new session, Ctrl-C reaches the command only through this process.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=(lock,), env=child_environment(),
-        )  # fmt: skip
-        try:
-            status = process.wait()
-        except (Stopped, KeyboardInterrupt) as error:
-            process.send_signal(getattr(error, "number", 2))
-            process.wait()
-            raise
+    status = run_command(study, cell, log, lock, gpu, ranks)
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
-    line = last_message(log)
     killed = status in KILLED or (status and ranks > 1 and was_rank_killed(log))
     stuck = killed and cell_states.record_kill(study, cell)
     if not killed or stuck:
@@ -127,9 +111,35 @@ def run_cell(
     elif status in STOPPED or (killed and not stuck):
         LOGGER.info("%s: stopped by a signal after %s; the next worker resumes it", cell.name, took)
     else:
-        line = NO_PROGRESS if stuck else line
+        line = NO_PROGRESS if stuck else last_message(log)
         cell_states.write_failure(study, cell, status, line)
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
+
+
+def run_command(
+    study: Study, cell: Cell, log: Path, lock: int, gpu: int | str | None, ranks: int
+) -> int:
+    """Run a cell's command, append its output to a log, and return its exit status.
+
+    Raises:
+        Stopped, KeyboardInterrupt: a signal came; the command got it too and has ended.
+    """
+    more = [] if gpu is None else ["--gpu-device", str(gpu)]
+    command = [*launch_command(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    with open(log, "ab") as output:
+        output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
+        output.flush()
+        # In a new session, Ctrl-C reaches the command only through this process.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, pass_fds=(lock,), env=child_environment(),
+        )  # fmt: skip
+        try:
+            return process.wait()
+        except (Stopped, KeyboardInterrupt) as error:
+            process.send_signal(getattr(error, "number", 2))
+            process.wait()
+            raise
 
 
 def check_gpus_for_ranks(ranks: int, gpu: int | str | None) -> None:
