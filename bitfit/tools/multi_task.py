@@ -29,6 +29,8 @@ from utils import UserError
 TRIAL = tuple(
     " ".join(["a small film is good,"] * n) for n in (1, 4, 16)
 )  # texts for the first passes
+# folder, metadata, tensors of a saved evaluator
+Saved = tuple[Path, dict[str, Any], dict[str, torch.Tensor]]
 
 
 class MultiTaskPredictor(NamedTuple):
@@ -43,9 +45,7 @@ class MultiTaskPredictor(NamedTuple):
     token_budget: TokenBudget
 
 
-def read_evaluators(
-    folders: Iterable[str | Path], model_name: str | None = None
-) -> list[tuple[Path, dict[str, Any], dict[str, torch.Tensor]]]:
+def read_evaluators(folders: Iterable[str | Path], model_name: str | None = None) -> list[Saved]:
     """Read (folder, metadata, tensors) of saved evaluators that can share a pass.
 
     Raises:
@@ -73,7 +73,7 @@ def read_evaluators(
 
 
 def load_predictor(
-    found: Sequence[tuple[Path, dict[str, Any], dict[str, torch.Tensor]]],
+    found: Sequence[Saved],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
@@ -88,21 +88,11 @@ def load_predictor(
     Raises:
         UserError: the base model is missing, is another, or cannot be shared.
     """
-    base = found[0][1]
-    name, tasks = base["model_name"], [saved_evaluator.task_of(own) for _, own, _ in found]
+    tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
     lengths = [max_length or metadata["max_sequence_len"] for _, metadata, _ in found]
     widest = max(tasks, key=lambda task: task.num_labels)
-    revision, _ = hub.resolve(name, base["model_revision"])
-    tokenizer = loading.load_tokenizer(name, revision)
-    fingerprints = loading.base_fingerprints(name, widest, tokenizer, revision)
-    for folder, metadata, _ in found:
-        saved_evaluator.check_base(folder, metadata, fingerprints)
-    loading.check_length(name, widest, max(lengths), revision)
-    drawn = base["random_encoder"] and not base["model_sha256"]
-    model, _ = loading.load(name, widest, drawn, revision)
-    encoder, chosen = models_fingerprints.fingerprint(model), {}
-    for folder, metadata, tensors in found:
-        chosen |= saved_evaluator.chosen(model, encoder, metadata, tensors, folder)
+    model, tokenizer, chosen = load_base(found, widest, max(lengths))
+    name = found[0][1]["model_name"]
     model.to(device)
     trial = tokenize(Texts((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
     forward = models_forward.select_forward(model, name, trial, dtype)
@@ -116,6 +106,30 @@ def load_predictor(
     budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
     names = answer_names([folder for folder, *_ in found], tasks)
     return MultiTaskPredictor(names, tasks, lengths, tokenizer, forward, stack, budget)
+
+
+def load_base(
+    found: Sequence[Saved], task: Task, max_length: int
+) -> tuple[torch.nn.Module, Any, dict[str, np.ndarray | None]]:
+    """Return the base model with a head for `task`, its tokenizer, and the trained parameters.
+
+    Raises:
+        UserError: the base model is missing, or is not the one that the evaluators trained on.
+    """
+    base = found[0][1]
+    name = base["model_name"]
+    revision, _ = hub.resolve(name, base["model_revision"])
+    tokenizer = loading.load_tokenizer(name, revision)
+    fingerprints = loading.base_fingerprints(name, task, tokenizer, revision)
+    for folder, metadata, _ in found:
+        saved_evaluator.check_base(folder, metadata, fingerprints)
+    loading.check_length(name, task, max_length, revision)
+    random_encoder = base["random_encoder"] and not base["model_sha256"]
+    model, _ = loading.load(name, task, random_encoder, revision)
+    encoder, chosen = models_fingerprints.fingerprint(model), {}
+    for folder, metadata, tensors in found:
+        chosen |= saved_evaluator.chosen(model, encoder, metadata, tensors, folder)
+    return model, tokenizer, chosen
 
 
 def answer_names(folders: Sequence[Path], tasks: Sequence[Task]) -> list[str]:
