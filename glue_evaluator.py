@@ -20,7 +20,7 @@ from bitfit.artifacts import run_folder, saved_evaluator
 from bitfit.data import task_files
 from bitfit.data.tasks import predictions, score
 from bitfit.data.tokens import Dataset, concatenate
-from bitfit.distributed import ALONE
+from bitfit.distributed import SINGLE_PROCESS
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading, predict, run_stack, trainable, zero_gradients
@@ -40,7 +40,7 @@ from utils import (
     as_list,
     choose_device,
     choose_precision,
-    generator,
+    make_generator,
     print_result,
 )  # fmt: skip
 from utils import set_seed as set_seed  # a name of the released code
@@ -80,7 +80,7 @@ class GLUEvaluator:
         """
         if precision not in (None, *DTYPES):
             raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-        self.task, data_dir = task_files.find(task_name, data_dir)
+        self.task, data_dir = task_files.resolve_task(task_name, data_dir)
         self.task_name = self.task.name
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
@@ -92,7 +92,9 @@ class GLUEvaluator:
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
         self.zero_gradient = {}  # as from `zero_gradients.find`
         self.averaged = []  # of an average, each member: see `bitfit.tools.deltas.average`
-        self.group = ALONE  # the `bitfit.distributed.Group` that trains and predicts together
+        self.group = (
+            SINGLE_PROCESS  # the `bitfit.distributed.Group` that trains and predicts together
+        )
 
     def _need(self, attribute, call):
         if not hasattr(self, attribute):
@@ -136,7 +138,7 @@ class GLUEvaluator:
                             train_size, self.torch_device)  # fmt: skip
 
     def tokens(self, split):
-        """The `Tokens` of a split, read once; None for an optional split that is not there."""
+        """Return the `TokenizedSplit` of a split, read once; None for an absent optional split."""
         self._need("data", "preprocess_dataset")
         return self.data.split(split).tokens
 
@@ -234,7 +236,7 @@ class GLUEvaluator:
         return found
 
     def _choose(self, fine_tune_type, mask_size=None):
-        rng = generator(self.runs[0].seed, "mask")
+        rng = make_generator(self.runs[0].seed, "mask")
         self.chosen = trainable.select(self.model, fine_tune_type, self.components, mask_size, rng)
         self.fine_tune_type = fine_tune_type
         vars(self).pop("_reason", None)
@@ -360,7 +362,9 @@ class GLUEvaluator:
     def _dropout_seed(self):
         """The run's own; several ranks each draw for their rows."""
         seed, rank = self.runs[0].seed, self.group.rank
-        return int(generator(seed, f"dropout of rank {rank}").integers(2**63)) if rank else seed
+        return (
+            int(make_generator(seed, f"dropout of rank {rank}").integers(2**63)) if rank else seed
+        )
 
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""

@@ -24,7 +24,7 @@ from bitfit.artifacts import run_folder
 from bitfit.cli import exit_status, experiment
 from bitfit.distributed import Ranks
 from bitfit.options import parse_args
-from utils import Diverged, Lost, UserError
+from utils import Diverged, RankLost, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def write_message(message: str, error: BaseException, status: int) -> None:
         """Write the last line once for all ranks, and on other ranks log errors of their own."""
-        known_to_all = isinstance(error, (Diverged, Lost)) or getattr(error, "shared", False)
+        known_to_all = isinstance(error, (Diverged, RankLost)) or getattr(error, "shared", False)
         if ranks.rank and not known_to_all and status <= 128:
             utils.LOGGER.error(message.partition(": ")[2])
-        ranks.tell(message, at_once=status > 128)
+        ranks.print_once(message, at_once=status > 128)
 
-    return exit_status.end_of(
+    return exit_status.run_cli(
         "run_glue.py",
         lambda signals: experiment.run(args, signals, ranks),
         stopped=f"; to go on: {resume}",
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def resume_command(args: Namespace, ranks: Ranks, argv: list[str]) -> str:
     """Return the command that continues this one."""
     words = ["run_glue.py", *argv, *["--resume"] * (not args.resume)]
-    return f"{ranks.launcher} {shlex.join(words)}"
+    return f"{ranks.launch_command} {shlex.join(words)}"
 
 
 def is_finished(args: Namespace) -> bool:

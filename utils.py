@@ -43,11 +43,11 @@ class NotPushed(Exception):
     """The Hub did not take a model; the message says how to push it later."""
 
 
-class Lost(Exception):
+class RankLost(Exception):
     """Another process that this one works with is gone."""
 
 
-class Damaged(Exception):
+class CorruptFile(Exception):
     """A file of ours is not as it was written; the message says which and why."""
 
 
@@ -116,14 +116,14 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generator(seed: int, purpose: str) -> "np.random.Generator":
+def make_generator(seed: int, purpose: str) -> "np.random.Generator":
     """A NumPy generator of its own for each (seed, purpose): no draw can move another's stream."""
     import numpy as np
 
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def gpu_of(choice: int | str | None) -> int | None:
+def resolve_gpu(choice: int | str | None) -> int | None:
     """--gpu-device -> GPU number, or None for the CPU; without a choice the first GPU, if any."""
     import torch
 
@@ -201,7 +201,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and bool(NO_MEMORY.search(str(error)))
 
 
-def is_fault(error: BaseException) -> bool:
+def is_machine_error(error: BaseException) -> bool:
     """Whether an exception is the machine's fault (memory, disk, threads), not the input's."""
     if isinstance(error, OSError) and error.errno in MACHINES:
         return True
@@ -212,17 +212,17 @@ def is_fault(error: BaseException) -> bool:
 
 
 @contextmanager
-def blaming(make: Callable[[Exception], Exception]) -> Iterator[None]:
+def convert_errors(make: Callable[[Exception], Exception]) -> Iterator[None]:
     """What others' code raises within becomes the UserError `make(error)`; faults stay faults."""
     try:
         yield
     except Exception as error:
-        if is_fault(error):
+        if is_machine_error(error):
             raise
         raise make(error) from None
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, without its final stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
@@ -234,7 +234,7 @@ def temporary_name(path: str | Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; what is written there becomes `path` at the end.
 
     A reader sees the old file or the new one, never half of one, even after a power cut.
@@ -252,7 +252,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """The same for a folder: one that is new or empty appears with all of its files.
 
     In another one the files get their names one by one, config.json last; others are left alone.
@@ -276,7 +276,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def home_of_temporary(path: Path) -> Path:
-    """Return where `whole_folder` writes: beside the folder, or in it if beside it cannot be."""
+    """Return where `atomic_folder` writes: beside the folder, or in it if beside it cannot be."""
     there = path.is_dir() and (
         not os.access(path.parent, os.W_OK) or path.stat().st_dev != path.parent.stat().st_dev
     )
@@ -284,7 +284,7 @@ def home_of_temporary(path: Path) -> Path:
 
 
 def remove_temporaries_of(temporary: Path) -> None:
-    """Remove what killed processes left of a `whole_folder` with the same path."""
+    """Remove what killed processes left of a `atomic_folder` with the same path."""
     name = re.sub(r"\d+\.tmp$", "", temporary.name)
     for path in temporary.parent.glob(".*.tmp"):
         if re.fullmatch(re.escape(name) + r"\d+\.tmp", path.name):
@@ -320,17 +320,17 @@ def flush(path: str | Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file (UTF-8; bytes of a path that are not, escaped)."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one of those that `whole_file` and `whole_folder` write under."""
+    """Whether a name is one of those that `atomic_file` and `atomic_folder` write under."""
     return bool(re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", name))
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """What a killed process left of `whole_file` and `whole_folder`."""
+    """What a killed process left of `atomic_file` and `atomic_folder`."""
     for path in list(Path(folder).rglob(".*.tmp*")):
         if is_temporary(path.name):
             shutil.rmtree(path, ignore_errors=True)

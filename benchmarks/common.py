@@ -24,7 +24,7 @@ from bitfit.data import splits  # noqa: E402
 from bitfit.data.tasks import TASKS, Task  # noqa: E402
 from bitfit.data.tokens import (  # noqa: E402
     Split,
-    Tokens,
+    TokenizedSplit,
     tokenize,
 )
 from bitfit.model import forward as models_forward  # noqa: E402
@@ -112,14 +112,14 @@ def load(
     return tokenizer, lambda: random_model(args.size, task.num_labels)
 
 
-def pick_rows(args: argparse.Namespace, task: Task) -> tuple[splits.Texts, int]:
+def pick_rows(args: argparse.Namespace, task: Task) -> tuple[splits.TextColumns, int]:
     """(the training rows to work on, how many there are in all)"""
     texts = splits.read_split(task, "train", args.data_dir)
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
     return texts.take(picked), len(texts)
 
 
-def examples(tokens: Tokens) -> list[dict[str, Any]]:
+def examples(tokens: TokenizedSplit) -> list[dict[str, Any]]:
     """[{"input_ids", "token_type_ids", "labels"}]: a split's rows as lists, one by one."""
     assert tokens.labels is not None
     ids, labels = tokens.ids.cpu().numpy(), tokens.labels.tolist()
@@ -147,7 +147,7 @@ class Ours:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokens: Tokens,
+        tokens: TokenizedSplit,
         task: Task,
         batch_size: int,
         runs: int,
@@ -208,7 +208,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def flop_of(model: PreTrainedModel, tokens: Tokens) -> int:
+def flop_of(model: PreTrainedModel, tokens: TokenizedSplit) -> int:
     """Multiplications and additions that an epoch of one run of BitFit cannot do without.
 
     Each weight of the encoder's matrices is multiplied with each token twice, in the forward pass
@@ -233,7 +233,7 @@ def machine(device: torch.device) -> str:
 
 def setup(
     args: argparse.Namespace,
-) -> tuple[Task, PreTrainedTokenizerBase, Callable[[], PreTrainedModel], Tokens, int]:
+) -> tuple[Task, PreTrainedTokenizerBase, Callable[[], PreTrainedModel], TokenizedSplit, int]:
     """(task, tokenizer, function that makes the model, tokens, rows in all); says what is run."""
     task, device = TASKS[args.task_name], pick_device()
     tokenizer, make_model = load(args, task)

@@ -44,7 +44,7 @@ from throughput import make_released
 from torch.profiler import ProfilerActivity, profile
 
 from bitfit.data.tasks import TASKS
-from bitfit.data.tokens import Tokens
+from bitfit.data.tokens import TokenizedSplit
 from bitfit.model import attention
 from bitfit.model.loading import load_tokenizer
 from bitfit.model.trainable import FINE_TUNE_TYPES
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_tokens(kind: str, rows: int, device: torch.device) -> Tokens:
+def random_tokens(kind: str, rows: int, device: torch.device) -> TokenizedSplit:
     """Rows of random tokens, as long as those of a task (gamma-distributed)."""
     mean, least, most = LENGTHS[kind]
     rng = np.random.default_rng(0)
@@ -81,12 +81,12 @@ def random_tokens(kind: str, rows: int, device: torch.device) -> Tokens:
     ids = torch.from_numpy(rng.integers(5, 400, lengths.sum()).astype(np.int32))
     labels = torch.from_numpy(rng.integers(0, 2, rows))
     starts = lengths.cumsum() - lengths
-    return Tokens(ids, None, starts, labels, lengths, pad_id=0).to(device)
+    return TokenizedSplit(ids, None, starts, labels, lengths, pad_id=0).to(device)
 
 
 def make_runs(
     args: argparse.Namespace,
-    tokens: Tokens,
+    tokens: TokenizedSplit,
     runs: int,
     method: str = "bitfit",
     size: str | None = None,
@@ -407,7 +407,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
             del ours
 
 
-def measure_peers(args: argparse.Namespace, tokens: Tokens) -> tuple[float, float]:
+def measure_peers(args: argparse.Namespace, tokens: TokenizedSplit) -> tuple[float, float]:
     """Milliseconds of a step of the released loop and of Trainer, medians of 3 epochs."""
 
     def step(epoch: Callable[[], float], rounds: int) -> float:

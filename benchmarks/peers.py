@@ -36,7 +36,7 @@ from common import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitfit.data.tokens import Tokens
+from bitfit.data.tokens import TokenizedSplit
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,7 +67,7 @@ def arguments(
 
 def make_trainer(
     make_model: Callable[[], PreTrainedModel],
-    tokens: Tokens,
+    tokens: TokenizedSplit,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     as_dataset: bool = False,

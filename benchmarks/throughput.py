@@ -26,7 +26,7 @@ from common import (
 )
 from transformers import PreTrainedModel
 
-from bitfit.data.tokens import Tokens
+from bitfit.data.tokens import TokenizedSplit
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +57,9 @@ def released_pass(model: PreTrainedModel, rows: dict[str, torch.Tensor], batch_s
             print(f"STEP {step} LOSS {loss_sum / (step + 1):.3f}\r", end="", file=screen)
 
 
-def make_released(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> Callable[[], float]:
+def make_released(
+    model: PreTrainedModel, tokens: TokenizedSplit, batch_size: int
+) -> Callable[[], float]:
     """A function that trains an epoch in the released way and gives its seconds."""
     device = tokens.ids.device
     train_biases(model.to(device))

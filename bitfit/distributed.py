@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils import Lost, UserError, gpu_of, one_line, write_line
+from utils import RankLost, UserError, first_line, resolve_gpu, write_line
 
 LOOK_SECONDS = 0.05  # between two looks at what the others said
 TELL_SECONDS = 5
@@ -26,22 +26,22 @@ MEET = timedelta(minutes=30)  # for all ranks to meet, and for the slowest of a 
 class Group(NamedTuple):
     """The ranks that train the same runs."""
 
-    members: tuple = (0,)  # their numbers
+    ranks: tuple = (0,)  # their numbers
     rank: int = 0  # this one's place among them
     host: Any = None  # torch.distributed's group for what lies in the host's memory
     device: Any = None  # and for gradients
-    speaks: bool = True  # whether this process shows progress: one of all does
+    shows_progress: bool = True  # whether this process shows progress: one of all does
 
     @property
     def size(self):
-        return len(self.members)
+        return len(self.ranks)
 
-    def sum_(self, *tensors):
+    def all_reduce_sum_(self, *tensors):
         """Add up over the ranks, in place; all of them then hold the same bits."""
         if self.size > 1:
             import torch.distributed as dist
 
-            with losing():
+            with raise_rank_lost():
                 for tensor in tensors:
                     if tensor.is_cuda and self.device is self.host:
                         on_host = tensor.cpu()
@@ -50,11 +50,11 @@ class Group(NamedTuple):
                     else:
                         dist.all_reduce(tensor, group=self.device)
 
-    def wait(self):
+    def barrier(self):
         """Until all ranks are here; a sum of nothing would not wait."""
-        self.most(0)
+        self.all_reduce_max(0)
 
-    def most(self, *numbers):
+    def all_reduce_max(self, *numbers):
         """The largest of each number over the ranks; waits for all of them."""
         if self.size == 1:
             return numbers
@@ -62,32 +62,32 @@ class Group(NamedTuple):
         import torch.distributed as dist
 
         together = torch.tensor([float(number or 0) for number in numbers], dtype=torch.float64)
-        with losing():
+        with raise_rank_lost():
             dist.all_reduce(together, dist.ReduceOp.MAX, group=self.host)
         return together.tolist()
 
-    def gather(self, tensors):
+    def all_gather(self, tensors):
         """The byte tensors of all ranks, those of rank 0 first; each has as many, of one shape."""
         if self.size == 1:
             return tensors
         import torch.distributed as dist
 
-        everyone = [[tensor.clone() for tensor in tensors] for _ in self.members]
-        with losing():
+        everyone = [[tensor.clone() for tensor in tensors] for _ in self.ranks]
+        with raise_rank_lost():
             for k, own in enumerate(tensors):
                 dist.all_gather([theirs[k] for theirs in everyone], own, group=self.host)
         return [tensor for theirs in everyone for tensor in theirs]
 
-    def agree(self, values):
+    def replicas_equal(self, values):
         """Whether all ranks hold the same values, by hash."""
         if self.size == 1:
             return True
         digest = hashlib.sha256(values.cpu().numpy().tobytes()).digest()
         number = int.from_bytes(digest[:6], "big")  # a float64 holds it
-        most, least = self.most(number, -number)
+        most, least = self.all_reduce_max(number, -number)
         return most == -least
 
-    def share(self, lengths):
+    def shard_rows(self, lengths):
         """Which of some rows are this rank's: positions, so that each rank has as many tokens.
 
         Args:
@@ -98,26 +98,26 @@ class Group(NamedTuple):
         return np.argsort(-lengths, kind="stable")[self.rank :: self.size]
 
 
-ALONE = Group()
+SINGLE_PROCESS = Group()
 
 
 @contextmanager
-def losing():
-    """Within: Lost where another rank, or torchrun, is gone."""
+def raise_rank_lost():
+    """Within: RankLost where another rank, or torchrun, is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise Lost(f"another rank ended ({one_line(error)})") from None
+        raise RankLost(f"another rank ended ({first_line(error)})") from None
 
 
-def shared(message):
+def shared_error(message):
     """A UserError that all ranks raise, so that one of them says it."""
     error = UserError(message)
     error.shared = True
     return error
 
 
-def deal(runs, size):
+def assign_runs(runs, size):
     """[(ranks, the runs they train)]: neighbours each, and as even as it goes."""
     count = min(len(runs), size)
     return [
@@ -144,7 +144,7 @@ class Ranks:
         self.rank, self.size, self.local_rank, self.local_size = numbers
         self.store, self.said = None, 0
 
-    def say(self, fact):
+    def all_gather_object(self, fact):
         """What all ranks say, in their order, each a JSON value; a signal ends the wait."""
         if self.size == 1:
             return [fact]
@@ -154,29 +154,31 @@ class Ranks:
             self.store = PrefixStore("bitfit", next(rendezvous("env://", timeout=MEET))[0])
         self.said += 1
         keys = [f"{self.said}/{rank}" for rank in range(self.size)]
-        with losing():
+        with raise_rank_lost():
             self.store.set(keys[self.rank], json.dumps(fact))
             while not self.store.check(keys):
                 time.sleep(LOOK_SECONDS)
             return [json.loads(self.store.get(key)) for key in keys]
 
-    def checked(self, work):
+    def raise_together(self, work):
         """What `work()` gives, once all ranks have done it; one's UserError is raised on all."""
         value, wrong = None, None
         try:
             value = work()
         except UserError as error:
             wrong = str(error)
-        wrong = next(filter(None, self.say(wrong)), None)
+        wrong = next(filter(None, self.all_gather_object(wrong)), None)
         if wrong:
-            raise shared(wrong)
+            raise shared_error(wrong)
         return value
 
-    def first_does(self, work):
+    def run_on_rank0(self, work):
         """`work()` on rank 0 alone, while the others wait; its answer, a JSON value, on all."""
-        return self.say(self.checked(work if self.rank == 0 else lambda: None))[0]
+        return self.all_gather_object(
+            self.raise_together(work if self.rank == 0 else lambda: None)
+        )[0]
 
-    def gpu(self, choice):
+    def local_gpu(self, choice):
         """--gpu-device -> the number of this rank's GPU, None for the CPU.
 
         Raises:
@@ -186,22 +188,22 @@ class Ranks:
 
         count = torch.cuda.device_count()
         if self.size == 1 or choice is not None or not count:
-            return gpu_of(choice)
+            return resolve_gpu(choice)
         if self.local_rank >= count:
             what = f"{self.local_size} ranks on a machine with {count} GPUs: give torchrun "
             raise UserError(f"{what}--nproc-per-node {count}, or --gpu-device to share one GPU")
         return self.local_rank
 
-    def share(self, runs, on_own_gpus):
+    def make_group(self, runs, on_own_gpus):
         """(the runs that this rank trains, the `Group` of all ranks that train them).
 
         Args:
             on_own_gpus: whether each rank has a GPU for itself: then NCCL sums, else gloo.
         """
-        speaks, dealt = self.rank == 0, deal(runs, self.size)
+        speaks, dealt = self.rank == 0, assign_runs(runs, self.size)
         if len(dealt) == self.size:
             members, own = dealt[self.rank]
-            return own, Group(members, speaks=speaks)
+            return own, Group(members, shows_progress=speaks)
         import torch.distributed as dist
 
         store = dist.PrefixStore("groups", self.store)
@@ -216,23 +218,25 @@ class Ranks:
                 result = own, Group(members, place, host, device, speaks)
         return result
 
-    def check_same(self, what, fact):
+    def require_equal(self, what, fact):
         """UserError where a rank has another `fact` than the first."""
-        said = self.say(fact)
+        said = self.all_gather_object(fact)
         others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
         if others:
-            raise shared(f"rank {others[0]} has another {what} than rank 0: give all the same")
+            raise shared_error(
+                f"rank {others[0]} has another {what} than rank 0: give all the same"
+            )
 
-    def end(self):
+    def shutdown(self):
         """Wait until all ranks are done, and leave them."""
-        self.say("done")
+        self.all_gather_object("done")
         if self.size > 1:
             import torch.distributed as dist
 
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def tell(self, line, at_once=False):
+    def print_once(self, line, at_once=False):
         """Write a line to standard error, for all ranks once.
 
         torchrun ends all ranks as soon as one of them ends: so the others leave rank 0 the time
@@ -244,7 +248,7 @@ class Ranks:
             time.sleep(TELL_SECONDS)
 
     @property
-    def launcher(self):
+    def launch_command(self):
         """What started this program, as words of a command."""
         if self.size == 1:
             return "python"

@@ -66,7 +66,7 @@ class OneLineParser(argparse.ArgumentParser):
             self.exit(1)
 
     def error(self, message: str) -> NoReturn:
-        Ranks().tell(f"{self.prog}: error: {message}")
+        Ranks().print_once(f"{self.prog}: error: {message}")
         self.exit(2)
 
 

@@ -17,8 +17,8 @@ LOGGER = logging.getLogger("bitfit")
 class Signals:
     """SIGTERM, SIGINT and SIGUSR1: what users and schedulers send to stop a program.
 
-    At first a signal raises `Stopped` at once. Within `held` it is only noted in `received`, for
-    the training loop to finish its step; a second SIGINT stops at once even there.
+    At first a signal raises `Stopped` at once. Within `deferred` it is only noted in `received`,
+    for the training loop to finish its step; a second SIGINT stops at once even there.
     """
 
     NUMBERS = early.NUMBERS
@@ -57,7 +57,7 @@ class Signals:
         LOGGER.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
 
     @contextmanager
-    def held(self, waits: bool = True) -> Iterator[None]:
+    def deferred(self, waits: bool = True) -> Iterator[None]:
         """Within: a signal waits to be asked for, or raises `Stopped` at once."""
         before, self.waits = self.waits, waits
         try:

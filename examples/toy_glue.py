@@ -144,7 +144,7 @@ NUMBER_COLUMNS = {"index", "id", "qid1", "qid2", "#1 ID", "#2 ID", "promptID", "
 FILLER = {"mark": "", "source": "toy", "genre": "toy"}  # any other column holds "-"
 
 
-def draw_rows(
+def sample_training_rows(
     rng: random.Random, task: str, count: int, seen: set[Texts], nouns: Sequence[str] = toy.NOUNS
 ) -> list[tuple[Texts, Label]]:
     """Texts and label of each row of a split: no texts seen before, labels in equal parts."""
@@ -194,7 +194,7 @@ def write_split(folder: Path, rng: random.Random, task: str, split: str, seen: s
     """Draws one split of a task and writes its file."""
     nouns = {"MNLI": MATCHED_NOUNS}.get(task, toy.NOUNS)
     nouns = MISMATCHED_NOUNS if split.endswith("mismatched") else nouns
-    drawn = draw_rows(rng, task, SPLIT_ROWS[split.split("_")[0]], seen, nouns)
+    drawn = sample_training_rows(rng, task, SPLIT_ROWS[split.split("_")[0]], seen, nouns)
     columns = file_columns(task, split)
     rows = [row_fields(task, columns, i, texts, label) for i, (texts, label) in enumerate(drawn)]
     header = task != "CoLA" or split == "test"  # GLUE's labelled CoLA files have none
@@ -213,6 +213,6 @@ def write_glue(folder: Path, seed: int) -> None:
         for split in splits:
             write_split(folder, rng, task, split, seen)
         if task == "MNLI":  # AX is a test set for models trained on MNLI
-            drawn = draw_rows(rng, task, SPLIT_ROWS["AX"], seen, MATCHED_NOUNS)
+            drawn = sample_training_rows(rng, task, SPLIT_ROWS["AX"], seen, MATCHED_NOUNS)
             rows = [[str(i), *texts] for i, (texts, _) in enumerate(drawn)]
             write_rows(folder / "AX" / "AX.tsv", ["index", "sentence1", "sentence2"], rows)

@@ -29,7 +29,7 @@ from bitfit.options import OneLineParser
 from bitfit.results import escape
 from bitfit.results.plots import curve_figure, save_figure
 from bitfit.results.scores import read_metrics
-from utils import UserError, blaming, escaped, one_line
+from utils import UserError, convert_errors, escaped, first_line
 
 Run = tuple[dict[str, Any], pd.DataFrame]  # a run's metadata and scores
 COLORS = [f"C{number}" for number in range(10)]
@@ -42,10 +42,10 @@ def read(folder: str) -> Run:
         raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
 
     def unreadable(error: Exception) -> UserError:
-        what = f"{type(error).__name__}: {one_line(error)}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         return UserError(f"{folder} holds no scores of run_glue.py: {what}")
 
-    with blaming(unreadable):
+    with convert_errors(unreadable):
         facts, scores = read_metrics(folder)
         facts["finished"] = is_finished(Path(folder))
         describe(facts, scores)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     utils.setup_logging()
-    status = exit_status.end_of("compare.py", lambda signals: run(args))
+    status = exit_status.run_cli("compare.py", lambda signals: run(args))
     if status:
         sys.exit(status)
 

@@ -118,7 +118,7 @@ def load(args: argparse.Namespace, member: "SavedEvaluator") -> "GLUEvaluator":
     hub.use_local_copies_when_offline(needs_hub=not local)
     from glue_evaluator import GLUEvaluator
 
-    return GLUEvaluator.load(member.folder, utils.gpu_of(device), args.model_name, data)
+    return GLUEvaluator.load(member.folder, utils.resolve_gpu(device), args.model_name, data)
 
 
 def show(args: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def average(args: argparse.Namespace) -> None:
     saved_evaluators.check_same_trainable(found)
     evaluator = load(args, found[0])
     table = deltas.average_evaluators(found, args.weights or [1] * len(found), evaluator)
-    with utils.whole_folder(args.output_path) as folder:
+    with utils.atomic_folder(args.output_path) as folder:
         write_text(folder / "members.csv", table.to_csv(index=False))
         evaluator.save(folder)
     utils.print_result(deltas.average_text(table, evaluator))
@@ -197,7 +197,7 @@ COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     utils.setup_logging()
-    return exit_status.end_of("deltas.py", lambda signals: COMMANDS[args.command](args))
+    return exit_status.run_cli("deltas.py", lambda signals: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def plan(args: argparse.Namespace) -> int:
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
     hub.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan_study(args.output_path, args)
-    device = utils.choose_device(utils.gpu_of(args.gpu_device))
+    device = utils.choose_device(utils.resolve_gpu(args.gpu_device))
     plan.check_study(study)
     cells.write_study(study)
     if args.calibrate:
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     part, parts = (0, 1) if args.shard is None else worker.parse_shard(args.shard)
     gpus = args.gpus or [None]
     for choice in gpus:
-        utils.choose_device(utils.gpu_of(choice))
+        utils.choose_device(utils.resolve_gpu(choice))
     worker.check_gpus_for_ranks(args.nproc_per_node, gpus[0])
     cells_here, states, left = study.cells[part::parts], worker.states_to_run(args.retry_failed), []
     fit = cells_here
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     utils.setup_logging()
     words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}
-    return exit_status.end_of("paper.py", lambda signals: COMMANDS[args.command](args), **words)
+    return exit_status.run_cli("paper.py", lambda signals: COMMANDS[args.command](args), **words)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
 
-        device = utils.choose_device(utils.gpu_of(args.gpu_device))
+        device = utils.choose_device(utils.resolve_gpu(args.gpu_device))
         precision = utils.choose_precision(args.precision, device)
         dtype = DTYPES[precision]
         if not args.no_tf32 and torch.cuda.is_available():
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     utils.setup_logging(logging.WARNING)
     less_memory = " (a lower --max-tokens needs less)"
-    return exit_status.end_of("predict.py", lambda signals: run(args), less_memory=less_memory)
+    return exit_status.run_cli("predict.py", lambda signals: run(args), less_memory=less_memory)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from bitfit.model.run_stack import Run
 from bitfit.results import sweeps
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator
-from utils import Damaged, UserError
+from utils import CorruptFile, UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -141,7 +141,7 @@ def test_evaluator_of_any_facts(saved, tmp_path, data):
 def test_checkpoint_and_args(tmp_path, content):
     (tmp_path / "000001.json").write_bytes(content)
     (tmp_path / "000001.safetensors").write_bytes(content)
-    with pytest.raises(Damaged) as error:
+    with pytest.raises(CorruptFile) as error:
         store.read(tmp_path / "000001.json")
     assert "\n" not in str(error.value)
     (tmp_path / "args.json").write_bytes(content)

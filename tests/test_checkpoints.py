@@ -13,7 +13,7 @@ from bitfit.model.trainable import select
 from bitfit.training.checkpoints import Saver, capture, found, restore
 from bitfit.training.loop import move, start
 from bitfit.training.plan import Plan
-from utils import Damaged
+from utils import CorruptFile
 
 
 def new_state(runs, model, keep="last"):
@@ -67,7 +67,7 @@ def test_all_that_changes_comes_back():
 def test_other_runs_are_refused():
     model = load_model(TINY_BERT, TASKS["rte"])
     facts, tensors = capture(new_state([Run(1e-3, 0), Run(1e-3, 1)], model))
-    with pytest.raises(Damaged, match="it is of other runs or another model"):
+    with pytest.raises(CorruptFile, match="it is of other runs or another model"):
         restore(new_state([Run(1e-3, 0), Run(2e-3, 1)], model), facts, tensors)
 
 

@@ -4,7 +4,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from bitfit.data.splits import Texts
+from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Dataset, concatenate, tokenize
 from bitfit.model.batching import (
@@ -20,7 +20,7 @@ from bitfit.model.batching import (
 )
 from utils import UserError
 
-TEXTS = Texts((["a", "a b c d", "", "a b"], ["c", "", "", "d e"]), np.array([0, 1, 0, 1]))
+TEXTS = TextColumns((["a", "a b c d", "", "a b"], ["c", "", "", "d e"]), np.array([0, 1, 0, 1]))
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_packed_rows_are_what_the_tokenizer_gives_one_after_the_other(tokenizer,
 
 
 def test_long_rows_are_cut_as_the_tokenizer_cuts_them(tokenizer):
-    texts = Texts((["a b c d e f g"], ["h"]), None)
+    texts = TextColumns((["a b c d e f g"], ["h"]), None)
     inputs = inputs_of(tokenize(texts, tokenizer, 8), [0])
     expected = tokenizer("a b c d e f g", "h", truncation=True, max_length=8)
     assert inputs["input_ids"][0].tolist() == expected["input_ids"]
@@ -71,15 +71,23 @@ def test_no_room_for_text(tokenizer):
 
 def test_a_blank_text_for_a_tokenizer_that_adds_no_tokens(tokenizer):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-    assert tokenize(Texts((["", "a"], ["b", ""]), None), tokenizer, 8).lengths.tolist() == [1, 1]
+    assert tokenize(TextColumns((["", "a"], ["b", ""]), None), tokenizer, 8).lengths.tolist() == [
+        1,
+        1,
+    ]
     with pytest.raises(UserError, match="the text of row 1, counted from 0, has no tokens, not"):
-        tokenize(Texts((["a", " ", "b"],), None), tokenizer, 8)
+        tokenize(TextColumns((["a", " ", "b"],), None), tokenizer, 8)
 
 
 def data_of(tokenizer, splits, monkeypatch, train_size=None, seeds=(0,)):
     """A `Dataset` of MNLI whose splits hold these pairs; others are not there."""
-    texts = {name: Texts(tuple(map(list, zip(*rows, strict=True))), None if "test" in name else
-             np.zeros(len(rows), np.int64)) for name, rows in splits.items()}  # fmt: skip
+    texts = {
+        name: TextColumns(
+            tuple(map(list, zip(*rows, strict=True))),
+            None if "test" in name else np.zeros(len(rows), np.int64),
+        )
+        for name, rows in splits.items()
+    }
     monkeypatch.setattr("bitfit.data.tokens.read_split", lambda task, name, folder: texts.get(name))
     data = Dataset(TASKS["mnli"], None, tokenizer, 32, seeds, train_size, torch.device("cpu"))
     for name in ("train", "validation_matched", "validation_mismatched", "test_matched", "ax"):

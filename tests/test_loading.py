@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 
 import run_glue
-from bitfit.data.splits import Texts
+from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split, tokenize
 from bitfit.model import loading, tokenizer_checks
@@ -245,7 +245,7 @@ def test_a_token_beyond_the_embeddings_is_refused_in_later_texts(folder, tmp_pat
     evaluator.prepare("frozen", 1e-3, verbose=False)
     evaluator.train_and_evaluate(1)
     evaluator.save(tmp_path / "evaluator")
-    text = Texts((["film <|endoftext|>"],), None)
+    text = TextColumns((["film <|endoftext|>"],), None)
     tokens = tokenize(text, evaluator.tokenizer, 32)
     evaluator.data.splits["test"] = Split(tokens, {})
     message = f"a text has token 345, but the model {folder} has embeddings for 345"

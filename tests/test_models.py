@@ -9,7 +9,7 @@ from conftest import TINY_BERT, load_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit.data.tasks import TASKS
-from bitfit.data.tokens import Tokens
+from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.fingerprints import fingerprint, sha256
 from bitfit.model.forward import Forward, select_forward
 from bitfit.model.loading import check_length, draw_head, load_tokenizer, position_limit
@@ -144,7 +144,7 @@ def test_the_length_is_checked_without_weights(tmp_path, tiny_roberta):
 def tokens(*lengths):
     """Rows of so many random tokens."""
     counts = np.array(lengths)
-    return Tokens(
+    return TokenizedSplit(
         ids=torch.randint(5, 60, (counts.sum(),)), types=None, labels=None,
         starts=counts.cumsum() - counts, lengths=counts, pad_id=1,
     )  # fmt: skip

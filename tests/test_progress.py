@@ -15,7 +15,7 @@ from processes import run_script
 import run_glue
 from bitfit import options
 from bitfit.data.tasks import TASKS
-from bitfit.distributed import ALONE
+from bitfit.distributed import SINGLE_PROCESS
 from bitfit.training import loop, progress
 from bitfit.training.plan import Plan
 
@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, shows):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     split = SimpleNamespace(rows_of_seed={0: range(50)})
-    plan = Plan(TASKS["rte"], None, split, {}, None, batch_size=10, epochs=4, group=ALONE)
+    plan = Plan(TASKS["rte"], None, split, {}, None, batch_size=10, epochs=4, group=SINGLE_PROCESS)
     scores = [("a", 1, "validation", "Accuracy", 0.5), ("b", 1, "validation", "Accuracy", 0.625),
               ("b", 1, "train", "Accuracy", 0.9)]  # fmt: skip
     state = SimpleNamespace(plan=plan, epoch=1, step=2, scores=scores)

@@ -17,7 +17,7 @@ from processes import in_ranks, run_program
 from safetensors.torch import load_file, save_file
 
 import run_glue
-from bitfit.distributed import Ranks, deal
+from bitfit.distributed import Ranks, assign_runs
 from bitfit.model import forward as models
 from bitfit.model.run_stack import Run
 from glue_evaluator import GLUEvaluator
@@ -34,13 +34,13 @@ def train_all_types(folder, model, memory=None):
         memory: tokens that the last of several ranks has room for in one pass; it has to halve.
     """
     ranks, runs = Ranks(), [Run(1e-3, 0)]
-    ranks.say("here")
-    share, group = ranks.share(runs, on_own_gpus=False)
+    ranks.all_gather_object("here")
+    share, group = ranks.make_group(runs, on_own_gpus=False)
     assert share == runs and group.size == ranks.size
     if group.rank == 0:
         time.sleep(0.2)
         (folder / "first").touch()
-    group.wait()
+    group.barrier()
     assert (folder / "first").exists()
     if group.rank and group.rank == group.size - 1:
         limit_memory(memory)
@@ -57,7 +57,7 @@ def train_all_types(folder, model, memory=None):
         save_file({"logits": logits, "values": evaluator.stack.params, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted
-    ranks.end()
+    ranks.shutdown()
 
 
 def limit_memory(tokens):
@@ -227,11 +227,11 @@ def test_bad_input_is_one_line_whatever_the_ranks(words, tmp_path):
 
 def compare_values():
     ranks = Ranks()
-    ranks.say("here")
-    _, group = ranks.share([Run(1e-3, 0)], on_own_gpus=False)
-    assert group.agree(torch.ones(3))
-    assert not group.agree(torch.tensor([1.0, group.rank * 1e-7]))
-    ranks.end()
+    ranks.all_gather_object("here")
+    _, group = ranks.make_group([Run(1e-3, 0)], on_own_gpus=False)
+    assert group.replicas_equal(torch.ones(3))
+    assert not group.replicas_equal(torch.tensor([1.0, group.rank * 1e-7]))
+    ranks.shutdown()
 
 
 def test_values_that_differ_are_noticed():
@@ -251,15 +251,15 @@ def test_each_rank_has_a_gpu_of_its_own(size, choice, gpu, monkeypatch):
     ranks.local_rank = size - 1
     if isinstance(gpu, str):
         with pytest.raises(UserError, match=gpu):
-            ranks.gpu(choice)
+            ranks.local_gpu(choice)
     else:
-        assert ranks.gpu(choice) == gpu
+        assert ranks.local_gpu(choice) == gpu
 
 
 def test_every_run_is_dealt_once_and_every_rank_has_work():
     for count in range(1, 9):
         for size in range(1, 9):
-            dealt = deal(list(range(count)), size)
+            dealt = assign_runs(list(range(count)), size)
             assert [run for _, runs in dealt for run in runs] == list(range(count))
             assert [rank for ranks, _ in dealt for rank in ranks] == list(range(size))
             for part in (0, 1):

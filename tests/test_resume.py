@@ -343,7 +343,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
         at_call(patch, loop, "clip_grad_norms_", 2, send(signal.SIGTERM))
         run_glue.main(flags(folder))
     before = output_contents(folder)
-    with run_folder.held(folder):
+    with run_folder.lock_folder(folder):
         assert run_glue.main([*flags(folder), "--resume"]) == 2
         assert "is in use by another process" in capsys.readouterr().err.splitlines()[-1]
         (folder / ".lock").unlink()
@@ -502,7 +502,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("filelock.FileLock.acquire", fails)
-    with run_folder.held(tmp_path):
+    with run_folder.lock_folder(tmp_path):
         assert "cannot be locked here: start no second process on it" in caplog.text
 
 
@@ -552,7 +552,7 @@ def test_a_machine_without_threads_is_no_bad_model(tmp_path, monkeypatch, capsys
 
     at_call(monkeypatch, transformers.AutoTokenizer, "from_pretrained", 1, fail)
     assert run_glue.main(flags(tmp_path / "out")) == 1
-    assert f"run_glue.py: stopped: {utils.one_line(error)}; " in capsys.readouterr().err
+    assert f"run_glue.py: stopped: {utils.first_line(error)}; " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

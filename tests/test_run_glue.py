@@ -360,12 +360,12 @@ DAMAGE = {
         "dev.tsv:2: unknown label '?'",
     ),
     "empty split": (
-        lambda f: (f / "loop.tsv").write_text("index\tsentence1\tsentence2\tlabel\n"),
+        lambda f: (f / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n"),
         "the train split of rte is empty",
     ),
     "wrong encoding": (
-        lambda f: (f / "loop.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n\xff\n"),
-        "loop.tsv:2: not UTF-8",
+        lambda f: (f / "train.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n\xff\n"),
+        "train.tsv:2: not UTF-8",
     ),
 }
 

@@ -4,7 +4,7 @@ import torch
 from conftest import forward_of
 from transformers import AutoModelForSequenceClassification
 
-from bitfit.data.tokens import Tokens
+from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.run_stack import (
     Run,
     RunStack,
@@ -40,7 +40,7 @@ def masks(model):
     return {kind: select(model, kind, components[kind], 5_000, rng) for kind in FINE_TUNE_TYPES}
 
 
-TOKENS = Tokens(
+TOKENS = TokenizedSplit(
     ids=torch.arange(30, dtype=torch.int32) + 5, types=None, starts=np.array([0, 10]),
     labels=torch.tensor([0, 1]), lengths=np.array([10, 20]), pad_id=0,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitfit.training import store
-from utils import Damaged
+from utils import CorruptFile
 
 FACTS = {"name": "é\u2028", "numbers": [1, 0.1, 1e-300, None], "inner": {"a": True}}
 
@@ -52,10 +52,10 @@ def test_nothing_damaged_is_accepted(entry, suffix):
     file = path.with_suffix(suffix)
     for damaged in damages(file.read_bytes()):
         file.write_bytes(damaged)
-        with pytest.raises(Damaged, match=r"entry\.json is damaged: "):
+        with pytest.raises(CorruptFile, match=r"entry\.json is damaged: "):
             store.read(path)
     file.unlink()
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptFile):
         store.read(path)
 
 
@@ -63,7 +63,7 @@ def test_another_format_says_so(entry):
     path, _ = entry
     path.write_text(path.read_text().replace(f'"format": {store.FORMAT}', '"format": 1'))
     with pytest.raises(
-        Damaged, match=rf"another version of this program \(format 1, not {store.FORMAT}\)"
+        CorruptFile, match=rf"another version of this program \(format 1, not {store.FORMAT}\)"
     ):
         store.read(path)
 

@@ -259,7 +259,7 @@ def test_a_command_begun_by_hand_is_running(study, monkeypatch):
     cell, begun = study.cells[0], []
     monkeypatch.setattr(worker, "run_cell", lambda study, cell, *more: begun.append(cell))
     folder = cell_states.cell_folder(study, cell)
-    with run_folder.held(folder):
+    with run_folder.lock_folder(folder):
         facts = cell.args | {"finished": False, "precision": "fp32"}
         (folder / "args.json").write_text(json.dumps(facts))
         assert states(study) == ["running", "missing"]

@@ -123,7 +123,7 @@ def test_a_saved_evaluator_needs_no_task_file(superglue, tmp_path):
     assert loaded.task.record == json.loads((output / "args.json").read_text())["task"]
     assert loaded.evaluations == before["evaluations"]
     superglue.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"there is no file .*superglue.*loop.jsonl"):
+    with pytest.raises(UserError, match=r"there is no file .*superglue.*train.jsonl"):
         loaded.evaluate("train")
     loaded = GLUEvaluator.load(output / "evaluator", None, data_dir=tmp_path / "moved")
     assert loaded.evaluate("validation") == pytest.approx(before["last"]["validation"])
@@ -145,7 +145,7 @@ def test_a_task_of_glue_by_its_record_is_glues(tmp_path, name, label, more):
     task = TASKS[name]
     files = {split: f"{task.folder}/{stem}.tsv" for split, stem in task.splits.items()}
     record = {"name": "own", "texts": list(task.texts), "label": label, **more}
-    record["files"] = {"train": f"{task.folder}/loop.tsv"} | files
+    record["files"] = {"train": f"{task.folder}/train.tsv"} | files
     (tmp_path / "own.json").write_text(json.dumps(record))
     both = ["-l", "3e-3", "--train-size", "24", "--save-evaluator", "--predict-test"]
     both += ["--data-dir", str(GLUE)]
@@ -183,7 +183,7 @@ def task_with(**changes):
     record["files"] = {"train": "x.jsonl", "validation": "x.jsonl"}
     record |= changes
     record = {key: value for key, value in record.items() if value is not None}
-    return task_files.task_of(task_files.checked(record, "x"))
+    return task_files.task_of(task_files.validate_record(record, "x"))
 
 
 @pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
@@ -352,7 +352,7 @@ def test_snli_as_the_docs_have_it(tmp_path):
     rows = [{"gold_label": label, "sentence1": "a", "sentence2": label} for label in labels]
     for name in SNLI["files"].values():
         write_rows(tmp_path / name, rows)
-    task = task_files.find(SNLI)[0]
+    task = task_files.resolve_task(SNLI)[0]
     assert read_split(task, "validation", tmp_path).labels.tolist() == [1, 2, 0]
     assert len(read_split(task, "test", tmp_path)) == 4
 
@@ -409,7 +409,7 @@ def test_a_data_set_of_the_hubs_kind(tmp_path, monkeypatch):
         whole = datasets.Dataset.from_dict(own, features=features)
         whole.to_parquet(tmp_path / f"reviews/{split}-00000-of-00001.parquet")
     hub = {"name": str(tmp_path / "reviews"), "splits": ON_HUB["hub"]["splits"]}
-    task, folder = task_files.find(ON_HUB | {"hub": hub}, None)
+    task, folder = task_files.resolve_task(ON_HUB | {"hub": hub}, None)
     assert folder is None
     assert read_split(task, "train").labels.tolist() == [1, 0] * 4 + [1]  # neg, pos by the record
     assert read_split(task, "validation").columns == (["text 9"],)
@@ -417,7 +417,9 @@ def test_a_data_set_of_the_hubs_kind(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"reviews \(train\[:90%\]\): row index 0: unknown label 'pos'"
     ):
-        read_split(task_files.find(ON_HUB | {"hub": hub, "labels": ["a", "b"]}, None)[0], "train")
+        read_split(
+            task_files.resolve_task(ON_HUB | {"hub": hub, "labels": ["a", "b"]}, None)[0], "train"
+        )
 
 
 def test_a_data_set_of_the_hubs_kind_without_gold_labels(tmp_path, monkeypatch, caplog):
@@ -433,8 +435,8 @@ def test_a_data_set_of_the_hubs_kind_without_gold_labels(tmp_path, monkeypatch, 
     splits = {"train": "train", "validation": "train", "test": "test"}
     record = ON_HUB | {"hub": {"name": str(tmp_path / "snli"), "splits": splits}}
     with pytest.raises(UserError, match=r"snli \(train\): row index 0: unknown label '-1'"):
-        read_split(task_files.find(record)[0], "train")
-    task = task_files.find(record | {"exclude_labels": [-1, None]})[0]
+        read_split(task_files.resolve_task(record)[0], "train")
+    task = task_files.resolve_task(record | {"exclude_labels": [-1, None]})[0]
     texts = read_split(task, "train")
     assert texts.columns == (["b", ""],) and texts.labels.tolist() == [1, 0]
     assert "(train): 2 of 4 rows have no gold label and are left out" in caplog.text
@@ -477,7 +479,7 @@ def test_more_splits_than_three(tmp_path):
     assert {path.name for path in output.glob("*.tsv")} == {"boolq.tsv", "boolq-b.tsv"}
     metrics = json.loads((output / "metrics.json").read_text())
     assert list(metrics["evaluations"]) == ["train", "validation", "validation_hard"]
-    assert task_files.read(tmp_path / "q.json") == task_files.checked(
+    assert task_files.read_task_file(tmp_path / "q.json") == task_files.validate_record(
         record | {"files": dict(sorted(record["files"].items()))}, ""
     )
 
@@ -507,10 +509,12 @@ def test_scores_that_are_excluded_are_none_of_the_range():
 
 def test_a_record_is_checked_to_the_same_record():
     """A saved evaluator's is checked once more when it is loaded."""
-    record = task_files.checked(CB | {"exclude_labels": [-1, None, "", "-"]}, "")
+    record = task_files.validate_record(CB | {"exclude_labels": [-1, None, "", "-"]}, "")
     assert record["exclude_labels"] == ["-1", None, "", "-"]
-    assert task_files.checked(record, "") == record
-    assert "exclude_labels" not in task_files.checked(CB, "")  # what older runs have written
+    assert task_files.validate_record(record, "") == record
+    assert "exclude_labels" not in task_files.validate_record(
+        CB, ""
+    )  # what older runs have written
 
 
 def test_data_files_outside_of_the_folder(tmp_path):
@@ -679,10 +683,10 @@ def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
     message = "the record of cb names no test split to predict"
     assert_one_line(flags(out, file, "--predict-test"), message, out, capsys)
     file.write_text(json.dumps(CB | {"label": "gold", "files": files}))
-    message = "loop.jsonl: no column 'gold' among premise, hypothesis, idx, label"
+    message = "train.jsonl: no column 'gold' among premise, hypothesis, idx, label"
     assert_one_line(flags(out, file), message, out, capsys)
     file.write_text(json.dumps(CB | {"labels": ["entailment", "neutral"], "files": files}))
-    message = "loop.jsonl:1: unknown label 'contradiction'; expected entailment, neutral"
+    message = "train.jsonl:1: unknown label 'contradiction'; expected entailment, neutral"
     assert_one_line(flags(out, file), message, out, capsys)
 
 
@@ -704,7 +708,7 @@ def test_its_model_card_and_its_answers(superglue, tmp_path):
 def test_scores_in_a_small_range_are_written_with_their_digits(tmp_path):
     record = {"name": "fine", "texts": ["a"], "scores": [0, 0.001], "metrics": ["Pearson"],
               "files": {"train": "a.csv", "validation": "b.csv"}}  # fmt: skip
-    task = task_files.find(record)[0]
+    task = task_files.resolve_task(record)[0]
     reports.write_predictions(tmp_path / "fine.tsv", task, np.array([0.0001234567]))
     assert (tmp_path / "fine.tsv").read_text().splitlines()[1] == "0\t0.0001235"
 
@@ -742,7 +746,7 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     expected = {k: v | where if k.endswith("args.json") else v for k, v in quiet.items()}
     assert differences(expected, left) == []
     assert len(left) > 10
-    (superglue / "CB/loop.jsonl").unlink()  # a finished run asks for nothing
+    (superglue / "CB/train.jsonl").unlink()  # a finished run asks for nothing
     assert run_glue.main([*again, "--resume"]) == 0
     glues = ["-o", str(tmp_path / "out"), "-t", "rte", "-f", "bitfit", *SMALL, *more, "--resume"]
     assert run_glue.main(glues) == 2
@@ -752,12 +756,13 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
 def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path):
     """A second rank opens no task file. (`trained_by` two ranks: tried by hand, it takes long.)"""
     args = parse_args("", flags(tmp_path / "out", tmp_path / "nowhere.json"))
-    record = json.loads(json.dumps(task_files.checked(CB, "")))
+    record = json.loads(json.dumps(task_files.validate_record(CB, "")))
     said = iter([None, record, None, True])  # nothing wrong, the record; nothing wrong, finished
     ranks = Ranks()
-    ranks.rank, ranks.size, ranks.say = 1, 2, lambda fact: [next(said), fact]
+    ranks.rank, ranks.size = 1, 2
+    ranks.all_gather_object = lambda fact: [next(said), fact]
     experiment.run(args, None, ranks)
-    assert args.task == record == task_files.checked(CB, "")
+    assert args.task == record == task_files.validate_record(CB, "")
     said = iter(["mine.json: there is something wrong", None])
     with pytest.raises(UserError, match="there is something wrong"):
         experiment.run(args, None, ranks)

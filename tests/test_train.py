@@ -21,7 +21,7 @@ from bitfit.training.checkpoints import Saver
 from bitfit.training.loop import start, train_epoch
 from bitfit.training.plan import Plan, schedule
 from bitfit.training.progress import Progress
-from utils import generator
+from utils import make_generator
 
 COLA = TASKS["cola"]
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3, factor=lambda
     model.train()
     losses = []
     for epoch in range(epochs):
-        order, total = generator(0, f"data order of epoch {epoch}").permutation(44), 0.0
+        order, total = make_generator(0, f"data order of epoch {epoch}").permutation(44), 0.0
         for rows in (order[:16], order[16:32], order[32:]):
             batch = texts.take(rows)
             inputs = tokenizer(*batch.columns, padding="longest", return_tensors="pt")
@@ -509,7 +509,7 @@ def kernels_of_a_step(runs, dtype):
     )
     model = transformers.BertForSequenceClassification(config)
     lengths = np.random.default_rng(0).integers(5, 40, 6)
-    tokens = data.Tokens(
+    tokens = data.TokenizedSplit(
         ids=torch.randint(100, (lengths.sum(),)), types=None, labels=torch.arange(6) % 2,
         starts=lengths.cumsum() - lengths, lengths=lengths, pad_id=0,
     )  # fmt: skip

@@ -12,13 +12,13 @@ from bitfit.model import hub
 
 def test_each_purpose_has_its_own_stream():
     draws = {
-        tuple(utils.generator(seed, purpose).integers(1000, size=4))
+        tuple(utils.make_generator(seed, purpose).integers(1000, size=4))
         for seed in (0, 1, 2**63 - 1)
         for purpose in ("mask", "data order of epoch 0", "data order of epoch 1")
     }
     assert len(draws) == 9
-    again = utils.generator(1, "mask").integers(1000, size=4)
-    assert np.array_equal(again, utils.generator(1, "mask").integers(1000, size=4))
+    again = utils.make_generator(1, "mask").integers(1000, size=4)
+    assert np.array_equal(again, utils.make_generator(1, "mask").integers(1000, size=4))
 
 
 def test_set_seed_reaches_torch_and_numpy():
@@ -33,7 +33,7 @@ def test_set_seed_reaches_torch_and_numpy():
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "metrics.json"
     utils.write_text(path, "old")
-    with pytest.raises(OSError), utils.whole_file(path) as temporary:
+    with pytest.raises(OSError), utils.atomic_file(path) as temporary:
         temporary.write_text("half of the ne")
         raise OSError("disk full")
     assert path.read_text() == "old"
@@ -149,8 +149,11 @@ class PanicException(BaseException):
 )
 def test_the_machines_faults(error, out_of_memory, fault):
     assert utils.is_out_of_memory(error) == out_of_memory
-    assert utils.is_fault(error) == fault
-    with pytest.raises(type(error) if fault else utils.UserError), utils.blaming(utils.UserError):
+    assert utils.is_machine_error(error) == fault
+    with (
+        pytest.raises(type(error) if fault else utils.UserError),
+        utils.convert_errors(utils.UserError),
+    ):
         raise error
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_architectures import CANINE, folder_of
 
 import run_glue
-from bitfit.data.splits import Texts
+from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import tokenize
 from bitfit.model import loading, zero_gradients
@@ -33,7 +33,7 @@ P2C = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 
 def found_in(folder):
     """(the names that all bias terms train, what is found among them); the model stays as it is."""
-    tokens = tokenize(Texts(TEXTS, None), loading.load_tokenizer(folder), 64)
+    tokens = tokenize(TextColumns(TEXTS, None), loading.load_tokenizer(folder), 64)
     model = load_model(folder, TASKS["rte"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     state, names = torch.get_rng_state(), bitfit_names(model, [ALL_BIASES])
@@ -79,7 +79,7 @@ def test_a_pretrained_attention_that_is_all_but_certain():
 
 def test_a_bias_that_is_read_elsewhere_is_not_fixed():
     """Its module's gradients cancel, and yet the logits depend on it."""
-    tokens = tokenize(Texts(TEXTS, None), loading.load_tokenizer(TINY_BERT), 64)
+    tokens = tokenize(TextColumns(TEXTS, None), loading.load_tokenizer(TINY_BERT), 64)
     model = load_model(TINY_BERT, TASKS["rte"])
     bias = model.bert.encoder.layer[1].attention.self.key.bias
     model.classifier.register_forward_hook(lambda module, inputs, logits: logits + bias[:2])

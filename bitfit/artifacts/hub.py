@@ -2,7 +2,7 @@
 
 import shlex
 
-from utils import NotPushed, UserError, blaming, one_line
+from utils import NotPushed, UserError, convert_errors, first_line
 
 
 def check_push(name):
@@ -18,14 +18,14 @@ def check_push(name):
         what = "mend that, or give --export-model and `hf upload` the model later"
         return UserError(f"--push-to-hub {name}: {why}; {what}")
 
-    with blaming(lambda error: cannot(one_line(error))):
+    with convert_errors(lambda error: cannot(first_line(error))):
         validate_repo_id(name)
         token = get_token()
     if token is None:
         raise cannot("there is no token for the Hub (`hf auth login`, or HF_TOKEN)")
     if is_offline_mode():
         raise cannot("the Hub is out of reach, or HF_HUB_OFFLINE is set")
-    with blaming(lambda error: cannot(one_line(error))):
+    with convert_errors(lambda error: cannot(first_line(error))):
         HfApi().whoami()
 
 
@@ -50,5 +50,5 @@ def push(output, name):
     except Exception as error:  # the network's, the Hub's, the token's
         later = shlex.join(["hf", "upload", name, str(found[0]), "."])
         what = f"the training is finished, all of it is in {output}, but the push failed"
-        raise NotPushed(f"{what}: {one_line(error)}; to push it later: {later}") from None
+        raise NotPushed(f"{what}: {first_line(error)}; to push it later: {later}") from None
     return f"pushed to {commit.repo_url}"

@@ -14,7 +14,7 @@ from bitfit import options
 from bitfit.artifacts.run_folder import BY_NAME, HARMLESS
 from bitfit.results import escape
 from bitfit.results import scores as reports
-from utils import whole_file, write_text
+from utils import atomic_file, write_text
 
 HUBS_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
                 "Macro-F1": "f1"}  # fmt: skip
@@ -46,7 +46,7 @@ def write(folder, task, facts):
     names = [f"learning_curves_{metrics['main_metric'].lower()}.png", "bias_term_changes.png"]
     pictures = [folder / name for name in names if (folder / name).exists()]
     for picture in pictures:
-        with whole_file(folder / "model" / picture.name) as temporary:
+        with atomic_file(folder / "model" / picture.name) as temporary:
             shutil.copyfile(picture, temporary)
     lines = [LICENCE, *text(task, metrics, facts, [picture.name for picture in pictures])]
     yaml, body = metadata(task, metrics, facts).to_yaml(), "\n\n".join(lines)

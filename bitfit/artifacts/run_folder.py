@@ -166,7 +166,7 @@ def is_leftover(name):
 
 
 @contextmanager
-def held(output):
+def lock_folder(output):
     """Hold a folder until the end of this process; UserError where another one holds it."""
     import filelock
 
@@ -192,7 +192,7 @@ def held(output):
 def drop_lock(output):
     """Remove the lock file of a process that was killed after its last file."""
     if (output / ".lock").exists():
-        with suppress(UserError, OSError), held(output):
+        with suppress(UserError, OSError), lock_folder(output):
             pass
 
 

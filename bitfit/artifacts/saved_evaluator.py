@@ -19,7 +19,7 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.results import scores as reports
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
-from utils import LOGGER, Damaged, UserError, whole_file
+from utils import LOGGER, CorruptFile, UserError, atomic_file
 
 FACTS = "evaluator.json"
 LOGITS = "validation_logits.safetensors"
@@ -40,7 +40,7 @@ def write_logits(folder, state, k):
         tensors[split] = torch.from_numpy(logits[:done, k].copy())
         tensors[f"{split}.labels"] = state.plan.scored[split].tokens.labels.cpu()
     if tensors:
-        with whole_file(folder / LOGITS) as temporary:
+        with atomic_file(folder / LOGITS) as temporary:
             store.save(tensors, temporary)
 
 
@@ -81,7 +81,7 @@ def files(folder, model_name=None):
         raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
     try:
         facts, tensors = store.read(folder / FACTS)
-    except Damaged as error:
+    except CorruptFile as error:
         raise UserError(f"{error}; train and save it again") from None
     commit = facts.setdefault("model_commit", None)  # the first of these files did not say it
     facts["model_name"] = str(model_name or facts["model_name"])
@@ -136,7 +136,7 @@ def warn_unverified(folder):
 
 def task_of(facts):
     """The `Task` of a saved evaluator; UserError where it is none that is known."""
-    return task_files.find(facts.get("task", facts["task_name"]))[0]
+    return task_files.resolve_task(facts.get("task", facts["task_name"]))[0]
 
 
 def read(make, folder, gpu_device, model_name=None, data_dir=None):

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from bitfit import early
 from bitfit.signals import Signals
 from utils import (
-    Damaged,
+    CorruptFile,
     Diverged,
-    Lost,
     NotPushed,
+    RankLost,
     Stopped,
     UserError,
-    is_fault,
+    first_line,
+    is_machine_error,
     is_out_of_memory,
-    one_line,
     write_line,
 )
 
 
-def end_of(
+def run_cli(
     program: str,
     work: Callable[[Signals], int | None],
     stopped: str = "",
@@ -69,8 +69,8 @@ def outcome(
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, f"stopped: at once{stopped}"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only input has those
-        return 2, f"error: {one_line(error)}: give another name"
-    if is_fault(error) or isinstance(error, (Damaged, Lost, OSError)):
+        return 2, f"error: {first_line(error)}: give another name"
+    if is_machine_error(error) or isinstance(error, (CorruptFile, RankLost, OSError)):
         memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
-        return 1, f"stopped: {memory}{one_line(error)}{fault}"
+        return 1, f"stopped: {memory}{first_line(error)}{fault}"
     return None, ""

@@ -45,20 +45,24 @@ def run(args: Namespace, signals: Signals, ranks: Ranks) -> None:
     output, flags = Path(args.output_path), vars(args)
     has_files = args.data_dir is not None
     if args.task_file:
-        args.task = ranks.first_does(lambda: task_files.read(args.task_file, args.data_dir))
+        args.task = ranks.run_on_rank0(
+            lambda: task_files.read_task_file(args.task_file, args.data_dir)
+        )
         has_files = "files" in args.task
-    finished = ranks.first_does(lambda: run_folder.is_finished(output, flags, args.resume))
+    finished = ranks.run_on_rank0(lambda: run_folder.is_finished(output, flags, args.resume))
     if finished and not args.push_to_hub:
         return
     if args.task_file and not finished:
-        ranks.first_does(lambda: task_files.check_files(args.task_file, args.task, args.data_dir))
-    ranks.first_does(lambda: tracking.connect(args.report_to, output))
+        ranks.run_on_rank0(
+            lambda: task_files.check_data_files(args.task_file, args.task, args.data_dir)
+        )
+    ranks.run_on_rank0(lambda: tracking.connect(args.report_to, output))
     all_local = has_files and Path(args.model_name).is_dir()
     hub.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
     if args.push_to_hub:
         from bitfit.artifacts import hub as push_hub
 
-        ranks.first_does(lambda: push_hub.check_push(args.push_to_hub))
+        ranks.run_on_rank0(lambda: push_hub.check_push(args.push_to_hub))
     if not finished:
         fine_tune(args, output, signals, ranks)
     if args.push_to_hub and ranks.rank == 0:
@@ -71,20 +75,20 @@ def fine_tune(args: Namespace, output: Path, signals: Signals, ranks: Ranks) -> 
 
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    evaluator = ranks.checked(lambda: prepare_evaluator(args, ranks))
+    evaluator = ranks.raise_together(lambda: prepare_evaluator(args, ranks))
     metadata = run_folder.facts_of(args, evaluator) | {"ranks": ranks.size}
-    ranks.check_same("data or base model", evaluator.fingerprints())
+    ranks.require_equal("data or base model", evaluator.fingerprints())
     with ExitStack() as resources:
 
         def begin() -> bool:
             """Hold the folder and write args.json, unless another process has finished it."""
-            resources.enter_context(run_folder.held(output))
+            resources.enter_context(run_folder.lock_folder(output))
             finished = run_folder.is_finished(output, metadata, args.resume)
             if not finished:
                 run_folder.write_args(output, metadata, finished=False)
             return finished
 
-        if not ranks.first_does(begin):
+        if not ranks.run_on_rank0(begin):
             tracker = tracking.Tracker(args.report_to, output, metadata)
             resources.enter_context(tracker)
             experiment = Experiment(
@@ -101,11 +105,11 @@ def prepare_evaluator(args: Namespace, ranks: Ranks) -> "GLUEvaluator":
     set_seed(args.seed[0])
     task, data_dir = args.task_name, args.data_dir
     if args.task_file:
-        task, data_dir = args.task, data_dir or task_files.home_of(args.task_file)
+        task, data_dir = args.task, data_dir or task_files.default_data_dir(args.task_file)
     evaluator = GLUEvaluator(
         task,
         args.model_name,
-        ranks.gpu(args.gpu_device),
+        ranks.local_gpu(args.gpu_device),
         seed=args.seed,
         data_dir=data_dir,
         precision=args.precision,
@@ -152,8 +156,8 @@ def train_all_runs(experiment: Experiment) -> None:
     )
     if ranks.rank > 0:
         utils.LOGGER.setLevel(logging.WARNING)  # rank 0 logs what is the same on all ranks
-    share, group = ranks.share(evaluator.runs, on_own_gpus=has_own_gpu)
-    evaluator.group = group._replace(speaks=group.speaks and not args.quiet)
+    share, group = ranks.make_group(evaluator.runs, on_own_gpus=has_own_gpu)
+    evaluator.group = group._replace(shows_progress=group.shows_progress and not args.quiet)
     for runs in evaluator.passes(share):
         home = experiment.output if len(runs) == len(folders) else folders[runs[0]]
         unfinished = unfinished_runs(runs, folders, evaluator.group)
@@ -164,7 +168,7 @@ def train_all_runs(experiment: Experiment) -> None:
             export_runs(experiment, unfinished, {run: folders[run] for run in share})
         if group.rank == 0:
             run_folder.drop_checkpoints(home)
-    ranks.end()
+    ranks.shutdown()
     if ranks.rank == 0:
         report(experiment, folders)
 
@@ -172,7 +176,7 @@ def train_all_runs(experiment: Experiment) -> None:
 def unfinished_runs(runs: list["Run"], folders: Folders, group: Group) -> Folders:
     """Return the folders of the runs whose files are not complete, the same on all ranks."""
     finished = [group.rank == 0 and run_folder.is_done(folders[run]) for run in runs]
-    finished = group.most(*finished)
+    finished = group.all_reduce_max(*finished)
     return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
 
 
@@ -230,12 +234,12 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     from bitfit.results import sweeps
 
     args, evaluator = experiment.args, experiment.evaluator
-    evaluator.group.wait()  # rank 0 has written the metrics, and writes the rest
+    evaluator.group.barrier()  # rank 0 has written the metrics, and writes the rest
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
     metadata = experiment.metadata | {
         "chosen_sha256": evaluator.chosen_sha256(),
-        "trained_by": list(evaluator.group.members),
+        "trained_by": list(evaluator.group.ranks),
     }
     # The best run is first, so that it is complete if a signal interrupts the others.
     for number, run in sorted(enumerate(evaluator.runs), key=lambda item: item[1].name != best):
@@ -243,7 +247,9 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
             continue
         evaluator.select(number)
         # Rank 0 decides for all ranks of the run, which may see different files.
-        (kept,) = evaluator.group.most(writes and (args.keep != "best" or run.name == best))
+        (kept,) = evaluator.group.all_reduce_max(
+            writes and (args.keep != "best" or run.name == best)
+        )
         export_run(experiment, folders[run], metadata, kept=bool(kept))
         if writes and args.keep == "best":
             sweeps.drop_beaten(folders, best)

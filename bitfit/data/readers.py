@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from utils import UserError, blaming, one_line
+from utils import UserError, convert_errors, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -237,7 +237,7 @@ def read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"{shown(rows[-1])} is none")
         except (ValueError, RecursionError) as error:
-            what = f"not a JSON object in one line: {one_line(error)}"
+            what = f"not a JSON object in one line: {first_line(error)}"
             raise UserError(f"{path}:{number}: {what}") from None
     names = list(dict.fromkeys(name for row in rows for name in row))
     if rows:
@@ -258,17 +258,17 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] = ()) -> Table:
     def unreadable(error: Exception) -> UserError:
-        return UserError(f"{path}: not a readable Parquet file: {one_line(error)}")
+        return UserError(f"{path}: not a readable Parquet file: {first_line(error)}")
 
     check_pointer(path)
-    with blaming(unreadable):  # pyarrow raises several kinds of its own
+    with convert_errors(unreadable):  # pyarrow raises several kinds of its own
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
     check_names(path, names, wanted)
     wanted = [*wanted, *(name for name in optional if name in names)]
-    with blaming(unreadable), ParquetFile(path) as file:
+    with convert_errors(unreadable), ParquetFile(path) as file:
         return arrow_table(path, file.read(columns=wanted), wanted)
 
 
@@ -289,9 +289,9 @@ def load_hub(
 
     def unreachable(error: Exception) -> UserError:
         what = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
-        return UserError(f"{what}: {one_line(error)}; {otherwise}")
+        return UserError(f"{what}: {first_line(error)}; {otherwise}")
 
-    with blaming(unreachable):  # network, cache and parser faults have no common class
+    with convert_errors(unreachable):  # network, cache and parser faults have no common class
         import datasets
 
         datasets.disable_progress_bars()

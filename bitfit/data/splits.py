@@ -1,9 +1,8 @@
-"""GLUE's texts and labels, from the Hub, from GLUE's own TSV folders or from Parquet files; and
-those of a task of one's own, from what its record names.
+"""Read the texts and labels of a split: of GLUE's tasks and of tasks described in task files.
 
-Every reader answers with `Texts`; every fault is a `UserError` that names file and line. No row is
-left out but those of a training file that lines in the log tell of, and those that a record
-excludes for want of a gold label; of a split that is predicted, none.
+Every reader returns `TextColumns` and raises `UserError` with the file and the line. No row of a
+predicted split is ever left out. Of a labelled split, rows without a gold label and broken rows of
+some training files are left out, and a log line gives their number.
 """
 
 import logging
@@ -36,7 +35,7 @@ NUMBERS = ("index", "idx", "id")  # of the rows of test splits, in GLUE's files 
 IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
 
 
-class Texts(NamedTuple):
+class TextColumns(NamedTuple):
     """One split: its sentence columns, and its labels as numbers (None for a test split)."""
 
     columns: tuple[list[str], ...]
@@ -45,17 +44,17 @@ class Texts(NamedTuple):
     def __len__(self) -> int:
         return len(self.columns[0])
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "TextColumns":
         """The given rows, in that order."""
         columns = tuple([column[i] for i in rows] for column in self.columns)
-        return Texts(columns, None if self.labels is None else self.labels[rows])
+        return TextColumns(columns, None if self.labels is None else self.labels[rows])
 
 
 def is_labelled(split: str) -> bool:
     return split == "train" or split.startswith("validation")
 
 
-def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Texts | None:
+def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns | None:
     """The texts of one split of a task; None where the optional split "ax" is not there.
 
     Args:
@@ -236,25 +235,25 @@ def read_own(task: Task, split: str, folder: Path) -> readers.Table:
     return table
 
 
-def texts_of(task: Task, split: str, table: readers.Table, numbered: bool) -> Texts:
+def texts_of(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
     """A table's texts and, where there are, labels.
 
     Args:
         numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
     """
     if not is_labelled(split):
-        return Texts(tuple(checked_texts(table, table.columns)), None)
+        return TextColumns(tuple(checked_texts(table, table.columns)), None)
     table = with_gold_labels(task, table)
     *names, label = table.columns
     columns = tuple(checked_texts(table, names))
-    return Texts(columns, decode_labels(task, table.columns[label], table.place, numbered))
+    return TextColumns(columns, decode_labels(task, table.columns[label], table.place, numbered))
 
 
-def joined(parts: list[Texts]) -> Texts:
-    """Several `Texts` as one."""
+def joined(parts: list[TextColumns]) -> TextColumns:
+    """Several `TextColumns` as one."""
     columns = zip(*(part.columns for part in parts), strict=True)
     labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
-    return Texts(tuple(list(chain.from_iterable(column)) for column in columns), labels)
+    return TextColumns(tuple(list(chain.from_iterable(column)) for column in columns), labels)
 
 
 def with_gold_labels(task: Task, table: readers.Table) -> readers.Table:

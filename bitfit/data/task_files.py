@@ -26,7 +26,7 @@ WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
-def find(task: str | Path | Record, data_dir: str | None = None) -> tuple[Task, str | None]:
+def resolve_task(task: str | Path | Record, data_dir: str | None = None) -> tuple[Task, str | None]:
     """(Task, data_dir) of a GLUE task's name, a record, or the path of a file that holds one.
 
     Raises:
@@ -35,10 +35,10 @@ def find(task: str | Path | Record, data_dir: str | None = None) -> tuple[Task, 
     if isinstance(task, str) and task in TASKS:
         return TASKS[task], data_dir
     if isinstance(task, dict):
-        record, home = checked(task, "the task's record"), "."
+        record, home = validate_record(task, "the task's record"), "."
     elif str(task).endswith(".json"):
-        record, home = read(task, data_dir), home_of(task)
-        check_files(task, record, data_dir)
+        record, home = read_task_file(task, data_dir), default_data_dir(task)
+        check_data_files(task, record, data_dir)
     else:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}, or give a .json file")
     return task_of(record), (data_dir or home) if "files" in record else None
@@ -57,7 +57,7 @@ def task_of(record: Record) -> Task:
     )  # fmt: skip
 
 
-def read(path: str | Path, data_dir: str | None = None) -> Record:
+def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
     """The checked record of a task file.
 
     Args:
@@ -72,17 +72,17 @@ def read(path: str | Path, data_dir: str | None = None) -> Record:
         raise UserError(f"cannot read the task file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the task file {path} is not JSON: {error}") from None
-    record = checked(record, path)
+    record = validate_record(record, path)
     if "hub" in record and data_dir is not None:
         raise UserError(f'{path}: "hub" names a data set on the Hub: leave --data-dir out')
     return record
 
 
-def check_files(path: str | Path, record: Record, data_dir: str | None = None) -> None:
+def check_data_files(path: str | Path, record: Record, data_dir: str | None = None) -> None:
     """UserError where a data file of the record in a task file is not there."""
     for split, name in record.get("files", {}).items():
         try:
-            data_file(data_dir or home_of(path), name)
+            data_file(data_dir or default_data_dir(path), name)
         except UserError as error:
             raise UserError(f'{path}: "files": {split}: {error}') from None
 
@@ -103,12 +103,12 @@ def data_file(folder: str | Path, name: str) -> Path:
     return file
 
 
-def home_of(path: str | Path) -> str:
+def default_data_dir(path: str | Path) -> str:
     """The folder that the data files of a task file lie in, if nobody says otherwise."""
     return str(Path(path).parent)
 
 
-def checked(record: Record, where: object) -> Record:
+def validate_record(record: Record, where: object) -> Record:
     """A record with its defaults, its labels as words, its splits by name.
 
     Raises:

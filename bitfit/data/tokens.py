@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 import torch
 
-from bitfit.data.splits import Texts, read_split
+from bitfit.data.splits import TextColumns, read_split
 from bitfit.data.tasks import Task
-from utils import UserError, generator
+from utils import UserError, make_generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ LOGGER = logging.getLogger("bitfit")
 MOST_ROWS_SCORED = 50_000
 
 
-class Tokens(NamedTuple):
+class TokenizedSplit(NamedTuple):
     """The tokenized rows of one split; tensors on the device, arrays on the host."""
 
     ids: torch.Tensor  # (all tokens,) int32
@@ -42,12 +42,16 @@ class Tokens(NamedTuple):
 class Split(NamedTuple):
     """Rows to train on, or to score."""
 
-    tokens: Tokens
+    tokens: TokenizedSplit
     rows_of_seed: dict[int, np.ndarray]  # {seed: its rows of `tokens`, as many for each}
 
 
-def tokenize(texts: Texts, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokens:
-    """Texts -> Tokens on the CPU. Rows over `max_length` tokens are cut, longest sentence first.
+def tokenize(
+    texts: TextColumns, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> TokenizedSplit:
+    """Return texts as a `TokenizedSplit` on the CPU.
+
+    Rows over `max_length` tokens are cut, the longest sentence first.
 
     Raises:
         UserError: if `max_length` leaves no room for text.
@@ -66,7 +70,7 @@ def tokenize(texts: Texts, tokenizer: "PreTrainedTokenizerBase", max_length: int
     if cut:
         LOGGER.info("%d of %d rows fill %d tokens; what was longer is cut", cut, len(lengths),
                     max_length)  # fmt: skip
-    return Tokens(
+    return TokenizedSplit(
         ids=flat(rows["input_ids"]),
         types=flat(rows["token_type_ids"]) if "token_type_ids" in rows else None,
         starts=np.cumsum(lengths) - lengths,
@@ -77,8 +81,8 @@ def tokenize(texts: Texts, tokenizer: "PreTrainedTokenizerBase", max_length: int
     )
 
 
-def concatenate(parts: list[Tokens]) -> Tokens:
-    """Return the rows of several `Tokens` as one `Tokens` without labels."""
+def concatenate(parts: list[TokenizedSplit]) -> TokenizedSplit:
+    """Return the rows of several `TokenizedSplit` as one `TokenizedSplit` without labels."""
     lengths = np.concatenate([part.lengths for part in parts])
     types = None if parts[0].types is None else torch.cat([part.types for part in parts])
     return parts[0]._replace(
@@ -122,7 +126,7 @@ class Dataset:
             rows = np.arange(len(texts or ()))
             of_seed = dict.fromkeys(self.seeds, rows)
             if name == "train" and self.train_size is not None:
-                rows, of_seed = draw_rows(self.seeds, len(texts), self.train_size)
+                rows, of_seed = sample_training_rows(self.seeds, len(texts), self.train_size)
                 texts = texts.take(rows)
             if texts is not None:
                 hashes = map(hash, zip(*texts.columns, strict=True))
@@ -147,22 +151,24 @@ class Dataset:
     def scored(self) -> dict[str, Split]:
         """{name: Split} of those with labels, of a large training set some rows."""
         tokens, rows = self.split("train")
-        train = Split(tokens, {seed: thin(own) for seed, own in rows.items()})
+        train = Split(tokens, {seed: subsample_evenly(own) for seed, own in rows.items()})
         return {"train": train} | {name: self.split(name) for name in self.task.validation_splits}
 
 
-def draw_rows(seeds: list[int], total: int, size: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def sample_training_rows(
+    seeds: list[int], total: int, size: int
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Each seed's own `size` of `total` rows.
 
     Returns:
         (kept, rows): the rows that any seed has, and {seed: its rows, numbered among those}.
     """
-    drawn = {s: generator(s, "training rows").permutation(total)[:size] for s in seeds}
+    drawn = {s: make_generator(s, "training rows").permutation(total)[:size] for s in seeds}
     kept = np.unique(np.concatenate([*drawn.values()]))
     return kept, {seed: np.searchsorted(kept, rows) for seed, rows in drawn.items()}
 
 
-def thin(rows: np.ndarray) -> np.ndarray:
+def subsample_evenly(rows: np.ndarray) -> np.ndarray:
     """At most 50,000 of some rows, evenly spaced."""
     picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS_SCORED))
     return rows[picked.astype(np.int64)]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from bitfit.data.readers import POINTER
 from bitfit.model import hub
-from utils import UserError, one_line
+from utils import UserError, first_line
 
 LOGGER = logging.getLogger("bitfit")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -53,7 +53,7 @@ def cannot_load(model_name, error, revision=None):
         return UserError(f"cannot load the model {name}: {what}")
     if "does not appear to have a file named" in message and not Path(model_name).is_dir():
         where = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
-        return UserError(f"cannot load the model {name}: {one_line(error)}: {unconverted(where)}")
+        return UserError(f"cannot load the model {name}: {first_line(error)}: {unconverted(where)}")
     if found := broken_file(Path(model_name), error):
         return UserError(f"cannot load the model {name}: {found}")
     return UserError(
@@ -89,7 +89,7 @@ def broken_file(folder, error):
         except OSError as fault:  # a folder of that name, or no permission
             return f"{path.name} cannot be read ({fault.strerror}): fetch or save it again"
         except (ValueError, RecursionError) as fault:
-            return f"{path.name} is not JSON ({one_line(fault)}): fetch or save it again"
+            return f"{path.name} is not JSON ({first_line(fault)}): fetch or save it again"
     if "safetensors" not in f"{type(error)} {error}".lower():
         return None
     weights = sorted(folder.glob("model*.safetensors"))
@@ -116,7 +116,7 @@ def unreadable(path):
         with safe_open(path, framework="pt"):
             return None
     except Exception as error:  # an OSError or safetensors' own
-        return one_line(error)
+        return first_line(error)
 
 
 def missing_shards(folder):

@@ -14,7 +14,7 @@ from bitfit.model.packing import PackedEncoder, packed_encoders
 from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.run_routing import route_chunks, route_rows
 from bitfit.model.trainable import in_encoder, is_bias
-from utils import UserError, blaming, one_line
+from utils import UserError, convert_errors, first_line
 
 LOGGER = logging.getLogger("bitfit")
 
@@ -89,7 +89,7 @@ def select_forward(model, model_name, tokens, dtype=torch.float32):
 
     def cannot(what, instead):
         return lambda error: UserError(
-            f"the model {model_name} cannot {what}: {type(error).__name__}: {one_line(error)}; "
+            f"the model {model_name} cannot {what}: {type(error).__name__}: {first_line(error)}; "
             f"give {instead}"
         )
 
@@ -98,7 +98,7 @@ def select_forward(model, model_name, tokens, dtype=torch.float32):
         with_trial_head(model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
-        with blaming(cannot(what, "another --model-name")):
+        with convert_errors(cannot(what, "another --model-name")):
             model.train()  # some are strict in training alone (Reformer)
             Forward(model).logits(tokens, rows[1:2])
             model.eval()
@@ -106,7 +106,10 @@ def select_forward(model, model_name, tokens, dtype=torch.float32):
         warn_of_constant(model_name, alone, tokens.lengths[rows])
         forward = first_independent(model, model_name, tokens, rows, alone, dtype)
     if dtype != torch.float32:
-        with blaming(cannot("compute in bf16", "--precision fp32")), cast_parameters(model, dtype):
+        with (
+            convert_errors(cannot("compute in bf16", "--precision fp32")),
+            cast_parameters(model, dtype),
+        ):
             if not all(forward.logits(tokens, rows[[i]]).isfinite().all() for i in range(3)):
                 raise ValueError("its logits are not finite")
     return forward
@@ -241,7 +244,7 @@ def neighbour_problem(forward, tokens, batches, alone):
                 if not (found[known] - expected).abs().max() <= 0.2 * largest:
                     return "give other logits in bf16"
     except Exception as error:  # whatever it is: the next way may do
-        return f"raise {type(error).__name__}: {shorten(one_line(error), 100)}"
+        return f"raise {type(error).__name__}: {shorten(first_line(error), 100)}"
     return None
 
 

@@ -10,7 +10,7 @@ from bitfit.model import file_checks, tokenizer_checks, weight_checks
 from bitfit.model.file_checks import cannot_load
 from bitfit.model.fingerprints import fingerprints_of
 from bitfit.model.trainable import head_names, is_bias
-from utils import UserError, blaming, whole_folder
+from utils import UserError, atomic_folder, convert_errors
 
 LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
@@ -28,7 +28,7 @@ def load_tokenizer(model_name, revision=None):
     import transformers
 
     folder = Path(model_name)
-    with blaming(lambda error: cannot_load(model_name, error, revision)):
+    with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         file_checks.check_files(model_name, revision)
         if folder.is_dir() and not any(any(folder.glob(p)) for p in file_checks.VOCABULARY_FILES):
             # transformers would make an empty vocabulary without a word
@@ -76,7 +76,7 @@ def load(model_name, task, random_encoder=False, revision=None, report=False):
     from transformers import AutoModelForSequenceClassification as Auto
 
     with (
-        blaming(lambda error: cannot_load(model_name, error, revision)),
+        convert_errors(lambda error: cannot_load(model_name, error, revision)),
         torch.random.fork_rng(devices=[]),
     ):
         config = load_config(model_name, task, revision)
@@ -126,7 +126,7 @@ def load_config(model_name, task, revision=None):
 
 
 def read_config(model_name, revision=None, **changes):
-    """(the config, the dictionary in config.json), for code within `blaming`."""
+    """(the config, the dictionary in config.json), for code within `convert_errors`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -164,7 +164,7 @@ def draw_head(model, seed, names=None):
 
 def check_length(model_name, task, max_length, revision=None):
     """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
-    with blaming(lambda error: cannot_load(model_name, error, revision)):
+    with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     try:
         with torch.device("meta"):
@@ -196,7 +196,7 @@ def first_position(embedding):
 
 def base_fingerprints(model_name, task, tokenizer, revision=None):
     """Return the `fingerprints_of` a base model, before its weights are loaded."""
-    with blaming(lambda error: cannot_load(model_name, error, revision)):
+    with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     return fingerprints_of(config, tokenizer)
 
@@ -207,7 +207,7 @@ def write_model(model, tokenizer, folder):
     Raises:
         OSError: it could not be written.
     """
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

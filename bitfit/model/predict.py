@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from bitfit.distributed import ALONE
+from bitfit.distributed import SINGLE_PROCESS
 from bitfit.model.batching import batches_by_length
 
 
 @torch.inference_mode()
-def predict(forward, tokens, budget, rows=None, group=ALONE):
+def predict(forward, tokens, budget, rows=None, group=SINGLE_PROCESS):
     """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
 
     Within `RunStack.routing()`: those of all runs, (K, rows, C). The ranks of a `group` compute
@@ -16,8 +16,8 @@ def predict(forward, tokens, budget, rows=None, group=ALONE):
     """
     forward.model.eval()
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
-    group = group if len(rows) >= group.size else ALONE
-    own = group.share(tokens.lengths[rows])
+    group = group if len(rows) >= group.size else SINGLE_PROCESS
+    own = group.shard_rows(tokens.lengths[rows])
 
     def batches():
         lengths = tokens.lengths[rows[own]]
@@ -29,11 +29,11 @@ def predict(forward, tokens, budget, rows=None, group=ALONE):
     logits = together.new_zeros(*together.shape[:-2], len(rows), together.shape[-1])
     where = torch.from_numpy(own[np.concatenate(parts)]).to(logits.device)
     logits[..., where, :] = together
-    group.sum_(logits)
+    group.all_reduce_sum_(logits)
     return logits.cpu().numpy()
 
 
-def predict_runs(forward, stack, tokens, budget, rows, group=ALONE):
+def predict_runs(forward, stack, tokens, budget, rows, group=SINGLE_PROCESS):
     """Yield (run, its logits) for {run: its rows}, (rows, C) each.
 
     Where only the classifier trains and all runs have the same rows, the encoder runs once for

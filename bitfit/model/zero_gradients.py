@@ -29,7 +29,7 @@ def find(model, trained, tokens):
     Args:
         model: a float32 classifier; it is left as it was, but in evaluation mode.
         trained: names of the parameters that train.
-        tokens: the `bitfit.data.tokens.Tokens` of a split.
+        tokens: the `bitfit.data.tokens.TokenizedSplit` of a split.
     """
     tokens = tokens._replace(lengths=np.minimum(tokens.lengths, TOKENS))
     order, count = np.argsort(tokens.lengths, kind="stable"), len(tokens.lengths)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from bitfit.model.trainable import TERMS, layer_and_name
 from bitfit.results.scores import best_epochs
-from utils import whole_file, write_text
+from utils import atomic_file, write_text
 
 FIXED = "fixed: its gradient is zero"
 
@@ -26,7 +26,7 @@ def new_figure(width, height, caption):
 
 
 def save_figure(figure, path):
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.results.scores import frame_of, main_rows, main_scores
-from utils import Diverged, UserError, blaming, one_line, write_text
+from utils import Diverged, UserError, convert_errors, first_line, write_text
 
 
 def read(folders):
@@ -24,7 +24,9 @@ def read(folders):
     facts, scores = [], [frame_of([])]
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
-            with blaming(lambda e, f=folder: UserError(f"{f} cannot be read: {one_line(e)}")):
+            with convert_errors(
+                lambda e, f=folder: UserError(f"{f} cannot be read: {first_line(e)}")
+            ):
                 content, table = reports.read_metrics(folder)
                 facts.append({
                     "run": run.name,

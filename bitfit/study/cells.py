@@ -29,7 +29,7 @@ from bitfit.study.protocol import (
     default_epochs,
     paper_learning_rates,
 )
-from utils import UserError, as_list, one_line, write_text
+from utils import UserError, as_list, first_line, write_text
 
 if TYPE_CHECKING:
     from bitfit.model.run_stack import Run
@@ -248,7 +248,7 @@ def write_study(study: Study) -> None:
     try:
         study.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"cannot be created: {one_line(error)}: give another folder"
+        message = f"cannot be created: {first_line(error)}: give another folder"
         raise UserError(f"--output-path {study.output} {message}") from None
     content = study._asdict() | {"output": None, "cells": [c._asdict() for c in study.cells]}
     del content["output"]

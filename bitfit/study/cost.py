@@ -28,7 +28,7 @@ from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
 from bitfit.training.loop import start, take_step
 from bitfit.training.plan import Plan
-from utils import UserError, blaming, one_line, write_text
+from utils import UserError, convert_errors, first_line, write_text
 
 RATES = "rates.json"
 SAMPLED = 2000  # examples whose tokens are counted, evenly spaced
@@ -71,7 +71,7 @@ def cell_sizes(cell: Cell) -> Sizes:
 
 def model_without_weights(name: str, task: Task) -> torch.nn.Module:
     """Return a model on the device `meta`, which has no weights."""
-    with blaming(lambda error: loading.cannot_load(name, error)), torch.device("meta"):
+    with convert_errors(lambda error: loading.cannot_load(name, error)), torch.device("meta"):
         return loading.from_config(loading.load_config(name, task))
 
 
@@ -168,7 +168,7 @@ def training_seconds(study: Study, cell: Cell) -> float | None:
         return None
     folder = cell_states.cell_folder(study, cell)
     files = sorted(folder.rglob("metrics.json"))
-    with blaming(lambda error: UserError(f"{folder} cannot be read: {one_line(error)}")):
+    with convert_errors(lambda error: UserError(f"{folder} cannot be read: {first_line(error)}")):
         return sum(sum(read_metrics(file.parent)[0]["seconds"].values()) for file in files)
 
 

@@ -12,7 +12,7 @@ from bitfit.model.loading import cannot_load, load_config, load_tokenizer
 from bitfit.study import cell_states, cost
 from bitfit.study.cells import Cell, Study
 from bitfit.study.cost import Costs
-from utils import UserError, blaming, write_text
+from utils import UserError, convert_errors, write_text
 
 MAX_PRINTED_COMMANDS = 12
 
@@ -47,7 +47,7 @@ def is_local(model: str) -> bool:
 
 def check_model(model: str) -> None:
     load_tokenizer(model)
-    with blaming(lambda error: cannot_load(model, error)):
+    with convert_errors(lambda error: cannot_load(model, error)):
         load_config(model, TASKS["rte"])
 
 

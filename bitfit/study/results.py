@@ -16,7 +16,7 @@ from bitfit.study import cell_states, statistics
 from bitfit.study.cells import Cell
 from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
-from utils import UserError, blaming, one_line
+from utils import UserError, convert_errors, first_line
 
 SELECTIONS = ("last", "best", "split")
 # The paper's claims, each as a difference between two rows.
@@ -54,8 +54,8 @@ def read(study, cell):
         check_whole(folders.values())
     for run, folder in folders.items():
         if (folder / LOGITS).exists() and (folder / "metrics.json").exists():
-            with blaming(
-                lambda error, f=folder: UserError(f"{f} cannot be read: {one_line(error)}")
+            with convert_errors(
+                lambda error, f=folder: UserError(f"{f} cannot be read: {first_line(error)}")
             ):
                 kept[run] = load_file(folder / LOGITS)
                 content, table = read_metrics(folder)
@@ -78,8 +78,8 @@ def check_whole(folders):
         if not (folder / "metrics.json").exists():
             raise gone(folder / "metrics.json")
         if not (folder / LOGITS).exists():
-            with blaming(
-                lambda error, f=folder: UserError(f"{f} cannot be read: {one_line(error)}")
+            with convert_errors(
+                lambda error, f=folder: UserError(f"{f} cannot be read: {first_line(error)}")
             ):
                 diverged = read_metrics(folder)[0]["diverged"]
             if not diverged:

@@ -9,7 +9,7 @@ from bitfit.data.tasks import TASKS, Task
 from bitfit.model.run_stack import Run
 from bitfit.study import cell_states, results
 from bitfit.study.cells import Cell, Study, absolute_folder, slug
-from utils import UserError, whole_file
+from utils import UserError, atomic_file
 
 # {file: (number of examples, most frequent training label, or for STS-B the mean score)}
 SERVER = {
@@ -56,7 +56,7 @@ def write_submission(
         raise UserError(f"no predictions for {', '.join(missing)}: {advice}")
     if wrong:
         raise UserError(f"the server would reject this: {'; '.join(wrong)}")
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, text in texts.items():
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
     return lines

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bitfit.artifacts import saved_evaluator
-from bitfit.data.splits import Texts
+from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import Task
-from bitfit.data.tokens import Tokens, concatenate, tokenize
+from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
@@ -94,7 +94,7 @@ def load_predictor(
     model, tokenizer, chosen = load_base(found, widest, max(lengths))
     name = found[0][1]["model_name"]
     model.to(device)
-    trial = tokenize(Texts((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
+    trial = tokenize(TextColumns((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
     forward = models_forward.select_forward(model, name, trial, dtype)
     reason = reason_not_stackable(forward, chosen, trial) if len(found) > 1 else None
     if reason:
@@ -174,7 +174,7 @@ def predict_logits(
 
 @torch.inference_mode()
 def stacked_logits(
-    predictor: MultiTaskPredictor, tokens: Tokens, positions: np.ndarray
+    predictor: MultiTaskPredictor, tokens: TokenizedSplit, positions: np.ndarray
 ) -> np.ndarray:
     """Return logits (K, B, C) on the host, for the positions (K, B) of the examples in `tokens`."""
     predictor.forward.model.eval()
@@ -200,7 +200,7 @@ def stacked_logits(
 
 def tokenize_for_all(
     predictor: MultiTaskPredictor, rows: Sequence[tuple[str, ...]]
-) -> tuple[Tokens, np.ndarray]:
+) -> tuple[TokenizedSplit, np.ndarray]:
     """Tokenize B examples and return the tokens with their positions (K, B) for K evaluators.
 
     Evaluators with the same number of texts and the same maximum length share tokens.
@@ -212,6 +212,6 @@ def tokenize_for_all(
     parts = []
     for texts, length in distinct:
         columns = tuple(map(list, zip(*(row[:texts] for row in rows), strict=True)))
-        parts.append(tokenize(Texts(columns, None), predictor.tokenizer, length))
+        parts.append(tokenize(TextColumns(columns, None), predictor.tokenizer, length))
     begins = len(rows) * np.array([distinct.index(way) for way in ways])
     return concatenate(parts), begins[:, None] + np.arange(len(rows))

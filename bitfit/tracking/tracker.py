@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bitfit.tracking.services import KINDS
-from utils import UserError, blaming, one_line
+from utils import UserError, convert_errors, first_line
 
 LOGGER = logging.getLogger("bitfit")
 
@@ -25,7 +25,9 @@ def is_installed(kind):
 def connect(kinds, output):
     """See whether all can be reached; UserError for one that cannot."""
     for kind in kinds:
-        with blaming(lambda error, kind=kind: UserError(f"--report-to {kind}: {one_line(error)}")):
+        with convert_errors(
+            lambda error, kind=kind: UserError(f"--report-to {kind}: {first_line(error)}")
+        ):
             KINDS[kind].connect(output)
 
 
@@ -157,7 +159,7 @@ class Tracker:
                 work()
         except Exception as error:
             self.open.pop(kind, None)
-            what = f"{type(error).__name__}: {one_line(error)}"
+            what = f"{type(error).__name__}: {first_line(error)}"
             LOGGER.warning("--report-to %s failed and is off; training goes on: %s", kind, what)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from bitfit.distributed import ALONE
+from bitfit.distributed import SINGLE_PROCESS
 from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import random_state, set_random_state
 from bitfit.signals import Signals
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
-from utils import Damaged, Stopped, as_list
+from utils import CorruptFile, Stopped, as_list
 
 LOGGER = logging.getLogger("bitfit")
 KEPT = 2
@@ -26,7 +26,7 @@ KEPT = 2
 class Saver:
     """Writes a checkpoint when one is due, and stops where a signal asks for it."""
 
-    def __init__(self, folder=None, every=1, minutes=None, signals=None, group=ALONE):
+    def __init__(self, folder=None, every=1, minutes=None, signals=None, group=SINGLE_PROCESS):
         """
         Args:
             folder: where checkpoints go; None: nothing is written.
@@ -41,7 +41,7 @@ class Saver:
 
     def held(self, waits=True):
         """Within: a signal waits for `after_step`, or does not."""
-        return self.signals.held(waits)
+        return self.signals.deferred(waits)
 
     def after_step(self, state):
         self.visit(state, self.minutes and time.monotonic() - self.written > 60 * self.minutes)
@@ -51,7 +51,7 @@ class Saver:
 
     def visit(self, state, due):
         """Write a checkpoint that is due; on a signal write one anyway, and raise Stopped."""
-        due, stops = self.group.most(due, self.signals.received)
+        due, stops = self.group.all_reduce_max(due, self.signals.received)
         if due or (stops and self.saved != (state.epoch, state.step)):
             self.save(state)
         if stops:
@@ -67,25 +67,25 @@ class Saver:
             numbers = found(self.folder)
             store.write(path_of(self.folder, numbers[-1] + 1 if numbers else 1), *content)
             drop_older(self.folder)
-        self.group.wait()  # nobody goes on, or ends, before it is written
+        self.group.barrier()  # nobody goes on, or ends, before it is written
         self.written, self.saved = time.monotonic(), (state.epoch, state.step)
         for record in state.records:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(state.records)
 
     def load(self, state):
-        """Put the newest good checkpoint into `state`; Damaged where there are some and none is."""
+        """Put the newest good checkpoint into `state`; CorruptFile if there are some, none good."""
         numbers = found(self.folder) if self.folder and self.folder.is_dir() else []
         for number in reversed(numbers):
             try:
                 restore(state, *store.read(path_of(self.folder, number)))
-            except Damaged as error:
+            except CorruptFile as error:
                 LOGGER.warning("checkpoint %s; the one before it is tried", error)
                 continue
             LOGGER.info("resumed after %d epochs and %d steps", state.epoch, state.step)
             return
         if numbers:
             what = "can be used: remove that folder to start over"
-            raise Damaged(f"no checkpoint in {self.folder} {what}")
+            raise CorruptFile(f"no checkpoint in {self.folder} {what}")
 
 
 def path_of(folder, number):
@@ -116,21 +116,21 @@ def capture(state):
         tensors |= {f"optimizer.{k}.{name}": value for name, value in own.items()}
     for split, logits in state.logits.items():
         tensors[f"logits.{split}"] = torch.from_numpy(logits[: evaluations(state)])
-    generators = state.plan.group.gather(random_state(state.stack.params.device))
+    generators = state.plan.group.all_gather(random_state(state.stack.params.device))
     tensors |= {f"random.{i}": generator for i, generator in enumerate(generators)}
     facts = {name: getattr(state, name) for name in ("epoch", "step", "seconds", "scores")}
-    limits = state.plan.group.gather([torch.tensor([state.plan.token_budget.max_tokens])])
+    limits = state.plan.group.all_gather([torch.tensor([state.plan.token_budget.max_tokens])])
     facts |= {"max_tokens": [limit.item() for limit in limits]}
     facts |= {"records": [asdict(record) for record in state.records]}
     return facts, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def restore(state, facts, tensors):
-    """Put a checkpoint into a state of the same runs on the same model; else Damaged."""
+    """Put a checkpoint into a state of the same runs on the same model; else CorruptFile."""
     stack, device = state.stack, state.stack.params.device
     records = [Record(**record | {"run": Run(*record["run"])}) for record in facts["records"]]
     if [r.run for r in records] != stack.runs or tensors["values"].shape != stack.params.shape:
-        raise Damaged("it is of other runs or another model")
+        raise CorruptFile("it is of other runs or another model")
     stack.params.copy_(tensors["values"])
     stack.bad_step.copy_(tensors["bad_step"])
     if state.best is not None:

@@ -13,7 +13,7 @@ import torch
 
 from bitfit.model.attention import MAX_ROUNDED_TOKENS
 from bitfit.model.batching import buffer_views, list_arrays, pack_into_buffer, replace_arrays
-from utils import is_out_of_memory, one_line
+from utils import first_line, is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
 USES_BEFORE_CAPTURE = 3  # of a shape: capturing takes as long as some ten steps
@@ -69,7 +69,9 @@ class StepGraphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            LOGGER.warning("training without CUDA graphs: %s", one_line(error.__context__ or error))
+            LOGGER.warning(
+                "training without CUDA graphs: %s", first_line(error.__context__ or error)
+            )
             self.enabled = False
             self.graphs.clear()  # they hold memory
         return self.enabled

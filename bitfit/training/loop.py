@@ -26,7 +26,7 @@ from bitfit.tracking.tracker import OFF
 from bitfit.training.graphs import StepGraphs
 from bitfit.training.plan import Plan
 from bitfit.training.progress import Progress
-from utils import Damaged, Stopped
+from utils import CorruptFile, Stopped
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
@@ -129,7 +129,7 @@ def plan_step(state, alive, rows):
     """The host's share of a step of the runs `alive` (R,): their `rows` (R, B) in passes."""
     plan, runs = state.plan, state.stack.runs
     owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
-    own = plan.group.share(plan.train.tokens.lengths[flat])
+    own = plan.group.shard_rows(plan.train.tokens.lengths[flat])
     owner, flat = owner[own], flat[own]
     lengths = plan.train.tokens.lengths[flat]
     number = state.epoch * plan.steps_per_epoch + state.step
@@ -174,7 +174,7 @@ def take_step(state, alive, rows):
 def update(state, step, losses):
     """Clip the gradients of one `Step` of tensors, move the values, and return the losses (K,)."""
     stack = state.stack
-    state.plan.group.sum_(stack.grads, losses)
+    state.plan.group.all_reduce_sum_(stack.grads, losses)
     norms = clip_grad_norms_(stack.grads, MAX_GRAD_NORM)
     stack.mark_diverged(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0
@@ -261,15 +261,15 @@ def fit(state, write, saver, tracker=OFF):
     plan, runs = state.plan, len(state.records)
     each = plan.rows_per_run
     done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
-    progress = Progress(plan, runs, done, plan.group.speaks)
+    progress = Progress(plan, runs, done, plan.group.shows_progress)
     if plan.token_budget.device.type == "cuda":
         fit_limit_to_memory(state, free_gpu_bytes(plan.token_budget.device))
     state.graphs = step_graphs(state)
     with progress.shown():
         while state.epoch < plan.epochs:
             train_epoch(state, saver, progress, tracker)
-            if not plan.group.agree(state.stack.params):
-                raise Damaged(f"ranks {plan.group.members} hold different values")
+            if not plan.group.replicas_equal(state.stack.params):
+                raise CorruptFile(f"ranks {plan.group.ranks} hold different values")
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
             scores = evaluate(state, saver) if due else []

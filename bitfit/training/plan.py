@@ -8,10 +8,10 @@ import numpy as np
 
 from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split
-from bitfit.distributed import ALONE, Group
+from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model.forward import Forward
 from bitfit.model.token_budget import TokenBudget
-from utils import generator
+from utils import make_generator
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Plan:
     lr_schedule: str = "constant"  # or "linear" down to 0
     warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
     evaluation_frequency: int = 1  # score every so many epochs, and after the last
-    group: Group = ALONE  # the processes that train together
+    group: Group = SINGLE_PROCESS  # the processes that train together
 
     @property
     def rows_per_run(self):
@@ -58,7 +58,7 @@ class Plan:
     def order(self, run, epoch):
         """A run's own order of its rows in an epoch, the same whatever else happens."""
         rows = self.train.rows_of_seed[run.seed]
-        return rows[generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
+        return rows[make_generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
 
 
 def schedule(kind, warmup_steps, total_steps):

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils import FORMAT, Damaged, whole_file
+from utils import FORMAT, CorruptFile, atomic_file
 
 
 def write(path, facts, tensors, beside=None):
@@ -26,11 +26,11 @@ def write(path, facts, tensors, beside=None):
     """
     data = Path(path).with_name(beside or f"{Path(path).stem}.safetensors")
     facts = {"format": FORMAT} | facts
-    with whole_file(path) as new_facts:
+    with atomic_file(path) as new_facts:
         if not tensors:
             new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
             return
-        with whole_file(data) as new_data:  # both are written before either gets its name
+        with atomic_file(data) as new_data:  # both are written before either gets its name
             save(tensors, new_data)
             facts |= {"tensors": data.name, "tensors_sha256": file_sha256(new_data)}
             new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
@@ -48,7 +48,7 @@ def read(path):
     """(facts, tensors) as they were written.
 
     Raises:
-        Damaged: for any file that is not as it was written.
+        CorruptFile: for any file that is not as it was written.
     """
     path = Path(path)
     try:
@@ -56,7 +56,7 @@ def read(path):
         facts = json.loads(text)
         if facts["format"] != FORMAT:
             other = f"(format {facts['format']}, not {FORMAT})"
-            raise Damaged(f"{path} was written by another version of this program {other}")
+            raise CorruptFile(f"{path} was written by another version of this program {other}")
         digest = facts.pop("sha256")
         if digest != sha256(facts) or dump(facts | {"sha256": digest}).encode() != text:
             raise ValueError("its checksum is wrong")
@@ -68,7 +68,7 @@ def read(path):
         return facts, load_file(data)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
             SafetensorError) as error:  # fmt: skip
-        raise Damaged(f"{path} is damaged: {error}") from None
+        raise CorruptFile(f"{path} is damaged: {error}") from None
 
 
 def dump(facts):
