@@ -333,7 +333,7 @@ class GLUEvaluator:
         if reason:
             raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
                             "prepare and train one after the other")  # fmt: skip
-        folders = run_folder.folders_of(output_path, self.runs)
+        folders = run_folder.run_folders(output_path, self.runs)
         plan = Plan(self.task, self._forward("train"), self.data.split("train"),
                     self.data.scored(), self.token_budget, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip

@@ -61,7 +61,7 @@ def resume_command(args: Namespace, ranks: Ranks, argv: list[str]) -> str:
 def is_finished(args: Namespace) -> bool:
     """Return whether the output folder says that nothing is left to do."""
     with suppress(UserError):
-        return not args.push_to_hub and run_folder.is_done(Path(args.output_path))
+        return not args.push_to_hub and run_folder.is_run_finished(Path(args.output_path))
     return False
 
 

@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bitfit.artifacts.run_folder import commit, wrong_file
 from bitfit.data.tasks import TASKS
 from bitfit.distributed import Ranks
 from bitfit.model.trainable import FINE_TUNE_TYPES, TERMS
+from bitfit.output_paths import file_error
 from bitfit.tracking.services import KINDS
 from bitfit.tracking.tracker import is_installed
+from bitfit.versions import git_commit
 from utils import print_result, write_line
 
 if TYPE_CHECKING:
@@ -125,11 +126,11 @@ def gpu(word: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
 
 
-def new_file(suffix: str) -> Callable[[str], Path]:
-    """An argparse type: the path of a file that can be written, with that ending."""
+def new_file(*suffixes: str) -> Callable[[str], Path]:
+    """Return an argparse type: the path of a file with one of some suffixes, to be written."""
 
     def parse(word: str) -> Path:
-        if wrong := wrong_file(word, suffix):
+        if wrong := file_error(word, suffixes):
             raise argparse.ArgumentTypeError(f"{word!r} {wrong}")
         return Path(word)
 
@@ -246,7 +247,7 @@ class Versions(argparse.Action):
     """Says what results may depend on, and ends."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        said = [f"commit {commit() or 'unknown'}"]
+        said = [f"commit {git_commit() or 'unknown'}"]
         for name in ("torch", "transformers", "datasets", "numpy"):
             try:
                 said.append(f"{name} {version(name)}")

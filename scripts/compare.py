@@ -23,9 +23,9 @@ from pathlib import Path
 import pandas as pd
 
 import utils
-from bitfit.artifacts.run_folder import wrong_file
 from bitfit.cli import exit_status
 from bitfit.options import OneLineParser
+from bitfit.output_paths import file_error
 from bitfit.results import escape
 from bitfit.results.plots import curve_figure, save_figure
 from bitfit.results.scores import read_metrics
@@ -121,7 +121,7 @@ def make_parser() -> OneLineParser:
 
 def run(args: argparse.Namespace) -> None:
     runs = [read(folder) for folder in args.folders]
-    if args.plot and (wrong := wrong_file(args.plot, ".png")):
+    if args.plot and (wrong := file_error(args.plot, (".png",))):
         raise UserError(f"--plot {args.plot} {wrong}")
     table = pd.DataFrame([describe(*run) for run in runs]).to_string(index=False)
     if args.plot:

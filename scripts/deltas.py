@@ -159,10 +159,10 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def average(args: argparse.Namespace) -> None:
-    from bitfit.artifacts import run_folder
+    from bitfit import output_paths
     from bitfit.tools import deltas, saved_evaluators
 
-    run_folder.check_new(args.output_path)
+    output_paths.check_is_new(args.output_path)
     found = saved_evaluators.read_evaluators(args.folders)
     saved_evaluators.check_same_task(found)
     saved_evaluators.check_same_trainable(found)
@@ -175,10 +175,10 @@ def average(args: argparse.Namespace) -> None:
 
 
 def apply(args: argparse.Namespace) -> None:
-    from bitfit.artifacts import run_folder
+    from bitfit import output_paths
     from bitfit.tools import deltas, saved_evaluators
 
-    run_folder.check_new(args.output_path)
+    output_paths.check_is_new(args.output_path)
     (member,) = saved_evaluators.read_evaluators(args.folders)
     if args.scale != 1 and member.metadata["fine_tune_type"] == "frozen":
         raise UserError(f"--scale: {member.name} did not change the encoder: leave --scale out")

@@ -142,11 +142,11 @@ def collect(
 
 
 def plan(args: argparse.Namespace) -> int:
-    from bitfit.artifacts import run_folder
+    from bitfit import output_paths
     from bitfit.model.precision import DTYPES
     from bitfit.study import cost, plan
 
-    run_folder.check_place(args.output_path)
+    output_paths.check_writable(args.output_path)
     local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
     hub.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan_study(args.output_path, args)

@@ -177,7 +177,9 @@ def test_resuming_with_any_facts(a_run, tmp_path, data, finished):
     (tmp_path / "args.json").write_text(json.dumps(facts | {name: value}))
     for known in (command, loaded | command | {"precision": "fp32", "max_tokens": 2048}):
         try:
-            assert run_folder.is_finished(tmp_path, known, resume=True) in (False, True)
+            state = run_folder.folder_state(tmp_path, known)
+            assert bool(state.message) == (state.kind == "foreign")
+            assert_one_line(state.message)
         except UserError as error:
             assert_one_line(error)
 

@@ -14,7 +14,7 @@ import transformers
 from conftest import COMMITS, GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit.artifacts import run_folder
+from bitfit import versions
 from bitfit.cli import experiment
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
@@ -76,7 +76,7 @@ def test_local_files_need_neither_datasets_nor_a_new_transformers(hub, tmp_path,
     assert args["model_commit"] == COMMITS["v1"]
     for package in ("torch", "transformers"):
         assert args[package] == sys.modules[package].__version__
-    assert run_folder.installed("no-such-package") is None
+    assert versions.installed_version("no-such-package") is None
 
 
 def test_data_on_the_hub_need_datasets(tmp_path, monkeypatch, capsys):

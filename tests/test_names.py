@@ -20,7 +20,8 @@ import predict
 from pictures import real_pictures
 
 import run_glue
-from bitfit.artifacts import model_card, run_folder
+from bitfit import output_paths
+from bitfit.artifacts import model_card
 from bitfit.cli import experiment
 from bitfit.results import escape
 from glue_evaluator import GLUEvaluator
@@ -125,7 +126,7 @@ def test_an_output_path_that_cannot_be(tmp_path, place, capsys, monkeypatch):
 
 
 def test_a_name_of_255_characters_can_be(tmp_path):
-    run_folder.check_place(tmp_path / ("n" * 255))
+    output_paths.check_writable(tmp_path / ("n" * 255))
 
 
 @pytest.mark.parametrize("name", ["n" * 256 + ".csv", "folder.csv", "nowhere/x.csv", "x.txt"])

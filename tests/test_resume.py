@@ -20,8 +20,8 @@ from processes import in_ranks, run_program
 import run_glue
 import utils
 from bitfit import options as flags_of_program
-from bitfit import signals
-from bitfit.artifacts import run_folder, saved_evaluator
+from bitfit import output_paths, signals
+from bitfit.artifacts import saved_evaluator
 from bitfit.cli import experiment
 from bitfit.model import forward
 from bitfit.training import loop, store
@@ -343,7 +343,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
         at_call(patch, loop, "clip_grad_norms_", 2, send(signal.SIGTERM))
         run_glue.main(flags(folder))
     before = output_contents(folder)
-    with run_folder.lock_folder(folder):
+    with output_paths.lock_folder(folder):
         assert run_glue.main([*flags(folder), "--resume"]) == 2
         assert "is in use by another process" in capsys.readouterr().err.splitlines()[-1]
         (folder / ".lock").unlink()
@@ -502,7 +502,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("filelock.FileLock.acquire", fails)
-    with run_folder.lock_folder(tmp_path):
+    with output_paths.lock_folder(tmp_path):
         assert "cannot be locked here: start no second process on it" in caplog.text
 
 

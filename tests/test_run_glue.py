@@ -14,7 +14,7 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit.artifacts import run_folder
+from bitfit import versions
 from bitfit.data.tasks import TASKS
 from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
@@ -97,7 +97,7 @@ def test_verbose_lists_the_mask_alone(tmp_path, capsys):
 
 def test_git_is_not_needed(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert run_folder.commit() is None
+    assert versions.git_commit() is None
 
 
 @pytest.mark.pictures

@@ -20,7 +20,7 @@ import torch
 from conftest import GLUE, ROOT, TINY_BERT
 
 import run_glue
-from bitfit.artifacts import run_folder
+from bitfit import output_paths
 from bitfit.study import cell_states, cells, cost, protocol, worker
 from utils import UserError
 
@@ -257,9 +257,9 @@ def test_a_lock_is_held_as_long_as_anybody_has_it(study):
 def test_a_command_begun_by_hand_is_running(study, monkeypatch):
     """It holds the lock in its folder; whoever takes the cell beside it leaves it alone."""
     cell, begun = study.cells[0], []
-    monkeypatch.setattr(worker, "run_cell", lambda study, cell, *more: begun.append(cell))
+    monkeypatch.setattr(worker, "run_cell", lambda study, cell, *_, **__: begun.append(cell))
     folder = cell_states.cell_folder(study, cell)
-    with run_folder.lock_folder(folder):
+    with output_paths.lock_folder(folder):
         facts = cell.args | {"finished": False, "precision": "fp32"}
         (folder / "args.json").write_text(json.dumps(facts))
         assert states(study) == ["running", "missing"]

@@ -1,32 +1,21 @@
-"""An output folder: new, held by one process, resumed, finished; args.json says which.
+"""The output folder of a command: its state, and args.json, which says whether it is finished.
 
-`finished` is false from the first moment, so that what was interrupted is known.
+`finished` is false from the first moment, so that an interrupted command is recognized.
 """
 
-import errno
 import json
-import logging
-import os
 import shutil
-import subprocess
-import sys
-from contextlib import contextmanager, suppress
-from importlib import metadata
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bitfit.model.fingerprints import describe_change
-from utils import (
-    FORMAT,
-    UserError,
-    as_list,
-    is_temporary,
-    print_result,
-    remove_temporaries,
-    temporary_name,
-    write_text,
-)  # fmt: skip
+from bitfit.output_paths import LOCK, has_files, in_use_message, is_locked
+from utils import FORMAT, UserError, as_list, write_text
 
-LOGGER = logging.getLogger("bitfit")
+if TYPE_CHECKING:
+    from bitfit.model.run_stack import Run
+
 CHECKPOINTS = "checkpoints"
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
@@ -39,7 +28,7 @@ WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
     "rows",
 }  # fmt: skip
-# Of what is computed with, beside `finished`; flags are only compared.
+# Types of the values that the program computes with; other flags are only compared.
 TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
          "device": str, "torch": str, "transformers": str, "python": str, "model_config": dict,
          "tokenizer": dict}  # fmt: skip
@@ -50,207 +39,139 @@ NAMES = {
     "data": "the data",
     "test": "the test data",
     "encoder": "the base model",
-    "chosen": "what trains",
+    "chosen": "the set of trained parameters",
 }
 
 
-def folders_of(output, runs):
-    """{run: where its files go}: one run needs no folder of its own; or what the caller says."""
+class FolderState(NamedTuple):
+    """The state of an output folder for one command."""
+
+    kind: Literal["new", "resumable", "finished", "foreign", "in_use"]
+    message: str = ""  # of foreign and in_use: why the command cannot use the folder
+    warnings: tuple[str, ...] = ()  # of resumable and finished: harmless differences
+
+
+def folder_state(output: Path, metadata: dict[str, Any], is_mine: bool = False) -> FolderState:
+    """Return the state of an output folder; nothing is written, removed or printed.
+
+    Args:
+        metadata: the command's values in args.json, as far as they are known.
+        is_mine: this process holds the folder's lock.
+
+    Raises:
+        UserError: the path is a file, or cannot be read.
+    """
+    if not has_files(output):
+        return FolderState("new")
+    if not is_mine and is_locked(Path(output) / LOCK):
+        return FolderState("in_use", in_use_message(output))
+    try:
+        old = read_args(output)
+    except UserError as error:
+        return FolderState("foreign", str(error))
+    if not old["finished"] and old.get("format") != FORMAT:
+        reason = "was begun by another version of this program: give a new folder"
+        return FolderState("foreign", f"--resume: {output} {reason}")
+    metadata = metadata | {"precision": metadata["precision"] or old["precision"]}
+    if message := difference_from(old, metadata):
+        return FolderState("foreign", message)
+    if not old["finished"] and "ranks" in metadata:
+        message = ranks_difference(old.get("ranks") or 1, metadata["ranks"])
+        if message:
+            return FolderState("foreign", message)
+    kind = "finished" if old["finished"] else "resumable"
+    return FolderState(kind, warnings=tuple(harmless_differences(old, metadata)))
+
+
+def run_folders(
+    output: Path | str | dict["Run", Path] | None, runs: list["Run"]
+) -> dict["Run", Path]:
+    """Return {run: its folder}: a single run uses `output` itself; a dictionary is returned."""
     if output is None or isinstance(output, dict):
         return output or {}
     return {run: Path(output) / run.name if len(runs) > 1 else Path(output) for run in runs}
 
 
-def is_finished(output, facts, resume):
-    """Whether nothing is left to do in a folder; it must be new, or that of the command to resume.
-
-    Args:
-        facts: the command's, as far as they are known.
-
-    Raises:
-        UserError: the folder is in use, cannot be made, or is of another command.
-    """
-    if is_used(output):
-        if not resume:
-            what = "give a new folder, nothing is replaced; or --resume to go on with what was"
-            raise UserError(f"--output-path {output} is not empty: {what} interrupted there")
-        old = read_args(output)
-        if not old["finished"] and old.get("format") != FORMAT:
-            what = "was begun by another version of this program: give a new folder"
-            raise UserError(f"--resume: {output} {what}")
-        check_same(old, facts | {"precision": facts["precision"] or old["precision"]})
-        if not old["finished"] and "ranks" in facts:
-            check_ranks(old.get("ranks") or 1, facts["ranks"])
-        if old["finished"]:
-            drop_checkpoints(output)
-            drop_lock(output)
-            print_result(f"{output} is finished: there is nothing to resume")
-        return old["finished"]
-    check_place(output)
-    return False
-
-
-def check_new(output):
-    """UserError unless a folder is new or empty, and can be made."""
-    if is_used(output):
-        what = "is not empty: give a new folder, nothing is replaced"
-        raise UserError(f"--output-path {output} {what}")
-    check_place(output)
-    check_place(temporary_name(output))  # it is written under this name
-
-
-def is_used(output):
-    """Whether there is anything in a folder; UserError where it is a file."""
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise UserError(f"--output-path {output} is a file: give a folder")
-    if not os.path.isdir(output):
-        return False
+def read_args(folder: Path) -> dict[str, Any]:
+    """Return the content of args.json; raise a UserError where it is missing or not ours."""
     try:
-        return any(not is_leftover(name) for name in os.listdir(output))
-    except OSError as error:
-        what = f"cannot be read: {error.strerror}: give another place"
-        raise UserError(f"--output-path {output} {what}") from None
-
-
-def check_place(output):
-    """UserError where a folder cannot be made or written."""
-    path = Path(output).absolute()
-    places = [path, *path.parents]
-    nearest = next(place for place in places if os.path.lexists(place))  # a link to nowhere too
-    missing = places[: places.index(nearest)]
-    try:
-        for name in (path, *(nearest / place.name for place in missing)):
-            is_there(name)  # OSError for what is too long to be a name
-        probe = temporary_name(nearest / "probe")  # the one true answer is to try
-        os.mkdir(probe)
-        os.rmdir(probe)
-    except OSError as error:
-        what = f"cannot be made in {nearest} ({error.strerror}): give another place"
-        raise UserError(f"--output-path {output} {what}") from None
-
-
-def is_there(path):
-    """Whether a name is taken; OSError where the operating system refuses it."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def wrong_file(path, suffix):
-    """Return why a file cannot be written to a path, or None."""
-    if not path.endswith(suffix) or not os.path.isdir(os.path.dirname(path) or "."):
-        return f"is not a {suffix} file in a folder that is there"
-    if os.path.isdir(path):
-        return "is a folder: give another name"
-    try:
-        temporary_name(path).touch()  # as it will be written
-        temporary_name(path).unlink()
-    except OSError as error:
-        return f"cannot be written ({error.strerror}): give another place"
-    return None
-
-
-def check_ranks(old, new):
-    """UserError where as many processes as before are needed: each has its share of what was."""
-    if old != new:
-        how = f"torchrun --nproc-per-node {old}" if old > 1 else "python, without torchrun"
-        what = f"that run has {old} rank{'s' * (old > 1)}, this command {new}: start it with {how}"
-        raise UserError(f"--resume: {what}, or give a new folder")
-
-
-def is_leftover(name):
-    """Whether a process killed in its first moments may have left that: nothing to resume."""
-    return name == ".lock" or is_temporary(name)
-
-
-@contextmanager
-def lock_folder(output):
-    """Hold a folder until the end of this process; UserError where another one holds it."""
-    import filelock
-
-    output.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output / ".lock", fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0.5)  # not at once: another may be looking whether it is held
-    except filelock.Timeout:
-        what = f"{output} is in use by another process: give another folder"
-        raise UserError(f"--output-path {what}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        LOGGER.warning("%s cannot be locked here: start no second process on it", output)
-    try:
-        remove_temporaries(output)
-        yield
-    finally:
-        (output / ".lock").unlink(missing_ok=True)
-        lock.release()
-
-
-def drop_lock(output):
-    """Remove the lock file of a process that was killed after its last file."""
-    if (output / ".lock").exists():
-        with suppress(UserError, OSError), lock_folder(output):
-            pass
-
-
-def read_args(folder):
-    """The args.json in a folder; UserError where it is not there or not ours."""
-    try:
-        facts = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        if not (isinstance(facts["finished"], bool) and isinstance(facts["precision"], str)):
+        args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        if not (isinstance(args["finished"], bool) and isinstance(args["precision"], str)):
             raise ValueError("it is not of run_glue.py")
-        return typed(facts)
+        return check_types(args)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        what = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
-        raise UserError(f"--resume: {what}") from None
+        message = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
+        raise UserError(f"--resume: {message}") from None
 
 
-def typed(facts):
-    """The content of an args.json; ValueError where a fact that is used was edited."""
-    for name, kinds in TYPES.items():
-        value = facts.get(name)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+def check_types(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of an args.json; raise a ValueError for a value of the wrong type."""
+    for name, kind in TYPES.items():
+        value = args.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise ValueError(f"{name} is {json.dumps(value)}")
-    if facts.get("ranks") is not None and facts["ranks"] < 1:
-        raise ValueError(f"ranks is {facts['ranks']}")
-    return facts
+    if args.get("ranks") is not None and args["ranks"] < 1:
+        raise ValueError(f"ranks is {args['ranks']}")
+    return args
 
 
-def check_same(old, new):
-    """Compare a command's facts with those in the args.json of the run that it resumes.
+def ranks_difference(old: int, new: int) -> str:
+    """Return why a run cannot resume on another number of ranks, or an empty string."""
+    if old == new:
+        return ""
+    start = f"torchrun --nproc-per-node {old}" if old > 1 else "python, without torchrun"
+    ranks = f"that run has {old} rank{'s' * (old > 1)}, this command {new}"
+    return f"--resume: {ranks}: start it with {start}, or give a new folder"
 
-    Data and model may lie elsewhere, as long as their hashes are the same; a finished run is not
-    loaded to compute them, so there the names count.
 
-    Raises:
-        UserError: they differ in something that results depend on.
+def differing_names(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the sorted names of values that are not those of the interrupted command.
+
+    Data and model may have moved, as long as their hashes are equal. A finished run is not loaded
+    to compute hashes, so there the paths are compared.
     """
     harmless = HARMLESS - (BY_NAME if old["finished"] else set())
+    names = new.keys() & old.keys() - harmless - FINGERPRINTS
+    if "tokenizer" in (describe_change(old, new) or ""):
+        names -= TOKENS
+    return sorted(name for name in names if as_list(new[name]) != as_list(old[name]))
+
+
+def difference_from(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return why a command is not the one whose args.json is `old`, or an empty string.
+
+    Only values on which results depend count.
+    """
     missing = sorted(new.keys() - HARMLESS - WARNED - NEW - old.keys())
     if missing:
-        raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
-    if NEW & new.keys() - old.keys():
-        LOGGER.warning("an earlier version began this: args.json does not say which config and "
-                       "tokenizer the base model had, and which test rows there were: they "
-                       "cannot be verified")  # fmt: skip
-    names = new.keys() & old.keys() - harmless - FINGERPRINTS
+        return f"--resume: args.json there does not say {missing[0]}: give a new folder"
     base = describe_change(old, new)
-    if base and "tokenizer" in base:
-        names -= TOKENS
-    differ = [name for name in names if as_list(new[name]) != as_list(old[name])]
-    for name in sorted(WARNED.intersection(differ)):
-        LOGGER.warning("resuming with another %s: %s, was %s", name, new[name], old[name])
-    said = [difference(name, old[name], new[name]) for name in sorted(set(differ) - WARNED)]
-    said += [f"the base model's {base}"] * bool(base)
-    if said:
-        what = f"{'; '.join(said)}: give that again, or a new folder"
-        raise UserError(f"--resume: this is not the interrupted run: {what}")
+    names = [name for name in differing_names(old, new) if name not in WARNED]
+    messages = [describe_difference(name, old[name], new[name]) for name in names]
+    messages += [f"the base model's {base}"] * bool(base)
+    if not messages:
+        return ""
+    differences = "; ".join(messages)
+    return (
+        f"--resume: this is not the interrupted run: {differences}: "
+        "give that again, or a new folder"
+    )
 
 
-def difference(name, old, new):
+def harmless_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[str]:
+    """Yield a warning for each difference that may change numbers slightly."""
+    if NEW & new.keys() - old.keys():
+        yield (
+            "an earlier version began this: args.json does not say which config and tokenizer the "
+            "base model had, and which test rows there were: they cannot be verified"
+        )
+    for name in differing_names(old, new):
+        if name in WARNED:
+            yield f"resuming with another {name}: {new[name]}, was {old[name]}"
+
+
+def describe_difference(name: str, old: Any, new: Any) -> str:
+    """Return one difference between two commands as text."""
     if name.endswith("_sha256"):
         return f"{NAMES[name.removesuffix('_sha256')]} changed"
     if name == "zero_gradient":
@@ -263,54 +184,17 @@ def difference(name, old, new):
     return f"--{name.replace('_', '-')} was {old} and is now {new}"
 
 
-def facts_of(args, evaluator):
-    """What args.json holds: all flags, and what else the numbers depend on."""
-    import torch
-
-    on_gpu = evaluator.torch_device.type == "cuda"
-    return vars(args) | {
-        "format": FORMAT,
-        "model_commit": evaluator.model_commit,
-        "precision": evaluator.precision,
-        "max_tokens": evaluator.token_budget.max_tokens,
-        "rows": evaluator.row_batching,
-        "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
-        **{package: installed(package) for package in ("torch", "transformers", "datasets")},
-        "python": sys.version.split()[0],
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-        **evaluator.fingerprints(),
-    }
-
-
-def installed(package):
-    """The version of an installed package, or None; it is not imported."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def commit():
-    """The checkout's commit, or None where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() or None
-
-
-def is_done(folder):
-    """Whether a run of a sweep, in its own folder, needs nothing more."""
+def is_run_finished(folder: Path) -> bool:
+    """Return whether all files of a run in a sweep are written."""
     return (folder / "args.json").exists() and read_args(folder)["finished"]
 
 
-def write_args(folder, facts, finished):
-    """Write args.json: what was asked for, and whether nothing is left to do."""
-    write_text(folder / "args.json", json.dumps(facts | {"finished": finished}, indent=2) + "\n")
+def write_args(folder: Path, metadata: dict[str, Any], finished: bool) -> None:
+    """Write args.json: the command's metadata, and whether nothing is left to do."""
+    text = json.dumps(metadata | {"finished": finished}, indent=2)
+    write_text(folder / "args.json", text + "\n")
 
 
-def drop_checkpoints(folder):
-    """Remove checkpoints that nobody needs any more."""
+def remove_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that are no longer needed."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
+from bitfit import output_paths
 from bitfit.artifacts import run_folder
+from bitfit.cli.output_folder import is_finished, run_metadata
 from bitfit.data import task_files
 from bitfit.distributed import Group, Ranks
 from bitfit.model import hub
@@ -49,7 +51,7 @@ def run(args: Namespace, signals: Signals, ranks: Ranks) -> None:
             lambda: task_files.read_task_file(args.task_file, args.data_dir)
         )
         has_files = "files" in args.task
-    finished = ranks.run_on_rank0(lambda: run_folder.is_finished(output, flags, args.resume))
+    finished = ranks.run_on_rank0(lambda: is_finished(output, flags, args.resume))
     if finished and not args.push_to_hub:
         return
     if args.task_file and not finished:
@@ -76,14 +78,14 @@ def fine_tune(args: Namespace, output: Path, signals: Signals, ranks: Ranks) -> 
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     evaluator = ranks.raise_together(lambda: prepare_evaluator(args, ranks))
-    metadata = run_folder.facts_of(args, evaluator) | {"ranks": ranks.size}
+    metadata = run_metadata(args, evaluator) | {"ranks": ranks.size}
     ranks.require_equal("data or base model", evaluator.fingerprints())
     with ExitStack() as resources:
 
         def begin() -> bool:
             """Hold the folder and write args.json, unless another process has finished it."""
-            resources.enter_context(run_folder.lock_folder(output))
-            finished = run_folder.is_finished(output, metadata, args.resume)
+            resources.enter_context(output_paths.lock_folder(output))
+            finished = is_finished(output, metadata, args.resume, is_mine=True)
             if not finished:
                 run_folder.write_args(output, metadata, finished=False)
             return finished
@@ -150,7 +152,7 @@ def select_trainable(
 def train_all_runs(experiment: Experiment) -> None:
     """Train all runs in one pass if they can share it, else one after the other; report them."""
     args, evaluator, ranks = experiment.args, experiment.evaluator, experiment.ranks
-    folders = run_folder.folders_of(experiment.output, evaluator.runs)
+    folders = run_folder.run_folders(experiment.output, evaluator.runs)
     has_own_gpu = ranks.size == 1 or (
         evaluator.torch_device.type == "cuda" and args.gpu_device is None
     )
@@ -167,7 +169,7 @@ def train_all_runs(experiment: Experiment) -> None:
             train(experiment, unfinished, home, single=len(folders) == 1)
             export_runs(experiment, unfinished, {run: folders[run] for run in share})
         if group.rank == 0:
-            run_folder.drop_checkpoints(home)
+            run_folder.remove_checkpoints(home)
     ranks.shutdown()
     if ranks.rank == 0:
         report(experiment, folders)
@@ -175,7 +177,7 @@ def train_all_runs(experiment: Experiment) -> None:
 
 def unfinished_runs(runs: list["Run"], folders: Folders, group: Group) -> Folders:
     """Return the folders of the runs whose files are not complete, the same on all ranks."""
-    finished = [group.rank == 0 and run_folder.is_done(folders[run]) for run in runs]
+    finished = [group.rank == 0 and run_folder.is_run_finished(folders[run]) for run in runs]
     finished = group.all_reduce_max(*finished)
     return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
 

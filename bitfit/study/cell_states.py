@@ -21,6 +21,7 @@ from typing import Any
 
 from bitfit.artifacts import run_folder
 from bitfit.artifacts.run_folder import CHECKPOINTS
+from bitfit.output_paths import is_locked
 from bitfit.study.cells import Cell, Study, has_settings_of
 from utils import UserError, write_text
 
@@ -41,7 +42,7 @@ def read_cell_args(study: Study, cell: Cell) -> dict[str, Any] | None:
     """Return the content of a cell's args.json, or None if it is absent or cannot be read."""
     try:
         metadata = json.loads((cell_folder(study, cell) / "args.json").read_text(encoding="utf-8"))
-        return run_folder.typed(metadata) if isinstance(metadata, dict) else None
+        return run_folder.check_types(metadata) if isinstance(metadata, dict) else None
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -68,23 +69,6 @@ def locked_cell_state(study: Study, cell: Cell) -> str:
     if read_failure(study, cell):
         return "failed"
     return "missing" if metadata is None else "interrupted"
-
-
-def is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock. The file of a killed process may remain unlocked."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:  # This file system has no locks.
-        return False
-    finally:
-        os.close(file)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitfit import options
-from bitfit.artifacts.run_folder import HARMLESS, folders_of
+from bitfit.artifacts.run_folder import HARMLESS, run_folders
 from bitfit.data.tasks import TASKS
 from bitfit.study.protocol import (
     PAPER_MODELS,
@@ -75,7 +75,7 @@ class Cell(NamedTuple):
         from bitfit.model.run_stack import Run
 
         runs = [Run(rate, seed) for rate in self.rates for seed in self.seeds]
-        return folders_of(Path(output) / self.name, runs)
+        return run_folders(Path(output) / self.name, runs)
 
     def command(self, output: Path, *more: str) -> list[str]:
         """Return the words of the command that starts or resumes this cell."""

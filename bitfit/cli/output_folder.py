@@ -1,0 +1,64 @@
+"""Decisions about the output folder of a command, and the content of its args.json."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitfit.artifacts.run_folder import folder_state, remove_checkpoints
+from bitfit.output_paths import check_writable, remove_lock
+from bitfit.versions import git_commit, installed_version
+from utils import FORMAT, LOGGER, UserError, print_result
+
+if TYPE_CHECKING:
+    from glue_evaluator import GLUEvaluator
+
+
+def is_finished(
+    output: Path, metadata: dict[str, Any], resume: bool, is_mine: bool = False
+) -> bool:
+    """Return whether nothing is left to do in a folder that is new or holds this command's files.
+
+    Args:
+        is_mine: this process holds the folder's lock.
+
+    Raises:
+        UserError: the folder holds another run, is in use or cannot be created.
+    """
+    state = folder_state(output, metadata, is_mine)
+    if state.kind == "new":
+        check_writable(output)
+        return False
+    if not resume:
+        advice = "give a new folder, nothing is replaced; or --resume to go on with what was"
+        raise UserError(f"--output-path {output} is not empty: {advice} interrupted there")
+    if state.kind in ("foreign", "in_use"):
+        raise UserError(state.message)
+    for warning in state.warnings:
+        LOGGER.warning(warning)
+    if state.kind == "finished":
+        remove_checkpoints(output)
+        remove_lock(output)
+        print_result(f"{output} is finished: there is nothing to resume")
+    return state.kind == "finished"
+
+
+def run_metadata(args: Namespace, evaluator: "GLUEvaluator") -> dict[str, Any]:
+    """Return the content of args.json: all flags, and what else the numbers depend on."""
+    import torch
+
+    on_gpu = evaluator.torch_device.type == "cuda"
+    packages = ("torch", "transformers", "datasets")
+    return vars(args) | {
+        "format": FORMAT,
+        "model_commit": evaluator.model_commit,
+        "precision": evaluator.precision,
+        "max_tokens": evaluator.token_budget.max_tokens,
+        "rows": evaluator.row_batching,
+        "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
+        **{package: installed_version(package) for package in packages},
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(),
+        **evaluator.fingerprints(),
+    }
