@@ -55,9 +55,20 @@ def unit_of(module):
 
 
 def imported_modules(path):
-    """Return the names of the project's modules that a file imports anywhere, in functions too."""
-    found = set()
-    for node in ast.walk(parse(path)):
+    """Return the names of the project's modules that a file imports anywhere, in functions too.
+
+    Imports under `if TYPE_CHECKING` serve annotations and never run, so they are not counted.
+    """
+    found, tree = set(), parse(path)
+    guarded = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in node.body
+    }
+    for node in ast.walk(tree):
+        if node in guarded:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -9,12 +9,16 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from bitfit.data.readers import POINTER
 from bitfit.model import hub
 from utils import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LOGGER = logging.getLogger("bitfit")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -31,7 +35,9 @@ CONVERT = (
 )
 
 
-def cannot_load(model_name, error, revision=None):
+def cannot_load(
+    model_name: str | Path, error: BaseException, revision: str | None = None
+) -> UserError:
     """Return the `UserError` for what transformers raised about a model."""
     if isinstance(error, UserError):
         return error
@@ -63,7 +69,7 @@ def cannot_load(model_name, error, revision=None):
     )
 
 
-def lacks_sentencepiece():
+def lacks_sentencepiece() -> bool:
     try:
         for module in ("sentencepiece", "google.protobuf"):
             importlib.import_module(module)
@@ -72,7 +78,7 @@ def lacks_sentencepiece():
     return False
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """Return what an error says in one line, with its kind where the text alone is no sentence."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
@@ -80,7 +86,7 @@ def reason(error):
     return text if plain else f"{type(error).__name__}: {text}"
 
 
-def broken_file(folder, error):
+def broken_file(folder: Path, error: BaseException) -> str | None:
     """Return which file of a model folder made loading fail and what to do, or None."""
     for path in (folder / name for name in JSON_FILES if (folder / name).exists()):
         try:
@@ -94,8 +100,8 @@ def broken_file(folder, error):
         return None
     weights = sorted(folder.glob("model*.safetensors"))
     for path in weights:
-        if fault := unreadable(path):
-            return f"{path.name} is cut off or damaged ({fault}): fetch or save it again"
+        if damage := unreadable(path):
+            return f"{path.name} is cut off or damaged ({damage}): fetch or save it again"
     if not weights and any(folder.glob("pytorch_model*.bin")):
         return f"there is no model.safetensors in it, and {unconverted(f'in {folder}')}"
     missing = missing_shards(folder)
@@ -104,13 +110,13 @@ def broken_file(folder, error):
     return None if weights else "there is no model.safetensors in it: fetch it, or save the model"
 
 
-def unconverted(where):
+def unconverted(where: str) -> str:
     """Return why pickled weights are not read, and how to convert them."""
     what = "pickled weights (pytorch_model.bin) are not read, for they can hold code: convert them"
     return f'{what} {where} with python -c "{CONVERT}"'
 
 
-def unreadable(path):
+def unreadable(path: Path) -> str | None:
     """Return why a safetensors file cannot be read, or None."""
     try:
         with safe_open(path, framework="pt"):
@@ -119,7 +125,7 @@ def unreadable(path):
         return first_line(error)
 
 
-def missing_shards(folder):
+def missing_shards(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return []
@@ -127,7 +133,7 @@ def missing_shards(folder):
     return sorted(shard for shard in shards if not (folder / shard).exists())
 
 
-def check_files(model_name, revision=None):
+def check_files(model_name: str | Path, revision: str | None = None) -> None:
     """Refuse what transformers would pass over or misread without a word.
 
     Raises:
@@ -147,11 +153,11 @@ def check_files(model_name, revision=None):
         check_pointers(folder)
 
 
-def is_adapter(folder):
+def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
-def check_pointers(folder):
+def check_pointers(folder: Path) -> None:
     """Refuse a folder that was cloned without git-lfs."""
     whole = (folder / "tokenizer.json").exists()  # then no other vocabulary is read
     patterns = ["*.json", "model*.safetensors", *([] if whole else ["*.txt", "*.model"])]
@@ -162,13 +168,13 @@ def check_pointers(folder):
                 raise UserError(f"cannot load the model {folder}: {what}")
 
 
-def could_be_on_the_hub(model_name):
+def could_be_on_the_hub(model_name: str | Path) -> bool:
     """Whether a folder's name could as well be that of a model on the Hub."""
     name = str(model_name)
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and name.count("/") < 2
 
 
-def warn_of_shadow(model_name):
+def warn_of_shadow(model_name: str | Path) -> None:
     """Log that a folder is used where its name could mean a model on the Hub."""
     if not Path(model_name).is_dir() or not could_be_on_the_hub(model_name):
         return
@@ -177,7 +183,7 @@ def warn_of_shadow(model_name):
         LOGGER.warning("--model-name %s %s (./%s says so)", model_name, what, model_name)
 
 
-def check_config(config, raw, model_name):
+def check_config(config: "PreTrainedConfig", raw: dict[str, Any], model_name: str | Path) -> None:
     """Refuse a config of a model without layers.
 
     Args:

@@ -7,11 +7,16 @@ version of transformers, which may know other keys, can still verify those that 
 
 import hashlib
 import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from bitfit.model.trainable import in_encoder
+
+if TYPE_CHECKING:  # -h imports this module, and no torch
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Keys of a config that no logit depends on: names, labels, and what saves memory or time.
 NOTES = {
@@ -23,12 +28,14 @@ NOTES = {
 NOT_ENCODING = ("version", "truncation", "padding", "decoder")
 
 
-def fingerprints_of(config, tokenizer):
+def fingerprints_of(
+    config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, dict]:
     """Return {"model_config": {key: value}, "tokenizer": {part: SHA-256}}."""
     return {"model_config": config_values(config), "tokenizer": tokenizer_hashes(tokenizer)}
 
 
-def config_values(config):
+def config_values(config: "PreTrainedConfig") -> dict[str, Any]:
     """Return {key: value} of a config, nested keys joined by dots, and transformers' version."""
     import transformers
 
@@ -36,8 +43,8 @@ def config_values(config):
     return {"transformers_version": transformers.__version__} | flatten(content)
 
 
-def flatten(content, prefix=""):
-    values = {}
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, value in content.items():
         if key in NOTES:
             continue
@@ -46,7 +53,7 @@ def flatten(content, prefix=""):
     return values
 
 
-def tokenizer_hashes(tokenizer):
+def tokenizer_hashes(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     """Return {part: SHA-256} of a tokenizer; the tokens of a text depend on nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # it is written in Python
@@ -63,12 +70,12 @@ def tokenizer_hashes(tokenizer):
     return {name: sha256_of_json(part) for name, part in parts.items()}
 
 
-def sha256_of_json(value):
+def sha256_of_json(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def describe_change(old, new):
+def describe_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Return the differences of two results of `fingerprints_of` as text, or None.
 
     A part that only one of them has is not compared.
@@ -83,7 +90,7 @@ def describe_change(old, new):
     return " and its ".join(messages) or None
 
 
-def changed_keys(old, new):
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the keys whose values differ, sorted.
 
     Keys that only one side has count only if the same version of transformers made both.
@@ -94,7 +101,7 @@ def changed_keys(old, new):
     return sorted(key for key in keys if old.get(key) != new.get(key))
 
 
-def fingerprint(model, head=False):
+def fingerprint(model: "PreTrainedModel", head: bool = False) -> str:
     """SHA-256 over the encoder's (and the head's) names and values: which model it is."""
     return sha256(
         value
@@ -104,11 +111,13 @@ def fingerprint(model, head=False):
     )
 
 
-def sha256(values):
+def sha256(values: Iterable["str | np.ndarray | torch.Tensor | None"]) -> str:
     """SHA-256 over texts, arrays, tensors and Nones, their kinds, shapes and lengths included."""
+    import torch
+
     digest = hashlib.sha256()
     for value in values:
-        if torch.is_tensor(value):
+        if isinstance(value, torch.Tensor):
             value = value.cpu().contiguous().numpy()
         if isinstance(value, str):
             value = np.frombuffer(value.encode(), np.uint8)

@@ -7,12 +7,12 @@ those of its client.
 import os
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from utils import UserError
 
 
-def resolve(model_name, revision=None):
+def resolve(model_name: str | Path, revision: str | None = None) -> tuple[str | None, str | None]:
     """Which state of a model on the Hub: (what its loaders take as `revision`, the commit's hash).
 
     One answer for all of a model's files, so that they are of one commit even where a branch moves
@@ -37,7 +37,7 @@ def resolve(model_name, revision=None):
     return commit, commit
 
 
-def find_file(model_name, file, revision=None):
+def find_file(model_name: str | Path, file: str, revision: str | None = None) -> Path | None:
     """The path of a model's file, in its folder or the Hub's cache; None where it has none."""
     if Path(model_name).is_dir():
         path = Path(model_name) / file
@@ -50,7 +50,7 @@ def find_file(model_name, file, revision=None):
         return None
 
 
-def is_cached(model_name):
+def is_cached(model_name: str | Path) -> bool:
     """Whether the Hub's cache holds files of a model of that name."""
     from huggingface_hub import constants
 
@@ -58,7 +58,7 @@ def is_cached(model_name):
     return (Path(constants.HF_HUB_CACHE) / folder).is_dir()
 
 
-def use_local_copies_when_offline(needs_hub=True):
+def use_local_copies_when_offline(needs_hub: object = True) -> None:
     """Tell the Hub's clients to use their cache when the Hub is out of reach or not needed.
 
     They would ask for every file six times over 20 seconds; one connection tells as much. What
@@ -77,7 +77,7 @@ def use_local_copies_when_offline(needs_hub=True):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def endpoint(address):
+def endpoint(address: str) -> tuple[SplitResult, int]:
     """(the parts of the Hub's address, its port); UserError where it is no URL."""
     try:
         url = urlsplit(address)
@@ -89,7 +89,7 @@ def endpoint(address):
         raise UserError(f"{what}: give it as https://huggingface.co, or unset it") from None
 
 
-def has_proxy(url):
+def has_proxy(url: SplitResult) -> bool:
     """Whether the environment gives a proxy for a URL, as for the Hub's client.
 
     ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
@@ -9,13 +11,18 @@ from tokenizers.normalizers import BertNormalizer
 from bitfit.model import hub
 from utils import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 LOGGER = logging.getLogger("bitfit")
 # A tokenizer may leave rows of the embeddings unused: Phi-2's leaves 1.8 %, mDeBERTa-v3's 0.4 %.
 USUAL_VOCABULARY = 0.9
 SAMPLE = "The film isn't GOOD, in 2023: caf\u00e9, $9.95 (http://a.b/c-d_e)"
 
 
-def check_tokenizer(tokenizer, config, model_name):
+def check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", model_name: str | Path
+) -> None:
     """Compare a tokenizer with the model's embeddings, and its vocabulary with its lower-casing.
 
     Raises:
@@ -40,7 +47,7 @@ def check_tokenizer(tokenizer, config, model_name):
     warn_of_case(tokenizer, tokens, model_name)
 
 
-def are_of_the_class(beyond, tokenizer, rows):
+def are_of_the_class(beyond: list[str], tokenizer: "PreTrainedTokenizerBase", rows: int) -> bool:
     """Whether transformers' class alone added tokens beyond the embeddings, which it never gives.
 
     Qwen2's adds `<|endoftext|>` to every vocabulary, whatever the model's files hold.
@@ -51,7 +58,9 @@ def are_of_the_class(beyond, tokenizer, rows):
     return defaults.issuperset(beyond) and max(*ids, tokenizer.pad_token_id) < rows
 
 
-def warn_of_case(tokenizer, tokens, model_name):
+def warn_of_case(
+    tokenizer: "PreTrainedTokenizerBase", tokens: dict[str, int], model_name: str | Path
+) -> None:
     """Log that a vocabulary of cased texts is read in lower case, or the other way round."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     text = normalizer.normalize_str("A") if normalizer else "A"
@@ -72,7 +81,9 @@ def warn_of_case(tokenizer, tokens, model_name):
     LOGGER.warning("the tokenizer of %s %s: %s", model_name, what, advice)
 
 
-def warn_of_file(tokenizer, model_name, revision=None):
+def warn_of_file(
+    tokenizer: "PreTrainedTokenizerBase", model_name: str | Path, revision: str | None = None
+) -> None:
     """Log that transformers reads texts otherwise than tokenizer.json describes.
 
     Most of its classes take the vocabulary alone from the file. Where both normalize as BERT does,
@@ -96,5 +107,5 @@ def warn_of_file(tokenizer, model_name, revision=None):
         LOGGER.warning(f"transformers' %s {what} {advice}", type(tokenizer).__name__, model_name)
 
 
-def unknown(tokenizer, text):
+def unknown(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
     return tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -5,10 +5,16 @@ It freezes, counts, optimizes, saves and plots. Names are compared whole, never 
 """
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 # term -> (parameter name relative to its layer, the paper's symbol), paper section 3
 TERMS = {
@@ -21,6 +27,7 @@ TERMS = {
     "output": ("output.dense.bias", "b_{m_3}"),
     "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
 }
+Trainable = dict[str, np.ndarray | None]  # {parameter: the flat positions that train, or all}
 ALL_BIASES = "bias"  # the released code's name for `all`
 # Some models hold biases beside their Linear and LayerNorm modules: q_bias and v_bias (DeBERTa),
 # r_w_bias, r_r_bias and r_s_bias (XLNet, Funnel), in_proj_bias, bias_ih_l0, pos_bias_u.
@@ -31,7 +38,7 @@ POSITION_TABLE = re.compile(r"(\w+_)?(position|attention)_bias")
 MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_000}
 
 
-def actual_components(terms):
+def actual_components(terms: Sequence[str]) -> list[str]:
     """Terms of `--bias-terms` -> parameter names relative to their layer; all -> "bias"."""
     unknown = [term for term in terms if term != "all" and term not in TERMS]
     if unknown:
@@ -39,24 +46,24 @@ def actual_components(terms):
     return [ALL_BIASES if term == "all" else TERMS[term][0] for term in terms]
 
 
-def term_names(components):
+def term_names(components: Sequence[str]) -> list[str]:
     """The inverse of `actual_components`; a name that no term has stands for itself."""
     terms = {name: term for term, (name, _) in TERMS.items()} | {ALL_BIASES: "all"}
     return [terms.get(component, component) for component in components]
 
 
-def layer_and_name(name):
+def layer_and_name(name: str) -> tuple[int | None, str]:
     """ "bert.encoder.layer.3.output.dense.bias" -> (3, "output.dense.bias"); else (None, name)."""
     found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
 
-def in_encoder(model, name):
+def in_encoder(model: "PreTrainedModel", name: str) -> bool:
     """Whether a parameter belongs to the pre-trained encoder, not to the task's classifier."""
     return name.startswith(model.base_model_prefix + ".")
 
 
-def matrix_weights(model):
+def matrix_weights(model: "PreTrainedModel") -> int:
     """How many weights of the encoder's matrices each token is multiplied with."""
     return sum(
         p.numel()
@@ -65,17 +72,17 @@ def matrix_weights(model):
     )
 
 
-def is_bias(name):
+def is_bias(name: str) -> bool:
     """Whether a parameter is a bias: by the last part of its name, for some have two dimensions."""
     last = name.rsplit(".", 1)[-1]
     return bool(BIAS.fullmatch(last)) and not POSITION_TABLE.fullmatch(last)
 
 
-def head_names(model):
+def head_names(model: "PreTrainedModel") -> list[str]:
     return [n for n, _ in model.named_parameters() if not in_encoder(model, n)]
 
 
-def bitfit_names(model, components):
+def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[str]:
     """The bias terms given (relative names, or "bias" for all), the pooler's bias, the classifier.
 
     Raises:
@@ -101,11 +108,11 @@ def bitfit_names(model, components):
     return [n for n, _ in model.named_parameters() if n in chosen]
 
 
-def whole(names):
+def whole(names: Iterable[str]) -> Trainable:
     return dict.fromkeys(names)
 
 
-def default_mask_size(model):
+def default_mask_size(model: "PreTrainedModel") -> int:
     """The paper's size for its three models, else as many numbers as bitfit trains."""
     for name, size in MASK_SIZES.items():
         if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", model.config.name_or_path):
@@ -115,7 +122,9 @@ def default_mask_size(model):
     return sum(parameters[n].numel() for n in chosen if in_encoder(model, n))
 
 
-def uniform_positions(model, mask_size, rng):
+def uniform_positions(
+    model: "PreTrainedModel", mask_size: int, rng: np.random.Generator
+) -> Trainable:
     """Exactly `mask_size` distinct positions, uniform over all the encoder's parameters."""
     encoder = [(n, p.numel()) for n, p in model.named_parameters() if in_encoder(model, n)]
     ends = np.cumsum([size for _, size in encoder])
@@ -132,14 +141,14 @@ def uniform_positions(model, mask_size, rng):
     return chosen | whole(head_names(model))
 
 
-def row_column_positions(model, rng):
+def row_column_positions(model: "PreTrainedModel", rng: np.random.Generator) -> Trainable:
     """For each matrix of the layers and the pooler one random column, or as many rows.
 
     A matrix (out, in) with out >= in can give out // in distinct rows, as many numbers as a
     column: a fair coin decides, as in the released code. A wider one gives a column. LayerNorm
     gains train whole. Paper, table 3.
     """
-    chosen = {}
+    chosen: Trainable = {}
     for name, parameter in model.named_parameters():
         inside = layer_and_name(name)[0] is not None or ".pooler." in name
         if not inside or not in_encoder(model, name) or is_bias(name):
@@ -151,7 +160,7 @@ def row_column_positions(model, rng):
     return chosen | whole(head_names(model))
 
 
-def row_or_column(rows, columns, rng):
+def row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
     """Flat positions of one column, or of rows // columns distinct rows, sorted."""
     if rows < columns or not rng.integers(2):
         return np.arange(rows) * columns + rng.integers(columns)
@@ -171,7 +180,13 @@ CHOICES = {  # fine-tune type -> what it trains; a new type is one more entry
 FINE_TUNE_TYPES = tuple(CHOICES)
 
 
-def select(model, kind, components=(), mask_size=None, rng=None):
+def select(
+    model: "PreTrainedModel",
+    kind: str,
+    components: Sequence[str] = (),
+    mask_size: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> Trainable:
     """{parameter name: None (all of it) or the flat positions that train} of a fine-tune type.
 
     Args:
@@ -196,24 +211,24 @@ def select(model, kind, components=(), mask_size=None, rng=None):
     return CHOICES[kind](model, components=components, mask_size=mask_size, rng=rng)
 
 
-def trains_matrices(model, chosen):
+def trains_matrices(model: "PreTrainedModel", chosen: Trainable) -> bool:
     """Whether what trains includes matrices of the encoder, or parts of some."""
     inside = [n for n in chosen if in_encoder(model, n) and not is_bias(n)]
     return any(model.get_parameter(n).dim() > 1 for n in inside)
 
 
-def trains_all(model, chosen):
+def trains_all(model: "PreTrainedModel", chosen: Trainable) -> bool:
     """Whether every parameter trains, and all of it."""
     return all(n in chosen and chosen[n] is None for n, _ in model.named_parameters())
 
 
-def trains_only_biases(model, chosen):
+def trains_only_biases(model: "PreTrainedModel", chosen: Trainable) -> bool:
     """Whether biases, whole ones, are all of the encoder that trains."""
     inside = [n for n in chosen if in_encoder(model, n)]
     return bool(inside) and all(is_bias(n) and chosen[n] is None for n in inside)
 
 
-def dense_masks(model, chosen):
+def dense_masks(model: "PreTrainedModel", chosen: Trainable) -> dict[str, "torch.Tensor"]:
     """{name: bool tensor of the parameter's shape} of what trains in part."""
     import torch
 
@@ -225,13 +240,13 @@ def dense_masks(model, chosen):
     return masks
 
 
-def count(model, chosen):
+def count(model: "PreTrainedModel", chosen: Trainable) -> int:
     """How many numbers train."""
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     return sum(sizes[n] if positions is None else len(positions) for n, positions in chosen.items())
 
 
-def describe(model, chosen):
+def describe(model: "PreTrainedModel", chosen: Trainable) -> str:
     """A table of the trained tensors with their shapes, the total and its share."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     total, everything = count(model, chosen), sum(p.numel() for p in model.parameters())

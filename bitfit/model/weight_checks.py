@@ -3,13 +3,20 @@
 import json
 import logging
 import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 
+from bitfit.data.tasks import Task
 from bitfit.model import hub
 from bitfit.model.trainable import head_names, in_encoder
 from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGGER = logging.getLogger("bitfit")
 WRAPPERS = (
@@ -22,7 +29,7 @@ WRAPPERS = (
 BUFFERS = r"\.(position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached)$"
 
 
-def check_weights(model, model_name, info):
+def check_weights(model: "PreTrainedModel", model_name: str | Path, info: dict[str, Any]) -> None:
     """Refuse a checkpoint whose encoder is not the one that config.json describes.
 
     A pooler may be absent (MLM checkpoints have none); any other encoder weight may not.
@@ -56,14 +63,14 @@ def check_weights(model, model_name, info):
         raise UserError(f"{model_name} {what} {why}the model that is meant")
 
 
-def wrapper_of(name, unexpected, base):
+def wrapper_of(name: str, unexpected: Iterable[str], base: str) -> str:
     """Return the wrapper's prefix under which a checkpoint has an absent weight, or ''."""
     endings = {name, name.removeprefix(f"{base}.")}
     found = (w for w in WRAPPERS for ending in endings if w + ending in unexpected)
     return next(found, "")
 
 
-def is_beyond(name, model):
+def is_beyond(name: str, model: "PreTrainedModel") -> bool:
     """Whether an unused weight lies in a layer: one more layer, or one more weight in it."""
     if re.search(BUFFERS, name):
         return False
@@ -74,13 +81,13 @@ def is_beyond(name, model):
     return layer is not None and layer in ours
 
 
-def first_layer(name):
+def first_layer(name: str) -> str | None:
     """`encoder.layer.3.output.dense.bias` -> `encoder.layer`; None outside of layers."""
     found = re.match(r"(.*?)\.\d+\.", name)
     return found and found[1]
 
 
-def check_dtypes(model_name, revision=None):
+def check_dtypes(model_name: str | Path, revision: str | None = None) -> None:
     """Refuse integers and 8-bit floats where weights are meant: transformers would only cast them.
 
     Raises:
@@ -96,7 +103,7 @@ def check_dtypes(model_name, revision=None):
                     raise UserError(f"cannot load the model {model_name}: {what}")
 
 
-def weight_files(model_name, revision=None):
+def weight_files(model_name: str | Path, revision: str | None = None) -> list[Path]:
     """The paths of a checkpoint's safetensors files, one or many."""
     index = hub.find_file(model_name, "model.safetensors.index.json", revision)
     single = hub.find_file(model_name, "model.safetensors", revision)
@@ -106,7 +113,9 @@ def weight_files(model_name, revision=None):
     return [index.with_name(name) for name in sorted(set(named))]
 
 
-def check_finite(model, model_name, initialized):
+def check_finite(
+    model: "PreTrainedModel", model_name: str | Path, initialized: Collection[str]
+) -> None:
     """Refuse NaN and infinite weights, apart from those that are initialized later."""
     bad = [
         name
@@ -118,7 +127,9 @@ def check_finite(model, model_name, initialized):
         raise UserError(f"cannot load the model {model_name}: {what}: fetch or save it again")
 
 
-def start_head(model, task, absent, raw):
+def start_head(
+    model: "PreTrainedModel", task: Task, absent: Collection[str], raw: dict[str, Any]
+) -> tuple[set[str], str]:
     """Decide what of a checkpoint's head is used, and bring its outputs into the task's order.
 
     As in transformers only absent parts are initialized. Its outputs are used where config.json
@@ -149,7 +160,7 @@ def start_head(model, task, absent, raw):
     return initialized, f"outputs reordered from {', '.join(old)} to {', '.join(new)}"
 
 
-def output_names(model, task):
+def output_names(model: "PreTrainedModel", task: Task) -> list[str]:
     """The names of the parameters of the head's last layer, which has an output per label."""
     last = [
         name
@@ -161,7 +172,7 @@ def output_names(model, task):
     return [n for n in head_names(model) if n.rpartition(".")[0] in last]
 
 
-def label_names(raw):
+def label_names(raw: dict[str, Any]) -> list[str]:
     """The labels in a config.json, by their numbers; none where it does not number all."""
     try:
         named = {int(number): str(name) for number, name in raw["id2label"].items()}
@@ -170,7 +181,7 @@ def label_names(raw):
     return [named[n] for n in range(len(named))] if set(named) == set(range(len(named))) else []
 
 
-def order_of(old, new):
+def order_of(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
     """Where each new label is among the old ones; None where they are not the same labels.
 
     Names may differ in case and punctuation (`NOT-ENTAILMENT`, `not_entailment`).
@@ -182,7 +193,14 @@ def order_of(old, new):
     return None
 
 
-def report(model, model_name, info, absent, initialized, outputs):
+def report(
+    model: "PreTrainedModel",
+    model_name: str | Path,
+    info: dict[str, Any],
+    absent: Collection[str],
+    initialized: Collection[str],
+    outputs: str,
+) -> None:
     """Log one line: what of a checkpoint was kept, initialized, reordered and left unused.
 
     Args:
@@ -207,11 +225,11 @@ def report(model, model_name, info, absent, initialized, outputs):
     LOGGER.log(level, "weights of %s: %s", model_name, "; ".join(parts))
 
 
-def owner_of(name):
+def owner_of(name: str) -> str:
     """The module of a parameter."""
     return name.rpartition(".")[0]
 
 
-def modules_of(names, partly=()):
+def modules_of(names: Iterable[str], partly: Collection[str] = ()) -> list[str]:
     """The modules of some parameters, each once; of those in `partly` the parameters."""
     return sorted({n if owner_of(n) in partly else owner_of(n) or n for n in names})

@@ -5,22 +5,30 @@ so that such a bias seems to learn. They are found by computing with the model, 
 relative positions the logits may well depend on the key's bias.
 """
 
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from bitfit.data.tokens import Tokens
 from bitfit.model.forward import Forward
 from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.trainable import in_encoder, layer_and_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ROWS, TOKENS = 2, 32  # the trial computes with so many rows, and so many tokens of each
 ROUNDING = 1e-3  # what rounding may leave of a sum whose terms cancel, as a share of their sizes
 NOISE = 0.1  # standard deviation of the shifts, for attention may be uniform in a new model
 
 
-def find(model, trained, tokens):
+def find(
+    model: "PreTrainedModel", trained: Collection[str], tokens: Tokens
+) -> dict[str, list[list[int]]]:
     """Return {name: [[start, stop], ...]}: where the gradients of trained biases are always zero.
 
     The gradient of a bias is a sum over tokens. It counts as zero if its terms cancel, whatever
@@ -49,7 +57,13 @@ def find(model, trained, tokens):
     return {}
 
 
-def cancelled_in_all(model, trained, tokens, rows, rng):
+def cancelled_in_all(
+    model: "PreTrainedModel",
+    trained: Collection[str],
+    tokens: Tokens,
+    rows: list[np.ndarray],
+    rng: torch.Generator,
+) -> dict[str, torch.Tensor]:
     """{name: (size,) bool}, True in the parts of biases whose gradients cancel in all rows."""
     sizes = {name: model.get_parameter(name).shape for name in trained if in_encoder(model, name)}
     biases = [n for n, shape in sizes.items() if n.endswith(".bias") and len(shape) == 1]
@@ -65,7 +79,7 @@ def cancelled_in_all(model, trained, tokens, rows, rng):
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def head_size(config):
+def head_size(config: "PreTrainedConfig") -> int | None:
     """The width of an attention head, or None."""
     try:
         return config.hidden_size // config.num_attention_heads
@@ -73,14 +87,19 @@ def head_size(config):
         return None
 
 
-def whole_parts(mask, width):
+def whole_parts(mask: torch.Tensor, width: int | None) -> torch.Tensor:
     """A mask (size,) where all of its part of so many is True; of other sizes it is one part."""
     parts = mask.view(-1, width if width and len(mask) % width == 0 else len(mask))
     return parts.all(1, keepdim=True).expand_as(parts).flatten()
 
 
 @contextmanager
-def shifted(model, names, rng, masks=None):
+def shifted(
+    model: "PreTrainedModel",
+    names: Collection[str],
+    rng: torch.Generator,
+    masks: dict[str, torch.Tensor] | None = None,
+) -> Iterator[None]:
     """Within: random values are added to parameters, or to those of their values in masks."""
     parameters = [model.get_parameter(name) for name in names]
     data = [parameter.data for parameter in parameters]
@@ -95,31 +114,49 @@ def shifted(model, names, rng, masks=None):
             parameter.data = values
 
 
-def gradient_sums(model, biases, tokens, row, rng):
+Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {bias: (sum, sum of sizes)}, (size,) each
+
+
+def add_gradient(sums: Sums, name: str, axis: int, gradient: torch.Tensor) -> None:
+    """Add a gradient of a module's output, whose features are on `axis`, to the sums of a bias."""
+    gradient = gradient.movedim(axis, -1).flatten(0, -2)
+    signed, absolute = gradient.sum(0), gradient.abs().sum(0)
+    if name in sums:  # a module that is called again
+        signed, absolute = sums[name][0] + signed, sums[name][1] + absolute
+    sums[name] = signed, absolute
+
+
+def watch_output(
+    sums: Sums, name: str, module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple
+) -> None:
+    """Let the gradient of a module's output be added to the sums of its bias (a forward hook)."""
+    output = output[0] if isinstance(output, tuple) else output
+    axis = 1 if isinstance(module, torch.nn.Conv1d) else -1
+    if output.shape[axis] == len(module.bias) and output.requires_grad:
+        output.register_hook(partial(add_gradient, sums, name, axis))
+
+
+def gradient_sums(
+    model: "PreTrainedModel",
+    biases: list[str],
+    tokens: Tokens,
+    row: np.ndarray,
+    rng: torch.Generator,
+) -> Sums:
     """{name: (sum, sum of sizes)} of a bias's gradients from the tokens of a row, (size,) each.
 
     They are those of its module's output, to which it is added; one that is not has none here, or
     gradients that do not cancel.
     """
-    sums, handles, flags = {}, [], [(p, p.requires_grad) for p in model.parameters()]
-
-    def add(gradient, name, axis):
-        gradient = gradient.movedim(axis, -1).flatten(0, -2)
-        before = sums.get(name, (0, 0))  # of a module that is called again
-        sums[name] = before[0] + gradient.sum(0), before[1] + gradient.abs().sum(0)
-
-    def watch(module, inputs, output, name):
-        output = output[0] if isinstance(output, tuple) else output
-        axis = 1 if isinstance(module, torch.nn.Conv1d) else -1
-        if output.shape[axis] == len(module.bias) and output.requires_grad:
-            output.register_hook(partial(add, name=name, axis=axis))
+    sums: Sums = {}
+    handles, flags = [], [(p, p.requires_grad) for p in model.parameters()]
 
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.dim() == 1)
         for name in biases:
             module = model.get_submodule(name.rpartition(".")[0])
-            handles.append(module.register_forward_hook(partial(watch, name=name)))
+            handles.append(module.register_forward_hook(partial(watch_output, sums, name)))
         with torch.enable_grad():
             logits = Forward(model).logits(tokens, row)
             direction = torch.randn(logits.shape, generator=rng).to(logits)
@@ -136,7 +173,14 @@ def gradient_sums(model, biases, tokens, row, rng):
 
 
 @torch.no_grad()
-def logits_change(model, trained, masks, tokens, rows, rng):
+def logits_change(
+    model: "PreTrainedModel",
+    trained: Collection[str],
+    masks: dict[str, torch.Tensor],
+    tokens: Tokens,
+    rows: list[np.ndarray],
+    rng: torch.Generator,
+) -> bool:
     """Whether a shift of the biases in masks changes any row's logits by more than rounding."""
     forward = Forward(model)
     with shifted(model, trained, rng):
@@ -148,15 +192,15 @@ def logits_change(model, trained, masks, tokens, rows, rng):
     return not (after - before).abs().max() < 1e-3 * spread + rounding
 
 
-def ranges(mask):
+def ranges(mask: torch.Tensor) -> list[list[int]]:
     """[[start, stop], ...] where a mask (size,) is True."""
     edges = np.flatnonzero(np.diff(mask.numpy().astype(np.int8), prepend=0, append=0))
     return edges.reshape(-1, 2).tolist()
 
 
-def in_words(found, model):
+def in_words(found: dict[str, list[list[int]]], model: "PreTrainedModel") -> str:
     """The bias terms found, as text: "k_lin.bias", or "32 of 96 numbers of c_attn.bias"."""
-    numbers = {}
+    numbers: dict[str, tuple[int, int]] = {}
     for name, spans in found.items():
         fixed, size = numbers.get(term := layer_and_name(name)[1], (0, 0))
         fixed += sum(stop - start for start, stop in spans)

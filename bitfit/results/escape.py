@@ -12,22 +12,22 @@ LATEX = str.maketrans({
 })  # fmt: skip
 
 
-def markdown(text):
+def markdown(text: str) -> str:
     """Text that Markdown shows as it is, in a table's cell too."""
     return SPECIAL.sub(r"\\\1", html.escape(text, quote=False))
 
 
-def markdown_code(text):
+def markdown_code(text: str) -> str:
     """The same in the type of code."""
     plain = re.fullmatch(r"[\w./ -]+", text)
     return f"`{text}`" if plain else f"<code>{markdown(text)}</code>"
 
 
-def latex(text):
+def latex(text: str) -> str:
     """Text that LaTeX sets as it is."""
     return text.translate(LATEX)
 
 
-def plot(text):
+def plot(text: str) -> str:
     """Text that matplotlib draws as it is: no formula, and no label that its legends leave out."""
     return " " * text.startswith("_") + text.replace("$", r"\$")

@@ -6,21 +6,24 @@ grouped and pivoted from it.
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from bitfit.data.tasks import Task
 from bitfit.model.trainable import count, term_names
 from utils import write_text
 
 
-def frame_of(scores):
+def frame_of(scores: Iterable[Sequence]) -> pd.DataFrame:
     """The long table of rows (run's name, epoch, split, metric, value)."""
     return pd.DataFrame(scores, columns=["run", "epoch", "split", "metric", "value"])
 
 
-def evaluations(scores):
+def evaluations(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """{split: {metric: [value per scored epoch]}} of one run."""
     return {
         split: {
@@ -30,23 +33,23 @@ def evaluations(scores):
     }
 
 
-def main_rows(scores, task):
+def main_rows(scores: pd.DataFrame, task: Task) -> pd.DataFrame:
     """The rows of the main metric of the first validation split."""
     main = (scores["split"] == task.validation_splits[0]) & (scores["metric"] == task.metrics[0])
     return scores[main]
 
 
-def main_scores(scores, task):
+def main_scores(scores: pd.DataFrame, task: Task) -> pd.DataFrame:
     """The same, (epochs, runs)."""
     return main_rows(scores, task).pivot(index="epoch", columns="run", values="value")
 
 
-def best_epochs(scores, task):
+def best_epochs(scores: pd.DataFrame, task: Task) -> pd.Series:
     """{run: the epoch with its highest main score, the earliest of equals}"""
     return main_scores(scores, task).fillna(-np.inf).idxmax()
 
 
-def summary(scores, task):
+def summary(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
     """The last and the best evaluation of one run: {"last"|"best": {"epoch", split: {...}}}"""
     if scores.empty:
         return {}
@@ -60,7 +63,7 @@ def summary(scores, task):
     }  # fmt: skip
 
 
-def facts(evaluator):
+def facts(evaluator: Any) -> dict[str, Any]:
     """What metrics.json says of every run beside what it measured."""
     return {
         "task": evaluator.task_name,
@@ -80,7 +83,9 @@ def facts(evaluator):
     }
 
 
-def write_metrics(folder, task, record, scores, facts):
+def write_metrics(
+    folder: Path, task: Task, record: Any, scores: pd.DataFrame, facts: dict[str, Any]
+) -> None:
     """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
     content = facts | record.run._asdict()
     content |= {"diverged": record.diverged, "train_loss": record.train_loss}
@@ -93,7 +98,7 @@ def write_metrics(folder, task, record, scores, facts):
     write_text(folder / "metrics.csv", table.to_csv(index=False))
 
 
-def read_metrics(folder):
+def read_metrics(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """(metrics.json, the table metrics.csv) of a run; OSError, ValueError and others where there
     is none, or they were edited."""
     content = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
@@ -104,7 +109,7 @@ def read_metrics(folder):
     return content, table[["epoch", "split", "metric", "value"]].astype({"value": float})
 
 
-def score_table(scores, task):
+def score_table(scores: pd.DataFrame, task: Task) -> str:
     """The scores of one run as text, x 100 as the paper prints them: a row per split and metric."""
     if scores.empty:
         return "nothing was evaluated"
@@ -119,7 +124,7 @@ def score_table(scores, task):
     return pd.DataFrame(rows, columns=columns).to_string(index=False)
 
 
-def one_line_scores(scores, task, loss):
+def one_line_scores(scores: pd.DataFrame, task: Task, loss: float) -> str:
     """One evaluation, for the log: all scores of one run, or the main ones of many."""
     shown = 100 * scores["value"]
     runs = scores["run"].nunique()
@@ -135,7 +140,7 @@ def one_line_scores(scores, task, loss):
     )
 
 
-def write_predictions(path, task, predicted):
+def write_predictions(path: Path, task: Task, predicted: np.ndarray) -> None:
     """A file for the GLUE server: `index<TAB>prediction`, in the order of the test rows.
 
     Raises:

@@ -5,17 +5,25 @@ All of it is made from the metrics files of the runs, so that it can be made aga
 
 import json
 import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from bitfit.data.tasks import Task
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.results.scores import frame_of, main_rows, main_scores
 from utils import Diverged, UserError, convert_errors, first_line, write_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def read(folders):
+    from bitfit.model.run_stack import Run
+
+
+def read(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(facts, scores) of the runs that have metrics files: a row per run, a row per score.
 
     Args:
@@ -40,12 +48,12 @@ def read(folders):
     return pd.DataFrame(facts), pd.concat(scores[1:] or scores)
 
 
-def counted(facts, scores):
+def counted(facts: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """The scores that count: a run that diverged has no last epoch to report."""
     return scores[scores["run"].isin(facts.loc[facts["diverged"] == "", "run"])]
 
 
-def best_run(facts, scores, task):
+def best_run(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
     """The name of the run with the best score of any epoch, the first of equals, or None."""
     scores = counted(facts, scores)
     if scores.empty:
@@ -54,7 +62,7 @@ def best_run(facts, scores, task):
     return best.fillna(-np.inf).idxmax()
 
 
-def results_rows(facts, scores, task):
+def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
     """The rows of results.csv, one per run, scores x 100."""
     rows, main = [], main_rows(scores, task)
     for fact in facts.to_dict("records"):
@@ -69,7 +77,9 @@ def results_rows(facts, scores, task):
     return rows
 
 
-def by_learning_rate(facts, scores, task):
+def by_learning_rate(
+    facts: pd.DataFrame, scores: pd.DataFrame, task: Task
+) -> dict[float, pd.DataFrame]:
     """{learning rate: the main scores x 100 of its runs that count, (epochs, runs)}, rising."""
     main = 100 * main_scores(counted(facts, scores), task)
     return {
@@ -78,7 +88,7 @@ def by_learning_rate(facts, scores, task):
     }
 
 
-def learning_rate_table(facts, groups):
+def learning_rate_table(facts: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
     """A row per learning rate: mean ± standard deviation over its seeds, x 100."""
     rows, seeds = [], facts.set_index("run")["seed"]
     for rate, scores in groups.items():
@@ -96,13 +106,13 @@ def learning_rate_table(facts, groups):
     return pd.DataFrame(rows).fillna("-").to_string(index=False)
 
 
-def mean_and_std(values):
+def mean_and_std(values: np.ndarray) -> str:
     """The sample standard deviation; one value has none."""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
 
-def warnings_of(groups):
+def warnings_of(groups: dict[float, pd.DataFrame]) -> list[str]:
     """The two ways to go wrong unnoticed: a grid too narrow, a training too short."""
     tried, warnings = list(groups), []
     means = {rate: of.mean(axis=1, skipna=False) for rate, of in groups.items() if of.shape[1]}
@@ -125,7 +135,9 @@ def warnings_of(groups):
     return warnings
 
 
-def sweep_curves(facts, scores, task, caption):
+def sweep_curves(
+    facts: pd.DataFrame, scores: pd.DataFrame, task: Task, caption: str
+) -> dict[str, "Figure"]:
     """{metric: figure}: a line per learning rate, the mean over its seeds, with their range."""
     scores = counted(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
@@ -133,7 +145,7 @@ def sweep_curves(facts, scores, task, caption):
     return {metric: sweep_curve(of, task, metric, caption) for metric, of in by_metric}
 
 
-def sweep_curve(scores, task, metric, caption):
+def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> "Figure":
     from matplotlib import colormaps
 
     x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
@@ -152,7 +164,7 @@ def sweep_curve(scores, task, metric, caption):
     return figure
 
 
-def drop_beaten(folders, best):
+def drop_beaten(folders: dict["Run", Path], best: str | None) -> None:
     """With --keep best: of the runs so far only the best keeps an evaluator and predictions."""
     for run, folder in folders.items():
         if run.name != best:
@@ -162,7 +174,7 @@ def drop_beaten(folders, best):
                 path.unlink()
 
 
-def report(output, task, folders, caption):
+def report(output: Path, task: Task, folders: dict["Run", Path], caption: str) -> str:
     """Write results.csv, results.json and the curves; returns what to print.
 
     Raises:

@@ -2,10 +2,17 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from bitfit.training.plan import Plan
+
+if TYPE_CHECKING:
+    from bitfit.training.loop import State
 
 LOGGER = logging.getLogger("bitfit")
 TELL_SECONDS = 120  # between two lines, where there is no bar
@@ -14,7 +21,7 @@ TELL_SECONDS = 120  # between two lines, where there is no bar
 class Progress:
     """Of all runs of a `bitfit.training.plan.Plan` together, in rows."""
 
-    def __init__(self, plan, runs=1, done=0, shows=True):
+    def __init__(self, plan: Plan, runs: int = 1, done: int = 0, shows: bool = True) -> None:
         """
         Args:
             runs: how many train together.
@@ -32,16 +39,16 @@ class Progress:
         self.looked = time.perf_counter()  # epochs may be shorter than the time between two looks
 
     @contextmanager
-    def shown(self):
+    def shown(self) -> Iterator[None]:
         """Within: log lines do not break the bar."""
         with logging_redirect_tqdm(), self.bar:
             yield
 
-    def update(self, rows):
+    def update(self, rows: int) -> None:
         self.done += rows
         self.bar.update(rows)
 
-    def look(self, state, loss):
+    def look(self, state: "State", loss: float) -> None:
         """Show what there is to see.
 
         Args:
@@ -60,7 +67,7 @@ class Progress:
             LOGGER.info("%s  %.0f ex/s  %s left", words, rate, left)
 
 
-def best_score(state):
+def best_score(state: "State") -> float | None:
     """The best main score of all runs so far, or None."""
     task = state.plan.task
     main = task.validation_splits[0], task.metrics[0]

@@ -8,14 +8,21 @@ is there when its facts are. A torn or edited file does not have its checksum an
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils import FORMAT, CorruptFile, atomic_file
 
 
-def write(path, facts, tensors, beside=None):
+def write(
+    path: str | Path,
+    facts: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    beside: str | None = None,
+) -> None:
     """Write {name: tensor on the host}, if there are any, and then the facts, to `path` (.json).
 
     Args:
@@ -36,7 +43,7 @@ def write(path, facts, tensors, beside=None):
             new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
 
 
-def save(tensors, path):
+def save(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
     """safetensors' own function, whose errors are OSError here."""
     try:
         save_file(tensors, path)
@@ -44,7 +51,7 @@ def save(tensors, path):
         raise OSError(f"{path}: {error}") from None
 
 
-def read(path):
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(facts, tensors) as they were written.
 
     Raises:
@@ -71,15 +78,15 @@ def read(path):
         raise CorruptFile(f"{path} is damaged: {error}") from None
 
 
-def dump(facts):
+def dump(facts: dict[str, Any]) -> str:
     """The one way to write facts, so that no byte of them can change unseen."""
     return json.dumps(facts, indent=2) + "\n"
 
 
-def sha256(facts):
+def sha256(facts: dict[str, Any]) -> str:
     return hashlib.sha256(dump(facts).encode()).hexdigest()
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
