@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bitfit.data.tokens import Tokens
+from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.forward import Forward
 from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.trainable import in_encoder, layer_and_name
@@ -27,7 +27,7 @@ NOISE = 0.1  # standard deviation of the shifts, for attention may be uniform in
 
 
 def find(
-    model: "PreTrainedModel", trained: Collection[str], tokens: Tokens
+    model: "PreTrainedModel", trained: Collection[str], tokens: TokenizedSplit
 ) -> dict[str, list[list[int]]]:
     """Return {name: [[start, stop], ...]}: where the gradients of trained biases are always zero.
 
@@ -60,7 +60,7 @@ def find(
 def cancelled_in_all(
     model: "PreTrainedModel",
     trained: Collection[str],
-    tokens: Tokens,
+    tokens: TokenizedSplit,
     rows: list[np.ndarray],
     rng: torch.Generator,
 ) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def watch_output(
 def gradient_sums(
     model: "PreTrainedModel",
     biases: list[str],
-    tokens: Tokens,
+    tokens: TokenizedSplit,
     row: np.ndarray,
     rng: torch.Generator,
 ) -> Sums:
@@ -177,7 +177,7 @@ def logits_change(
     model: "PreTrainedModel",
     trained: Collection[str],
     masks: dict[str, torch.Tensor],
-    tokens: Tokens,
+    tokens: TokenizedSplit,
     rows: list[np.ndarray],
     rng: torch.Generator,
 ) -> bool:
