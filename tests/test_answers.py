@@ -184,10 +184,10 @@ def test_names(saved):
     ("names", "message"),
     [
         (["cola", "cola"], "cola is given twice: give each once"),
-        (["cola", "full_ft"], r"full has weight matrices of its own \(full_ft\), where others sha"),
+        (["cola", "full_ft"], r"full \(full_ft\) changed weight matrices, which the others sha"),
         (
             ["rand_uniform", "cola"],
-            r"random has weight matrices of its own \(rand_uniform\), .*: gi",
+            r"random \(rand_uniform\) changed weight matrices, .*: gi",
         ),
         (
             ["cola", "random encoder"],
@@ -251,16 +251,16 @@ def test_the_command(saved, lines, capsys):
             ["cola", "stsb"],
             b"a\tb\nc\td\n1\t2\t3\n",
             2,
-            "3 texts with tabs between; give one or two",
+            "3 texts with tabs between them; give one or two",
         ),
         (
             ["cola", "sst2"],
             b"a\nb\nc\td\n",
             2,
-            "2 texts with tabs between; give one, for no evalua",
+            "2 texts with tabs between them; give one: no evalua",
         ),
-        (["cola"], b"a\nb\n \n", 2, "an empty text; give every line one"),
-        (["stsb"], b"a\tb\nc\td\ne\t\n", 2, "an empty text; give every line one"),
+        (["cola"], b"a\nb\n \n", 2, "an empty text; give a text in every line"),
+        (["stsb"], b"a\tb\nc\td\ne\t\n", 2, "an empty text; give a text in every line"),
         (["cola"], b"a\nb\n\xff\n", 2, "not UTF-8 text; convert the input to UTF-8"),
     ],
 )

@@ -1,1 +1,4 @@
-"""The paper's study: cells, cost, ledger, workers, statistics, report."""
+"""The paper's tables and figures: planned cells, their workers, statistics and the report.
+
+What trains and scores one cell is run_glue.py, which this package starts as a process.
+"""
