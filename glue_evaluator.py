@@ -84,13 +84,13 @@ class GLUEvaluator:
         self.task_name = self.task.name
         self.num_labels = self.task.num_labels
         self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
-        self.revision, self.model_commit = hub.resolve(model_name, model_revision)
+        self.revision, self.model_commit = hub.resolve_revision(model_name, model_revision)
         self.torch_device = choose_device(device)
         self.base_name = Path(model_name).name  # for captions
         self.seeds = as_list(torch.initial_seed() if seed is None else seed)
         self.precision = choose_precision(precision, self.torch_device)
         self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
-        self.zero_gradient = {}  # as from `zero_gradients.find`
+        self.zero_gradient = {}  # as from `zero_gradients.find_zero_gradients`
         self.averaged = []  # of an average, each member: see `bitfit.tools.deltas.average`
         self.group = (
             SINGLE_PROCESS  # the `bitfit.distributed.Group` that trains and predicts together
@@ -115,7 +115,7 @@ class GLUEvaluator:
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        loading.check_length(self.model_name, self.task, max_sequence_len, self.revision)
+        loading.check_max_length(self.model_name, self.task, max_sequence_len, self.revision)
         self._set_data(max_sequence_len, batch_size, train_size)
         tests = self._test_files() if test_splits else ()
         for split in ("train", *self.task.validation_splits, *tests):
@@ -142,7 +142,7 @@ class GLUEvaluator:
         self._need("data", "preprocess_dataset")
         return self.data.split(split).tokens
 
-    convert_to_actual_components = staticmethod(trainable.actual_components)
+    convert_to_actual_components = staticmethod(trainable.terms_to_components)
 
     def training_preparation(
         self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True,
@@ -194,14 +194,14 @@ class GLUEvaluator:
         self.zero_gradient = self._find_zero_gradient()
 
     def _load_model(self, random_encoder, report=False):
-        self.model, initialized = loading.load(
+        self.model, initialized = loading.load_model(
             self.model_name, self.task, random_encoder, self.revision, report
         )
-        self._draw = partial(loading.draw_head, names=initialized) if initialized else None
+        self._draw = partial(loading.init_head, names=initialized) if initialized else None
         self.encoder_sha256 = models_fingerprints.fingerprint(self.model)
         self.model.to(self.torch_device)
         self.token_budget = TokenBudget(self.max_tokens, self.torch_device)
-        for outdated in ("stack", "chosen", "_found", "_longest_tried"):
+        for outdated in ("stack", "trainable", "_found", "_longest_tried"):
             vars(self).pop(outdated, None)
 
     def _forward(self, split):
@@ -229,19 +229,21 @@ class GLUEvaluator:
         """The biases whose gradient is zero; a line says which, unless an earlier one did."""
         if not self.trains_only_biases:
             return {}
-        found = zero_gradients.find(self.model, self.chosen, self.tokens("train"))
+        found = zero_gradients.find_zero_gradients(self.model, self.trainable, self.tokens("train"))
         if found and found != self.zero_gradient:
             LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
-                        "%s", zero_gradients.in_words(found, self.model))  # fmt: skip
+                        "%s", zero_gradients.format_zero_gradients(found, self.model))  # fmt: skip
         return found
 
     def _choose(self, fine_tune_type, mask_size=None):
         rng = make_generator(self.runs[0].seed, "mask")
-        self.chosen = trainable.select(self.model, fine_tune_type, self.components, mask_size, rng)
+        self.trainable = trainable.select_trainable(
+            self.model, fine_tune_type, self.components, mask_size, rng
+        )
         self.fine_tune_type = fine_tune_type
         vars(self).pop("_reason", None)
         if self.verbose:
-            print_result(trainable.describe(self.model, self.chosen))
+            print_result(trainable.trainable_table(self.model, self.trainable))
 
     def set_uniform_mask(self, mask_size=None):
         """Train so many parameters drawn uniformly from the encoder, and the classifier."""
@@ -252,8 +254,8 @@ class GLUEvaluator:
         self._set_mask("rand_row_col")
 
     def _set_mask(self, fine_tune_type, mask_size=None):
-        self._need("chosen", "training_preparation")
-        if hasattr(self, "stack") or not trainable.trains_matrices(self.model, self.chosen):
+        self._need("trainable", "training_preparation")
+        if hasattr(self, "stack") or not trainable.trains_matrices(self.model, self.trainable):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
         self._choose(fine_tune_type, mask_size)
 
@@ -265,28 +267,28 @@ class GLUEvaluator:
             "data_sha256": hash_of_splits(scored.values()),
             "test_sha256": hash_of_splits(split for split in tests if split.tokens),
             "encoder_sha256": self.encoder_sha256,
-            "chosen_sha256": self.chosen_sha256(),
+            "chosen_sha256": self.trainable_sha256(),
             **self.base_fingerprints,
             **({"zero_gradient": self.zero_gradient} if self.zero_gradient else {}),
         }
 
-    def chosen_sha256(self):
+    def trainable_sha256(self):
         """Return the hash of the names and positions that train."""
-        return models_fingerprints.sha256(v for item in self.chosen.items() for v in item)
+        return models_fingerprints.sha256(v for item in self.trainable.items() for v in item)
 
     @property
     def masks(self):
         """{parameter name: bool tensor of its shape}, True where a random mask trains."""
-        self._need("chosen", "training_preparation")
-        return trainable.dense_masks(self.model, self.chosen)
+        self._need("trainable", "training_preparation")
+        return trainable.dense_masks(self.model, self.trainable)
 
     def reason_not_stackable(self):
         """Why several runs cannot be trained in one pass, or None if they can."""
-        self._need("chosen", "training_preparation")
+        self._need("trainable", "training_preparation")
         if len(self.runs) > 1 and not hasattr(self, "_reason"):
             tokens = self.tokens("train")
             self._reason = run_stack.reason_not_stackable(
-                self._forward("train"), self.chosen, tokens
+                self._forward("train"), self.trainable, tokens
             )
         return self._reason if len(self.runs) > 1 else None
 
@@ -338,7 +340,7 @@ class GLUEvaluator:
                     self.data.scored(), self.token_budget, self.batch_size, num_epochs, lr_schedule,
                     warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
         set_seed(self._dropout_seed())
-        self.stack = RunStack(self.model, self.chosen, self.runs, self._draw, self.zero_gradient)
+        self.stack = RunStack(self.model, self.trainable, self.runs, self._draw, self.zero_gradient)
         state = start(plan, self.stack, self.optimizer, keep)
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
@@ -436,7 +438,7 @@ class GLUEvaluator:
     def method_caption(self):
         """One line that says what was run, whatever the run."""
         model = self.base_name + (" (random encoder)" if self.random_encoder else "")
-        terms = ", ".join(trainable.term_names(self.components))
+        terms = ", ".join(trainable.components_to_terms(self.components))
         method = f"bitfit ({terms})" if terms else self.fine_tune_type
         return f"{self.task.folder}, {model}, {method}"
 
@@ -462,7 +464,7 @@ class GLUEvaluator:
     @property
     def trains_only_biases(self):
         """Whether there are bias terms whose change can be plotted: so it is with bitfit."""
-        return trainable.trains_only_biases(self.model, self.chosen)
+        return trainable.trains_only_biases(self.model, self.trainable)
 
     def terms_changes(self):
         """(names, changes): how far each bias term moved, per layer; see `plots.bias_changes`."""

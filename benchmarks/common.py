@@ -33,7 +33,7 @@ from bitfit.model.batching import MAX_TOKENS  # noqa: E402
 from bitfit.model.precision import DTYPES  # noqa: E402
 from bitfit.model.run_stack import Run, RunStack  # noqa: E402
 from bitfit.model.token_budget import TokenBudget  # noqa: E402
-from bitfit.model.trainable import matrix_weights, select  # noqa: E402
+from bitfit.model.trainable import matrix_weights, select_trainable  # noqa: E402
 from bitfit.training.checkpoints import Saver  # noqa: E402
 from bitfit.training.loop import start, step_graphs, train_epoch  # noqa: E402
 from bitfit.training.plan import Plan  # noqa: E402
@@ -107,7 +107,7 @@ def load(
     """(tokenizer, a function that makes the same fresh model each time)"""
     if args.model_name:
         tokenizer = loading.load_tokenizer(args.model_name)
-        return tokenizer, lambda: loading.load(args.model_name, task)[0]
+        return tokenizer, lambda: loading.load_model(args.model_name, task)[0]
     tokenizer = loading.load_tokenizer(str(ROOT / "examples/tiny_bert"))
     return tokenizer, lambda: random_model(args.size, task.num_labels)
 
@@ -135,7 +135,7 @@ def examples(tokens: TokenizedSplit) -> list[dict[str, Any]]:
 
 def train_biases(model: PreTrainedModel) -> PreTrainedModel:
     """Let plain autograd train what BitFit trains."""
-    names = select(model, "bitfit", ["bias"])
+    names = select_trainable(model, "bitfit", ["bias"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return model
@@ -162,8 +162,8 @@ class Ours:
         self.plan = Plan(task, forward, Split(tokens, rows), {}, budget, batch_size, epochs=1)
         self.plans: dict[torch.dtype, Plan] = {}
         components = ["bias"] if method == "bitfit" else []
-        chosen = select(model, method, components, None, np.random.default_rng(0))
-        self.stack = RunStack(model, chosen, grid, loading.draw_head)
+        trainable = select_trainable(model, method, components, None, np.random.default_rng(0))
+        self.stack = RunStack(model, trainable, grid, loading.init_head)
 
     def plan_in(self, dtype: torch.dtype) -> Plan:
         """The plan with the fastest forward pass in a precision."""

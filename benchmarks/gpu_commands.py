@@ -216,7 +216,7 @@ def train_with_trainer(args: argparse.Namespace) -> None:
         examples(tokenize(splits.read_split(TASKS["rte"], split, data), tokenizer, 128))
         for split in ("train", "validation")
     )
-    model, _ = loading.load(model_folder, TASKS["rte"])
+    model, _ = loading.load_model(model_folder, TASKS["rte"])
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(16, "bf16", folder, pick_device())
         settings.num_train_epochs, settings.eval_strategy = float(args.epochs), "epoch"

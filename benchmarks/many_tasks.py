@@ -65,7 +65,7 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
         evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
         evaluator.stack = RunStack(
-            evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head
+            evaluator.model, evaluator.trainable, evaluator.runs, loading.init_head
         )
         for own in folders[first :: len(tasks)]:
             evaluator.stack.params += 0.02 * torch.randn_like(evaluator.stack.params)

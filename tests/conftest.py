@@ -45,8 +45,8 @@ def set_dropout(model, p):
 
 def load_model(folder, task, seed=0, random_encoder=False):
     """A model with its head drawn, as a run of that seed starts."""
-    model, initialized = loading.load(folder, task, random_encoder)
-    loading.draw_head(model, seed, initialized)
+    model, initialized = loading.load_model(folder, task, random_encoder)
+    loading.init_head(model, seed, initialized)
     return model
 
 

@@ -40,7 +40,9 @@ def save(folder, task, model=TINY_BERT, kind=BITFIT, length=64, **options):
     evaluator = GLUEvaluator(task, str(model), None, 0, GLUE, **options)
     evaluator.preprocess_dataset("longest", length, 8, train_size=8)
     evaluator.prepare(kind[0], 1e-3, components=kind[1], verbose=False)
-    evaluator.stack = RunStack(evaluator.model, evaluator.chosen, evaluator.runs, loading.draw_head)
+    evaluator.stack = RunStack(
+        evaluator.model, evaluator.trainable, evaluator.runs, loading.init_head
+    )
     noise = torch.Generator().manual_seed(len(str(folder)) + len(task))
     evaluator.stack.params += 0.2 * torch.randn(evaluator.stack.params.shape, generator=noise)
     evaluator.stack.load_run(0)
@@ -166,8 +168,8 @@ def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
 
 
 def test_one_model_is_loaded_and_its_own_values_are_untouched(saved, monkeypatch):
-    loads, load_one = [], loading.load
-    monkeypatch.setattr(loading, "load", lambda *args: loads.append(args) or load_one(*args))
+    loads, load_one = [], loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args: loads.append(args) or load_one(*args))
     many = load(*(saved[name] for name in ("cola", "mnli", "stsb")))
     assert len(loads) == 1
     base, _ = load_one(str(TINY_BERT), TASKS["mnli"])

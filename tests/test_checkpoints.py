@@ -9,7 +9,7 @@ from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import select
+from bitfit.model.trainable import select_trainable
 from bitfit.training.checkpoints import Saver, capture, found, restore
 from bitfit.training.loop import move, start
 from bitfit.training.plan import Plan
@@ -17,7 +17,7 @@ from utils import CorruptFile
 
 
 def new_state(runs, model, keep="last"):
-    stack = RunStack(model, select(model, "bitfit", ["bias"]), runs)
+    stack = RunStack(model, select_trainable(model, "bitfit", ["bias"]), runs)
     rows = {run.seed: [0] for run in runs}
     return start(
         Plan(TASKS["rte"], None, Split(None, rows), {}, TokenBudget(9), 8, 2), stack, keep=keep

@@ -22,7 +22,7 @@ from bitfit.model.forward import select_forward
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
 from bitfit.training.graphs import USES_BEFORE_CAPTURE
@@ -41,14 +41,16 @@ def command(folder, *flags):
 
 def new_state(method, count, dtype, packed):
     """A training of the tiny BERT on the simulated GPU, of `count` runs."""
-    model, _ = loading.load(str(TINY_BERT), COLA)
+    model, _ = loading.load_model(str(TINY_BERT), COLA)
     model.to(CUDA)
     texts = splits.read_split(COLA, "train", GLUE).take(range(24))
     tokens = tokenize(texts, loading.load_tokenizer(str(TINY_BERT)), 48).to(CUDA)
     forward = select_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
-    chosen = select(model, method, ["bias"] if method == "bitfit" else [], 1000,
+    trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [], 1000,
                     np.random.default_rng(0))  # fmt: skip
-    stack = RunStack(model, chosen, [Run(1e-3, seed) for seed in range(count)], loading.draw_head)
+    stack = RunStack(
+        model, trainable, [Run(1e-3, seed) for seed in range(count)], loading.init_head
+    )
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
     return loop.start(Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), 8, 9), stack)
 
@@ -211,7 +213,7 @@ def clipped_with_a_look(grads, max_norm=1.0):
 
 def test_what_cuda_rejects_is_found(monkeypatch):
     with simulated_gpu(), pytest.raises(RejectedByCUDA, match="generator of the host"):
-        monkeypatch.setattr(loading, "draw_head", drawn_on_the_gpu)
+        monkeypatch.setattr(loading, "init_head", drawn_on_the_gpu)
         new_state("bitfit", 1, torch.bfloat16, packed=False)
     monkeypatch.undo()
     with simulated_gpu(), pytest.raises(RejectedByCUDA, match=r"on the host|two devices"):

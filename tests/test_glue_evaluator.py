@@ -274,7 +274,7 @@ def test_a_mask_that_meets_every_parameter_is_saved_too(tmp_path, tiny_bert):
     evaluator = prepared(tiny_bert)
     evaluator.training_preparation(1e-3, "adamw", True, verbose=False)
     evaluator.set_uniform_mask(20_000)
-    assert all(name in evaluator.chosen for name, _ in evaluator.model.named_parameters())
+    assert all(name in evaluator.trainable for name, _ in evaluator.model.named_parameters())
     evaluator.train_and_evaluate(1)
     evaluator.save(tmp_path)
     loaded = GLUEvaluator.load(tmp_path, None)

@@ -19,8 +19,8 @@ from bitfit.cli import experiment
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
 from bitfit.model.fingerprints import fingerprint
-from bitfit.model.hub import resolve
-from bitfit.model.loading import check_length, load, load_tokenizer
+from bitfit.model.hub import resolve_revision
+from bitfit.model.loading import check_max_length, load_model, load_tokenizer
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -58,12 +58,12 @@ def plain(hub, commit):
 
 @pytest.mark.parametrize("given", [None, "main", "v1", COMMITS["main"], COMMITS["v1"]])
 def test_a_revision_is_one_commit_for_all_files(hub, given):
-    revision, commit = resolve("org/tiny", given)
+    revision, commit = resolve_revision("org/tiny", given)
     assert commit == COMMITS.get(given or "main", given)
-    loaded = load("org/tiny", RTE, revision=revision)[0]
+    loaded = load_model("org/tiny", RTE, revision=revision)[0]
     assert facts_of(loaded, load_tokenizer("org/tiny", revision)) == plain(hub, commit)
     with pytest.raises(UserError, match="--max-seq-length 129"):
-        check_length("org/tiny", RTE, 129, revision)
+        check_max_length("org/tiny", RTE, 129, revision)
     assert plain(hub, COMMITS["main"]) != plain(hub, COMMITS["v1"])
 
 
@@ -97,7 +97,7 @@ def test_the_files_are_of_one_commit_though_the_name_moves(hub, tmp_path, monkey
     evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
     assert facts_of(evaluator.model, evaluator.tokenizer) == plain(hub, COMMITS["v1"])
     assert evaluator.model_commit == COMMITS["v1"]
-    assert resolve("org/tiny", "v1")[1] == COMMITS["main"]
+    assert resolve_revision("org/tiny", "v1")[1] == COMMITS["main"]
 
 
 def test_the_commit_is_kept_and_a_saved_evaluator_goes_back_to_it(hub, tmp_path):
@@ -304,7 +304,7 @@ def test_a_folder_needs_the_hub_only_for_a_push(monkeypatch, tmp_path):
 
 def test_the_clients_own_environment_is_obeyed(hub_home):
     """HF_HOME, in a process of its own: the client reads it once."""
-    script = "from bitfit.model.hub import resolve; print(resolve('org/tiny', 'v1')[1])"
+    script = "from bitfit.model import hub; print(hub.resolve_revision('org/tiny', 'v1')[1])"
     environment = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -193,16 +193,16 @@ def test_what_would_be_misread_is_refused_in_one_line(folder, kind):
     damage, message = WRONG[kind]
     damage(folder)
     with pytest.raises(UserError, match=message) as raised:
-        loading.check_length(folder, RTE, 32)
+        loading.check_max_length(folder, RTE, 32)
         loading.load_tokenizer(folder)
-        loading.load(folder, RTE)
+        loading.load_model(folder, RTE)
     assert "\n" not in str(raised.value)
     assert str(folder) in str(raised.value)
 
 
 def test_the_control_of_a_random_encoder_needs_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    model, initialized = loading.load(folder, RTE, random_encoder=True)
+    model, initialized = loading.load_model(folder, RTE, random_encoder=True)
     assert initialized == {"classifier.weight", "classifier.bias"}
     assert model.config.num_hidden_layers == 3
 
@@ -211,13 +211,13 @@ def test_pickled_weights_are_converted_as_the_message_says(folder):
     expected = load_file(folder / "model.safetensors")
     only_bin(folder)
     with pytest.raises(UserError) as raised:
-        loading.load(folder, RTE)
+        loading.load_model(folder, RTE)
     program = re.search(r'python -c "(.*)"', str(raised.value))[1]
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
     assert all(
         torch.equal(t, expected[n]) for n, t in load_file(folder / "model.safetensors").items()
     )
-    loading.load(folder, RTE)
+    loading.load_model(folder, RTE)
 
 
 def save_qwen2(folder):
@@ -292,7 +292,7 @@ def test_what_a_checkpoint_has_of_a_head_is_kept(folder, kind, kept):
                  and first[n].dim() == 2)  # fmt: skip
     assert torch.equal(first[output], again[output])
     assert not torch.equal(first[output], other[output])
-    _, initialized = loading.load(folder, RTE)
+    _, initialized = loading.load_model(folder, RTE)
     assert initialized == {output, output.replace("weight", "bias")}
 
 
@@ -362,7 +362,7 @@ def test_a_head_that_is_not_used_may_be_damaged(folder):
     assert load_model(folder, RTE).classifier.weight.isfinite().all()
     set_json(folder, id2label={"0": "entailment", "1": "not_entailment"})
     with pytest.raises(UserError, match=r"NaN or infinite values .the first: classifier.weight"):
-        loading.load(folder, RTE)
+        loading.load_model(folder, RTE)
 
 
 REPORTS = {

@@ -12,7 +12,7 @@ from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.fingerprints import fingerprint, sha256
 from bitfit.model.forward import Forward, select_forward
-from bitfit.model.loading import check_length, draw_head, load_tokenizer, position_limit
+from bitfit.model.loading import check_max_length, init_head, load_tokenizer, position_limit
 from utils import UserError
 
 RTE = TASKS["rte"]
@@ -46,7 +46,7 @@ def test_a_head_is_sampled_on_the_cpu_whatever_the_device(tiny_bert, device):
     model = load_model(tiny_bert, RTE, 1)
     expected = torch.empty(2, 128).normal_(std=0.02, generator=torch.Generator().manual_seed(3))
     with RejectsOtherGenerators():
-        draw_head(model.to(device), 3)
+        init_head(model.to(device), 3)
     if device == "cpu":
         assert torch.equal(model.classifier.weight, expected)
 
@@ -136,9 +136,9 @@ def test_position_limits(tiny_bert, tiny_roberta):
 
 def test_the_length_is_checked_without_weights(tmp_path, tiny_roberta):
     for folder in (copy(tmp_path, ["*.safetensors"]), tiny_roberta):
-        check_length(folder, RTE, 128)
+        check_max_length(folder, RTE, 128)
         with pytest.raises(UserError, match="--max-seq-length 129 is above the model's 128 posit"):
-            check_length(folder, RTE, 129)
+            check_max_length(folder, RTE, 129)
 
 
 def tokens(*lengths):

@@ -21,7 +21,7 @@ from bitfit.model.packing import (
     packing_of,
 )
 from bitfit.model.run_stack import Run, RunStack
-from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
 from utils import UserError
 
 LENGTHS = (9, 4, 40, 17, 6, 16)
@@ -50,10 +50,10 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
     assert forward.packed_encoder.rest  # all four go through the last layer with first tokens alone
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     components = ["bias"] if method == "bitfit" else []
-    chosen = select(model, method, components, 3000, np.random.default_rng(0))
+    trainable = select_trainable(model, method, components, 3000, np.random.default_rng(0))
 
     def loss_and_gradient(logits_of, dtype):
-        stack = RunStack(model, chosen, [Run(1e-3, 0)])
+        stack = RunStack(model, trainable, [Run(1e-3, 0)])
         model.eval()
         with stack.patched(dtype):
             logits = logits_of().float()

@@ -12,7 +12,7 @@ from bitfit.model.run_stack import (
     reason_not_stackable,
     stacked_logits_differ,
 )
-from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
 
 RUN = Run(1e-3, 0)
 
@@ -37,7 +37,10 @@ def loss(model):
 def masks(model):
     rng = np.random.default_rng(0)
     components = dict.fromkeys(FINE_TUNE_TYPES, ()) | {"bitfit": ["bias"]}
-    return {kind: select(model, kind, components[kind], 5_000, rng) for kind in FINE_TUNE_TYPES}
+    return {
+        kind: select_trainable(model, kind, components[kind], 5_000, rng)
+        for kind in FINE_TUNE_TYPES
+    }
 
 
 TOKENS = TokenizedSplit(
@@ -48,29 +51,29 @@ TOKENS = TokenizedSplit(
 
 @pytest.mark.parametrize("method", ["bitfit", "full_ft", "rand_uniform", "rand_row_col"])
 def test_the_flat_gradient_is_autograds(model, method):
-    expected, chosen = gradients(model), masks(model)[method]
+    expected, trainable = gradients(model), masks(model)[method]
     model.zero_grad()
-    stack = RunStack(model, chosen, [RUN])
+    stack = RunStack(model, trainable, [RUN])
     with stack.patched():
         loss(model).backward()
         stack.accumulate_grads()
     for name, (start, stop) in stack.slices.items():
         wanted = expected[name].flatten()
-        wanted = wanted if chosen[name] is None else wanted[torch.from_numpy(chosen[name])]
+        wanted = wanted if trainable[name] is None else wanted[torch.from_numpy(trainable[name])]
         assert torch.allclose(stack.grads[0, start:stop], wanted, rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("method", ["bitfit", "full_ft", "rand_uniform", "rand_row_col"])
 def test_only_what_is_chosen_moves(model, method):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    chosen = masks(model)[method]
-    stack = RunStack(model, chosen, [RUN])
+    trainable = masks(model)[method]
+    stack = RunStack(model, trainable, [RUN])
     with stack.patched():
         stack.params += 1.0
     for name, parameter in model.named_parameters():
         expected = before[name].clone().view(-1)
-        if name in chosen:
-            expected[slice(None) if chosen[name] is None else chosen[name]] += 1.0
+        if name in trainable:
+            expected[slice(None) if trainable[name] is None else trainable[name]] += 1.0
         assert torch.equal(parameter.detach().view(-1), expected), name
 
 
@@ -114,8 +117,8 @@ def test_clipping_is_per_run():
 
 def test_no_memory_in_the_middle_of_a_gradient_leaves_nothing_behind(model, monkeypatch):
     """The step is tried again: what the first try left must not count twice."""
-    chosen = masks(model)["rand_uniform"]
-    stack = RunStack(model, chosen, [RUN])
+    trainable = masks(model)["rand_uniform"]
+    stack = RunStack(model, trainable, [RUN])
     with stack.patched():
         loss(model).backward()
         stack.accumulate_grads()
@@ -134,14 +137,14 @@ def test_no_memory_in_the_middle_of_a_gradient_leaves_nothing_behind(model, monk
 
 
 def test_what_can_be_stacked(model):
-    chosen, forward = masks(model), forward_of(model)
-    assert reason_not_stackable(forward, chosen["bitfit"], TOKENS) is None
-    assert reason_not_stackable(forward, chosen["frozen"], TOKENS) is None
+    trainable, forward = masks(model), forward_of(model)
+    assert reason_not_stackable(forward, trainable["bitfit"], TOKENS) is None
+    assert reason_not_stackable(forward, trainable["frozen"], TOKENS) is None
     assert "the encoder's matrices train" in reason_not_stackable(
-        forward, chosen["full_ft"], TOKENS
+        forward, trainable["full_ft"], TOKENS
     )
     for method in ("rand_uniform", "rand_row_col"):
-        reason = reason_not_stackable(forward, chosen[method], TOKENS)
+        reason = reason_not_stackable(forward, trainable[method], TOKENS)
         assert "a random choice of its own" in reason
 
 
@@ -158,9 +161,9 @@ def test_a_model_of_other_modules_is_not_stacked(model):
 
 def test_a_model_that_goes_around_its_modules_is_found_out(model):
     """Its Linear is a plain one, but is not what computes."""
-    chosen = masks(model)["bitfit"]
+    trainable = masks(model)["bitfit"]
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert not stacked_logits_differ(forward_of(model), chosen, TOKENS)
+    assert not stacked_logits_differ(forward_of(model), trainable, TOKENS)
     output = model.bert.encoder.layer[0].intermediate
 
     def around(x):
@@ -168,6 +171,6 @@ def test_a_model_that_goes_around_its_modules_is_found_out(model):
         return torch.nn.functional.gelu(x)
 
     output.forward = around
-    reason = reason_not_stackable(forward_of(model), chosen, TOKENS)
+    reason = reason_not_stackable(forward_of(model), trainable, TOKENS)
     assert "does not compute with its Linear and LayerNorm modules alone" in reason
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

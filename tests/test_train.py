@@ -15,7 +15,7 @@ from bitfit.model.precision import DTYPES, cast_parameters
 from bitfit.model.predict import predict, predict_runs
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
 from bitfit.training.loop import start, train_epoch
@@ -45,9 +45,9 @@ def new_model(folder, dropout=0.0, task=COLA):
     return model
 
 
-def new_state(model, tokens, chosen, runs=ONE, optimizer="adamw", task=COLA,
+def new_state(model, tokens, trainable, runs=ONE, optimizer="adamw", task=COLA,
               draw=None, token_budget=BUDGET, packed=True, **options):  # fmt: skip
-    stack = RunStack(model, chosen, list(runs), draw)
+    stack = RunStack(model, trainable, list(runs), draw)
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
     forward = forward_of(model, packed)
     plan = Plan(task, forward, Split(tokens, rows), {}, token_budget, 16, **{"epochs": 9} | options)
@@ -64,9 +64,9 @@ def next_epoch(state, precision="fp32"):
     return losses.where(state.stack.bad_step < 0, torch.nan).tolist()
 
 
-def trained(model, tokens, chosen, epochs=2, optimizer="adamw", task=COLA, rate=1e-3, **options):
+def trained(model, tokens, trainable, epochs=2, optimizer="adamw", task=COLA, rate=1e-3, **options):
     torch.manual_seed(0)
-    state = new_state(model, tokens, chosen, [Run(rate, 0)], optimizer, task, **options)
+    state = new_state(model, tokens, trainable, [Run(rate, 0)], optimizer, task, **options)
     losses = [next_epoch(state)[0] for _ in range(epochs)]
     return state.stack, losses
 
@@ -106,9 +106,9 @@ def plain_loop(model, folder, names, epochs, optimizer, rate=1e-3, factor=lambda
 
 def choose(model, method):
     if method == "partial":
-        return select(model, "bitfit", ["intermediate.dense.bias"])
+        return select_trainable(model, "bitfit", ["intermediate.dense.bias"])
     components = ["bias"] if method == "bitfit" else []
-    return select(model, method, components, 3000, np.random.default_rng(0))
+    return select_trainable(model, method, components, 3000, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("method", ["bitfit", "partial", "frozen", "full_ft"])
@@ -119,9 +119,9 @@ def choose(model, method):
 def test_the_loop_is_the_plain_one(folder, method, optimizer, packed, cap):
     """Packed rows, passes, flat rows and fused steps change no value beyond rounding."""
     expected, model = new_model(folder), new_model(folder)
-    chosen, options = choose(model, method), {"packed": packed, "token_budget": TokenBudget(cap)}
-    expected_losses = plain_loop(expected, folder, set(chosen), 2, optimizer)
-    _, losses = trained(model, tokens_of(folder), chosen, 2, optimizer, **options)
+    trainable, options = choose(model, method), {"packed": packed, "token_budget": TokenBudget(cap)}
+    expected_losses = plain_loop(expected, folder, set(trainable), 2, optimizer)
+    _, losses = trained(model, tokens_of(folder), trainable, 2, optimizer, **options)
     assert losses == pytest.approx(expected_losses, rel=2e-4)
     for (name, parameter), wanted in zip(
         model.named_parameters(), expected.parameters(), strict=True
@@ -137,12 +137,12 @@ def test_the_schedule_is_the_plain_one(tiny_bert):
         return (step + 1) / 2 if step < 2 else max(0, 6 - step) / 4
 
     expected, model = new_model(tiny_bert), new_model(tiny_bert)
-    chosen = choose(model, "frozen")
-    wanted = plain_loop(expected, tiny_bert, set(chosen), 2, "adamw", 1e-2, factor)
+    trainable = choose(model, "frozen")
+    wanted = plain_loop(expected, tiny_bert, set(trainable), 2, "adamw", 1e-2, factor)
     options = {"epochs": 2, "lr_schedule": "linear", "warmup_ratio": 1 / 3}
-    state = new_state(model, tokens_of(tiny_bert), chosen, [Run(1e-2, 0)], **options)
+    state = new_state(model, tokens_of(tiny_bert), trainable, [Run(1e-2, 0)], **options)
     assert [next_epoch(state)[0] for _ in range(2)] == pytest.approx(wanted, rel=1e-5)
-    for name in chosen:
+    for name in trainable:
         found = model.get_parameter(name)
         assert torch.allclose(found, expected.get_parameter(name), rtol=1e-4, atol=1e-6)
 
@@ -161,17 +161,17 @@ def test_the_order_of_the_rows_is_the_runs_own():
 def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
     model = new_model(tiny_bert, dropout=0.1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    chosen = choose(model, method)
-    state = new_state(model, tokens_of(tiny_bert), chosen, [Run(1e-2, 0)])
+    trainable = choose(model, method)
+    state = new_state(model, tokens_of(tiny_bert), trainable, [Run(1e-2, 0)])
     next_epoch(state, precision)
     stack = state.stack
     for name, parameter in model.named_parameters():
         moved = (parameter != before[name]).flatten()
-        if name not in chosen:
+        if name not in trainable:
             assert not moved.any(), name
-        elif chosen[name] is not None:
+        elif trainable[name] is not None:
             allowed = torch.zeros_like(moved)
-            allowed[torch.from_numpy(chosen[name])] = True
+            allowed[torch.from_numpy(trainable[name])] = True
             assert not (moved & ~allowed).any(), name
         assert parameter.dtype == torch.float32
     assert (stack.params != stack.initial_params).float().mean() > 0.5
@@ -179,8 +179,8 @@ def test_what_is_frozen_keeps_every_bit(tiny_bert, precision, method):
 
 def test_the_optimizer_holds_state_only_for_what_trains(tiny_bert):
     model = new_model(tiny_bert)
-    chosen = select(model, "rand_uniform", mask_size=500, rng=np.random.default_rng(0))
-    state = new_state(model, tokens_of(tiny_bert), chosen)
+    trainable = select_trainable(model, "rand_uniform", mask_size=500, rng=np.random.default_rng(0))
+    state = new_state(model, tokens_of(tiny_bert), trainable)
     next_epoch(state)
     (own,) = state.optimizer.state.values()
     head = model.classifier.weight.numel() + 2
@@ -271,11 +271,11 @@ def test_regression_trains(tiny_bert):
 
 def stack_of(folder, method, runs, optimizer="adamw", epochs=2, rows=44, precision="fp32"):
     """(logits of each run, losses by epoch, the stack) after training `runs` together."""
-    model, needs_head = loading.load(folder, COLA)
+    model, needs_head = loading.load_model(folder, COLA)
     assert needs_head
     set_dropout(model, 0.0)
     tokens = tokens_of(folder, rows)
-    state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=loading.draw_head)
+    state = new_state(model, tokens, choose(model, method), runs, optimizer, draw=loading.init_head)
     losses = [next_epoch(state, precision) for _ in range(epochs)]
     with state.stack.patched(DTYPES[precision]):
         every = {k: np.arange(rows) for k in range(len(runs))}
@@ -340,11 +340,11 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
 
     In one pass or in many, which then hold rows of some runs only, the last of a single row.
     """
-    model, _ = loading.load(folder, COLA)
+    model, _ = loading.load_model(folder, COLA)
     set_dropout(model, 0.0)
-    chosen = choose(model, "bitfit")
-    options = {"draw": loading.draw_head, "packed": packed, "token_budget": TokenBudget(cap)}
-    state = new_state(model, tokens_of(folder), chosen, GRID, **options)
+    trainable = choose(model, "bitfit")
+    options = {"draw": loading.init_head, "packed": packed, "token_budget": TokenBudget(cap)}
+    state = new_state(model, tokens_of(folder), trainable, GRID, **options)
     stack, kept, steps = state.stack, [], iter(range(100))
     plain = loop.forward_backward
 
@@ -373,8 +373,8 @@ def test_a_run_that_diverges_cannot_touch_the_others(folder, monkeypatch, packed
 
 def test_frozen_runs_share_the_encoder_when_scored(folder, monkeypatch):
     """Three runs, one pass: the same logits as run by run."""
-    model, _ = loading.load(folder, COLA)
-    stack = RunStack(model, choose(model, "frozen"), GRID, loading.draw_head)
+    model, _ = loading.load_model(folder, COLA)
+    stack = RunStack(model, choose(model, "frozen"), GRID, loading.init_head)
     forward, tokens = forward_of(model), tokens_of(folder)
     rows = {k: np.arange(44) for k in range(4)}
     passes, plain = [], type(model.base_model).forward
@@ -402,9 +402,14 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
 
     def run(cap, room):
         budget, model = TokenBudget(cap), new_model(tiny_bert, dropout=0.1)
-        chosen = choose(model, "bitfit")
+        trainable = choose(model, "bitfit")
         state = new_state(
-            model, tokens_of(tiny_bert), chosen, GRID, draw=loading.draw_head, token_budget=budget
+            model,
+            tokens_of(tiny_bert),
+            trainable,
+            GRID,
+            draw=loading.init_head,
+            token_budget=budget,
         )
 
         def tight(forward, tokens, batch):
@@ -461,10 +466,10 @@ def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, mon
     """The second step, so that the optimizer has its state; ragged rows in several passes."""
     monkeypatch.setitem(packing.SPARE, "cpu", 0)  # and several groups of the attention in each
     model = new_model(folder, dropout=0.1)
-    chosen = choose(model, method)
+    trainable = choose(model, method)
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
     options = {"lr_schedule": "linear", "token_budget": TokenBudget(100)}
-    state = new_state(model, tokens_of(folder), chosen, grid, **options)
+    state = new_state(model, tokens_of(folder), trainable, grid, **options)
     assert len(loop.plan_step(state, state.stack.finite_runs(), np.arange(16)[None]).parts) > 1
     model.train()
     alive = state.stack.finite_runs()

@@ -6,22 +6,22 @@ from conftest import on_meta
 
 from bitfit.model.trainable import (
     TERMS,
-    actual_components,
     bitfit_names,
-    count,
+    components_to_terms,
+    count_trainable,
     default_mask_size,
-    describe,
+    draw_row_column_mask,
+    draw_row_or_column,
+    draw_uniform_mask,
     head_names,
     in_encoder,
     is_bias,
-    row_column_positions,
-    row_or_column,
-    select,
-    term_names,
+    select_trainable,
+    terms_to_components,
+    train_fully,
+    trainable_table,
     trains_matrices,
     trains_only_biases,
-    uniform_positions,
-    whole,
 )
 from utils import UserError
 
@@ -30,7 +30,7 @@ POOLER = "bert.pooler.dense.bias"
 
 
 def chosen_names(model, *terms):
-    return set(bitfit_names(model, actual_components(terms)))
+    return set(bitfit_names(model, terms_to_components(terms)))
 
 
 def encoder_count(model, names):
@@ -48,7 +48,7 @@ def test_a_term_is_one_exact_name_per_layer(bert_base, term):
 def test_counts_for_bert_base(bert_base):
     everything = chosen_names(bert_base, "all")
     assert encoder_count(bert_base, everything) == 102_912
-    assert count(bert_base, whole(everything)) == 104_450
+    assert count_trainable(bert_base, train_fully(everything)) == 104_450
     assert sum(p.numel() for n, p in bert_base.named_parameters() if in_encoder(bert_base, n)) == (
         108_310_272
     )
@@ -80,8 +80,10 @@ def test_bert_large():
 
 
 def test_full_and_frozen(bert_base):
-    assert list(select(bert_base, "frozen")) == HEAD
-    assert list(select(bert_base, "full_ft")) == [n for n, _ in bert_base.named_parameters()]
+    assert list(select_trainable(bert_base, "frozen")) == HEAD
+    assert list(select_trainable(bert_base, "full_ft")) == [
+        n for n, _ in bert_base.named_parameters()
+    ]
 
 
 def small(name, **sizes):
@@ -107,7 +109,7 @@ def test_a_model_without_the_bias_says_what_it_has():
     with pytest.raises(UserError, match="no biases at all"):
         chosen_names(modern, "all")
     with pytest.raises(UserError, match="unknown bias term 'bias'; known: query"):
-        actual_components(["bias"])
+        terms_to_components(["bias"])
 
 
 @pytest.mark.parametrize(
@@ -121,22 +123,22 @@ def test_a_model_without_the_bias_says_what_it_has():
 def test_biases_beside_linear_modules(name, biases):
     """All biases include them; a random mask of matrices does not, though some have two axes."""
     model = small(name, **({} if name == "funnel" else {"num_hidden_layers": 2}))
-    chosen = select(model, "bitfit", ["bias"])
+    trainable = select_trainable(model, "bitfit", ["bias"])
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     for bias, size in biases.items():
         layers = [n for n in sizes if n.endswith(f".{bias}")]
         assert {sizes[n] for n in layers} == {size}
-        assert set(layers) <= chosen.keys()
-        assert all(n in describe(model, chosen) for n in layers)
+        assert set(layers) <= trainable.keys()
+        assert all(n in trainable_table(model, trainable) for n in layers)
         assert not chosen_names_of_mask(model).intersection(layers)
         assert set(layers) < set(bitfit_names(model, [bias]))
-    assert trains_only_biases(model, chosen)
-    assert not trains_matrices(model, chosen)
-    assert default_mask_size(model) == encoder_count(model, chosen)
+    assert trains_only_biases(model, trainable)
+    assert not trains_matrices(model, trainable)
+    assert default_mask_size(model) == encoder_count(model, trainable)
 
 
 def chosen_names_of_mask(model):
-    return set(row_column_positions(model, np.random.default_rng(0)))
+    return set(draw_row_column_mask(model, np.random.default_rng(0)))
 
 
 def test_what_is_a_bias():
@@ -157,11 +159,11 @@ def test_tables_of_relative_positions_are_no_biases(name):
 
 
 def test_uniform_mask_is_exact_and_distinct(bert_base):
-    chosen = uniform_positions(bert_base, 100_000, np.random.default_rng(0))
+    trainable = draw_uniform_mask(bert_base, 100_000, np.random.default_rng(0))
     sizes = {n: p.numel() for n, p in bert_base.named_parameters()}
-    drawn = {n: p for n, p in chosen.items() if p is not None}
+    drawn = {n: p for n, p in trainable.items() if p is not None}
     assert sum(map(len, drawn.values())) == 100_000
-    assert [n for n in chosen if n not in drawn] == HEAD
+    assert [n for n in trainable if n not in drawn] == HEAD
     for name, positions in drawn.items():
         assert (np.diff(positions) > 0).all()
         assert positions[0] >= 0
@@ -170,12 +172,12 @@ def test_uniform_mask_is_exact_and_distinct(bert_base):
 
 def test_uniform_mask_is_uniform(bert_base):
     """Chi-squared over tensors: a mask that prefers some would fail far above the bound."""
-    chosen = uniform_positions(bert_base, 1_000_000, np.random.default_rng(1))
+    trainable = draw_uniform_mask(bert_base, 1_000_000, np.random.default_rng(1))
     encoder = {n: p.numel() for n, p in bert_base.named_parameters() if in_encoder(bert_base, n)}
     expected = np.array(list(encoder.values())) / sum(encoder.values()) * 1_000_000
-    found = np.array([len(chosen.get(n, ())) for n in encoder])
+    found = np.array([len(trainable.get(n, ())) for n in encoder])
     assert ((found - expected) ** 2 / expected).sum() < len(encoder) + 5 * (2 * len(encoder)) ** 0.5
-    words = chosen["bert.embeddings.word_embeddings.weight"]
+    words = trainable["bert.embeddings.word_embeddings.weight"]
     halves = np.histogram(words, 4, (0, encoder["bert.embeddings.word_embeddings.weight"]))[0]
     assert halves == pytest.approx(len(words) / 4, rel=0.02)
 
@@ -184,21 +186,26 @@ def test_uniform_mask_can_take_all_and_no_more():
     model = small("bert", hidden_size=8, num_attention_heads=2, intermediate_size=16,
                   num_hidden_layers=1, vocab_size=20, max_position_embeddings=8)  # fmt: skip
     size = sum(p.numel() for n, p in model.named_parameters() if in_encoder(model, n))
-    assert count(model, uniform_positions(model, size, np.random.default_rng(0))) == size + 18
+    assert (
+        count_trainable(model, draw_uniform_mask(model, size, np.random.default_rng(0)))
+        == size + 18
+    )
     with pytest.raises(UserError, match="the encoder has"):
-        uniform_positions(model, size + 1, np.random.default_rng(0))
+        draw_uniform_mask(model, size + 1, np.random.default_rng(0))
 
 
 def test_row_column_mask(bert_base):
-    chosen = row_column_positions(bert_base, np.random.default_rng(0))
+    trainable = draw_row_column_mask(bert_base, np.random.default_rng(0))
     shapes = {n: tuple(p.shape) for n, p in bert_base.named_parameters()}
-    assert encoder_count(bert_base, [n for n in chosen if n.endswith("LayerNorm.weight")]) == 18_432
-    assert not any("embeddings" in n or n.endswith("bias") for n in chosen if n not in HEAD)
-    assert "bert.pooler.dense.weight" in chosen
-    for name, positions in chosen.items():
+    assert (
+        encoder_count(bert_base, [n for n in trainable if n.endswith("LayerNorm.weight")]) == 18_432
+    )
+    assert not any("embeddings" in n or n.endswith("bias") for n in trainable if n not in HEAD)
+    assert "bert.pooler.dense.weight" in trainable
+    for name, positions in trainable.items():
         if positions is not None:
             assert len(set(positions.tolist())) == len(positions) == shapes[name][0]
-    assert count(bert_base, chosen) == 12 * 8_448 + 768 + 1_538
+    assert count_trainable(bert_base, trainable) == 12 * 8_448 + 768 + 1_538
 
 
 def test_rows_or_column():
@@ -207,7 +214,7 @@ def test_rows_or_column():
     for rows, columns in ((5, 5), (6, 3), (8, 3)):
         took_columns = 0
         for _ in range(400):
-            positions = row_or_column(rows, columns, rng)
+            positions = draw_row_or_column(rows, columns, rng)
             if len(set(positions % columns)) == 1:
                 took_columns += 1
                 assert len(positions) == rows
@@ -215,7 +222,7 @@ def test_rows_or_column():
                 of_row = np.unique(positions // columns, return_counts=True)[1]
                 assert of_row.tolist() == [columns] * (rows // columns)  # distinct and whole
         assert 140 < took_columns < 260
-    assert all(len(set(row_or_column(3, 6, rng) % 6)) == 1 for _ in range(20))
+    assert all(len(set(draw_row_or_column(3, 6, rng) % 6)) == 1 for _ in range(20))
 
 
 @pytest.mark.parametrize(
@@ -234,11 +241,11 @@ def test_mask_size(bert_base, name, size, monkeypatch):
 
 
 def test_terms_and_components_are_each_others_inverse():
-    assert term_names(actual_components([*TERMS, "all"])) == [*TERMS, "all"]
-    assert term_names(["my.bias"]) == ["my.bias"]
+    assert components_to_terms(terms_to_components([*TERMS, "all"])) == [*TERMS, "all"]
+    assert components_to_terms(["my.bias"]) == ["my.bias"]
 
 
 def test_description_counts(bert_base):
-    text = describe(bert_base, select(bert_base, "bitfit", ["bias"]))
+    text = trainable_table(bert_base, select_trainable(bert_base, "bitfit", ["bias"]))
     assert "bert.encoder.layer.11.output.dense.bias" in text
     assert "104,450 of 108,311,810 parameters train (0.096%)" in text

@@ -19,7 +19,7 @@ from bitfit.model.forward import Forward, select_forward
 from bitfit.model.packing import packed_encoders
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import FINE_TUNE_TYPES, select
+from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
 from bitfit.training import loop
 from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
 from bitfit.training.plan import Plan
@@ -34,10 +34,10 @@ def plain_kernel(monkeypatch):
     monkeypatch.setattr(attention, "supports", lambda *_: True)
 
 
-def gradient(forward, own, chosen, runs, owner, dtype=torch.float32):
+def gradient(forward, own, trainable, runs, owner, dtype=torch.float32):
     """(logits, the gradients (K, n)) of a pass of all rows."""
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
-    stack = RunStack(forward.model, chosen, runs)
+    stack = RunStack(forward.model, trainable, runs)
     noise = torch.Generator().manual_seed(0)
     stack.params += 0.02 * torch.randn(stack.params.shape, generator=noise)
     forward.model.eval()
@@ -59,12 +59,12 @@ def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
     model, own = random_model(name), tokens(*LENGTHS)
     forward = select_forward(model, name, own)
     assert forward.uses_varlen and forward.packed_encoder.rest
-    chosen = select(model, method, ["bias"] if method == "bitfit" else [], 3000,
+    trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [], 3000,
                     np.random.default_rng(0))  # fmt: skip
     owner = np.repeat(np.arange(runs), len(LENGTHS) // runs)
     grid = [Run(1e-3, seed) for seed in range(runs)]
-    expected = gradient(Forward(model), own, chosen, grid, owner)
-    found = gradient(forward, own, chosen, grid, owner)
+    expected = gradient(Forward(model), own, trainable, grid, owner)
+    found = gradient(forward, own, trainable, grid, owner)
     assert torch.allclose(found[0], expected[0], atol=1e-6)
     assert torch.allclose(found[1], expected[1], rtol=1e-4, atol=1e-6)
     assert (expected[1] != 0).any(dim=1).all()
@@ -106,8 +106,8 @@ def new_state(graphs):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
     forward = Forward(model, packed_encoders(model, 0)[0])
-    chosen = select(model, "bitfit", ["bias"])
-    stack = RunStack(model, chosen, [Run(1e-3, 0), Run(3e-3, 1)])
+    trainable = select_trainable(model, "bitfit", ["bias"])
+    stack = RunStack(model, trainable, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
     plan = Plan(TASKS["cola"], forward, split, {}, TokenBudget(1000), 3, 20, "linear")
     state = loop.start(plan, stack)

@@ -37,7 +37,7 @@ def found_in(folder):
     model = load_model(folder, TASKS["rte"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     state, names = torch.get_rng_state(), bitfit_names(model, [ALL_BIASES])
-    found = zero_gradients.find(model, names, tokens)
+    found = zero_gradients.find_zero_gradients(model, names, tokens)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
@@ -83,7 +83,9 @@ def test_a_bias_that_is_read_elsewhere_is_not_fixed():
     model = load_model(TINY_BERT, TASKS["rte"])
     bias = model.bert.encoder.layer[1].attention.self.key.bias
     model.classifier.register_forward_hook(lambda module, inputs, logits: logits + bias[:2])
-    assert zero_gradients.find(model, bitfit_names(model, [ALL_BIASES]), tokens) == {}
+    assert (
+        zero_gradients.find_zero_gradients(model, bitfit_names(model, [ALL_BIASES]), tokens) == {}
+    )
 
 
 def run(output, *more):
@@ -159,4 +161,4 @@ def test_in_words(tmp_path):
     parts = {f"transformer.h.{i}.attn.c_attn.bias": [[32, 64]] for i in range(2)}
     whole = {"transformer.h.0.ln_1.bias": [[0, 32]]}
     words = "64 of 192 numbers of attn.c_attn.bias, ln_1.bias"
-    assert zero_gradients.in_words(parts | whole, model) == words
+    assert zero_gradients.format_zero_gradients(parts | whole, model) == words

@@ -59,7 +59,7 @@ def write(evaluator, folder):
     facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
     facts |= {n: v for n in ("averaged", "zero_gradient") if (v := getattr(evaluator, n))}
     tensors = {}
-    if trainable.trains_all(evaluator.model, evaluator.chosen):
+    if trainable.trains_all(evaluator.model, evaluator.trainable):
         evaluator.export_model(folder / "model")
         facts["model_sha256"] = models.fingerprint(evaluator.model, head=True)
         facts["model_files"] = file_hashes(folder / "model")
@@ -160,15 +160,17 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
     check_base(folder, facts, evaluator.base_fingerprints)
     evaluator.zero_gradient = facts.get("zero_gradient", {})
     evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
-    evaluator.chosen = chosen(evaluator.model, evaluator.encoder_sha256, facts, tensors, folder)
-    evaluator.stack = RunStack(evaluator.model, evaluator.chosen, evaluator.runs)
+    evaluator.trainable = read_trainable(
+        evaluator.model, evaluator.encoder_sha256, facts, tensors, folder
+    )
+    evaluator.stack = RunStack(evaluator.model, evaluator.trainable, evaluator.runs)
     for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
         evaluator.stack.params[0, a:b] = tensors[name].flatten()
     evaluator.stack.load_run(0)
     return evaluator
 
 
-def chosen(model, encoder_sha256, facts, tensors, folder):
+def read_trainable(model, encoder_sha256, facts, tensors, folder):
     """What trained, as for `RunStack`; the model must be the one that it trained on."""
     if facts["model_sha256"]:
         if models.fingerprint(model, head=True) != facts["model_sha256"]:

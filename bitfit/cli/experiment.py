@@ -240,7 +240,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
     metadata = experiment.metadata | {
-        "chosen_sha256": evaluator.chosen_sha256(),
+        "chosen_sha256": evaluator.trainable_sha256(),
         "trained_by": list(evaluator.group.ranks),
     }
     # The best run is first, so that it is complete if a signal interrupts the others.

@@ -12,7 +12,9 @@ from urllib.parse import SplitResult, urlsplit
 from utils import UserError
 
 
-def resolve(model_name: str | Path, revision: str | None = None) -> tuple[str | None, str | None]:
+def resolve_revision(
+    model_name: str | Path, revision: str | None = None
+) -> tuple[str | None, str | None]:
     """Which state of a model on the Hub: (what its loaders take as `revision`, the commit's hash).
 
     One answer for all of a model's files, so that they are of one commit even where a branch moves

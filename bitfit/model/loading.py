@@ -20,7 +20,7 @@ def load_tokenizer(model_name, revision=None):
     """The model's own fast tokenizer.
 
     Args:
-        revision: as from `hub.resolve`; likewise below.
+        revision: as from `hub.resolve_revision`; likewise below.
 
     Raises:
         UserError: nothing there, no tokenizer files, or a tokenizer that does not fit the model.
@@ -63,7 +63,7 @@ def lacks_token_types(tokenizer, config):
     return generic and "model_input_names" not in tokenizer.init_kwargs and types > 1
 
 
-def load(model_name, task, random_encoder=False, revision=None, report=False):
+def load_model(model_name, task, random_encoder=False, revision=None, report=False):
     """(a float32 classifier on the CPU, the names of its head's parameters to initialize)
 
     Args:
@@ -82,7 +82,7 @@ def load(model_name, task, random_encoder=False, revision=None, report=False):
         config = load_config(model_name, task, revision)
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
-            model = from_config(config, dtype=torch.float32)
+            model = build_model(config, dtype=torch.float32)
             return model, frozenset(head_names(model))
         model, info = Auto.from_pretrained(
             model_name,
@@ -105,7 +105,7 @@ def load(model_name, task, random_encoder=False, revision=None, report=False):
     return model, frozenset(initialized)
 
 
-def from_config(config, **more):
+def build_model(config, **more):
     """A model with random weights, or on the device `meta` without any."""
     from transformers import AutoModelForSequenceClassification as Auto
 
@@ -143,7 +143,7 @@ def read_config(model_name, revision=None, **changes):
 
 
 @torch.no_grad()
-def draw_head(model, seed, names=None):
+def init_head(model, seed, names=None):
     """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed.
 
     They are sampled on the CPU, so that a head starts alike on every device.
@@ -162,13 +162,13 @@ def draw_head(model, seed, names=None):
             parameter.zero_()
 
 
-def check_length(model_name, task, max_length, revision=None):
+def check_max_length(model_name, task, max_length, revision=None):
     """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     try:
         with torch.device("meta"):
-            limit = position_limit(from_config(config))
+            limit = position_limit(build_model(config))
     except Exception:  # not all can be made without weights; `select_forward` tries the longest row
         return
     if limit is not None and max_length > limit:

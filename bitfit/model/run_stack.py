@@ -51,29 +51,29 @@ class RunStack:
         fixed: (n,) bool, which columns get no gradient; None: none of them.
     """
 
-    def __init__(self, model, chosen, runs, draw=None, fixed=None):
+    def __init__(self, model, trainable, runs, draw=None, fixed=None):
         """
         Args:
-            chosen: {parameter name: None, or the flat positions that train}.
+            trainable: {parameter name: None, or the flat positions that train}.
             runs: a list of `Run`; more than one only where `reason_not_stackable` is None.
             draw: a function (model, seed) that draws what a run's seed decides of its start.
             fixed: {parameter name: [[start, stop], ...]} of values that get no gradient.
         """
-        self.model, self.chosen, self.runs, self.current_routing = model, chosen, runs, None
+        self.model, self.trainable, self.runs, self.current_routing = model, trainable, runs, None
         self.leaves, self.compute_params = {}, None
         self.parameters = parameters = dict(model.named_parameters())
         device = next(model.parameters()).device
         self.positions = {
             name: torch.as_tensor(positions, device=device)
-            for name, positions in chosen.items()
+            for name, positions in trainable.items()
             if positions is not None
         }
-        sizes = [len(self.positions.get(n, parameters[n].flatten())) for n in chosen]
+        sizes = [len(self.positions.get(n, parameters[n].flatten())) for n in trainable]
         stops = torch.tensor(sizes).cumsum(0).tolist()
         self.slices = {
-            n: (stop - size, stop) for n, size, stop in zip(chosen, sizes, stops, strict=True)
+            n: (stop - size, stop) for n, size, stop in zip(trainable, sizes, stops, strict=True)
         }
-        self.shares_encoder = not any(in_encoder(model, name) for name in chosen)
+        self.shares_encoder = not any(in_encoder(model, name) for name in trainable)
         self.params = torch.empty(len(runs), stops[-1], device=device)
         self.grads = torch.zeros_like(self.params)
         self.bad_step = torch.full((len(runs),), -1, device=device)
@@ -103,7 +103,7 @@ class RunStack:
                     self.params if dtype == self.params.dtype else aligned(self.params, dtype)
                 )
                 for name, parameter in self.parameters.items():
-                    parameter.requires_grad_(name in self.chosen)
+                    parameter.requires_grad_(name in self.trainable)
                 patched += self._patch()
                 self.sync_to_model()
                 yield
@@ -217,30 +217,30 @@ def aligned(values, dtype):
     return values.new_empty((runs, -(-size // 8) * 8), dtype=dtype)[:, :size].copy_(values)
 
 
-def reason_not_stackable(forward, chosen, tokens):
+def reason_not_stackable(forward, trainable, tokens):
     """Why several runs cannot share one pass through this model, or None if they can."""
     model = forward.model
-    if any(positions is not None for positions in chosen.values()):
+    if any(positions is not None for positions in trainable.values()):
         return "each run trains a random choice of its own"
-    if trains_matrices(model, chosen):
+    if trains_matrices(model, trainable):
         return "the encoder's matrices train, so that no run can share them"
-    for name in chosen:
+    for name in trainable:
         module = model.get_submodule(name.rpartition(".")[0])
         if type(module) not in (torch.nn.Linear, torch.nn.LayerNorm):
             return f"{name} belongs to a {type(module).__name__}, not to a Linear or LayerNorm"
-    if stacked_logits_differ(forward, chosen, tokens):
+    if stacked_logits_differ(forward, trainable, tokens):
         return "this model does not compute with its Linear and LayerNorm modules alone"
     return None
 
 
 @torch.no_grad()
-def stacked_logits_differ(forward, chosen, tokens):
+def stacked_logits_differ(forward, trainable, tokens):
     """Whether a stack of two runs gives other logits than each run alone, on two rows.
 
     So it does if a model goes around its modules (reads their biases by itself, say).
     """
     forward.model.eval()
-    stack = RunStack(forward.model, chosen, [Run(0.0, 0), Run(0.0, 1)])
+    stack = RunStack(forward.model, trainable, [Run(0.0, 0), Run(0.0, 1)])
     noise = torch.Generator().manual_seed(0)
     stack.params += 0.1 * torch.randn(stack.params.shape, generator=noise).to(stack.params.device)
     distinct = 1 if forward.equal_length else len(tokens.lengths)

@@ -38,7 +38,7 @@ POSITION_TABLE = re.compile(r"(\w+_)?(position|attention)_bias")
 MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_000}
 
 
-def actual_components(terms: Sequence[str]) -> list[str]:
+def terms_to_components(terms: Sequence[str]) -> list[str]:
     """Terms of `--bias-terms` -> parameter names relative to their layer; all -> "bias"."""
     unknown = [term for term in terms if term != "all" and term not in TERMS]
     if unknown:
@@ -46,8 +46,8 @@ def actual_components(terms: Sequence[str]) -> list[str]:
     return [ALL_BIASES if term == "all" else TERMS[term][0] for term in terms]
 
 
-def term_names(components: Sequence[str]) -> list[str]:
-    """The inverse of `actual_components`; a name that no term has stands for itself."""
+def components_to_terms(components: Sequence[str]) -> list[str]:
+    """The inverse of `terms_to_components`; a name that no term has stands for itself."""
     terms = {name: term for term, (name, _) in TERMS.items()} | {ALL_BIASES: "all"}
     return [terms.get(component, component) for component in components]
 
@@ -97,18 +97,18 @@ def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[st
                     f"this {model.config.model_type} model has no {component} in its layers; "
                     f"it has: {', '.join(kinds) or 'no biases at all, so bitfit cannot train it'}"
                 )
-    chosen = {
+    trainable = {
         n
         for n in biases
         if ALL_BIASES in components
         or layer_and_name(n)[1] in components
         or n.endswith(".pooler.dense.bias")
     }
-    chosen.update(head_names(model))
-    return [n for n, _ in model.named_parameters() if n in chosen]
+    trainable.update(head_names(model))
+    return [n for n, _ in model.named_parameters() if n in trainable]
 
 
-def whole(names: Iterable[str]) -> Trainable:
+def train_fully(names: Iterable[str]) -> Trainable:
     return dict.fromkeys(names)
 
 
@@ -118,11 +118,11 @@ def default_mask_size(model: "PreTrainedModel") -> int:
         if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", model.config.name_or_path):
             return size
     parameters = dict(model.named_parameters())
-    chosen = bitfit_names(model, [ALL_BIASES])
-    return sum(parameters[n].numel() for n in chosen if in_encoder(model, n))
+    trainable = bitfit_names(model, [ALL_BIASES])
+    return sum(parameters[n].numel() for n in trainable if in_encoder(model, n))
 
 
-def uniform_positions(
+def draw_uniform_mask(
     model: "PreTrainedModel", mask_size: int, rng: np.random.Generator
 ) -> Trainable:
     """Exactly `mask_size` distinct positions, uniform over all the encoder's parameters."""
@@ -133,34 +133,34 @@ def uniform_positions(
     drawn = np.sort(rng.choice(ends[-1], size=mask_size, replace=False, shuffle=False))
     cuts = np.searchsorted(drawn, ends)
     starts = [0, *cuts[:-1]]
-    chosen = {
+    trainable = {
         name: drawn[start:stop] - (end - size)
         for (name, size), end, start, stop in zip(encoder, ends, starts, cuts, strict=True)
         if stop > start
     }
-    return chosen | whole(head_names(model))
+    return trainable | train_fully(head_names(model))
 
 
-def row_column_positions(model: "PreTrainedModel", rng: np.random.Generator) -> Trainable:
+def draw_row_column_mask(model: "PreTrainedModel", rng: np.random.Generator) -> Trainable:
     """For each matrix of the layers and the pooler one random column, or as many rows.
 
     A matrix (out, in) with out >= in can give out // in distinct rows, as many numbers as a
     column: a fair coin decides, as in the released code. A wider one gives a column. LayerNorm
     gains train whole. Paper, table 3.
     """
-    chosen: Trainable = {}
+    trainable: Trainable = {}
     for name, parameter in model.named_parameters():
         inside = layer_and_name(name)[0] is not None or ".pooler." in name
         if not inside or not in_encoder(model, name) or is_bias(name):
             continue
         if parameter.dim() == 1:
-            chosen[name] = None
+            trainable[name] = None
         elif parameter.dim() == 2:
-            chosen[name] = row_or_column(*parameter.shape, rng)
-    return chosen | whole(head_names(model))
+            trainable[name] = draw_row_or_column(*parameter.shape, rng)
+    return trainable | train_fully(head_names(model))
 
 
-def row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
     """Flat positions of one column, or of rows // columns distinct rows, sorted."""
     if rows < columns or not rng.integers(2):
         return np.arange(rows) * columns + rng.integers(columns)
@@ -169,18 +169,18 @@ def row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.ndarr
 
 
 CHOICES = {  # fine-tune type -> what it trains; a new type is one more entry
-    "full_ft": lambda model, **_: whole(n for n, _ in model.named_parameters()),
-    "bitfit": lambda model, components, **_: whole(bitfit_names(model, components)),
-    "frozen": lambda model, **_: whole(head_names(model)),
-    "rand_uniform": lambda model, mask_size, rng, **_: uniform_positions(
+    "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
+    "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
+    "frozen": lambda model, **_: train_fully(head_names(model)),
+    "rand_uniform": lambda model, mask_size, rng, **_: draw_uniform_mask(
         model, mask_size or default_mask_size(model), rng
     ),
-    "rand_row_col": lambda model, rng, **_: row_column_positions(model, rng),
+    "rand_row_col": lambda model, rng, **_: draw_row_column_mask(model, rng),
 }
 FINE_TUNE_TYPES = tuple(CHOICES)
 
 
-def select(
+def select_trainable(
     model: "PreTrainedModel",
     kind: str,
     components: Sequence[str] = (),
@@ -211,49 +211,54 @@ def select(
     return CHOICES[kind](model, components=components, mask_size=mask_size, rng=rng)
 
 
-def trains_matrices(model: "PreTrainedModel", chosen: Trainable) -> bool:
+def trains_matrices(model: "PreTrainedModel", trainable: Trainable) -> bool:
     """Whether what trains includes matrices of the encoder, or parts of some."""
-    inside = [n for n in chosen if in_encoder(model, n) and not is_bias(n)]
+    inside = [n for n in trainable if in_encoder(model, n) and not is_bias(n)]
     return any(model.get_parameter(n).dim() > 1 for n in inside)
 
 
-def trains_all(model: "PreTrainedModel", chosen: Trainable) -> bool:
+def trains_all(model: "PreTrainedModel", trainable: Trainable) -> bool:
     """Whether every parameter trains, and all of it."""
-    return all(n in chosen and chosen[n] is None for n, _ in model.named_parameters())
+    return all(n in trainable and trainable[n] is None for n, _ in model.named_parameters())
 
 
-def trains_only_biases(model: "PreTrainedModel", chosen: Trainable) -> bool:
+def trains_only_biases(model: "PreTrainedModel", trainable: Trainable) -> bool:
     """Whether biases, whole ones, are all of the encoder that trains."""
-    inside = [n for n in chosen if in_encoder(model, n)]
-    return bool(inside) and all(is_bias(n) and chosen[n] is None for n in inside)
+    inside = [n for n in trainable if in_encoder(model, n)]
+    return bool(inside) and all(is_bias(n) and trainable[n] is None for n in inside)
 
 
-def dense_masks(model: "PreTrainedModel", chosen: Trainable) -> dict[str, "torch.Tensor"]:
+def dense_masks(model: "PreTrainedModel", trainable: Trainable) -> dict[str, "torch.Tensor"]:
     """{name: bool tensor of the parameter's shape} of what trains in part."""
     import torch
 
     masks = {}
     for name, parameter in model.named_parameters():
-        if chosen.get(name) is not None:
+        if trainable.get(name) is not None:
             masks[name] = torch.zeros(parameter.shape, dtype=torch.bool)
-            masks[name].view(-1)[torch.from_numpy(chosen[name])] = True
+            masks[name].view(-1)[torch.from_numpy(trainable[name])] = True
     return masks
 
 
-def count(model: "PreTrainedModel", chosen: Trainable) -> int:
+def count_trainable(model: "PreTrainedModel", trainable: Trainable) -> int:
     """How many numbers train."""
     sizes = {n: p.numel() for n, p in model.named_parameters()}
-    return sum(sizes[n] if positions is None else len(positions) for n, positions in chosen.items())
+    return sum(
+        sizes[n] if positions is None else len(positions) for n, positions in trainable.items()
+    )
 
 
-def describe(model: "PreTrainedModel", chosen: Trainable) -> str:
+def trainable_table(model: "PreTrainedModel", trainable: Trainable) -> str:
     """A table of the trained tensors with their shapes, the total and its share."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    total, everything = count(model, chosen), sum(p.numel() for p in model.parameters())
-    width = max(map(len, chosen))
+    total, everything = (
+        count_trainable(model, trainable),
+        sum(p.numel() for p in model.parameters()),
+    )
+    width = max(map(len, trainable))
     lines = [
         f"{n:<{width}}  {shapes[n]}" + ("" if p is None else f"  {len(p):,} of them")
-        for n, p in chosen.items()
+        for n, p in trainable.items()
     ]
     share = f"{total:,} of {everything:,} parameters train ({total / everything:.3%})"
     return "\n".join(["Trained tensors", *lines, share])

@@ -26,7 +26,7 @@ ROUNDING = 1e-3  # what rounding may leave of a sum whose terms cancel, as a sha
 NOISE = 0.1  # standard deviation of the shifts, for attention may be uniform in a new model
 
 
-def find(
+def find_zero_gradients(
     model: "PreTrainedModel", trained: Collection[str], tokens: TokenizedSplit
 ) -> dict[str, list[list[int]]]:
     """Return {name: [[start, stop], ...]}: where the gradients of trained biases are always zero.
@@ -198,7 +198,7 @@ def ranges(mask: torch.Tensor) -> list[list[int]]:
     return edges.reshape(-1, 2).tolist()
 
 
-def in_words(found: dict[str, list[list[int]]], model: "PreTrainedModel") -> str:
+def format_zero_gradients(found: dict[str, list[list[int]]], model: "PreTrainedModel") -> str:
     """The bias terms found, as text: "k_lin.bias", or "32 of 96 numbers of c_attn.bias"."""
     numbers: dict[str, tuple[int, int]] = {}
     for name, spans in found.items():

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bitfit.data.tasks import Task
-from bitfit.model.trainable import count, term_names
+from bitfit.model.trainable import components_to_terms, count_trainable
 from utils import write_text
 
 
@@ -71,13 +71,13 @@ def facts(evaluator: Any) -> dict[str, Any]:
         "model_commit": evaluator.model_commit,
         "random_encoder": evaluator.random_encoder,
         "fine_tune_type": evaluator.fine_tune_type,
-        "bias_terms": term_names(evaluator.components),
+        "bias_terms": components_to_terms(evaluator.components),
         "validation_rows": {
             split: len(evaluator.tokens(split).lengths)
             for split in evaluator.task.validation_splits
         },
         "runs_in_one_pass": len(evaluator.runs),
-        "trained_parameters": count(evaluator.model, evaluator.chosen),
+        "trained_parameters": count_trainable(evaluator.model, evaluator.trainable),
         "zero_gradient": evaluator.zero_gradient,
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
     }

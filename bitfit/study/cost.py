@@ -21,7 +21,7 @@ from bitfit.model import loading
 from bitfit.model.batching import MAX_TOKENS
 from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import matrix_weights, select
+from bitfit.model.trainable import matrix_weights, select_trainable
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states
 from bitfit.study.cells import Cell, Study, slug
@@ -72,7 +72,7 @@ def cell_sizes(cell: Cell) -> Sizes:
 def model_without_weights(name: str, task: Task) -> torch.nn.Module:
     """Return a model on the device `meta`, which has no weights."""
     with convert_errors(lambda error: loading.cannot_load(name, error)), torch.device("meta"):
-        return loading.from_config(loading.load_config(name, task))
+        return loading.build_model(loading.load_config(name, task))
 
 
 def operations(cell: Cell, sizes: Sizes) -> float:
@@ -203,15 +203,15 @@ def measure_rate(
     picked = np.linspace(0, len(texts) - 1, 5 * size).astype(int)
     tokenizer = loading.load_tokenizer(cell.model)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
-    model, _ = loading.load(cell.model, task)
+    model, _ = loading.load_model(cell.model, task)
     forward = models_forward.select_forward(model.to(device), cell.model, tokens, dtype)
-    chosen = select(model, method, ["bias"] if method == "bitfit" else [])
-    if runs > 1 and reason_not_stackable(forward, chosen, tokens):
+    trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [])
+    if runs > 1 and reason_not_stackable(forward, trainable, tokens):
         return measure_rate(cell, method, 1, device=device, dtype=dtype)
     rows = dict.fromkeys(range(runs), np.arange(len(picked)))
     budget = TokenBudget(MAX_TOKENS[device.type], device)
     plan = Plan(task, forward, Split(tokens, rows), {}, budget, size, epochs=1)
-    stack = RunStack(model, chosen, [Run(1e-5, seed) for seed in range(runs)], loading.draw_head)
+    stack = RunStack(model, trainable, [Run(1e-5, seed) for seed in range(runs)], loading.init_head)
     state, alive = start(plan, stack), np.arange(runs)
     model.train()
     with stack.patched(dtype):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bitfit.model.trainable import in_encoder, layer_and_name, term_names
+from bitfit.model.trainable import components_to_terms, in_encoder, layer_and_name
 from bitfit.results import escape, plots, scores
 from bitfit.tools.saved_evaluators import SavedEvaluator
 from glue_evaluator import GLUEvaluator
@@ -31,7 +31,7 @@ class Comparison(NamedTuple):
 
 def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np.ndarray) -> str:
     """Return the result of `evaluator.terms_changes` as text, with biases outside the layers."""
-    table = plots.changes_table(term_names(names), changes)
+    table = plots.changes_table(components_to_terms(names), changes)
     table["mean"] = table.mean(axis=1)
     fixed = [f"{term} {plots.FIXED}" for term in table.index[table["mean"].isna()]]
     stack = evaluator.stack

@@ -91,16 +91,16 @@ def load_predictor(
     tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
     lengths = [max_length or metadata["max_sequence_len"] for _, metadata, _ in found]
     widest = max(tasks, key=lambda task: task.num_labels)
-    model, tokenizer, chosen = load_base(found, widest, max(lengths))
+    model, tokenizer, trainable = load_base(found, widest, max(lengths))
     name = found[0][1]["model_name"]
     model.to(device)
     trial = tokenize(TextColumns((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
     forward = models_forward.select_forward(model, name, trial, dtype)
-    reason = reason_not_stackable(forward, chosen, trial) if len(found) > 1 else None
+    reason = reason_not_stackable(forward, trainable, trial) if len(found) > 1 else None
     if reason:
         raise UserError(f"these evaluators cannot answer together: {reason}; give one at a time")
     runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
-    stack = RunStack(model, chosen, runs)
+    stack = RunStack(model, trainable, runs)
     for row, (_, _, tensors) in zip(stack.params, found, strict=True):
         copy_delta(row, stack, tensors)
     budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
@@ -118,18 +118,18 @@ def load_base(
     """
     base = found[0][1]
     name = base["model_name"]
-    revision, _ = hub.resolve(name, base["model_revision"])
+    revision, _ = hub.resolve_revision(name, base["model_revision"])
     tokenizer = loading.load_tokenizer(name, revision)
     fingerprints = loading.base_fingerprints(name, task, tokenizer, revision)
     for folder, metadata, _ in found:
         saved_evaluator.check_base(folder, metadata, fingerprints)
-    loading.check_length(name, task, max_length, revision)
+    loading.check_max_length(name, task, max_length, revision)
     random_encoder = base["random_encoder"] and not base["model_sha256"]
-    model, _ = loading.load(name, task, random_encoder, revision)
-    encoder, chosen = models_fingerprints.fingerprint(model), {}
+    model, _ = loading.load_model(name, task, random_encoder, revision)
+    encoder, trainable = models_fingerprints.fingerprint(model), {}
     for folder, metadata, tensors in found:
-        chosen |= saved_evaluator.chosen(model, encoder, metadata, tensors, folder)
-    return model, tokenizer, chosen
+        trainable |= saved_evaluator.read_trainable(model, encoder, metadata, tensors, folder)
+    return model, tokenizer, trainable
 
 
 def answer_names(folders: Sequence[Path], tasks: Sequence[Task]) -> list[str]:

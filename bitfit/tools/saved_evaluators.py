@@ -13,7 +13,7 @@ import torch
 from bitfit.artifacts import saved_evaluator
 from bitfit.data.tasks import Task
 from bitfit.model.fingerprints import describe_change
-from bitfit.model.trainable import term_names
+from bitfit.model.trainable import components_to_terms
 from utils import UserError
 
 
@@ -94,7 +94,7 @@ def describe_base(evaluator: SavedEvaluator) -> str:
 def describe_method(evaluator: SavedEvaluator) -> str:
     """Return the fine-tune type and the bias terms, or the seed of a random mask."""
     metadata = evaluator.metadata
-    details = term_names(metadata["components"]) or [f"seed {metadata['seed']}"]
+    details = components_to_terms(metadata["components"]) or [f"seed {metadata['seed']}"]
     return f"{metadata['fine_tune_type']} ({', '.join(details)})"
 
 
