@@ -11,12 +11,10 @@ import sys
 
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
+from moments import at_file, send
 from processes import run_script
-from test_resume import at_call, send
 
 import run_glue
-from bitfit.artifacts import run_folder
-from bitfit.cli import experiment
 
 PROGRAMS = {
     "run_glue.py": ["-o", "out", "-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT),
@@ -125,8 +123,8 @@ def test_a_finished_run_stays_finished(tmp_path, monkeypatch, number, more, caps
 
 def test_what_is_not_finished_is_stopped_before_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    at_call(monkeypatch, run_folder, "write_args", 2, send(signal.SIGTERM))
-    assert run_glue.main(PROGRAMS["run_glue.py"]) == 143
+    with at_file("bias_term_changes.csv", 1, send(signal.SIGTERM)):
+        assert run_glue.main(PROGRAMS["run_glue.py"]) == 143
     assert "stopped: SIGTERM; to go on: " in capsys.readouterr().err
 
 
@@ -141,9 +139,9 @@ def notes(folder):
 def test_compare_tells_what_is_not_finished(tmp_path, monkeypatch, capsys, more):
     """No checkpoint lies beside the scores: of a run there is none yet, a sweep has its own."""
     monkeypatch.chdir(tmp_path)
-    at_call(monkeypatch, experiment, "plot_curves", 1, send(signal.SIGTERM))
     command = [*PROGRAMS["run_glue.py"], *more, "--checkpoint-every", "0"]
-    assert run_glue.main(command) == 143
+    with at_file("learning_curves*.png", 1, send(signal.SIGTERM)):
+        assert run_glue.main(command) == 143
     folder = next(tmp_path.rglob("metrics.json")).parent
     assert not (folder / "checkpoints").exists()
     assert "(not finished)" in notes(folder)

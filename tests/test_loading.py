@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT, load_model
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import run_glue
 from bitfit.data.splits import TextColumns
@@ -518,7 +518,7 @@ def test_a_vocabulary_of_bytes_has_no_capitals_for_its_spaces(tmp_path, caplog):
     words = [a + b for a in "abcdefghij" for b in "klmnopqrst"]
     bpe.train_from_iterator([" ".join(words)] * 9, 600, special_tokens=["<pad>"])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, pad_token="<pad>"
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>"
     )
     tokens = tokenizer.get_vocab()
     assert sum("\u0120" in token for token in tokens) > 50

@@ -9,22 +9,22 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 from interruption import differences, kill_repeatedly, output_contents
+from moments import at_evaluation, at_file, at_step, send
 from processes import in_ranks, run_program
 
 import run_glue
 import utils
 from bitfit import options as flags_of_program
 from bitfit import output_paths, signals
-from bitfit.artifacts import saved_evaluator
 from bitfit.cli import experiment
 from bitfit.model import forward
-from bitfit.training import loop, store
 from bitfit.training.checkpoints import found
 
 BASE = [
@@ -78,22 +78,13 @@ def at_call(monkeypatch, target, name, number, action):
     monkeypatch.setattr(target, name, watched)
 
 
-def send(*numbers):
-    def action():
-        for number in numbers:
-            os.kill(os.getpid(), number)
-
-    return action
-
-
 # Signals
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kind, capsys):
     """Dropout is on. The step is finished, a checkpoint written, the way on printed."""
-    with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_grad_norms_", 5, send(signal.SIGTERM))
+    with at_step(5, send(signal.SIGTERM)):
         assert run_glue.main(flags(tmp_path / "out", kind)) == 128 + signal.SIGTERM
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_glue.py: stopped: SIGTERM; to go on: python run_glue.py ")
@@ -106,29 +97,26 @@ def test_a_signal_in_mid_epoch_changes_nothing(tmp_path, monkeypatch, quiet, kin
 
 
 @pytest.mark.parametrize(
-    ("number", "where", "name", "call"),
+    ("number", "moment"),
     [
-        (signal.SIGTERM, "train", "forward_backward", 2),
-        (signal.SIGINT, "train", "forward_backward", 2),
-        (signal.SIGUSR1, "train", "forward_backward", 2),
-        (signal.SIGINT, "train", "predict_runs", 3),  # in the second evaluation
-        (signal.SIGTERM, "store", "write", 1),  # while a checkpoint is written
-        (signal.SIGUSR1, "saved", "write", 2),  # while the results are
-        (signal.SIGTERM, "experiment", "prepare_evaluator", 1),  # before anything is
+        (signal.SIGTERM, partial(at_step, 2)),
+        (signal.SIGINT, partial(at_step, 2)),
+        (signal.SIGUSR1, partial(at_step, 2)),
+        (signal.SIGINT, partial(at_evaluation, 2)),
+        (signal.SIGTERM, partial(at_file, "checkpoints/*.json", 1)),
+        (signal.SIGUSR1, partial(at_file, "evaluator/evaluator.json", 2)),
+        (signal.SIGTERM, partial(at_file, "args.json", 1)),  # nothing else is written
     ],
 )
-def test_every_signal_at_every_stage(tmp_path, monkeypatch, quiet, number, where, name, call):
-    modules = {"train": loop, "store": store, "saved": saved_evaluator, "experiment": experiment}
-    with monkeypatch.context() as patch:
-        at_call(patch, modules[where], name, call, send(number))
+def test_every_signal_at_every_stage(tmp_path, quiet, number, moment):
+    with moment(send(number)):
         assert run_glue.main(flags(tmp_path / "out")) == 128 + number
     assert not list(tmp_path.rglob(".*"))  # no lock, nothing temporary
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
 def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch, quiet, capsys):
-    with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_grad_norms_", 5, send(signal.SIGINT, signal.SIGINT))
+    with at_step(5, send(signal.SIGINT, signal.SIGINT)):
         assert run_glue.main(flags(tmp_path / "out")) == 130
     assert "stopped: at once; to go on: " in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
@@ -295,8 +283,8 @@ def test_a_file_system_that_takes_no_more_in_the_middle_of_a_file(tmp_path):
 
 
 def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
-    at_call(monkeypatch, loop, "evaluate", 2, lambda: shutil.rmtree(tmp_path / "out"))
-    assert run_glue.main(flags(tmp_path / "out")) == 1
+    with at_evaluation(2, lambda: shutil.rmtree(tmp_path / "out")):
+        assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "No such file or directory" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -321,26 +309,24 @@ def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
 
         patch.setattr(forward.Forward, "__call__", always)
 
-    with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_grad_norms_", 5, fail)
+    with monkeypatch.context() as patch, at_step(5, fail):
         assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "stopped: out of memory (a lower --max-tokens" in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
-def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        loop, "clip_grad_norms_", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug"))
-    )
-    with pytest.raises(RuntimeError, match="a bug"):
+def test_a_bug_is_not_hidden(tmp_path):
+    def fail():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"), at_step(1, fail):
         run_glue.main(flags(tmp_path / "out"))
 
 
 def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
     """Also if the first was killed."""
     folder = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_grad_norms_", 2, send(signal.SIGTERM))
+    with at_step(2, send(signal.SIGTERM)):
         run_glue.main(flags(folder))
     before = output_contents(folder)
     with output_paths.lock_folder(folder):
@@ -359,8 +345,7 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_call(patch, loop, "clip_grad_norms_", 5, send(signal.SIGTERM))
+    with at_step(5, send(signal.SIGTERM)):
         run_glue.main(flags(tmp_path / "out"))
     return tmp_path / "out"
 

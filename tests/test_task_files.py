@@ -1,7 +1,6 @@
 """Tasks of one's own: SuperGLUE's as the docs have them, the records' faults, every file format."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -15,6 +14,7 @@ import torch
 from conftest import GLUE, ROOT, TINY_BERT
 from huggingface_hub import ModelCard
 from interruption import differences, output_contents
+from moments import at_step, send
 from sklearn.metrics import f1_score
 
 import run_glue
@@ -26,7 +26,6 @@ from bitfit.distributed import Ranks
 from bitfit.options import parse_args
 from bitfit.results import scores as reports
 from bitfit.tools import answers, multi_task
-from bitfit.training import loop
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -722,15 +721,7 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     more = ["--save-evaluator", "--predict-test", "-s", "0", "1", "-e", "2"]
     file = superglue / "cb.json"
     assert run_glue.main(flags(tmp_path / "quiet", file, *more)) == 0
-    plain, calls = loop.clip_grad_norms_, iter(range(1_000))
-
-    def clip(*args):
-        if next(calls) == 1:  # in mid epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norms_", clip)
+    with at_step(2, send(signal.SIGTERM)):  # in mid epoch
         assert run_glue.main(flags(tmp_path / "out", file, *more)) == 128 + signal.SIGTERM
     file.write_text(json.dumps(CB | {"metrics": ["Macro-F1", "Accuracy"]}))
     capsys.readouterr()
