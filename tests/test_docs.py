@@ -455,5 +455,5 @@ def test_every_link_leads_somewhere():
 
 def test_the_layout_is_that_of_the_tree():
     text = (ROOT / "docs/developing.md").read_text()
-    for path in (ROOT / "bitfit").glob("[a-z]*.py"):
+    for path in (ROOT / "bitfit").rglob("[a-z]*.py"):
         assert f"{path.name}`" in text, path.name
