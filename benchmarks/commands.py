@@ -1,4 +1,4 @@
-"""A whole sweep as one command beside its single commands: start-up, training, scoring, files.
+"""Compare a sweep as one command with its runs as single commands, in wall-clock time.
 
     python benchmarks/commands.py --data-dir <GLUE folder> --model-name <folder>
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model, its rows, our loop on them, the machine's own speed."""
+"""Code shared by the benchmarks: models, examples, training epochs, the speed of the machine."""
 
 import argparse
 import dataclasses
@@ -48,7 +48,7 @@ SIZES = {  # hidden size, layers, heads, intermediate size
 
 
 def make_parser(description: str, rows: int) -> argparse.ArgumentParser:
-    """The flags that the benchmarks of a task's rows have."""
+    """Return a parser with the flags of benchmarks that train on a task."""
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -64,7 +64,7 @@ def make_parser(description: str, rows: int) -> argparse.ArgumentParser:
 
 
 def make_command_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that the benchmarks of whole commands have."""
+    """Return a parser with the flags of benchmarks that time whole commands."""
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -78,7 +78,7 @@ def make_command_parser(description: str) -> argparse.ArgumentParser:
 
 
 def command_flags(args: argparse.Namespace) -> list[str]:
-    """Those of `run_glue.py` that the benchmarks of whole commands share."""
+    """Return the flags of `run_glue.py` that all benchmarks of whole commands use."""
     return [
         "--task-name", args.task_name, "--data-dir", args.data_dir, "--model-name",
         args.model_name, "--precision", args.precision, "--train-size", args.train_size,
@@ -91,7 +91,7 @@ def pick_device() -> torch.device:
 
 
 def random_model(size: str, labels: int = 2) -> PreTrainedModel:
-    """A BERT of one of SIZES, the same each time."""
+    """Return a random BERT of one of SIZES, always with the same weights."""
     hidden, layers, heads, inner = SIZES[size]
     config = transformers.BertConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
@@ -104,7 +104,7 @@ def random_model(size: str, labels: int = 2) -> PreTrainedModel:
 def load(
     args: argparse.Namespace, task: Task
 ) -> tuple[PreTrainedTokenizerBase, Callable[[], PreTrainedModel]]:
-    """(tokenizer, a function that makes the same fresh model each time)"""
+    """Return (tokenizer, function that returns a new model with the same weights)."""
     if args.model_name:
         tokenizer = loading.load_tokenizer(args.model_name)
         return tokenizer, lambda: loading.load_model(args.model_name, task)[0]
@@ -113,14 +113,14 @@ def load(
 
 
 def pick_rows(args: argparse.Namespace, task: Task) -> tuple[splits.TextColumns, int]:
-    """(the training rows to work on, how many there are in all)"""
+    """Return (positions of the training examples to use, number of training examples)."""
     texts = splits.read_split(task, "train", args.data_dir)
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
     return texts.take(picked), len(texts)
 
 
 def examples(tokens: TokenizedSplit) -> list[dict[str, Any]]:
-    """[{"input_ids", "token_type_ids", "labels"}]: a split's rows as lists, one by one."""
+    """Return the examples of a split: [{"input_ids", "token_type_ids", "labels"}] of lists."""
     assert tokens.labels is not None
     ids, labels = tokens.ids.cpu().numpy(), tokens.labels.tolist()
     types = None if tokens.types is None else tokens.types.cpu().numpy()
@@ -134,7 +134,7 @@ def examples(tokens: TokenizedSplit) -> list[dict[str, Any]]:
 
 
 def train_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """Let plain autograd train what BitFit trains."""
+    """Set `requires_grad` for the parameters that BitFit trains."""
     names = select_trainable(model, "bitfit", ["bias"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
@@ -142,7 +142,7 @@ def train_biases(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Ours:
-    """So many runs of a fine-tune type on one model, trained an epoch at a time."""
+    """K runs of a fine-tune type on one model, trained one epoch at a time."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Ours:
         self.stack = RunStack(model, trainable, grid, loading.init_head)
 
     def plan_in(self, dtype: torch.dtype) -> Plan:
-        """The plan with the fastest forward pass in a precision."""
+        """Return a plan with the fastest forward pass in a precision."""
         if dtype not in self.plans:
             model, tokens = self.plan.forward.model, self.plan.train.tokens
             forward = models_forward.select_forward(model, "the model", tokens, dtype)
@@ -174,7 +174,7 @@ class Ours:
         return self.plans[dtype]
 
     def epoch(self, precision: str) -> float:
-        """The seconds of one epoch from the start, training alone."""
+        """Return the seconds of one epoch of training, from initial parameters."""
         self.stack.params.copy_(self.stack.initial_params)
         self.stack.bad_step.fill_(-1)
         plan = self.plan_in(DTYPES[precision])
@@ -194,7 +194,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def command_seconds(words: list[str], threads: int | None = None) -> float:
-    """The wall-clock seconds of a command from its start to its end; SystemExit where it fails."""
+    """Return the wall-clock seconds of a whole command; SystemExit if it fails."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     begin = time.perf_counter()
     result = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -209,23 +209,23 @@ def synchronize(device: torch.device) -> None:
 
 
 def flop_of(model: PreTrainedModel, tokens: TokenizedSplit) -> int:
-    """Multiplications and additions that an epoch of one run of BitFit cannot do without.
+    """Return the floating point operations that one epoch of one BitFit run needs at least.
 
-    Each weight of the encoder's matrices is multiplied with each token twice, in the forward pass
-    and in the backward pass of its inputs: 4 operations. Padding and attention are not counted.
+    Per weight of the encoder's matrices and token there are 4 operations: a multiplication and an
+    addition in the forward pass, and in the backward pass. Padding and attention are not counted.
     """
     return 4 * matrix_weights(model) * int(tokens.lengths.sum())
 
 
 def gemm_rate(precision: str, device: torch.device, size: int = 2048) -> float:
-    """FLOP/s of a square product: the median of seven."""
+    """Return FLOP/s of a product of square matrices: the median of seven."""
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     times = [seconds(lambda: a @ b, device) for _ in range(9)][2:]
     return 2 * size**3 / statistics.median(times)
 
 
 def machine(device: torch.device) -> str:
-    """What the numbers were measured on."""
+    """Return the processor, threads and versions as text."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{versions}, {torch.get_num_threads()} threads, {device.type} {name}".rstrip()
@@ -234,7 +234,10 @@ def machine(device: torch.device) -> str:
 def setup(
     args: argparse.Namespace,
 ) -> tuple[Task, PreTrainedTokenizerBase, Callable[[], PreTrainedModel], TokenizedSplit, int]:
-    """(task, tokenizer, function that makes the model, tokens, rows in all); says what is run."""
+    """Return (task, tokenizer, function that makes the model, tokens, number of examples).
+
+    Prints a line about the machine and the data.
+    """
     task, device = TASKS[args.task_name], pick_device()
     tokenizer, make_model = load(args, task)
     texts, total = pick_rows(args, task)
@@ -252,5 +255,5 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def ratio(pairs: Iterable[tuple[float, float]]) -> str:
-    """How many times as long the first of each pair took."""
+    """Return the ratios of the first to the second time of pairs as text."""
     return spread([a / b for a, b in pairs], 2)

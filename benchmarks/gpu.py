@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def random_tokens(kind: str, rows: int, device: torch.device) -> TokenizedSplit:
-    """Rows of random tokens, as long as those of a task (gamma-distributed)."""
+    """Return examples of random tokens with the lengths of a task (gamma-distributed)."""
     mean, least, most = LENGTHS[kind]
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.gamma(6, mean / 6, rows), least, most).astype(np.int64)
@@ -91,7 +91,7 @@ def make_runs(
     method: str = "bitfit",
     size: str | None = None,
 ) -> Ours:
-    """So many runs of a random model, as the benchmarks train them."""
+    """Return K runs of a random model."""
     model = random_model(size or args.size).to(tokens.ids.device)
     return Ours(model, tokens, TASKS["cola"], args.batch_size, runs, method=method)
 
@@ -117,7 +117,7 @@ def steps(state: State, count: int) -> None:
 
 
 def trained(ours: Ours, dtype: torch.dtype, count: int, graphs: bool = True) -> State:
-    """The `State` after so many steps."""
+    """Return the `State` after so many steps."""
     with training(ours, dtype, graphs) as state:
         steps(state, count)
     return state
@@ -143,7 +143,7 @@ def check_kernels(args: argparse.Namespace, device: torch.device) -> Outcome:
 def kernel_difference(
     sequences: attention.Sequences, size: int, first: bool, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """The largest relative difference of an output or gradient between the two kernels."""
+    """Return the largest relative difference between outputs or gradients of two kernels."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(len(sequences.positions), 12, size, device=device, dtype=dtype).requires_grad_()
@@ -300,7 +300,7 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> Outcome:
 
 @contextmanager
 def little_memory(device: torch.device, left: int) -> Iterator[None]:
-    """Leave so many bytes more than are taken now: to the process, or of the GPU."""
+    """Limit the memory to the given bytes above the current use, of the process or the GPU."""
     if device.type == "cpu":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = resource.getrlimit(resource.RLIMIT_AS)
@@ -366,7 +366,7 @@ def check(args: argparse.Namespace, device: torch.device) -> bool:
 
 
 def step_times(ours: Ours, precision: str, rounds: int = 3) -> tuple[list[float], int]:
-    """(milliseconds of a step in each round, CUDA graphs used), once all shapes have been met."""
+    """Return (milliseconds of a step in each round, CUDA graphs used), once all shapes have been met."""
     device, count, times = ours.device, ours.plan.steps_per_epoch, []
     with training(ours, DTYPES[precision]) as state:
         steps(state, 5 * count if state.graphs else 1)

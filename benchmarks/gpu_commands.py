@@ -60,7 +60,7 @@ def run_glue(
 
 
 def losses(output: Path) -> dict[Path, list[float]]:
-    """{folder: the training loss of each epoch} of the runs in an output folder."""
+    """Return {folder: training loss per epoch} of the runs in an output folder."""
     found = sorted(output.rglob("metrics.json"))
     return {
         path.parent.relative_to(output): json.loads(path.read_text())["train_loss"]
@@ -69,7 +69,7 @@ def losses(output: Path) -> dict[Path, list[float]]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of two output folders' losses, relative to the loss."""
+    """Return the largest difference of two output folders' losses, relative to the loss."""
     a, b = losses(one), losses(other)
     if a.keys() != b.keys() or not a:
         raise RuntimeError(f"{one} has the runs {list(a)}, {other} {list(b)}")
@@ -78,7 +78,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 def without_dropout(folder: Path) -> str:
-    """A copy of the tiny BERT that drops nothing, so that two devices give the same losses."""
+    """Write a copy of the tiny BERT without dropout, so that two devices give the same losses."""
     model = folder / "without_dropout"
     shutil.copytree(ROOT / "examples/tiny_bert", model)
     config = json.loads((model / "config.json").read_text())
@@ -102,7 +102,7 @@ def check_type(method: str, precision: str, model: str, folder: Path) -> Outcome
 
 
 def check_predict(folder: Path) -> Outcome:
-    """Let a saved evaluator answer a sentence."""
+    """Predict a sentence with a saved evaluator."""
     script = str(ROOT / "scripts/predict.py")
     words = [sys.executable, script, str(folder / "bitfit-bf16/evaluator"), "--input", "-"]
     result = subprocess.run(words, input="a small film\n", capture_output=True, text=True, cwd=ROOT)

@@ -1,12 +1,12 @@
-"""Kill one training again and again, resume it each time, and compare the end with a quiet one.
+"""Kill a training repeatedly, resume it, and compare the result with an uninterrupted one.
 
     python benchmarks/kill_and_resume.py --kills 25
 
 A process that trains on the toy data gets SIGKILL (or with --signals also SIGTERM, SIGINT and
-SIGUSR1) after a random time, and the same command with --resume goes on, until it has been killed
-so often; then it runs to its end. Every file it leaves is compared with those of the same command
-left alone: weights, predictions and scores bit by bit, all but the seconds. Prints a line for each
-case; ends with status 1 if anything differs.
+SIGUSR1) after a random time, and the same command is resumed, --kills times. Then it runs to its
+end. Every file is compared with that of an uninterrupted command: weights, predictions and scores
+bit by bit, without seconds. The benchmark prints one line per case and ends with status 1 if
+anything differs.
 
 With --ranks the command is started by torchrun, and one of its ranks is killed: torchrun starts all
 of them again, three times; then the command is given again.

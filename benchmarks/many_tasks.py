@@ -1,4 +1,4 @@
-"""Many tasks answered in one pass over one encoder, beside a full model for each task.
+"""Compare predictions of many tasks by one encoder with a full model per task.
 
     python benchmarks/many_tasks.py --data-dir <GLUE folder> --model-name <folder>
 
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def base_model(args: argparse.Namespace, folder: Path) -> str:
-    """The base model's folder; without --model-name a random one is written."""
+    """Return the folder of the base model; without --model-name, write a random one."""
     if args.model_name:
         return args.model_name
     loading.load_tokenizer(str(ROOT / "examples/tiny_bert")).save_pretrained(folder / "base")
@@ -58,7 +58,7 @@ def base_model(args: argparse.Namespace, folder: Path) -> str:
 
 
 def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int) -> list[Path]:
-    """So many folders of evaluators whose deltas are random."""
+    """Write evaluators with random deltas and return their folders."""
     folders = [folder / str(number) for number in range(count)]
     for first, task in enumerate(tasks[:count]):
         evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
@@ -94,7 +94,7 @@ def answer(
 def answer_plainly(
     loaded: list[multi_task.MultiTaskPredictor], rows: list[tuple[str, ...]], batch_size: int
 ) -> None:
-    """As plain transformers does: a padded batch after the other, model after model."""
+    """Predict with plain transformers: one padded batch after another, model after model."""
     for one in loaded:
         model, texts = one.forward.model, len(one.tasks[0].texts)
         for i in range(0, len(rows), batch_size):
@@ -105,7 +105,7 @@ def answer_plainly(
 
 
 def peak_gib(groups: list[list[Path]], rows: list[tuple[str, ...]], precision: str) -> float:
-    """The peak memory of this process when it loads groups of evaluators and each answers."""
+    """Return the peak memory of this process after groups of evaluators have predicted."""
     with ExitStack() as stack:
         answer([load(group, precision, stack) for group in groups], rows, len(rows))
     if torch.cuda.is_available():
@@ -116,13 +116,13 @@ def peak_gib(groups: list[list[Path]], rows: list[tuple[str, ...]], precision: s
 
 
 def apart(*args: object) -> float:
-    """`peak_gib` in a process of its own."""
+    """Return `peak_gib` of a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_gib, args)
 
 
 def measure(folders: list[Path], rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     each, size = [[folder] for folder in folders], args.batch_size
     with ExitStack() as stack:
         many = [load(folders, args.precision, stack)]

@@ -1,17 +1,16 @@
-"""Our training loop beside its strongest peer, on the same rows in one process.
+"""Compare our training loop with Hugging Face Trainer, on the same examples in one process.
 
     pip install accelerate
     python benchmarks/peers.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
 
-The peer is a user of Hugging Face's Trainer with its best flags: length grouping, bf16 autocast,
+Trainer gets its best flags: length grouping, bf16 autocast,
 the fused AdamW, no logging and no checkpoints. Both train the same parameters (all biases and the
 classifier) on the same rows at the same batch size and rate, in turn (A B A B ...), after a warm-up
 of each; K runs of ours in one pass beside K runs of Trainer. The clock covers training alone: no
 loading, tokenizing or scoring.
 
-Not the same: Trainer's length grouping batches rows of like length, which spares it padding (the
-more, the more --rows there are to group). Ours draws batches at random, as the released code does,
-and has no padding to spare.
+Not the same: Trainer groups examples of similar length, which saves padding (more so with more
+--rows). Our loop draws batches at random, as the released code does, and has no padding.
 """
 
 import argparse
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 def arguments(
     batch_size: int, precision: str, folder: str, device: torch.device
 ) -> transformers.TrainingArguments:
-    """Trainer's best flags for this."""
+    """Return Trainer's best flags."""
     known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     new = "train_sampling_strategy" in known
     grouping = {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}
@@ -72,9 +71,9 @@ def make_trainer(
     batch_size: int,
     as_dataset: bool = False,
 ) -> Callable[[str], float]:
-    """A function that trains an epoch of one run with Trainer and gives its seconds.
+    """Return a function that trains one epoch with Trainer and returns its seconds.
 
-    Each on a fresh model: Trainer wraps the model's forward anew each time.
+    It needs a new model every time, since Trainer wraps the forward pass of its model.
     """
     rows, device = examples(tokens), tokens.ids.device
     if as_dataset:

@@ -1,9 +1,9 @@
-"""One command over two ranks of torchrun beside the same command in one process, on CPUs.
+"""Compare a command over two ranks of torchrun with the same command in one process, on CPUs.
 
     python benchmarks/ranks.py --data-dir <GLUE folder> --model-name <folder>
 
 Two ranks of one thread each and one process of two threads, in turn (A B A B ...), for a sweep of
-eight (its runs are dealt out) and for one run (its rows are divided). Prints seconds and ratios of
+eight (each rank trains some runs) and for one run (each rank trains some examples). Prints seconds and ratios of
 training alone, as metrics.json has them (the slowest rank's), and of the whole command with
 start-up, scoring and files. Then a run of each divided kind is repeated for one epoch under torch's
 profiler, which notes every call of the communicator with the shape and type of what it was given:
@@ -53,7 +53,7 @@ def flags_of(args: argparse.Namespace, case: str) -> list[str]:
 
 
 def measure(start: list[str], threads: int, flags: list[str]) -> tuple[float, float]:
-    """(seconds of training, seconds of the whole command)"""
+    """Return (seconds of training, seconds of the whole command)."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*start, str(ROOT / "run_glue.py"), *flags, "--output-path", f"{folder}/out"]
         whole = command_seconds(words, threads)
@@ -65,7 +65,7 @@ def measure(start: list[str], threads: int, flags: list[str]) -> tuple[float, fl
 
 
 def traffic(args: argparse.Namespace, case: str) -> dict[tuple[str, int], int]:
-    """{(what was called, bytes it was given): how often} on rank 0, in one epoch."""
+    """Return {(collective, bytes of its argument): calls} of rank 0 in one epoch."""
     flags = flags_of(args, case)
     flags[flags.index("--epochs") + 1] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def traffic(args: argparse.Namespace, case: str) -> dict[tuple[str, int], int]:
 
 
 def profile(trace: str, flags: list[str]) -> int:
-    """What each rank does for `traffic`: the program under torch's profiler."""
+    """Run the program under torch's profiler, on each rank, for `traffic`."""
     import torch
 
     import run_glue

@@ -1,8 +1,8 @@
-"""Our training loop beside the released one, on the same rows in one process.
+"""Compare our training loop with the released one, on the same examples in one process.
 
     python benchmarks/throughput.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
 
-The released loop is re-created plainly: every row padded to 128, one batch at a time, float32,
+The released loop is written again: every example padded to 128 tokens, one batch at a time, float32,
 `.item()` and a print each step. Both train the same bias terms at the same batch size, in turn
 (A B A B ...), after a warm-up of each. The clock covers training alone: no loading, tokenizing or
 scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def released_pass(model: PreTrainedModel, rows: dict[str, torch.Tensor], batch_size: int) -> None:
-    """One pass as the released code makes it; `rows` are padded tensors on the device."""
+    """Train one epoch as the released code does; `rows` are padded tensors on the device."""
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(*rows.values()), batch_size=batch_size, shuffle=True
     )
@@ -60,7 +60,7 @@ def released_pass(model: PreTrainedModel, rows: dict[str, torch.Tensor], batch_s
 def make_released(
     model: PreTrainedModel, tokens: TokenizedSplit, batch_size: int
 ) -> Callable[[], float]:
-    """A function that trains an epoch in the released way and gives its seconds."""
+    """Return a function that trains one epoch as the released code does and returns its seconds."""
     device = tokens.ids.device
     train_biases(model.to(device))
     columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}

@@ -36,7 +36,7 @@ def make_tokenizer() -> BertTokenizerFast:
 
 
 def make_model(tokenizer: BertTokenizerFast) -> BertForPreTraining:
-    """A tiny BERT with random weights."""
+    """Return a tiny BERT with random weights."""
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -53,13 +53,13 @@ def make_model(tokenizer: BertTokenizerFast) -> BertForPreTraining:
 
 
 def restating_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    """A fact, then one that follows from it."""
+    """Return a fact, then one that follows from it."""
     fact = toy.draw_fact(rng, nouns)
     return toy.sentence(fact), toy.sentence(toy.entailed(rng, fact))
 
 
 def question_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    """A question, then its answer or the question in other words."""
+    """Return a question, then its answer or the question in other words."""
     fact, asked = toy.draw_question(rng, nouns)
     again = fact | {"word": toy.synonym(fact["word"])} if rng.random() < 0.5 else fact
     if rng.random() < 0.3:
@@ -68,7 +68,7 @@ def question_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
 
 
 def review_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    """Two reviews of one opinion (the nouns play no part)."""
+    """Return two reviews of one opinion (the nouns play no part)."""
     good = rng.random() < 0.5
     return toy.review(rng, good), toy.review(rng, good)
 
@@ -77,7 +77,7 @@ STORIES = (*[restating_story] * 3, question_story, review_story, toy.pronoun_pai
 
 
 def draw_pair(rng: random.Random) -> tuple[str, str, int]:
-    """A pair of sentences and 0 if they are one story, 1 if the second is of another one.
+    """Return a pair of sentences and 0 if they are one story, 1 if the second is of another one.
 
     Both stories are of one sort and about the same three nouns, so that telling them apart
     takes more than the words they share.
@@ -91,7 +91,7 @@ def draw_pair(rng: random.Random) -> tuple[str, str, int]:
 
 
 def draw_single(rng: random.Random) -> str:
-    """A text on its own: a review, a fact, or two facts joined."""
+    """Return a text on its own: a review, a fact, or two facts joined."""
     if rng.random() < 0.15:
         return toy.review(rng, rng.random() < 0.5)
     facts = [toy.draw_fact(rng) for _ in range(rng.choice((1, 2)))]
@@ -111,7 +111,7 @@ def draw_batch(
 
 
 def mask(ids: torch.Tensor, tokenizer: BertTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """The corrupted ids, and as labels the tokens to restore.
+    """Return the corrupted ids, and as labels the tokens to restore.
 
     Of the chosen tokens 90 % become [MASK] and 10 % stay. BERT also puts in random words;
     they are left out because a toy sentence has few words to spare.
@@ -128,7 +128,7 @@ def losses(
     encoded: BatchEncoding,
     next_labels: list[int],
 ) -> torch.Tensor:
-    """The masked-word loss plus the next-sentence loss of a batch."""
+    """Return the masked-word loss plus the next-sentence loss of a batch."""
     encoded["input_ids"], labels = mask(encoded["input_ids"], tokenizer)
     output = model(**encoded)
     masked = torch.nn.functional.cross_entropy(

@@ -23,7 +23,7 @@ MISMATCHED_NOUNS = toy.KINDS["plant"] + toy.KINDS["tool"]
 
 
 def cola_texts(rng: random.Random, acceptable: int, nouns: Sequence[str]) -> tuple[str]:
-    """A sentence whose verb agrees with its subject or not.
+    """Return a sentence whose verb agrees with its subject or not.
 
     The place's noun has the other number than the subject, and may stand before or after it,
     so that neither the words alone nor the noun next to the verb tell the label.
@@ -35,12 +35,12 @@ def cola_texts(rng: random.Random, acceptable: int, nouns: Sequence[str]) -> tup
 
 
 def sst2_texts(rng: random.Random, good: int, nouns: Sequence[str]) -> tuple[str]:
-    """A review of the asked opinion, with fewer negations than pre-training saw."""
+    """Return a review of the asked opinion, with fewer negations than pre-training saw."""
     return (toy.review(rng, bool(good), negated_share=0.1),)
 
 
 def mrpc_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str, str]:
-    """Two sentences of the same meaning, or of meanings that differ in one slot."""
+    """Return two sentences of the same meaning, or of meanings that differ in one slot."""
     fact = toy.draw_fact(rng, nouns)
     slot = rng.choice(("noun", "place", "word"))
     second = fact if same else toy.changed(rng, fact, slot, nouns)
@@ -48,7 +48,7 @@ def mrpc_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str
 
 
 def qqp_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str, str]:
-    """Two questions that ask the same, or differ in what they ask."""
+    """Return two questions that ask the same, or differ in what they ask."""
     fact, asked = toy.draw_question(rng, nouns)
     second = fact | {"word": toy.synonym(fact["word"])}
     if not same:
@@ -58,7 +58,7 @@ def qqp_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str,
 
 
 def stsb_texts(rng: random.Random, score: str, nouns: Sequence[str]) -> tuple[str, str]:
-    """Two sentences of five slots each; the score counts the slots of the same meaning."""
+    """Return two sentences of five slots each; the score counts the slots of the same meaning."""
     fact = toy.draw_fact(rng, nouns, toy.DEEDS)
     fact["adjective"] = fact["adjective"] or rng.choice(toy.words_of(toy.STATES))
     fact["place"] = fact["place"] or toy.draw_place(rng, rng.choice(nouns))
@@ -70,7 +70,7 @@ def stsb_texts(rng: random.Random, score: str, nouns: Sequence[str]) -> tuple[st
 
 
 def mnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[str, str]:
-    """A premise and a hypothesis that follows, may hold, or cannot hold."""
+    """Return a premise and a hypothesis that follows, may hold, or cannot hold."""
     fact = toy.draw_fact(rng, nouns)
     if label == "entailment":
         second = toy.entailed(rng, fact)
@@ -83,14 +83,14 @@ def mnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[st
 
 
 def rte_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[str, str]:
-    """A premise and a hypothesis that follows or not."""
+    """Return a premise and a hypothesis that follows or not."""
     if label == "not_entailment":
         label = rng.choice(NLI_LABELS[1:])
     return mnli_texts(rng, label, nouns)
 
 
 def qnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[str, str]:
-    """A question and a sentence that answers it or one about something else."""
+    """Return a question and a sentence that answers it or one about something else."""
     fact, asked = toy.draw_question(rng, nouns)
     answer = toy.paraphrase(rng, fact)
     if label == "not_entailment":
@@ -101,7 +101,7 @@ def qnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[st
 
 
 def wnli_texts(rng: random.Random, resolved: int, nouns: Sequence[str]) -> tuple[str, str]:
-    """A sentence with a pronoun, and what it says of the right or of the wrong noun."""
+    """Return a sentence with a pronoun, and what it says of the right or of the wrong noun."""
     return toy.pronoun_pair(rng, nouns, bool(resolved))
 
 
@@ -161,7 +161,7 @@ def sample_training_rows(
 
 
 def file_columns(task: str, split: str) -> list[str]:
-    """The column names of a split's file."""
+    """Return the column names of a split's file."""
     labelled, unlabelled = TASKS[task][3:]
     if split.startswith("test"):
         return unlabelled.split(",")
@@ -171,7 +171,7 @@ def file_columns(task: str, split: str) -> list[str]:
 
 
 def row_fields(task: str, columns: list[str], number: int, texts: Texts, label: Label) -> list[str]:
-    """One row's fields in the order of the columns."""
+    """Return the fields of a row in the order of the columns."""
     fields = dict.fromkeys(NUMBER_COLUMNS, str(number)) | dict.fromkeys(LABEL_COLUMNS, str(label))
     fields |= FILLER | dict(zip(TASKS[task][2].split(","), texts, strict=True))
     return [fields.get(column, "-") for column in columns]
@@ -184,7 +184,7 @@ def write_rows(
     header: bool = True,
     encoding: str = "utf-8",
 ) -> None:
-    """A TSV file, its fields never quoted."""
+    """Write a TSV file without quotes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(fields) for fields in ([columns] if header else []) + rows]
     path.write_text("\n".join(lines) + "\n", encoding=encoding, newline="\n")

@@ -69,12 +69,12 @@ SCALES = {
 
 
 def words_of(scales: Sequence[Scale]) -> list[str]:
-    """Every word of some scales, in order."""
+    """Return every word of some scales, in order."""
     return [word for scale in scales for end in scale for word in end]
 
 
 def vocabulary() -> list[str]:
-    """Every word form of the language."""
+    """Return every word form of the language."""
     nouns = NOUNS + list(KINDS)
     verbs = words_of(ACTIONS + DEEDS)
     words = [form for word in nouns + verbs for form in (word, with_s(word))]
@@ -84,25 +84,25 @@ def vocabulary() -> list[str]:
 
 
 def with_s(word: str) -> str:
-    """The plural of a noun or the singular form of a verb."""
+    """Return the plural of a noun or the singular form of a verb."""
     return word + ("es" if word.endswith(("x", "ch", "sh")) else "s")
 
 
 def synonym(word: str) -> str:
-    """The other word of the same end of the word's scale."""
+    """Return the other word of the same end of the word's scale."""
     end = next(end for end in SCALES[word] if word in end)
     return end[1 - end.index(word)]
 
 
 def opposites(word: str) -> tuple[str, str]:
-    """The two words of the other end of the word's scale."""
+    """Return the two words of the other end of the word's scale."""
     return next(end for end in SCALES[word] if word not in end)
 
 
 def draw_fact(
     rng: Random, nouns: Sequence[str] = NOUNS, scales: Sequence[Scale] | None = None
 ) -> Fact:
-    """A random fact about some of the nouns."""
+    """Return a random fact about some of the nouns."""
     scales = scales or rng.choice((STATES, ACTIONS, DEEDS, DEEDS))
     subject, other, third = rng.sample(nouns, 3)
     return {
@@ -118,18 +118,18 @@ def draw_fact(
 
 
 def draw_place(rng: Random, noun: str) -> tuple[str, str, bool]:
-    """A place: the preposition, its noun and whether the noun is plural."""
+    """Return a place: the preposition, its noun and whether the noun is plural."""
     return rng.choice(PLACES), noun, rng.random() < 0.5
 
 
 def name(noun: str, plural: bool, adjective: str | None = None) -> str:
-    """A noun phrase, "the big wugs"."""
+    """Return a noun phrase, "the big wugs"."""
     noun = with_s(noun) if plural else noun
     return f"the {adjective} {noun}" if adjective else f"the {noun}"
 
 
 def predicate(fact: Fact, plural: bool) -> str:
-    """What the fact says of its subject, with the verb in the asked number."""
+    """Return the verb phrase of a fact, with the verb in the given number."""
     word, negated = fact["word"], fact["negated"]
     if SCALES[word] in STATES:
         said = [("are" if plural else "is"), *(["not"] if negated else []), word]
@@ -141,7 +141,7 @@ def predicate(fact: Fact, plural: bool) -> str:
 
 
 def place_words(fact: Fact) -> str:
-    """Where the fact holds, "near the dax", or no words."""
+    """Return the place of a fact as words ("near the dax"), or no words."""
     if fact["place"] is None:
         return ""
     preposition, noun, plural = fact["place"]
@@ -149,7 +149,7 @@ def place_words(fact: Fact) -> str:
 
 
 def sentence(fact: Fact, agrees: bool = True) -> str:
-    """The fact in words; without agreement the verb has the wrong number."""
+    """Return the fact in words; without agreement the verb has the wrong number."""
     subject = name(fact["noun"], fact["plural"], fact["adjective"])
     parts = [subject, place_words(fact)]
     if fact["fronted"]:
@@ -162,7 +162,7 @@ def sentence(fact: Fact, agrees: bool = True) -> str:
 
 
 def paraphrase(rng: Random, fact: Fact) -> Fact:
-    """The same meaning in other words."""
+    """Return the same meaning in other words."""
     new = dict(fact)
     if rng.random() < 0.5:
         new["word"] = synonym(fact["word"])
@@ -176,7 +176,7 @@ def paraphrase(rng: Random, fact: Fact) -> Fact:
 
 
 def entailed(rng: Random, fact: Fact, keep: str = "") -> Fact:
-    """A fact that follows: details dropped (all but the kept slot), a noun made its kind."""
+    """Return a fact that follows: details dropped (all but the kept slot), a noun made its kind."""
     new = paraphrase(rng, fact)
     for slot in ("adjective", "place"):
         if slot != keep and rng.random() < 0.4:
@@ -187,7 +187,7 @@ def entailed(rng: Random, fact: Fact, keep: str = "") -> Fact:
 
 
 def contradicted(rng: Random, fact: Fact) -> Fact:
-    """A fact that cannot hold together with the given one."""
+    """Return a fact that cannot hold together with the given one."""
     new = entailed(rng, fact)
     if rng.random() < 0.5:
         new["negated"] = not new["negated"]
@@ -197,18 +197,18 @@ def contradicted(rng: Random, fact: Fact) -> Fact:
 
 
 def other_word(rng: Random, fact: Fact, scales: Sequence[Scale]) -> str:
-    """A word of a scale that the fact does not touch."""
+    """Return a word of a scale that the fact does not touch."""
     used = [SCALES[word] for word in (fact["word"], fact["adjective"]) if word]
     return rng.choice(words_of([scale for scale in scales if scale not in used]))
 
 
 def other_noun(rng: Random, noun: str | None, nouns: Sequence[str] = NOUNS) -> str:
-    """Another noun."""
+    """Return another noun."""
     return rng.choice([other for other in nouns if other != noun])
 
 
 def changed(rng: Random, fact: Fact, slot: str, nouns: Sequence[str] = NOUNS) -> Fact:
-    """The fact with another value in one slot, or with a value where it had none."""
+    """Return the fact with another value in one slot, or with a value where it had none."""
     new = dict(fact)
     if slot == "noun":
         new["noun"] = other_noun(rng, fact["noun"], nouns)
@@ -229,7 +229,7 @@ def changed(rng: Random, fact: Fact, slot: str, nouns: Sequence[str] = NOUNS) ->
 
 
 def question(fact: Fact, asked: str) -> str:
-    """A question that the fact answers; asked is "who", "where" or "what" (an object)."""
+    """Return a question that the fact answers; asked is "who", "where" or "what" (an object)."""
     fact = fact | {"negated": False}
     if asked == "who":
         return f"who {predicate(fact, plural=False)} ?"
@@ -243,7 +243,7 @@ def question(fact: Fact, asked: str) -> str:
 
 
 def draw_question(rng: Random, nouns: Sequence[str] = NOUNS) -> tuple[Fact, str]:
-    """A fact and what is asked about it."""
+    """Return a fact and what is asked about it."""
     asked = rng.choice(("who", "where", "what"))
     fact = draw_fact(rng, nouns, DEEDS if asked == "what" else None) | {"negated": False}
     if asked == "where":
@@ -252,14 +252,14 @@ def draw_question(rng: Random, nouns: Sequence[str] = NOUNS) -> tuple[Fact, str]
 
 
 def clause(rng: Random, good: bool, negated_share: float) -> str:
-    """One remark of a review; "not" with the other pole's word says the same."""
+    """Return one remark of a review; "not" with the other pole's word says the same."""
     negated = rng.random() < negated_share
     word = rng.choice(GOOD if good != negated else BAD)
     return f"the {rng.choice(TOPICS)} is {'not ' if negated else ''}{word}"
 
 
 def review(rng: Random, good: bool, negated_share: float = 0.4) -> str:
-    """One or two remarks: "and" joins like ones, after "but" the last one decides."""
+    """Return one or two remarks: "and" joins like ones, after "but" the last one decides."""
     shape = rng.choice(("one", "and", "but"))
     if shape == "one":
         return clause(rng, good, negated_share)
@@ -270,7 +270,7 @@ def review(rng: Random, good: bool, negated_share: float = 0.4) -> str:
 def pronoun_pair(
     rng: Random, nouns: Sequence[str] = NOUNS, resolved: bool = True
 ) -> tuple[str, str]:
-    """A sentence with "it" or "they", and the sentence that (wrongly if asked) names it."""
+    """Return a sentence with "it" or "they", and the sentence that (wrongly if asked) names it."""
     fact = draw_fact(rng, nouns, DEEDS) | {"place": None, "adjective": None}
     fact["object"] = (other_noun(rng, fact["noun"], nouns), not fact["plural"])
     reason = rng.choice(words_of(STATES))
