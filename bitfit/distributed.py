@@ -10,14 +10,20 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from utils import RankLost, UserError, first_line, resolve_gpu, write_line
 
+if TYPE_CHECKING:  # -h imports this module, and no torch
+    import torch
+
+Json = Any  # a value that json.dumps takes
+Result = TypeVar("Result")
 LOOK_SECONDS = 0.05  # between two looks at what the others said
 TELL_SECONDS = 5
 MEET = timedelta(minutes=30)  # for all ranks to meet, and for the slowest of a step
@@ -33,10 +39,10 @@ class Group(NamedTuple):
     shows_progress: bool = True  # whether this process shows progress: one of all does
 
     @property
-    def size(self):
+    def size(self) -> int:
         return len(self.ranks)
 
-    def all_reduce_sum_(self, *tensors):
+    def all_reduce_sum_(self, *tensors: "torch.Tensor") -> None:
         """Add up over the ranks, in place; all of them then hold the same bits."""
         if self.size > 1:
             import torch.distributed as dist
@@ -50,11 +56,11 @@ class Group(NamedTuple):
                     else:
                         dist.all_reduce(tensor, group=self.device)
 
-    def barrier(self):
+    def barrier(self) -> None:
         """Until all ranks are here; a sum of nothing would not wait."""
         self.all_reduce_max(0)
 
-    def all_reduce_max(self, *numbers):
+    def all_reduce_max(self, *numbers: float) -> Sequence[float]:
         """The largest of each number over the ranks; waits for all of them."""
         if self.size == 1:
             return numbers
@@ -66,7 +72,7 @@ class Group(NamedTuple):
             dist.all_reduce(together, dist.ReduceOp.MAX, group=self.host)
         return together.tolist()
 
-    def all_gather(self, tensors):
+    def all_gather(self, tensors: list["torch.Tensor"]) -> list["torch.Tensor"]:
         """The byte tensors of all ranks, those of rank 0 first; each has as many, of one shape."""
         if self.size == 1:
             return tensors
@@ -78,7 +84,7 @@ class Group(NamedTuple):
                 dist.all_gather([theirs[k] for theirs in everyone], own, group=self.host)
         return [tensor for theirs in everyone for tensor in theirs]
 
-    def replicas_equal(self, values):
+    def replicas_equal(self, values: "torch.Tensor") -> bool:
         """Whether all ranks hold the same values, by hash."""
         if self.size == 1:
             return True
@@ -87,7 +93,7 @@ class Group(NamedTuple):
         most, least = self.all_reduce_max(number, -number)
         return most == -least
 
-    def shard_rows(self, lengths):
+    def shard_rows(self, lengths: np.ndarray) -> np.ndarray:
         """Which of some rows are this rank's: positions, so that each rank has as many tokens.
 
         Args:
@@ -102,7 +108,7 @@ SINGLE_PROCESS = Group()
 
 
 @contextmanager
-def raise_rank_lost():
+def raise_rank_lost() -> Iterator[None]:
     """Within: RankLost where another rank, or torchrun, is gone."""
     try:
         yield
@@ -110,14 +116,14 @@ def raise_rank_lost():
         raise RankLost(f"another rank ended ({first_line(error)})") from None
 
 
-def shared_error(message):
+def shared_error(message: str) -> UserError:
     """A UserError that all ranks raise, so that one of them says it."""
     error = UserError(message)
     error.shared = True
     return error
 
 
-def assign_runs(runs, size):
+def assign_runs(runs: Sequence, size: int) -> list[tuple[tuple[int, ...], Sequence]]:
     """[(ranks, the runs they train)]: neighbours each, and as even as it goes."""
     count = min(len(runs), size)
     return [
@@ -137,14 +143,15 @@ class Ranks:
             machine, here number `local_rank`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         launched = "TORCHELASTIC_RUN_ID" in os.environ  # else the names are another launcher's
         numbers = [int(os.environ[name]) for name in names] if launched else [0, 1, 0, 1]
         self.rank, self.size, self.local_rank, self.local_size = numbers
-        self.store, self.said = None, 0
+        self.store: Any = None  # torch's key-value store, once the ranks have met
+        self.said = 0
 
-    def all_gather_object(self, fact):
+    def all_gather_object(self, fact: Json) -> list:
         """What all ranks say, in their order, each a JSON value; a signal ends the wait."""
         if self.size == 1:
             return [fact]
@@ -160,9 +167,9 @@ class Ranks:
                 time.sleep(LOOK_SECONDS)
             return [json.loads(self.store.get(key)) for key in keys]
 
-    def raise_together(self, work):
+    def raise_together(self, work: Callable[[], Result]) -> Result:
         """What `work()` gives, once all ranks have done it; one's UserError is raised on all."""
-        value, wrong = None, None
+        wrong = None
         try:
             value = work()
         except UserError as error:
@@ -170,15 +177,15 @@ class Ranks:
         wrong = next(filter(None, self.all_gather_object(wrong)), None)
         if wrong:
             raise shared_error(wrong)
-        return value
+        return value  # bound: an error would have been raised
 
-    def run_on_rank0(self, work):
+    def run_on_rank0(self, work: Callable[[], Result]) -> Result:
         """`work()` on rank 0 alone, while the others wait; its answer, a JSON value, on all."""
         return self.all_gather_object(
             self.raise_together(work if self.rank == 0 else lambda: None)
         )[0]
 
-    def local_gpu(self, choice):
+    def local_gpu(self, choice: int | str | None) -> int | None:
         """--gpu-device -> the number of this rank's GPU, None for the CPU.
 
         Raises:
@@ -194,7 +201,7 @@ class Ranks:
             raise UserError(f"{what}--nproc-per-node {count}, or --gpu-device to share one GPU")
         return self.local_rank
 
-    def make_group(self, runs, on_own_gpus):
+    def make_group(self, runs: Sequence, on_own_gpus: bool) -> tuple[Sequence, Group]:
         """(the runs that this rank trains, the `Group` of all ranks that train them).
 
         Args:
@@ -218,7 +225,7 @@ class Ranks:
                 result = own, Group(members, place, host, device, speaks)
         return result
 
-    def require_equal(self, what, fact):
+    def require_equal(self, what: str, fact: Json) -> None:
         """UserError where a rank has another `fact` than the first."""
         said = self.all_gather_object(fact)
         others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
@@ -227,7 +234,7 @@ class Ranks:
                 f"rank {others[0]} has another {what} than rank 0: give all the same"
             )
 
-    def shutdown(self):
+    def shutdown(self) -> None:
         """Wait until all ranks are done, and leave them."""
         self.all_gather_object("done")
         if self.size > 1:
@@ -236,7 +243,7 @@ class Ranks:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def print_once(self, line, at_once=False):
+    def print_once(self, line: str, at_once: bool = False) -> None:
         """Write a line to standard error, for all ranks once.
 
         torchrun ends all ranks as soon as one of them ends: so the others leave rank 0 the time
@@ -248,7 +255,7 @@ class Ranks:
             time.sleep(TELL_SECONDS)
 
     @property
-    def launch_command(self):
+    def launch_command(self) -> str:
         """What started this program, as words of a command."""
         if self.size == 1:
             return "python"

@@ -1,11 +1,12 @@
 """Uploads of models to the Hugging Face Hub."""
 
 import shlex
+from pathlib import Path
 
 from utils import NotPushed, UserError, convert_errors, first_line
 
 
-def check_push(name):
+def check_push(name: str) -> None:
     """Ask the Hub who we are, before any work.
 
     Raises:
@@ -14,7 +15,7 @@ def check_push(name):
     from huggingface_hub import HfApi, get_token, is_offline_mode
     from huggingface_hub.utils import validate_repo_id
 
-    def cannot(why):
+    def cannot(why: str) -> UserError:
         what = "mend that, or give --export-model and `hf upload` the model later"
         return UserError(f"--push-to-hub {name}: {why}; {what}")
 
@@ -29,7 +30,7 @@ def check_push(name):
         HfApi().whoami()
 
 
-def push(output, name):
+def push(output: Path, name: str) -> str:
     """Upload the one exported model of a finished output folder; returns a line that says where.
 
     Raises:

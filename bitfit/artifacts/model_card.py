@@ -8,14 +8,21 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bitfit import options
 from bitfit.artifacts.run_folder import BY_NAME, HARMLESS
+from bitfit.data.tasks import Task
 from bitfit.results import escape
 from bitfit.results import scores as reports
 from utils import atomic_file, write_text
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+Metadata = dict[str, Any]  # the content of args.json or metrics.json
 HUBS_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
                 "Macro-F1": "f1"}  # fmt: skip
 BITFIT = "[BitFit](https://arxiv.org/abs/2106.10199)"
@@ -32,7 +39,7 @@ LICENCE = (
 )
 
 
-def write(folder, task, facts):
+def write(folder: Path, task: Task, facts: Metadata) -> None:
     """Write the card of a run's exported model, `model/README.md`, and its pictures beside it.
 
     Args:
@@ -54,7 +61,7 @@ def write(folder, task, facts):
     write_text(folder / "model" / "README.md", str(card))
 
 
-def metadata(task, metrics, facts):
+def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
     """The `ModelCardData`: what the Hub searches and shows. The licence is left to the author."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -87,17 +94,17 @@ def metadata(task, metrics, facts):
     )
 
 
-def hubs(metric):
+def hubs(metric: str) -> str:
     """The Hub's name of a metric."""
     return HUBS_METRICS.get(metric, metric.lower())
 
 
-def is_glue(task, metrics):
+def is_glue(task: Task, metrics: Metadata) -> bool:
     """Whether the scored rows are GLUE's, as far as their number tells."""
     return tuple(metrics["validation_rows"].values()) == task.validation_rows
 
 
-def scores_of(metrics, facts):
+def scores_of(metrics: Metadata, facts: Metadata) -> list[tuple[str, str, float]]:
     """[(validation split, metric, value)] of the exported weights; a run that diverged has none."""
     scores = {} if metrics["diverged"] else metrics[facts["keep"]]
     return [
@@ -107,18 +114,18 @@ def scores_of(metrics, facts):
     ]
 
 
-def title(metrics, facts):
+def title(metrics: Metadata, facts: Metadata) -> str:
     base = Path(without_path(facts["model_name"])).name
     return f"{base}-{metrics['task']}-{metrics['fine_tune_type']}"
 
 
-def without_path(value):
+def without_path(value: str) -> str:
     """Of what lies on this machine its name alone."""
     there = isinstance(value, str) and os.path.exists(value)
     return os.path.basename(os.path.abspath(value)) if there else value
 
 
-def text(task, metrics, facts, pictures):
+def text(task: Task, metrics: Metadata, facts: Metadata, pictures: list[str]) -> Iterator[str]:
     """The paragraphs below the metadata."""
     yield f"# {escape.markdown(title(metrics, facts))}"
     yield " ".join(sentences(task, metrics, facts))
@@ -139,7 +146,7 @@ def text(task, metrics, facts, pictures):
     yield f"{made}, {facts['precision']} on {facts['device']}, {versions}."
 
 
-def sentences(task, metrics, facts):
+def sentences(task: Task, metrics: Metadata, facts: Metadata) -> Iterator[str]:
     """What it is: base model, data, what trained."""
     base, commit = without_path(facts["model_name"]), facts["model_commit"]
     link = f"[{base}](https://huggingface.co/{base}) (commit {commit})"
@@ -159,7 +166,7 @@ def sentences(task, metrics, facts):
     yield f"{count:,} of {of:,} parameters ({count / of:.2%})."
 
 
-def which_weights(metrics, facts):
+def which_weights(metrics: Metadata, facts: Metadata) -> str:
     """Which epoch and run the scores are of, and what was chosen on the rows that they are of."""
     if metrics["diverged"]:
         return f"The training diverged: {metrics['diverged']}. These weights have no scores."
@@ -174,7 +181,7 @@ def which_weights(metrics, facts):
     )
 
 
-def example(task):
+def example(task: Task) -> str:
     """Python that loads the model and asks it one thing."""
     words = ", ".join(['"The cat sleeps."', '"An animal sleeps."'][: len(task.texts)])
     label = "model.config.id2label[logits.argmax().item()]"
@@ -189,7 +196,7 @@ def example(task):
     ])  # fmt: skip
 
 
-def command(facts):
+def command(facts: Metadata) -> str:
     """The command that made it: what results depend on, folders by their names, the commit."""
     ranks, words = facts["ranks"], []
     facts = facts | {"model_revision": facts["model_commit"]}

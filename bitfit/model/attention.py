@@ -43,7 +43,9 @@ class VarlenLayout(NamedTuple):
     last: frozenset  # modules within which only first tokens attend
 
 
-def plan_sequences(lengths, owner=None, stacked=False):
+def plan_sequences(
+    lengths: np.ndarray, owner: np.ndarray | None = None, stacked: bool = False
+) -> tuple[Sequences, np.ndarray, np.ndarray | None]:
     """Lay out rows of a batch with fillers.
 
     Args:
@@ -67,10 +69,11 @@ def plan_sequences(lengths, owner=None, stacked=False):
     longest = -(-int(sizes.max()) // QUERY_BLOCK) * QUERY_BLOCK
     sequences = Sequences(positions, begins[kept >= 0], begins, bounds, start_bounds, longest)
     last_row = np.maximum.accumulate(np.where(row < 0, 0, np.arange(len(row))))
-    return sequences, row, owner[row[last_row[::CHUNK]]] if stacked else None
+    chunk_owner = None if owner is None or not stacked else owner[row[last_row[::CHUNK]]]
+    return sequences, row, chunk_owner
 
 
-def add_fillers(lengths, owner, unit):
+def add_fillers(lengths: np.ndarray, owner: np.ndarray, unit: int) -> tuple[np.ndarray, np.ndarray]:
     """Add a filler after each run, up to a multiple of `unit`, and short ones at the end.
 
     Returns:
@@ -87,24 +90,35 @@ def add_fillers(lengths, owner, unit):
     return np.insert(np.arange(len(lengths)), where, -1), np.insert(lengths, where, fill)
 
 
-def rounded(count):
+def rounded(count: int) -> int:
     """Round up to one of few sizes: multiples of 64, or of about a sixteenth of the size."""
     return -(-count // size_step(count)) * size_step(count)
 
 
-def size_step(count):
+def size_step(count: int) -> int:
     """Return the difference between two sizes of batches near `count` tokens."""
     return CHUNK if count > MAX_ROUNDED_TOKENS else max(64, 2 ** (count.bit_length() - 5))
 
 
-def supports(head_size, device, dtype):
+def supports(head_size: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention can be tried: `forward.select_forward` compares its results."""
     if device.type != "cuda" or dtype != torch.bfloat16 or head_size % 8 or head_size > 256:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    layout: VarlenLayout,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
     """Attend within each sequence, (1, heads, N, d) -> (1, N, heads, d), for transformers.
 
     In the last layer the result is 0 but for first tokens, if no other token is read.
@@ -122,7 +136,15 @@ def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, lay
     return torch.zeros_like(query).index_copy(0, sequences.starts, out)[None], None
 
 
-def kernel(query, key, value, bounds, longest, dropout, scale):
+def kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    dropout: float,
+    scale: float | None,
+) -> torch.Tensor:
     """(Q, heads, d), (N, heads, d), (N, heads, d) -> (Q, heads, d), each sequence by itself.
 
     Args:
@@ -145,13 +167,21 @@ def kernel(query, key, value, bounds, longest, dropout, scale):
     )[0]
 
 
-def plain_kernel(query, key, value, bounds, longest, dropout, scale):
+def plain_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    dropout: float,
+    scale: float | None,
+) -> torch.Tensor:
     """The reference implementation of `kernel`, sequence by sequence."""
     out, begins = torch.empty_like(query), [tensor.tolist() for tensor in bounds]
     for (a, b), (c, d) in zip(*map(pairwise, begins), strict=True):
         if not (1 <= b - a <= longest[0] and 1 <= d - c <= longest[1]):
             raise ValueError("a sequence is empty, or longer than the longest")
-        inputs = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        attended = F.scaled_dot_product_attention(*inputs, dropout_p=dropout, scale=scale)
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
         out[a:b] = attended.transpose(0, 1)
     return out

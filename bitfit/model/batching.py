@@ -1,27 +1,30 @@
 """Batches of examples as arrays on the host, and their single copy to the device."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.attention import Sequences, plan_sequences
 from bitfit.model.packing import SPARE, Packing, packing_of
 
 # The most tokens in one pass: activations stay in cache on a CPU, in memory on a GPU.
+Nested = Any  # nested tuples and lists of arrays or tensors
 MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class Batch(NamedTuple):
     """Some rows for one pass, packed or padded: arrays as the host plans them, then tensors."""
 
-    rows: np.ndarray  # (B,) int64
-    index: np.ndarray  # (1, N) or (B, T) int64, which of the split's tokens
-    mask: np.ndarray | None  # (B, T) bool; None: no row is padded
+    rows: torch.Tensor  # (B,) int64
+    index: torch.Tensor  # (1, N) or (B, T) int64, which of the split's tokens
+    mask: torch.Tensor | None  # (B, T) bool; None: no row is padded
     packing: Packing | Sequences | None  # None: padded
 
 
-def make_batch(tokens, rows, packed):
+def make_batch(tokens: TokenizedSplit, rows: np.ndarray, packed: bool) -> Batch:
     """What the host knows of a batch of rows (B,)."""
     lengths, starts = tokens.lengths[rows], tokens.starts[rows]
     if packed:
@@ -35,14 +38,16 @@ def make_batch(tokens, rows, packed):
     return Batch(rows, index, None if real.all() else real, None)
 
 
-def make_varlen_batch(tokens, rows, owner=None, stacked=False):
+def make_varlen_batch(
+    tokens: TokenizedSplit, rows: np.ndarray, owner: np.ndarray | None = None, stacked: bool = False
+) -> tuple[Batch, np.ndarray | None]:
     """Return (`Batch`, runs of its chunks) for the kernels of `varlen`; see `plan_sequences`."""
     sequences, row, chunks = plan_sequences(tokens.lengths[rows], owner, stacked)
     index = np.where(row < 0, 0, tokens.starts[rows][row]) + sequences.positions
     return Batch(rows, index[None], None, sequences), chunks
 
 
-def to_device(value, device):
+def to_device(value: Nested, device: torch.device) -> Nested:
     """Return the same (named) tuple or list with its arrays as tensors on the device.
 
     A GPU gets all arrays in one copy from pinned memory, so that the host never waits for it.
@@ -54,7 +59,7 @@ def to_device(value, device):
     return replace_arrays(value, buffer_views(buffer, arrays))
 
 
-def list_arrays(value):
+def list_arrays(value: Nested) -> list[np.ndarray]:
     """Return the arrays in nested tuples and lists, in order."""
     if isinstance(value, np.ndarray):
         return [value]
@@ -62,11 +67,11 @@ def list_arrays(value):
     return [array for item in inside for array in list_arrays(item)]
 
 
-def replace_arrays(value, replacements):
+def replace_arrays(value: Nested, replacements: Iterable) -> Nested:
     """Return nested tuples and lists with each array replaced by the next of `replacements`."""
     replacements = iter(replacements)
 
-    def replace(value):
+    def replace(value: Nested) -> Nested:
         if isinstance(value, np.ndarray):
             return next(replacements)
         if not isinstance(value, (list, tuple)):
@@ -76,7 +81,7 @@ def replace_arrays(value, replacements):
     return replace(value)
 
 
-def pack_into_buffer(arrays, pin):
+def pack_into_buffer(arrays: list[np.ndarray], pin: bool) -> torch.Tensor:
     """Return one uint8 tensor with the bytes of all arrays, each at a multiple of 16."""
     buffer = torch.empty(sum(map(aligned_bytes, arrays)), dtype=torch.uint8, pin_memory=pin)
     whole, begin = buffer.numpy(), 0
@@ -87,7 +92,7 @@ def pack_into_buffer(arrays, pin):
     return buffer
 
 
-def buffer_views(buffer, arrays):
+def buffer_views(buffer: torch.Tensor, arrays: list[np.ndarray]) -> Iterator[torch.Tensor]:
     """Yield a tensor in a copy of `pack_into_buffer(arrays)` for each of the arrays."""
     begin = 0
     for array in arrays:
@@ -96,11 +101,11 @@ def buffer_views(buffer, arrays):
         begin += aligned_bytes(array)
 
 
-def aligned_bytes(array):
+def aligned_bytes(array: np.ndarray) -> int:
     return -(-array.nbytes // 16) * 16
 
 
-def gather_inputs(tokens, batch):
+def gather_inputs(tokens: TokenizedSplit, batch: Batch) -> dict[str, torch.Tensor]:
     """The model's inputs for a `Batch` on the device.
 
     Returns:
@@ -116,7 +121,9 @@ def gather_inputs(tokens, batch):
     return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask.long()}
 
 
-def split_into_micro_batches(lengths, max_tokens, packed, equal_length=False):
+def split_into_micro_batches(
+    lengths: np.ndarray, max_tokens: int, packed: bool, equal_length: bool = False
+) -> list[np.ndarray]:
     """Cut a step's rows into passes of at most `max_tokens` tokens; one row always fits.
 
     Packed rows stay in their order, run after run, in passes of like size; padded ones go by
@@ -140,7 +147,9 @@ def split_into_micro_batches(lengths, max_tokens, packed, equal_length=False):
     return np.split(np.arange(len(lengths)), cuts[1:-1])
 
 
-def batches_by_length(lengths, max_tokens, equal_length=False):
+def batches_by_length(
+    lengths: np.ndarray, max_tokens: int, equal_length: bool = False
+) -> Iterator[np.ndarray]:
     """All rows, the longest first, in batches of at most `max_tokens` padded tokens.
 
     Args:

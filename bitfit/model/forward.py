@@ -1,20 +1,26 @@
 """The forward pass: the fastest way to batch examples that does not change their logits."""
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from bitfit.model.batching import gather_inputs, make_batch, make_varlen_batch, to_device
+from bitfit.data.tokens import TokenizedSplit
+from bitfit.model.batching import Batch, gather_inputs, make_batch, make_varlen_batch, to_device
 from bitfit.model.loading import first_position, position_embedding, position_limit
 from bitfit.model.packing import PackedEncoder, packed_encoders
 from bitfit.model.precision import cast_parameters, without_tf32
-from bitfit.model.run_routing import route_chunks, route_rows
+from bitfit.model.run_routing import RunRouting, route_chunks, route_rows
 from bitfit.model.trainable import in_encoder, is_bias
 from utils import UserError, convert_errors, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGGER = logging.getLogger("bitfit")
 
@@ -29,24 +35,26 @@ class Forward(NamedTuple):
     )
 
     @property
-    def batching_kind(self):
+    def batching_kind(self) -> str:
         """How rows share a pass: "packed", "padded" or "equal length"."""
         return (
             "packed" if self.packed_encoder else "equal length" if self.equal_length else "padded"
         )
 
     @property
-    def uses_varlen(self):
+    def uses_varlen(self) -> bool:
         """Whether rows are packed for the kernels of `varlen`."""
         return self.packed_encoder is not None and self.packed_encoder.varlen
 
-    def make_batch(self, tokens, rows):
+    def make_batch(self, tokens: TokenizedSplit, rows: np.ndarray) -> Batch:
         """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
         if self.uses_varlen:
             return make_varlen_batch(tokens, rows)[0]
         return make_batch(tokens, rows, self.packed_encoder is not None)
 
-    def make_routed_batch(self, tokens, rows, owner, runs):
+    def make_routed_batch(
+        self, tokens: TokenizedSplit, rows: np.ndarray, owner: np.ndarray, runs: int
+    ) -> tuple[Batch, RunRouting]:
         """(`Batch`, `RunRouting`) of rows of several runs: arrays on the host.
 
         Args:
@@ -59,20 +67,33 @@ class Forward(NamedTuple):
         token_owner = np.repeat(owner, tokens.lengths[rows]) if packed else None
         return make_batch(tokens, rows, packed), route_rows(owner, runs, token_owner)
 
-    def __call__(self, tokens, batch):
+    def __call__(self, tokens: TokenizedSplit, batch: Batch) -> torch.Tensor:
         inputs = gather_inputs(tokens, batch)
         if self.packed_encoder:
             return self.packed_encoder(self.model, inputs, batch.packing).logits.float()
         return self.model(**inputs).logits.float()
 
-    def logits(self, tokens, rows):
+    def logits(self, tokens: TokenizedSplit, rows: np.ndarray) -> torch.Tensor:
         """The same for row numbers (B,) on the host."""
         return self(tokens, to_device(self.make_batch(tokens, rows), tokens.ids.device))
 
 
+def cannot(model_name: str | Path, what: str, instead: str) -> Callable[[Exception], UserError]:
+    """Return a function that makes the `UserError` of another exception."""
+    return lambda error: UserError(
+        f"the model {model_name} cannot {what}: {type(error).__name__}: {first_line(error)}; "
+        f"give {instead}"
+    )
+
+
 @torch.no_grad()
 @without_tf32()
-def select_forward(model, model_name, tokens, dtype=torch.float32):
+def select_forward(
+    model: "PreTrainedModel",
+    model_name: str | Path,
+    tokens: TokenizedSplit,
+    dtype: torch.dtype = torch.float32,
+) -> Forward:
     """The fastest `Forward` that gives each row the logits that it has alone; the log says which.
 
     Packed rows are tried first, then padded rows, then batches of rows of equal length, each on a
@@ -86,19 +107,9 @@ def select_forward(model, model_name, tokens, dtype=torch.float32):
     check_ids(model, model_name, tokens)
     tokens, rows = trial_rows(model, tokens)
     device = tokens.ids.device
-
-    def cannot(what, instead):
-        return lambda error: UserError(
-            f"the model {model_name} cannot {what}: {type(error).__name__}: {first_line(error)}; "
-            f"give {instead}"
-        )
-
     what = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
-    with (
-        with_trial_head(model),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-    ):
-        with convert_errors(cannot(what, "another --model-name")):
+    with with_trial_head(model), torch.random.fork_rng([device] * (device.type == "cuda")):
+        with convert_errors(cannot(model_name, what, "another --model-name")):
             model.train()  # some are strict in training alone (Reformer)
             Forward(model).logits(tokens, rows[1:2])
             model.eval()
@@ -106,16 +117,14 @@ def select_forward(model, model_name, tokens, dtype=torch.float32):
         warn_of_constant(model_name, alone, tokens.lengths[rows])
         forward = first_independent(model, model_name, tokens, rows, alone, dtype)
     if dtype != torch.float32:
-        with (
-            convert_errors(cannot("compute in bf16", "--precision fp32")),
-            cast_parameters(model, dtype),
-        ):
+        errors = convert_errors(cannot(model_name, "compute in bf16", "--precision fp32"))
+        with errors, cast_parameters(model, dtype):
             if not all(forward.logits(tokens, rows[[i]]).isfinite().all() for i in range(3)):
                 raise ValueError("its logits are not finite")
     return forward
 
 
-def check_ids(model, model_name, tokens):
+def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: TokenizedSplit) -> None:
     """Refuse texts with tokens that the model has no embeddings for, or cannot read together."""
     known, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
     if isinstance(known, int) and last >= known:
@@ -130,7 +139,7 @@ def check_ids(model, model_name, tokens):
         check_ends(model.config.eos_token_id, model_name, tokens)
 
 
-def token_types(model):
+def token_types(model: "PreTrainedModel") -> int | None:
     """The number of token types that a model has embeddings for, or None."""
     for name, module in model.named_modules():
         if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -138,7 +147,7 @@ def token_types(model):
     return None
 
 
-def check_ends(eos, model_name, tokens):
+def check_ends(eos: object, model_name: str | Path, tokens: TokenizedSplit) -> None:
     """Refuse a text that has the token for its end in it: such models want as many in all rows."""
     if not isinstance(eos, int):
         return
@@ -151,7 +160,7 @@ def check_ends(eos, model_name, tokens):
         raise UserError(f"{what}: change the text, or give another --model-name")
 
 
-def set_pad_token(model, pad_id):
+def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
     """Let a decoder, which reads the last token before the padding, look for the tokenizer's.
 
     Where positions count from the padding token (RoBERTa), the number belongs to the weights: a
@@ -161,7 +170,9 @@ def set_pad_token(model, pad_id):
         model.config.get_text_config().pad_token_id = pad_id
 
 
-def trial_rows(model, tokens):
+def trial_rows(
+    model: "PreTrainedModel", tokens: TokenizedSplit
+) -> tuple[TokenizedSplit, np.ndarray]:
     """(tokens, rows): the longest row, the shortest, a middling one, and where there is one, a
     row with a token that the model may take for padding.
 
@@ -181,7 +192,9 @@ def trial_rows(model, tokens):
     return tokens._replace(starts=starts, lengths=lengths), rows
 
 
-def warn_of_constant(model_name, alone, lengths):
+def warn_of_constant(
+    model_name: str | Path, alone: dict[int, torch.Tensor], lengths: np.ndarray
+) -> None:
     """Log that all rows, which differ in length, have the same logits but for rounding."""
     logits = torch.stack([*alone.values()])
     rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
@@ -190,7 +203,14 @@ def warn_of_constant(model_name, alone, lengths):
         LOGGER.warning("the model %s %s", model_name, what)
 
 
-def first_independent(model, model_name, tokens, rows, alone, dtype):
+def first_independent(
+    model: "PreTrainedModel",
+    model_name: str | Path,
+    tokens: TokenizedSplit,
+    rows: np.ndarray,
+    alone: dict[int, torch.Tensor],
+    dtype: torch.dtype,
+) -> Forward:
     """The first `Forward` that gives rows in batches the logits that they have alone.
 
     Args:
@@ -214,7 +234,9 @@ def first_independent(model, model_name, tokens, rows, alone, dtype):
     raise UserError(f"the model {model_name} {what}; give another --model-name")
 
 
-def ways_to_batch(model, tokens, rows, dtype):
+def ways_to_batch(
+    model: "PreTrainedModel", tokens: TokenizedSplit, rows: np.ndarray, dtype: torch.dtype
+) -> list[tuple[Forward, list[np.ndarray]]]:
     """[(`Forward`, batches of row numbers to try it on)], the fastest first."""
     # Packed, they are more tokens than a row of this model may have.
     times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
@@ -226,7 +248,12 @@ def ways_to_batch(model, tokens, rows, dtype):
     return [*ways, (Forward(model), padded), (Forward(model, equal_length=True), equal)]
 
 
-def neighbour_problem(forward, tokens, batches, alone):
+def neighbour_problem(
+    forward: Forward,
+    tokens: TokenizedSplit,
+    batches: list[np.ndarray],
+    alone: dict[int, torch.Tensor],
+) -> str | None:
     """Return why rows must not be batched this way, or None if the logits are those of `alone`."""
     logits = torch.stack([*alone.values()])
     spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
@@ -249,7 +276,7 @@ def neighbour_problem(forward, tokens, batches, alone):
 
 
 @contextmanager
-def with_trial_head(model):
+def with_trial_head(model: "PreTrainedModel") -> Iterator[None]:
     """Within: the head hides no difference between two ways to run the encoder.
 
     The bias behind the last product is 0, for small differences would drown in its sums. A matrix

@@ -9,14 +9,21 @@ which is all that a classifier of this family reads.
 runs on padded rows.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from bitfit.model import attention as varlen
+from bitfit.model.attention import Sequences, VarlenLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
 UNIT = 16  # the attention's widths are multiples: of others softmax is up to ten times as slow
 # The padding, in squares of tokens, that a group of the attention may have. A CPU is fastest with
@@ -57,7 +64,7 @@ class Layout(NamedTuple):
     last: frozenset  # modules within which only first tokens need attend
 
 
-def packing_of(lengths, spare):
+def packing_of(lengths: np.ndarray, spare: float) -> Packing:
     """The `Packing` of rows of so many tokens (R,), in their order."""
     starts = lengths.cumsum() - lengths
     row = np.repeat(np.arange(len(lengths)), lengths)
@@ -76,7 +83,7 @@ def packing_of(lengths, spare):
     return Packing(positions, starts, begins, widths, order, order.argsort(), groups)
 
 
-def groups_of(lengths, spare):
+def groups_of(lengths: np.ndarray, spare: float) -> list[np.ndarray]:
     """Row numbers by length, falling, cut where a group's padding exceeds `spare`."""
     order = np.argsort(-lengths, kind="stable")
     squares = (-(-lengths[order] // UNIT) * UNIT) ** 2
@@ -89,7 +96,7 @@ def groups_of(lengths, spare):
     return np.split(order, cuts)
 
 
-def layout_of(packing, heads, last=frozenset()):
+def layout_of(packing: Packing, heads: int, last: frozenset = frozenset()) -> Layout:
     """The `Layout` of a `Packing` of tensors."""
     head = torch.arange(heads, device=packing.first.device)
     sizes = [own.numel() * heads for _, own in packing.groups]
@@ -106,7 +113,7 @@ def layout_of(packing, heads, last=frozenset()):
     return Layout(packing.first, tokens, firsts, real, masks, last)
 
 
-def slices(sizes):
+def slices(sizes: list[int]) -> list[slice]:
     ends = np.cumsum(sizes).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
@@ -119,7 +126,16 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, layout, side, scaling, dropout):
+    def forward(
+        ctx: FunctionCtx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: Layout,
+        side: Side,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
         ctx.layout, ctx.side, ctx.scaling = layout, side, scaling
         ctx.dtype, ctx.groups = q.dtype, []
         q = q.float().index_select(0, side.place)
@@ -137,7 +153,7 @@ class Attention(torch.autograd.Function):
         return out.index_select(0, side.inverse).to(ctx.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
         layout, side = ctx.layout, ctx.side
         grad = grad.float().index_select(0, side.place)
         if side is layout.tokens:
@@ -159,7 +175,18 @@ class Attention(torch.autograd.Function):
         return *(x.index_select(0, s.inverse).to(ctx.dtype) for x, s in pairs), *[None] * 4
 
 
-def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, layout, **others):
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    layout: Layout,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
     """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d).
 
     In the last layer it is 0 but for the first token of each row, if no other is read.
@@ -177,7 +204,7 @@ def attention(module, query, key, value, mask, scaling=None, dropout=0.0, *, lay
     return out, None
 
 
-def keep_of(x, p):
+def keep_of(x: torch.Tensor, p: float) -> torch.Tensor:
     """What dropout multiplies x with: 0 with probability p, else 1 / (1 - p).
 
     On a CPU a number costs 16 random bits, so that p is right to 1e-5: `bernoulli_` takes six
@@ -193,7 +220,7 @@ def keep_of(x, p):
     return torch.ge(bits, min(round(2**16 * p), 2**16 - 1) - 2**15, out=keep).mul_(1 / (1 - p))
 
 
-def drop(module, x):
+def drop(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
     """What a torch.nn.Dropout computes, with the masks of `keep_of` on a CPU."""
     if module.training and module.p and x.device.type == "cpu":
         return x * keep_of(x, module.p)
@@ -210,12 +237,19 @@ class PackedEncoder(NamedTuple):
     first_position: int  # RoBERTa counts from padding_idx + 1
     varlen: bool = False  # whether the attention is that of `varlen`
 
-    def __call__(self, model, inputs, packing):
+    def __call__(
+        self,
+        model: "PreTrainedModel",
+        inputs: dict[str, torch.Tensor],
+        packing: Packing | Sequences,
+    ) -> "ModelOutput":
         """The model's output for `inputs` (1, N); nothing of the model stays changed."""
         from transformers import AttentionInterface
 
-        if self.varlen:
-            attend, layout = varlen.attention, varlen.VarlenLayout(packing, self.last)
+        attend: Callable
+        layout: Layout | VarlenLayout
+        if isinstance(packing, Sequences):
+            attend, layout = varlen.attention, VarlenLayout(packing, self.last)
         else:
             attend, layout = attention, layout_of(packing, self.heads, self.last)
         AttentionInterface.register("packed", attend)
@@ -233,21 +267,27 @@ class PackedEncoder(NamedTuple):
             model.config._attn_implementation = before
 
 
-def pick(first, x):
+def pick(first: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(1, N, d) -> (R, 1, d): each row's first token."""
     return x.squeeze(0).index_select(0, first)[:, None]
 
 
-def pick_inputs(first, module, args):
+def pick_inputs(
+    first: torch.Tensor, module: torch.nn.Module, args: tuple
+) -> tuple[torch.Tensor, ...]:
     return tuple(pick(first, x) for x in args)
 
 
-def pick_output(first, module, args, output):
+def pick_output(
+    first: torch.Tensor, module: torch.nn.Module, args: tuple, output: "ModelOutput"
+) -> "ModelOutput":
     output.last_hidden_state = pick(first, output.last_hidden_state)
     return output
 
 
-def packed_encoders(model, first_position, dtype=torch.float32):
+def packed_encoders(
+    model: "PreTrainedModel", first_position: int, dtype: torch.dtype = torch.float32
+) -> list[PackedEncoder]:
     """The `PackedEncoder`s to try on a model, the fastest first; none where its layers see windows.
 
     After the last attention no token sees another, and the classifier reads the first of each row

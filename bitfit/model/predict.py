@@ -1,14 +1,26 @@
 """Predictions: the logits of rows, by one run or by all runs of a stack."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
-from bitfit.distributed import SINGLE_PROCESS
+from bitfit.data.tokens import TokenizedSplit
+from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model.batching import batches_by_length
+from bitfit.model.forward import Forward
+from bitfit.model.run_stack import RunStack
+from bitfit.model.token_budget import TokenBudget
 
 
 @torch.inference_mode()
-def predict(forward, tokens, budget, rows=None, group=SINGLE_PROCESS):
+def predict(
+    forward: Forward,
+    tokens: TokenizedSplit,
+    budget: TokenBudget,
+    rows: np.ndarray | None = None,
+    group: Group = SINGLE_PROCESS,
+) -> np.ndarray:
     """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
 
     Within `RunStack.routing()`: those of all runs, (K, rows, C). The ranks of a `group` compute
@@ -19,7 +31,7 @@ def predict(forward, tokens, budget, rows=None, group=SINGLE_PROCESS):
     group = group if len(rows) >= group.size else SINGLE_PROCESS
     own = group.shard_rows(tokens.lengths[rows])
 
-    def batches():
+    def batches() -> tuple[list[np.ndarray], list[torch.Tensor]]:
         lengths = tokens.lengths[rows[own]]
         parts = list(batches_by_length(lengths, budget.max_tokens, forward.equal_length))
         return parts, [forward.logits(tokens, rows[own[part]]) for part in parts]
@@ -33,7 +45,14 @@ def predict(forward, tokens, budget, rows=None, group=SINGLE_PROCESS):
     return logits.cpu().numpy()
 
 
-def predict_runs(forward, stack, tokens, budget, rows, group=SINGLE_PROCESS):
+def predict_runs(
+    forward: Forward,
+    stack: RunStack,
+    tokens: TokenizedSplit,
+    budget: TokenBudget,
+    rows: dict[int, np.ndarray],
+    group: Group = SINGLE_PROCESS,
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (run, its logits) for {run: its rows}, (rows, C) each.
 
     Where only the classifier trains and all runs have the same rows, the encoder runs once for

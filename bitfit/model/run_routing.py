@@ -8,13 +8,17 @@ Nothing else of the model changes, and no sum runs over rows of two runs: what o
 an infinite loss, cannot reach another.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from bitfit.model.attention import CHUNK
+
+if TYPE_CHECKING:
+    from bitfit.model.run_stack import RunStack
 
 
 class RunIndex(NamedTuple):
@@ -33,19 +37,21 @@ class RunRouting(NamedTuple):
     rows: RunIndex
     tokens: RunIndex | None  # its places are of tokens, or of chunks with CHUNK tokens each
 
-    def to(self, dtype):
+    def to(self, dtype: torch.dtype) -> "RunRouting":
         """The same, for values of that type."""
         if self.rows.valid_mask is None:
             return self
         return RunRouting(*(o and o._replace(valid_mask=o.valid_mask.to(dtype)) for o in self))
 
-    def per_row(self, values, like):
+    def per_row(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
         shape = (len(self.rows.run_ids), *[1] * (like.dim() - 2), -1)
         # On a GPU the gradient of `index_select` sums in any order.
         return values[self.rows.run_ids].view(shape)
 
-    def add_bias(self, bias, x, weight=None):
+    def add_bias(
+        self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
         if x.dim() == 2:
             return PerRunBias.apply(x, weight, bias, self.rows)
@@ -54,7 +60,7 @@ class RunRouting(NamedTuple):
         x = x if weight is None else F.linear(x, weight)
         return x + self.per_row(bias, x)
 
-    def matmul(self, x, weight):
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
         seated = x[self.rows.pad_index]  # (k, most, i)
         product = torch.bmm(seated, weight.index_select(0, self.rows.active_runs).mT)
@@ -64,13 +70,15 @@ class RunRouting(NamedTuple):
 class BroadcastRuns(NamedTuple):
     """Every row belongs to every run: (B, i) becomes (K, B, o) where the runs first differ."""
 
-    def per_row(self, values, like):
+    def per_row(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return values[:, None]
 
-    def add_bias(self, bias, x, weight=None):
+    def add_bias(
+        self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return (x if weight is None else F.linear(x, weight)) + bias[:, None]
 
-    def matmul(self, x, weight):
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.matmul(x, weight.mT)
 
 
@@ -82,13 +90,19 @@ class PerRunBias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, owned):
+    def forward(
+        ctx: FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor,
+        owned: RunIndex,
+    ) -> torch.Tensor:
         ctx.weight, ctx.owned, ctx.shape = weight, owned, bias.shape
         own = bias.index_select(0, owned.run_ids)
         return own.add_(x) if weight is None else own.addmm_(x, weight.t())
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
         weight, owned = ctx.weight, ctx.owned
         parts, real = grad, owned.valid_mask
         if len(owned.unpad_index) < len(grad):
@@ -105,7 +119,7 @@ class PerRunBias(torch.autograd.Function):
         return grad, None, sums, None
 
 
-def route_rows(owner, runs, tokens=None):
+def route_rows(owner: np.ndarray, runs: int, tokens: np.ndarray | None = None) -> RunRouting:
     """`RunRouting` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
 
     Args:
@@ -116,7 +130,7 @@ def route_rows(owner, runs, tokens=None):
     return RunRouting(index_runs(owner), None if tokens is None else index_runs(tokens))
 
 
-def route_chunks(owner, runs, chunks):
+def route_chunks(owner: np.ndarray, runs: int, chunks: np.ndarray) -> RunRouting:
     """Return the `RunRouting` of tokens that fill whole chunks, of the runs `chunks` (C,)."""
     if runs == 1:
         return route_rows(owner, runs)
@@ -124,7 +138,7 @@ def route_chunks(owner, runs, chunks):
     return RunRouting(index_runs(owner), tokens._replace(run_ids=np.repeat(tokens.run_ids, CHUNK)))
 
 
-def index_runs(owner, width_multiple=1):
+def index_runs(owner: np.ndarray, width_multiple: int = 1) -> RunIndex:
     """The `RunIndex` of arrays for the runs (B,) that rows, or tokens, belong to."""
     present, run, counts = np.unique(owner, return_inverse=True, return_counts=True)
     order, begins = np.argsort(owner, kind="stable"), counts.cumsum() - counts
@@ -137,7 +151,13 @@ def index_runs(owner, width_multiple=1):
     return RunIndex(owner, present, places, real[:, None].astype(np.float32), place)
 
 
-def forward_per_run(stack, module, x, weight=None, bias=None):
+def forward_per_run(
+    stack: "RunStack",
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What a Linear or LayerNorm computes when each row takes the values of its own run.
 
     Args:

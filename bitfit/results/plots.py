@@ -2,18 +2,25 @@
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from bitfit.data.tasks import Task
 from bitfit.model.trainable import TERMS, layer_and_name
 from bitfit.results.scores import best_epochs
 from utils import atomic_file, write_text
 
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 FIXED = "fixed: its gradient is zero"
 
 
-def new_figure(width, height, caption):
+def new_figure(width: float, height: float, caption: str) -> "Figure":
     """A figure that no screen is needed for and no global state knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -25,18 +32,20 @@ def new_figure(width, height, caption):
     return figure
 
 
-def save_figure(figure, path):
+def save_figure(figure: "Figure", path: str | Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def save_curves(figures, folder):
+def save_curves(figures: dict[str, "Figure"], folder: str | Path) -> None:
     """{metric: figure} -> learning_curves_<metric>.png"""
     for metric, figure in figures.items():
         save_figure(figure, Path(folder) / f"learning_curves_{metric.lower()}.png")
 
 
-def learning_curves(scores, task, caption, folder=None):
+def learning_curves(
+    scores: pd.DataFrame, task: Task, caption: str, folder: str | Path | None = None
+) -> dict[str, "Figure"]:
     """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
     figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics}
     if folder:
@@ -44,7 +53,7 @@ def learning_curves(scores, task, caption, folder=None):
     return figures
 
 
-def learning_curve(scores, task, caption, metric):
+def learning_curve(scores: pd.DataFrame, task: Task, caption: str, metric: str) -> "Figure":
     best = best_epochs(scores, task).iloc[0]
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
     x = f"epoch (vertical line: best {main}, epoch {best})"
@@ -63,7 +72,7 @@ def learning_curve(scores, task, caption, metric):
     return figure
 
 
-def curve_figure(caption, x, y, height=5):
+def curve_figure(caption: str, x: str, y: str, height: float = 5) -> tuple["Figure", "Axes"]:
     """A figure, so many inches high, and its axes for scores over epochs."""
     from matplotlib.ticker import MaxNLocator
 
@@ -76,7 +85,11 @@ def curve_figure(caption, x, y, height=5):
     return figure, axes
 
 
-def bias_changes(start, end, fixed=None):
+def bias_changes(
+    start: dict[str, "torch.Tensor"],
+    end: dict[str, "torch.Tensor"],
+    fixed: dict[str, list[list[int]]] | None = None,
+) -> tuple[list[str], np.ndarray]:
     """The paper's amount of change, 1/dim(b) * |b_0 - b_F|_1, per term and layer.
 
     Args:
@@ -106,16 +119,16 @@ def bias_changes(start, end, fixed=None):
     return list(table.index), table.to_numpy()
 
 
-def changes_table(names, changes):
+def changes_table(names: list[str], changes: np.ndarray) -> pd.DataFrame:
     """The same as a table: a row per term, a column per layer, counted from 1."""
     return pd.DataFrame(changes, index=names, columns=range(1, changes.shape[1] + 1))
 
 
-def save_changes(names, changes, path):
+def save_changes(names: list[str], changes: np.ndarray, path: str | Path) -> None:
     write_text(path, changes_table(names, changes).to_csv(index_label="term"))
 
 
-def bias_heatmap(names, changes, caption):
+def bias_heatmap(names: list[str], changes: np.ndarray, caption: str) -> "Figure":
     """The paper's figure 1: how far each bias term moved, per layer, with the average.
 
     Args:

@@ -1,19 +1,27 @@
 """The pictures of a study's report: {file name: (figure, what it shows)}."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from bitfit.results.plots import bias_heatmap, curve_figure, new_figure
 from bitfit.study import results, statistics
+from bitfit.study.cells import Study
+from bitfit.study.results import Entries
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Figures = dict[str, tuple["Figure", str]]  # {file name: (figure, description)}
 COLORS = {  # of the rows, the same in all pictures
     "full_ft": "black", "bitfit": "C0", "b_m2+b_q": "C9", "b_m2": "C2", "b_q": "C8",
     "frozen": "0.6", "rand_uniform": "C1", "rand_row_col": "C3",
 }  # fmt: skip
 
 
-def all_of(study, entries):
+def all_of(study: Study, entries: Entries) -> Figures:
     """All that there is data for."""
-    figures = {}
+    figures: Figures = {}
     for model in dict.fromkeys(key[0] for key in entries):
         own = {key: entry for key, entry in entries.items() if key[0] == model}
         name = own[next(iter(own))].results.cell.name.split("/")[0]
@@ -22,22 +30,22 @@ def all_of(study, entries):
     return figures
 
 
-def whole(entries):
+def whole(entries: Entries) -> Entries:
     """Those that are no part of a train-size curve."""
     return {key: entry for key, entry in entries.items() if key[3] is None}
 
 
-def by_column(entries):
+def by_column(entries: Entries) -> dict[str, dict[str, results.Entry]]:
     """{column: {row: Entry}}"""
-    found = {}
+    found: dict[str, dict[str, results.Entry]] = {}
     for (_, row, column, _), entry in entries.items():
         found.setdefault(column, {})[row] = entry
     return found
 
 
-def heatmaps(study, entries, name):
+def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
     """Figure 1: how far each term moved, b_q + b_m2 beside all."""
-    figures = {}
+    figures: Figures = {}
     for (_, row, column, _), entry in whole(entries).items():
         if row not in ("bitfit", "b_m2+b_q"):
             continue
@@ -52,11 +60,11 @@ def heatmaps(study, entries, name):
     return figures
 
 
-def size_curves(entries, name):
+def size_curves(entries: Entries, name: str) -> Figures:
     """Figure 2: scores over the number of training rows."""
-    figures = {}
+    figures: Figures = {}
     for column in dict.fromkeys(key[2] for key in entries if key[3] is not None):
-        of_row = {}
+        of_row: dict[str, list[tuple[int, results.Entry]]] = {}
         for (_, row, own, size), entry in entries.items():
             if own == column and size is not None:
                 of_row.setdefault(row, []).append((size, entry))
@@ -77,7 +85,7 @@ def size_curves(entries, name):
     return figures
 
 
-def gaps(entries, name):
+def gaps(entries: Entries, name: str) -> Figures:
     """How much better each method scores on its training rows than on the validation rows."""
     frame = results.train_gaps(entries)
     if frame.empty:
@@ -98,8 +106,8 @@ def gaps(entries, name):
     return {f"gap_{name}": (figure, text)}
 
 
-def learning_curves(entries, name):
-    figures = {}
+def learning_curves(entries: Entries, name: str) -> Figures:
+    figures: Figures = {}
     for column, of_row in by_column(whole(entries)).items():
         figure, axes = curve_figure(f"{name}, {column}", "epoch", "validation score x 100")
         for row, entry in of_row.items():
@@ -112,9 +120,9 @@ def learning_curves(entries, name):
     return figures
 
 
-def trials(entries, name):
+def trials(entries: Entries, name: str) -> Figures:
     """The expected best score of so many trials, of all learning rates, seeds and epochs."""
-    figures = {}
+    figures: Figures = {}
     for column, of_row in by_column(whole(entries)).items():
         what = "trials (a learning rate, a seed, an epoch: each is one)"
         figure, axes = curve_figure(f"{name}, {column}", what, "expected best score x 100")

@@ -3,6 +3,7 @@
 import base64
 import html
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ import pandas as pd
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
 from bitfit.study import cell_states, cost, figures, results
-from bitfit.study.cells import slug
+from bitfit.study.cells import Study, slug
+from bitfit.study.figures import Figures
 from bitfit.study.protocol import (
     BATCH_SIZE,
     PAPER_MODELS,
@@ -49,7 +51,7 @@ STYLE = (
 )
 
 
-def write(study, resamples=1000):
+def write(study: Study, resamples: int = 1000) -> str:
     """Write the report of what there is; returns what to print.
 
     Raises:
@@ -78,7 +80,7 @@ def write(study, resamples=1000):
     return f"{shown}\n{out / 'report.html'}"
 
 
-def table_of(scores, model):
+def table_of(scores: pd.DataFrame, model: str) -> pd.DataFrame:
     """Tables 2 and 3 in the paper's layout, as text: rows x columns."""
     own = scores[(scores["model"] == model) & (scores["selection"] == "split")]
     own = own[own["train_size"].isna()]
@@ -99,7 +101,7 @@ def table_of(scores, model):
     )
 
 
-def entry_text(entry):
+def entry_text(entry: pd.Series) -> str:
     text = spread(entry["mean"], entry["std"])
     if pd.notna(entry["published"]):
         text += f" ({spread(entry['published'], entry['published_std'])})"
@@ -109,13 +111,13 @@ def entry_text(entry):
     return text + " ..." * (entry["state"] != "done")
 
 
-def spread(mean, std):
+def spread(mean: float, std: float) -> str:
     if pd.isna(mean):
         return "no run counts"
     return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
 
-def difference_table(differences):
+def difference_table(differences: pd.DataFrame) -> pd.DataFrame:
     """The comparisons as text."""
     shown = pd.DataFrame()
     if differences.empty:
@@ -131,7 +133,7 @@ def difference_table(differences):
     return shown.assign(model=differences["model"].map(slug)) if several else shown
 
 
-def selection_table(scores):
+def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
     """The three selections side by side, with trials and learning rates."""
     whole = scores[scores["train_size"].isna()]
     if whole.empty:
@@ -149,7 +151,7 @@ def selection_table(scores):
     return table.assign(model=table["model"].map(slug))
 
 
-def deviations(study):
+def deviations(study: Study) -> list[str]:
     """What of the plan is not the paper's, in words."""
     said = []
     for cell in study.cells:
@@ -177,7 +179,7 @@ def deviations(study):
     return list(dict.fromkeys(said))
 
 
-def markdown(study, headline, differences):
+def markdown(study: Study, headline: dict[str, pd.DataFrame], differences: pd.DataFrame) -> str:
     parts = ["# Results", LEGEND]
     for model, table in headline.items():
         parts += [f"## {escape.markdown(model)}", pipes(table.reset_index(names=""))]
@@ -187,19 +189,19 @@ def markdown(study, headline, differences):
     return "\n\n".join(parts) + "\n"
 
 
-def items_of(texts):
+def items_of(texts: list[str]) -> str:
     """A list in Markdown."""
     return "\n".join(f"- {escape.markdown(text)}" for text in texts) or "-"
 
 
-def pipes(frame):
+def pipes(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table."""
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
     lines += [[escape.markdown(str(cell)) for cell in row] for row in frame.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def latex(headline):
+def latex(headline: dict[str, pd.DataFrame]) -> str:
     """A tabular per model, for booktabs."""
     parts = []
     for model, table in headline.items():
@@ -212,7 +214,14 @@ def latex(headline):
     return "% " + LEGEND + "\n" + "\n\n".join(parts) + "\n"
 
 
-def page(study, headline, scores, differences, pictures, folder):
+def page(
+    study: Study,
+    headline: dict[str, pd.DataFrame],
+    scores: pd.DataFrame,
+    differences: pd.DataFrame,
+    pictures: Figures,
+    folder: Path,
+) -> str:
     """One HTML page that needs nothing else."""
     images = [picture(folder / f"{name}.png", text) for name, (_, text) in pictures.items()]
     commands = "\n".join(html.escape(cell.shell(study.output)) for cell in study.cells)
@@ -234,22 +243,22 @@ def page(study, headline, scores, differences, pictures, folder):
     return f"<!doctype html><html lang='en'><head>{head}</head><body>\n{body}\n</body></html>\n"
 
 
-def paragraph(text):
+def paragraph(text: str) -> str:
     return f"<p>{html.escape(text).replace('`', '')}</p>"
 
 
-def items(texts):
+def items(texts: list[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["-"]) + "</ul>"
 
 
-def picture(path, text):
+def picture(path: Path, text: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     caption = html.escape(text)
     return (f"<figure><img src='data:image/png;base64,{data}' alt='{caption}'>"
             f"<figcaption>{caption}</figcaption></figure>")  # fmt: skip
 
 
-def progress(study):
+def progress(study: Study) -> str:
     states = [cell_states.cell_state(study, cell) for cell in study.cells]
     done = states.count("done")
     text = f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
@@ -257,7 +266,7 @@ def progress(study):
     return text + f" Left out, of another command: {', '.join(foreign)}." * bool(foreign)
 
 
-def machine(study):
+def machine(study: Study) -> list[str]:
     """Where and in what time the cells were done."""
     said, hours = [], 0.0
     for cell in study.cells:

@@ -3,17 +3,19 @@
 Everything is read from the files of the runs; nothing is trained or predicted here.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
 from bitfit.artifacts.saved_evaluator import LOGITS
-from bitfit.data.tasks import TASKS
+from bitfit.data.tasks import TASKS, Task
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states, statistics
-from bitfit.study.cells import Cell
+from bitfit.study.cells import Cell, Study
 from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
 from utils import UserError, convert_errors, first_line
@@ -36,11 +38,11 @@ class Results(NamedTuple):
     scores: pd.DataFrame  # learning_rate, seed, epoch, split, metric, value
 
     @property
-    def task(self):
+    def task(self) -> Task:
         return TASKS[self.cell.task]
 
 
-def read(study, cell):
+def read(study: Study, cell: Cell) -> Results | None:
     """The `Results` of a cell; None where no run has been scored yet, or the folder is another's.
 
     A run that diverged counts nowhere: all of its logits are NaN.
@@ -72,7 +74,7 @@ def read(study, cell):
     return Results(cell, state, logits, labels, pd.concat(scores))
 
 
-def check_whole(folders):
+def check_whole(folders: Iterable[Path]) -> None:
     """UserError where a file of a finished run is gone: it would count as one that diverged."""
     for folder in folders:
         if not (folder / "metrics.json").exists():
@@ -86,12 +88,12 @@ def check_whole(folders):
                 raise gone(folder / LOGITS)
 
 
-def gone(path):
+def gone(path: Path) -> UserError:
     what = "is gone, though its run is finished"
     return UserError(f"{path} {what}: put it back, or remove the cell's folder and run it again")
 
 
-def grid_of(arrays, rates):
+def grid_of(arrays: list[np.ndarray | None], rates: int) -> np.ndarray:
     """Arrays (E, rows, C), or None, of runs by rate and seed -> (L, S, E, rows, C)."""
     shape = max((a.shape for a in arrays if a is not None), key=lambda shape: shape[0])
     dtype = next(a.dtype for a in arrays if a is not None)
@@ -102,7 +104,7 @@ def grid_of(arrays, rates):
     return grid.reshape(rates, -1, *shape)
 
 
-def select(results, split):
+def select(results: Results, split: str) -> dict[str, statistics.Selected]:
     """{selection: Selected} of a validation split, scores from -1 or 0 to 1."""
     logits, labels = results.logits[split], results.labels[split]
     scores = statistics.main_scores(results.task, logits, labels)
@@ -122,7 +124,10 @@ class Entry(NamedTuple):
     selected: dict  # {selection: Selected}
 
 
-def entries(study):
+Entries = dict[tuple, Entry]  # {(model, row, column, size): Entry}
+
+
+def entries(study: Study) -> Entries:
     """{(model, row, column, size): Entry} of all cells that have scores, in the paper's order."""
     found = {}
     tasks, rows = [task for task, _ in COLUMNS.values()] + list(TASKS), list(ROWS)
@@ -134,13 +139,13 @@ def entries(study):
     return found
 
 
-def columns_of(task):
+def columns_of(task: str) -> dict[str, str]:
     """{validation split: the column it has in the tables}"""
     known = {split: name for name, (own, split) in COLUMNS.items() if own == task}
     return known or {TASKS[task].validation_splits[0]: TASKS[task].folder}
 
 
-def score_frame(entries):
+def score_frame(entries: Entries) -> pd.DataFrame:
     """tables.csv: a row for each cell's column and selection, scores x 100."""
     rows = []
     for (model, row, column, size), entry in entries.items():
@@ -165,20 +170,20 @@ def score_frame(entries):
     return pd.DataFrame(rows)
 
 
-def rates_of(selected, cell):
+def rates_of(selected: statistics.Selected, cell: Cell) -> str:
     """The learning rates chosen, as text."""
     chosen = dict.fromkeys(cell.rates[choice.rate] for choice in selected.choices)
     return " ".join(f"{rate:g}" for rate in chosen)
 
 
-def is_off(low, high, published, std):
+def is_off(low: float, high: float, published: float | None, std: float | None) -> bool | None:
     """Whether an interval has nothing in common with published ± std; None where it is unknown."""
     if published is None or np.isnan(low):
         return None
     return bool(low > published + (std or 0) or high < published - (std or 0))
 
 
-def comparisons(entries, rng, resamples=1000):
+def comparisons(entries: Entries, rng: np.random.Generator, resamples: int = 1000) -> pd.DataFrame:
     """The differences of PAIRS by `split`: a frame with a row for each model, pair and column, and
     one, `all`, pooled over the tasks of each pair.
 
@@ -195,9 +200,13 @@ def comparisons(entries, rng, resamples=1000):
     return frame
 
 
-def compared(entries, model, a, b, rng, resamples):
+def compared(
+    entries: Entries, model: str, a: str, b: str, rng: np.random.Generator, resamples: int
+) -> list[dict[str, Any]]:
     """The rows of one pair; of cells that are done, with the same seeds."""
-    rows, of_task, drawn_seeds = [], {}, {}
+    rows = []
+    of_task: dict[str, list] = {}
+    drawn_seeds: dict[str, np.ndarray] = {}
     for column in dict.fromkeys(key[2] for key in entries):
         one, two = (entries.get((model, row, column, None)) for row in (a, b))
         if not one or not two or not comparable(one, two):
@@ -218,7 +227,7 @@ def compared(entries, model, a, b, rng, resamples):
     return rows
 
 
-def comparable(one, two):
+def comparable(one: Entry, two: Entry) -> bool:
     """Whether two entries are of done cells with the same seeds, of which two or more count."""
     done = one.results.state == two.results.state == "done"
     if not done or one.results.cell.seeds != two.results.cell.seeds:
@@ -226,7 +235,9 @@ def comparable(one, two):
     return len(statistics.pairs(one.selected["split"], two.selected["split"])) > 1
 
 
-def difference(model, a, b, column, columns, rng):
+def difference(
+    model: str, a: str, b: str, column: str, columns: list, rng: np.random.Generator
+) -> dict[str, Any]:
     """A row of `comparisons`, of the columns that these arrays are of."""
     found = statistics.difference(columns, rng)
     return {
@@ -236,7 +247,7 @@ def difference(model, a, b, column, columns, rng):
     }  # fmt: skip
 
 
-def train_gaps(entries):
+def train_gaps(entries: Entries) -> pd.DataFrame:
     """Train minus validation, main metric x 100, last epoch of `last`: a row for each entry."""
     rows = []
     for (model, row, column, size), entry in entries.items():
@@ -256,7 +267,7 @@ def train_gaps(entries):
     return pd.DataFrame(rows)
 
 
-def curve_of(entry):
+def curve_of(entry: Entry) -> pd.Series | None:
     """(epochs, main score x 100) averaged over the seeds, at the rate of `last`; None if none."""
     choices = entry.selected["last"].choices
     if not choices:
@@ -268,7 +279,7 @@ def curve_of(entry):
     return 100 * own.groupby("epoch")["value"].mean()
 
 
-def bias_changes(study, entry):
+def bias_changes(study: Study, entry: Entry) -> tuple[pd.DataFrame, int] | None:
     """How far each bias term moved, at the rate of `last`.
 
     Returns:

@@ -5,10 +5,13 @@ that diverged is NaN in what it has not reached and counts nowhere, as in `bitfi
 that its seed is missing shows as NaN in `values` and in the n of what is made of them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from bitfit.data.tasks import Task
 
 BLOCK = 100  # resamples drawn at once: for the 40,430 rows of QQP 1,000 would take 0.6 GB
 SIGN_FLIPS = 9999  # at random; up to 13 differences have fewer, and those are all tried
@@ -40,43 +43,40 @@ class Difference(NamedTuple):
     n: int  # seeds that both methods have
 
 
-def main_scores(task, logits, labels):
-    """The task's main metric, as `bitfit.data.tasks.score` has it, NaN where a logit is NaN.
-
-    (..., rows, C), (rows,) -> (...)
-    """
+def main_scores(task: Task, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The task's main metric, NaN where a logit is NaN: (..., rows, C), (rows,) -> (...)"""
     return resampled(task, logits, labels, np.ones((1, len(labels)), int))[0]
 
 
-def resampled(task, logits, labels, counts):
+def resampled(task: Task, logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The main metric, each row so often: (..., rows, C), (rows,), (B, rows) -> (B, ...)"""
     values = METRICS[task.metrics[0]](logits, labels, counts)  # (..., B)
     diverged = np.isnan(logits).any(axis=(-2, -1))
     return np.moveaxis(np.where(diverged[..., None], np.nan, values), -1, 0)
 
 
-def total(true, counts):
+def total(true: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """How many of the rows drawn are true: (..., rows), (B, rows) -> (..., B)"""
     # whole numbers below 2 ** 24 are exact in float32, and multiply fastest there
     return (true.astype(np.float32) @ counts.T.astype(np.float32)).astype(float)
 
 
-def ratio(numerator, denominator):
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """0 where there is nothing to divide by, as `bitfit.data.tasks.score` has it."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def accuracy(logits, labels, counts):
+def accuracy(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return total(logits.argmax(-1) == labels, counts) / counts.sum(axis=1)
 
 
-def f1(logits, labels, counts):
+def f1(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     predicted, true = logits.argmax(-1) == 1, labels == 1
     either = total(predicted, counts) + total(true, counts)
     return ratio(2 * total(predicted & true, counts), either)
 
 
-def matthews(logits, labels, counts):
+def matthews(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Of two classes: CoLA, the one task scored so, has no more."""
     predicted, true = logits.argmax(-1) == 1, labels == 1
     n, p, t = counts.sum(axis=1), total(predicted, counts), total(true, counts)
@@ -84,12 +84,12 @@ def matthews(logits, labels, counts):
     return ratio(covariance, np.sqrt(p * (n - p)) * np.sqrt(t * (n - t)))
 
 
-def spearman(logits, labels, counts):
+def spearman(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     drawn = [np.repeat(np.arange(len(labels)), of) for of in counts]
     return np.stack([rank_correlation(logits[..., r, 0], labels[r]) for r in drawn], axis=-1)
 
 
-def rank_correlation(predicted, labels):
+def rank_correlation(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(..., rows), (rows,) -> (...)"""
     x, y = (stats.rankdata(v, axis=-1) - (len(labels) + 1) / 2 for v in (predicted, labels))
     return ratio(x @ y, np.sqrt((x * x).sum(axis=-1) * (y @ y)))
@@ -98,12 +98,12 @@ def rank_correlation(predicted, labels):
 METRICS = {"Accuracy": accuracy, "F1": f1, "MCC": matthews, "Spearman": spearman}
 
 
-def counted(scores):
+def counted(scores: np.ndarray) -> np.ndarray:
     """Scores (L, S, E), NaN in all epochs of a run that diverged in one."""
     return np.where(np.isnan(scores).any(axis=-1, keepdims=True), np.nan, scores)
 
 
-def best_mean(values):
+def best_mean(values: np.ndarray) -> tuple:
     """The index (...) at which values (..., S) have the best mean over seeds, the first of equals.
 
     One with a seed missing counts, by the seeds that it has, only if none has all.
@@ -115,17 +115,17 @@ def best_mean(values):
     return np.unravel_index(means.round(12).argmax(), means.shape)
 
 
-def select_last(scores, rows):
+def select_last(scores: np.ndarray, rows: int) -> Selected:
     """The last epoch of scores (L, S, E) on so many rows, at the best learning rate there."""
     return select_epochs(scores, np.full(scores.shape[:2], scores.shape[2] - 1), rows)
 
 
-def select_best(scores, rows):
+def select_best(scores: np.ndarray, rows: int) -> Selected:
     """The best epoch of each run, at the best learning rate there: optimistic."""
     return select_epochs(scores, scores.argmax(axis=-1), rows)
 
 
-def select_epochs(scores, epochs, rows):
+def select_epochs(scores: np.ndarray, epochs: np.ndarray, rows: int) -> Selected:
     """One epoch of each run, (L, S), at the learning rate with the best mean over seeds there."""
     values = np.take_along_axis(counted(scores), epochs[..., None], axis=-1)[..., 0]
     if np.isnan(values).all():
@@ -134,13 +134,13 @@ def select_epochs(scores, epochs, rows):
     return Selected(values[rate], [Choice(np.arange(rows), int(rate), epochs[rate])])
 
 
-def halves(rows, seed):
+def halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Two disjoint halves of so many rows, drawn at random: sorted indices."""
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[: rows // 2]), np.sort(order[rows // 2 :])
 
 
-def select_split(task, logits, labels, seed=0):
+def select_split(task: Task, logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Selected:
     """Chosen on one half of the rows and scored on the other, both ways round.
 
     The choice is one learning rate and one epoch for all seeds, the pair with the best mean.
@@ -162,7 +162,7 @@ def select_split(task, logits, labels, seed=0):
     return Selected(np.mean(values, axis=0), choices)
 
 
-def mean_std(values):
+def mean_std(values: np.ndarray) -> tuple[float, float, int]:
     """(mean, sample standard deviation, n) of the values not NaN; NaN where they are too few."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
@@ -170,7 +170,7 @@ def mean_std(values):
     return mean, float(values.std(ddof=1)) if len(values) > 1 else np.nan, len(values)
 
 
-def mean_interval(values, level=0.95):
+def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Student's interval (low, high) for the mean of the values that are not NaN."""
     mean, std, n = mean_std(values)
     if n < 2:
@@ -180,25 +180,28 @@ def mean_interval(values, level=0.95):
     return float(mean + low * std / n**0.5), float(mean + high * std / n**0.5)
 
 
-def pairs(a, b):
+def pairs(a: Selected, b: Selected) -> np.ndarray:
     """Indices of the seeds that two `Selected` have; ValueError if they did not try as many."""
     if a.values.shape != b.values.shape:
         raise ValueError(f"{len(a.values)} seeds against {len(b.values)}")
     return np.flatnonzero(np.isfinite(a.values) & np.isfinite(b.values))
 
 
-def differences(a, b):
+def differences(a: Selected, b: Selected) -> np.ndarray:
     """Of two `Selected`, a - b for each seed that both have: (n,)"""
     return (a.values - b.values)[pairs(a, b)]
 
 
-def draws(rng, n, size):
+def draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
     """How often each of n is drawn when n are drawn with replacement: (size, n)"""
     drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
     return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
 
 
-def bootstrap_differences(task, a, b, a_logits, b_logits, labels, rng, seeds):
+def bootstrap_differences(
+    task: Task, a: Selected, b: Selected, a_logits: np.ndarray, b_logits: np.ndarray,
+    labels: np.ndarray, rng: np.random.Generator, seeds: np.ndarray,
+) -> np.ndarray:  # fmt: skip
     """Mean differences of two `Selected` on resampled rows and seeds: (B,).
 
     Both methods get the same rows and the same seeds each time. What was chosen stays chosen,
@@ -225,14 +228,18 @@ def bootstrap_differences(task, a, b, a_logits, b_logits, labels, rng, seeds):
     return ((a_values - b_values) * seeds).sum(axis=1) / len(kept)
 
 
-def row_bootstrap(task, logits, labels, rng, resamples):
+def row_bootstrap(
+    task: Task, logits: np.ndarray, labels: np.ndarray, rng: np.random.Generator, resamples: int
+) -> np.ndarray:
     """The main metric on rows drawn with replacement: (..., rows, C), (rows,) -> (B, ...)"""
-    sizes = [min(BLOCK, resamples - done) for done in range(0, resamples, BLOCK)]
+    sizes = (min(BLOCK, resamples - done) for done in range(0, resamples, BLOCK))
     counts = (draws(rng, len(labels), size) for size in sizes)
     return np.concatenate([resampled(task, logits, labels, of) for of in counts])
 
 
-def difference(columns, rng):
+def difference(
+    columns: Sequence[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator
+) -> Difference:
     """The `Difference` of two methods in one column of a table, or the mean of several.
 
     Its interval is for other rows and other seeds; its p, of flipping the signs of the seeds'
@@ -246,7 +253,9 @@ def difference(columns, rng):
     return Difference(mean, *interval(columns), p, sum(map(len, own)))
 
 
-def pooled(columns, rng):
+def pooled(
+    columns: Sequence[Sequence[float] | np.ndarray], rng: np.random.Generator
+) -> tuple[float, float]:
     """(mean, p) of the `differences` in several columns of a table, which weigh the same.
 
     p is two-sided, of flipping the signs of all; NaN for one. Both are NaN if a column has none.
@@ -263,7 +272,7 @@ def pooled(columns, rng):
     return float(terms.sum()), float(stats.permutation_test(*args, **options).pvalue)
 
 
-def interval(columns):
+def interval(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """The 95 % interval (low, high) of the mean over columns, as in `difference`; NaN for n < 2.
 
     A bootstrap over n seeds sees (n - 1) / n of their variance, and takes it for known: with five
@@ -281,7 +290,7 @@ def interval(columns):
     return float(low), float(high)
 
 
-def holm(p):
+def holm(p: np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values (n,); NaN stays NaN and is not counted as a test."""
     p = np.asarray(p, float)
     order = p.argsort()[: np.isfinite(p).sum()]  # NaN is sorted last
@@ -291,12 +300,12 @@ def holm(p):
     return adjusted
 
 
-def least_p(n):
+def least_p(n: int) -> float:
     """The least two-sided p that flipping the signs of n differences can give, as `pooled` does."""
     return min(1.0, max(2.0 / 2**n, 2.0 / (SIGN_FLIPS + 1) if 2**n > SIGN_FLIPS else 0.0))
 
 
-def expected_best(scores, budgets):
+def expected_best(scores: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     """The expected best of n of these trials, for each n of the budgets: (N,), (K,) -> (K,)
 
     The unbiased estimator of Tang et al. (2020): the mean over all sets of n different trials.

@@ -7,8 +7,10 @@ the arrays of a step to its graph. The numbers are those of the step without a g
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 
 from bitfit.model.attention import MAX_ROUNDED_TOKENS
@@ -16,6 +18,7 @@ from bitfit.model.batching import buffer_views, list_arrays, pack_into_buffer, r
 from utils import first_line, is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
+Graph = tuple[Callable[[], None], torch.Tensor]  # what replays it, and its result
 USES_BEFORE_CAPTURE = 3  # of a shape: capturing takes as long as some ten steps
 MAX_GRAPHS = 64
 
@@ -23,7 +26,12 @@ MAX_GRAPHS = 64
 class StepGraphs:
     """The graphs of one training, captured once a shape has come often enough."""
 
-    def __init__(self, work, device, capture=None):
+    def __init__(
+        self,
+        work: Callable,
+        device: torch.device,
+        capture: Callable[[Callable], Graph] | None = None,
+    ) -> None:
         """
         Args:
             work: a function of the tensors of a step that does the whole step on the device,
@@ -33,9 +41,11 @@ class StepGraphs:
         self.work, self.device = work, device
         # One replay ends before the next begins, so that all graphs can share their memory.
         self.capture = capture or partial(capture_on_gpu, pool=torch.cuda.graph_pool_handle())
-        self.uses, self.graphs, self.enabled = Counter(), {}, True
+        self.uses: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple] = {}  # {shapes: (buffer, replay function, result)}
+        self.enabled = True
 
-    def find(self, step):
+    def find(self, step: tuple) -> Callable[[], torch.Tensor] | None:
         """Return a function that does this step, or None if the step should run without a graph.
 
         Args:
@@ -53,14 +63,14 @@ class StepGraphs:
                 return None
         buffer, replay, result = self.graphs[shapes]
 
-        def run():
+        def run() -> torch.Tensor:
             buffer.copy_(pack_into_buffer(arrays, pin=buffer.is_cuda), non_blocking=True)
             replay()
             return result
 
         return run
 
-    def _add(self, shapes, step, arrays):
+    def _add(self, shapes: tuple, step: tuple, arrays: list[np.ndarray]) -> bool:
         """Capture a graph, or return False and let all steps run without graphs."""
         buffer = pack_into_buffer(arrays, pin=False).to(self.device)
         tensors = replace_arrays(step, buffer_views(buffer, arrays))
@@ -77,7 +87,7 @@ class StepGraphs:
         return self.enabled
 
 
-def capture_on_gpu(work, pool):
+def capture_on_gpu(work: Callable[[], torch.Tensor], pool: object) -> Graph:
     """Return (the function that replays the kernels of `work`, its result); nothing runs yet."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
