@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 from processes import run_script
+from test_train import new_model, new_state, tokens_of
 
 import run_glue
 from bitfit import options
 from bitfit.data.tasks import TASKS
 from bitfit.distributed import SINGLE_PROCESS
+from bitfit.model.trainable import select_trainable
 from bitfit.training import loop, progress
+from bitfit.training.checkpoints import Saver
 from bitfit.training.plan import Plan
 
 FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "-s", "0", "1",
@@ -39,14 +42,29 @@ def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog, capf
     assert "\r" not in said and "\x1b" not in said
 
 
-def test_short_epochs_are_looked_at_too(tmp_path, monkeypatch, caplog):
+class SlowClock:
+    """A clock that goes on by 0.04 seconds whenever it is read."""
+
+    seconds = 0.0
+
+    def __call__(self):
+        self.seconds += 0.04
+        return self.seconds
+
+
+def test_short_epochs_are_looked_at_too(tiny_bert):
     """The time between two looks is longer than an epoch of three steps."""
-    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
-    ticks = iter(range(10_000))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: 0.04 * next(ticks))
-    with caplog.at_level("INFO", "bitfit"):
-        assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS, "--epochs", "8"]) == 0
-    assert [text for text in caplog.messages if " left" in text]
+    model = new_model(tiny_bert)
+    state = new_state(model, tokens_of(tiny_bert), select_trainable(model, "frozen"))
+    bar = progress.Progress(state.plan, shows=False, clock=SlowClock())
+    looks = []
+    for _ in range(8):
+        before = bar.looked
+        with state.stack.patched():
+            loop.train_epoch(state, Saver(), bar)
+        state.epoch, state.step = state.epoch + 1, 0
+        looks.append(bar.looked > before)
+    assert any(looks) and not all(looks)
 
 
 def test_lines_are_minutes_apart(tmp_path, monkeypatch, caplog):

@@ -627,10 +627,10 @@ def test_the_tokens_of_all_runs_count(monkeypatch):
         return torch.zeros(rows.shape)
 
     monkeypatch.setattr(cost, "take_step", step)
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     tokens = SimpleNamespace(lengths=np.array([5, 7, 9]))
     state = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(tokens=tokens)))
-    assert cost.tokens_per_second(state, np.arange(4), np.array([0, 2])) == 4 * 14 / 2
+    found = cost.tokens_per_second(state, np.arange(4), np.array([0, 2]), clock=lambda: clock[0])
+    assert found == 4 * 14 / 2
 
 
 @pytest.mark.parametrize(
@@ -675,7 +675,7 @@ def test_the_tokens_of_all_runs_count(monkeypatch):
                 "16",
                 "100000",
             ],
-            "rte has 800 training rows",
+            "rte has 800 training examples",
         ),
         (["run", "-o", "x"], "x holds no study"),
         (["run", "-o", "x", "--gpus", "zero"], "'zero'"),

@@ -7,6 +7,7 @@ from finished cells, or else from a short measurement (`--calibrate`).
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,9 +222,11 @@ def measure_rate(
     return OPERATIONS[method] * matrix_weights(model) * statistics.median(steps[1:])
 
 
-def tokens_per_second(state: Any, alive: np.ndarray, rows: np.ndarray) -> float:
+def tokens_per_second(
+    state: Any, alive: np.ndarray, rows: np.ndarray, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the tokens per second of one step in which all runs have the same rows (B,)."""
-    begin = time.perf_counter()
+    begin = clock()
     take_step(state, alive, np.tile(rows, (len(alive), 1))).sum().item()
     tokens = int(state.plan.train.tokens.lengths[rows].sum()) * len(alive)
-    return tokens / (time.perf_counter() - begin)
+    return tokens / (clock() - begin)

@@ -227,14 +227,14 @@ def train_epoch(state, saver, progress, tracker=OFF):
         losses = take_step(state, alive, rows)
         state.step += 1
         progress.update(rows.size)
-        look = time.perf_counter() - progress.looked > LOOK_SECONDS
+        look = progress.clock() - progress.looked > LOOK_SECONDS
         if look:
             good = stack.finite_runs()
             if plan.group.size == 1 and not len(good):
                 break  # ranks look at different times
             seen = losses.cpu()[good]
             progress.look(state, seen.mean())
-            progress.looked = time.perf_counter()
+            progress.looked = progress.clock()
         state.seconds += time.perf_counter() - begin
         if look:
             tracker.watch(state, dict(zip(good.tolist(), seen.tolist(), strict=True)))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,16 @@ TELL_SECONDS = 120  # between two lines, where there is no bar
 class Progress:
     """Of all runs of a `bitfit.training.plan.Plan` together, in rows."""
 
-    def __init__(self, plan: Plan, runs: int = 1, done: int = 0, shows: bool = True) -> None:
+    def __init__(
+        self, plan: Plan, runs: int = 1, done: int = 0, shows: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
         """
         Args:
             runs: how many train together.
             done: rows that were trained before.
             shows: whether there is anybody to look.
+            clock: returns the seconds that decide when the loss is read.
         """
         self.plan, self.runs, self.done = plan, runs, done
         self.total = plan.epochs * plan.rows_per_run * runs
@@ -36,7 +40,8 @@ class Progress:
         self.tells = shows and self.bar.disable  # standard error is no terminal
         self.first, self.begin = done, time.monotonic()
         self.told = self.begin
-        self.looked = time.perf_counter()  # epochs may be shorter than the time between two looks
+        self.clock = clock
+        self.looked = clock()  # epochs may be shorter than the time between two looks
 
     @contextmanager
     def shown(self) -> Iterator[None]:
