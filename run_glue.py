@@ -7,10 +7,10 @@ This file parses the flags and returns the exit status; `bitfit.cli.experiment` 
 Bad input ends with status 2 and one line.
 """
 
-from bitfit import early
+from bitfit.signals import catch_signals, exit_with_status
 
 if __name__ == "__main__":
-    early.catch_signals("run_glue.py")
+    catch_signals("run_glue.py")
 
 import logging
 import shlex
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         known_to_all = isinstance(error, (Diverged, RankLost)) or getattr(error, "shared", False)
         if ranks.rank and not known_to_all and status <= 128:
             utils.LOGGER.error(message.partition(": ")[2])
-        ranks.print_once(message, at_once=status > 128)
+        utils.print_once(message, at_once=status > 128)
 
     return exit_status.run_cli(
         "run_glue.py",
@@ -66,4 +66,4 @@ def is_finished(args: Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    early.leave(main())
+    exit_with_status(main())

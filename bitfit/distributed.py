@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from utils import RankLost, UserError, first_line, resolve_gpu, write_line
+from utils import RankLost, UserError, first_line, resolve_gpu
 
 if TYPE_CHECKING:  # -h imports this module, and no torch
     import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # -h imports this module, and no torch
 Json = Any  # a value that json.dumps takes
 Result = TypeVar("Result")
 LOOK_SECONDS = 0.05  # between two looks at what the others said
-TELL_SECONDS = 5
 MEET = timedelta(minutes=30)  # for all ranks to meet, and for the slowest of a step
 
 
@@ -242,17 +241,6 @@ class Ranks:
 
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-    def print_once(self, line: str, at_once: bool = False) -> None:
-        """Write a line to standard error, for all ranks once.
-
-        torchrun ends all ranks as soon as one of them ends: so the others leave rank 0 the time
-        to say it, unless they are to end `at_once`.
-        """
-        if self.rank == 0:
-            write_line(line)
-        elif not at_once:
-            time.sleep(TELL_SECONDS)
 
     @property
     def launch_command(self) -> str:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitfit.data.tasks import TASKS
-from bitfit.distributed import Ranks
 from bitfit.model.trainable import FINE_TUNE_TYPES, TERMS
 from bitfit.output_paths import file_error
 from bitfit.tracking.services import KINDS
 from bitfit.tracking.tracker import is_installed
 from bitfit.versions import git_commit
-from utils import print_result, write_line
+from utils import print_once, print_result, write_line
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -67,7 +66,7 @@ class OneLineParser(argparse.ArgumentParser):
             self.exit(1)
 
     def error(self, message: str) -> NoReturn:
-        Ranks().print_once(f"{self.prog}: error: {message}")
+        print_once(f"{self.prog}: error: {message}")
         self.exit(2)
 
 

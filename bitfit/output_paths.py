@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils import LOGGER, UserError, is_temporary, remove_temporaries, temporary_name
+from bitfit.files import is_temporary, remove_temporaries, temporary_name
+from utils import LOGGER, UserError
 
 LOCK = ".lock"  # held while a process writes to the folder
 

@@ -3,22 +3,22 @@
 python scripts/compare.py out/a out/b --plot out/methods.png
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from bitfit import early
+from bitfit.signals import catch_signals
 
 if __name__ == "__main__":
-    early.catch_signals("compare.py")
+    catch_signals("compare.py")
 
+import argparse
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -29,7 +29,7 @@ from bitfit.output_paths import file_error
 from bitfit.results import escape
 from bitfit.results.plots import curve_figure, save_figure
 from bitfit.results.scores import read_metrics
-from utils import UserError, convert_errors, escaped, first_line
+from utils import UserError, convert_errors, escape_unprintable, first_line
 
 Run = tuple[dict[str, Any], pd.DataFrame]  # a run's metadata and scores
 COLORS = [f"C{number}" for number in range(10)]
@@ -70,8 +70,8 @@ def describe(facts: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
     validation = curve(facts, scores)
     train = 100 * scores.query("split == 'train' and metric == @metric")["value"]
     return {
-        "task": escaped(facts["task"]),
-        "model": escaped(Path(facts["model"]).name),
+        "task": escape_unprintable(facts["task"]),
+        "model": escape_unprintable(Path(facts["model"]).name),
         "method": method + " (random encoder)" * facts["random_encoder"],
         "learning rate": f"{facts['learning_rate']:g}",
         "seed": facts["seed"],

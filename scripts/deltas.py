@@ -8,27 +8,28 @@
 Each folder is one that --save-evaluator wrote, or the run's folder around it.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from bitfit import early
+from bitfit.signals import catch_signals
 
 if __name__ == "__main__":
-    early.catch_signals("deltas.py")
+    catch_signals("deltas.py")
 
+import argparse
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils
 from bitfit.cli import exit_status
+from bitfit.files import atomic_folder, write_text
 from bitfit.model import hub
 from bitfit.options import OneLineParser, gpu, make_commands, new_file, number
-from utils import UserError, write_text
+from utils import UserError
 
 if TYPE_CHECKING:  # -h and argument errors import no torch
     from bitfit.tools.saved_evaluators import SavedEvaluator
@@ -168,7 +169,7 @@ def average(args: argparse.Namespace) -> None:
     saved_evaluators.check_same_trainable(found)
     evaluator = load(args, found[0])
     table = deltas.average_evaluators(found, args.weights or [1] * len(found), evaluator)
-    with utils.atomic_folder(args.output_path) as folder:
+    with atomic_folder(args.output_path) as folder:
         write_text(folder / "members.csv", table.to_csv(index=False))
         evaluator.save(folder)
     utils.print_result(deltas.average_text(table, evaluator))

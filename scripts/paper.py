@@ -9,18 +9,18 @@ A study is a folder. Each cell of a table is one command of run_glue.py. `run` m
 time and started again, and any number of workers may share one folder.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from bitfit import early
+from bitfit.signals import catch_signals
 
 if __name__ == "__main__":
-    early.catch_signals("paper.py")
+    catch_signals("paper.py")
 
+import argparse
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import utils

@@ -6,25 +6,24 @@ A line of input is a text, or two texts with a tab between them. A line of outpu
 with one entry per evaluator, written as soon as its batch is predicted.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import BinaryIO
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from bitfit import early
+from bitfit.signals import catch_signals, exit_with_status
 
 if __name__ == "__main__":
-    early.catch_signals("predict.py")
+    catch_signals("predict.py")
 
+import argparse
 import json
 import logging
 import signal
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import utils
 from bitfit.cli import exit_status
@@ -99,4 +98,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # End silently, as other filters do.
-    early.leave(main())
+    exit_with_status(main())

@@ -1,4 +1,4 @@
-"""Signals at any time: while a program is imported, and after the end of its work.
+"""StopSignals at any time: while a program is imported, and after the end of its work.
 
 A module that a program imports is replaced by a file, first on the path, that sends the signal; no
 clock decides what is tested.
@@ -152,8 +152,8 @@ def test_compare_tells_what_is_not_finished(tmp_path, monkeypatch, capsys, more)
 def test_pictures_are_drawn_whatever_a_notebook_chose(tmp_path):
     """A notebook's shell passes the name of its kernel's backend on."""
     (tmp_path / "plots.py").write_text(
-        "from bitfit import early; early.catch_signals('plots.py')\n"
-        "from bitfit.results.scores import new_figure\n"
+        "from bitfit.signals import catch_signals; catch_signals('plots.py')\n"
+        "from bitfit.results.plots import new_figure\n"
         "new_figure(2, 2, 'caption').savefig('figure.png')\n"
     )
     environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "absent"}

@@ -21,10 +21,11 @@ from processes import in_ranks, run_program
 
 import run_glue
 import utils
+from bitfit import files, output_paths
 from bitfit import options as flags_of_program
-from bitfit import output_paths, signals
 from bitfit.cli import experiment
 from bitfit.model import forward
+from bitfit.signals import Stopped, StopSignals
 from bitfit.training.checkpoints import found
 
 BASE = [
@@ -78,7 +79,7 @@ def at_call(monkeypatch, target, name, number, action):
     monkeypatch.setattr(target, name, watched)
 
 
-# Signals
+# StopSignals
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -131,7 +132,7 @@ class Sends:
 
 def test_a_signal_in_a_destructor_is_not_lost(capfd):
     after = []
-    with pytest.raises(utils.Stopped), signals.Signals():
+    with pytest.raises(Stopped), StopSignals():
         sends = Sends()
         del sends
         after.append("nobody asks")
@@ -141,7 +142,7 @@ def test_a_signal_in_a_destructor_is_not_lost(capfd):
 
 def test_the_callers_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with signals.Signals():
+    with StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -218,15 +219,15 @@ class Writes:
     """Counts the files and folders that are written, and fails at one of them."""
 
     def __init__(self, patch, failing=None, number=errno.ENOSPC):
-        self.count, self.plain = 0, utils.flush
+        self.count, self.plain = 0, files.sync_to_disk
 
-        def flush(path):
+        def sync_to_disk(path):
             self.count += 1
             if self.count == failing:
                 raise OSError(number, os.strerror(number), str(path))
             self.plain(path)
 
-        patch.setattr(utils, "flush", flush)
+        patch.setattr(files, "sync_to_disk", sync_to_disk)
 
 
 @pytest.mark.parametrize("kind", ["stacked", "one by one"])
@@ -478,7 +479,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "args.json").write_text(json.dumps(facts))
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "args.json there does not say " in capsys.readouterr().err.splitlines()[-1]
-    utils.remove_temporaries(tmp_path)
+    files.remove_temporaries(tmp_path)
     assert (tmp_path / ".notes.tmp").exists()
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 # A module imports modules of lower layers and of its own package. Modules of the first and of the
 # last layer may also import others of that layer.
 LAYERS = [
-    ["utils", "bitfit.early", "bitfit.output_paths", "bitfit.signals", "bitfit.versions"],
+    ["utils", "bitfit.files", "bitfit.output_paths", "bitfit.signals", "bitfit.versions"],
     ["bitfit.options", "bitfit.distributed"],
     ["bitfit.data"],
     ["bitfit.model"],
@@ -112,7 +112,6 @@ LONG_FILES = [
     "bitfit/data/splits.py",
     "bitfit/training/loop.py",
     "glue_evaluator.py",
-    "utils.py",
     "tests/test_docs.py",
     "tests/test_loading.py",
     "tests/test_resume.py",

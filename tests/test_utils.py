@@ -1,5 +1,6 @@
 import errno
 import io
+import os
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import utils
+from bitfit import files
 from bitfit.model import hub
 
 
@@ -32,8 +34,8 @@ def test_set_seed_reaches_torch_and_numpy():
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "metrics.json"
-    utils.write_text(path, "old")
-    with pytest.raises(OSError), utils.atomic_file(path) as temporary:
+    files.write_text(path, "old")
+    with pytest.raises(OSError), files.atomic_file(path) as temporary:
         temporary.write_text("half of the ne")
         raise OSError("disk full")
     assert path.read_text() == "old"
@@ -51,14 +53,14 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
     hub.use_local_copies_when_offline()
-    assert utils.os.environ["HF_HUB_OFFLINE"] == "1"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_a_hub_that_is_not_needed_is_not_asked(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(hub.socket, "create_connection", None)  # a call would fail
     hub.use_local_copies_when_offline(needs_hub=False)
-    assert utils.os.environ["HF_HUB_OFFLINE"] == "1"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 HUB = "https://huggingface.co"
@@ -98,7 +100,7 @@ def test_the_hub_behind_a_proxy_is_not_tried(monkeypatch, names, endpoint, tried
 
     monkeypatch.setattr(hub.socket, "create_connection", refuse)
     hub.use_local_copies_when_offline()
-    assert bool(asked) == ("HF_HUB_OFFLINE" in utils.os.environ) == tried
+    assert bool(asked) == ("HF_HUB_OFFLINE" in os.environ) == tried
 
 
 @pytest.mark.parametrize(

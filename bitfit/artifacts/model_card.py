@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from bitfit import options
 from bitfit.artifacts.run_folder import BY_NAME, HARMLESS
 from bitfit.data.tasks import Task
+from bitfit.files import atomic_file, write_text
 from bitfit.results import escape
 from bitfit.results import scores as reports
-from utils import atomic_file, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from bitfit.files import write_text
 from bitfit.model.fingerprints import describe_change
 from bitfit.output_paths import LOCK, has_files, in_use_message, is_locked
-from utils import FORMAT, UserError, as_list, write_text
+from utils import FORMAT, UserError, as_list
 
 if TYPE_CHECKING:
     from bitfit.model.run_stack import Run

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bitfit.data import task_files
+from bitfit.files import atomic_file
 from bitfit.model import fingerprints as models
 from bitfit.model import trainable
 from bitfit.model.fingerprints import describe_change
@@ -19,7 +20,7 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.results import scores as reports
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
-from utils import LOGGER, CorruptFile, UserError, atomic_file
+from utils import LOGGER, CorruptFile, UserError
 
 FACTS = "evaluator.json"
 LOGITS = "validation_logits.safetensors"

@@ -4,14 +4,12 @@ import errno
 import signal
 from collections.abc import Callable
 
-from bitfit import early
-from bitfit.signals import Signals
+from bitfit.signals import Stopped, StopSignals, exit_statuses
 from utils import (
     CorruptFile,
     Diverged,
     NotPushed,
     RankLost,
-    Stopped,
     UserError,
     first_line,
     is_machine_error,
@@ -22,7 +20,7 @@ from utils import (
 
 def run_cli(
     program: str,
-    work: Callable[[Signals], int | None],
+    work: Callable[[StopSignals], int | None],
     stopped: str = "",
     fault: str = "",
     less_memory: str = "",
@@ -40,9 +38,9 @@ def run_cli(
     """
     tell = tell or (lambda line, error, status: write_line(line))
     try:
-        with Signals() as signals:
+        with StopSignals() as signals:
             status = work(signals) or 0
-            early.ended.append(status)
+            exit_statuses.append(status)
         return status
     except BaseException as error:
         found, message = outcome(error, stopped, fault, less_memory)
@@ -51,7 +49,7 @@ def run_cli(
         status = found
         if status > 128 and is_finished and is_finished():
             status, message = 0, f"finished before {signal.Signals(status - 128).name}"
-        early.ended.append(status)
+        exit_statuses.append(status)
         tell(f"{program}: {message}", error, status)
         return status
 

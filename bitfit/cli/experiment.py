@@ -18,7 +18,7 @@ from bitfit.cli.output_folder import is_finished, run_metadata
 from bitfit.data import task_files
 from bitfit.distributed import Group, Ranks
 from bitfit.model import hub
-from bitfit.signals import Signals
+from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
 from utils import Diverged
 
@@ -37,12 +37,12 @@ class Experiment:
     evaluator: "GLUEvaluator"
     output: Path
     metadata: dict[str, Any]  # the content of args.json
-    signals: Signals
+    signals: StopSignals
     ranks: Ranks
     tracker: tracking.Tracker
 
 
-def run(args: Namespace, signals: Signals, ranks: Ranks) -> None:
+def run(args: Namespace, signals: StopSignals, ranks: Ranks) -> None:
     """Check the output folder, fine-tune all runs, and upload the model if asked to."""
     output, flags = Path(args.output_path), vars(args)
     has_files = args.data_dir is not None
@@ -71,7 +71,7 @@ def run(args: Namespace, signals: Signals, ranks: Ranks) -> None:
         utils.print_result(push_hub.push(output, args.push_to_hub))
 
 
-def fine_tune(args: Namespace, output: Path, signals: Signals, ranks: Ranks) -> None:
+def fine_tune(args: Namespace, output: Path, signals: StopSignals, ranks: Ranks) -> None:
     """Load data and model, hold the output folder, train all runs and write their files."""
     import torch
 

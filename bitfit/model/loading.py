@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from bitfit.files import atomic_folder
 from bitfit.model import file_checks, tokenizer_checks, weight_checks
 from bitfit.model.file_checks import cannot_load
 from bitfit.model.fingerprints import fingerprints_of
 from bitfit.model.trainable import head_names, is_bias
-from utils import UserError, atomic_folder, convert_errors
+from utils import UserError, convert_errors
 
 LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run

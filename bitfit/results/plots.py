@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from bitfit.data.tasks import Task
+from bitfit.files import atomic_file, write_text
 from bitfit.model.trainable import TERMS, layer_and_name
 from bitfit.results.scores import best_epochs
-from utils import atomic_file, write_text
 
 if TYPE_CHECKING:
     import torch

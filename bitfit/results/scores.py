@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from bitfit.data.tasks import Task
+from bitfit.files import write_text
 from bitfit.model.trainable import components_to_terms, count_trainable
-from utils import write_text
 
 
 def frame_of(scores: Iterable[Sequence]) -> pd.DataFrame:

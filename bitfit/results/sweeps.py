@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from bitfit.data.tasks import Task
+from bitfit.files import write_text
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.results.scores import frame_of, main_rows, main_scores
-from utils import Diverged, UserError, convert_errors, first_line, write_text
+from utils import Diverged, UserError, convert_errors, first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

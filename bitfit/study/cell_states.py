@@ -21,9 +21,10 @@ from typing import Any
 
 from bitfit.artifacts import run_folder
 from bitfit.artifacts.run_folder import CHECKPOINTS
+from bitfit.files import write_text
 from bitfit.output_paths import is_locked
 from bitfit.study.cells import Cell, Study, has_settings_of
-from utils import UserError, write_text
+from utils import UserError
 
 STATES = ("missing", "running", "interrupted", "failed", "foreign", "done")
 

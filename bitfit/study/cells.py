@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bitfit import options
 from bitfit.artifacts.run_folder import HARMLESS, run_folders
 from bitfit.data.tasks import TASKS
+from bitfit.files import write_text
 from bitfit.study.protocol import (
     PAPER_MODELS,
     PAPER_TASKS,
@@ -29,7 +30,7 @@ from bitfit.study.protocol import (
     default_epochs,
     paper_learning_rates,
 )
-from utils import UserError, as_list, first_line, write_text
+from utils import UserError, as_list, first_line
 
 if TYPE_CHECKING:
     from bitfit.model.run_stack import Run

@@ -17,6 +17,7 @@ import torch
 from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, Task
 from bitfit.data.tokens import MOST_ROWS_SCORED, Split, tokenize
+from bitfit.files import write_text
 from bitfit.model import forward as models_forward
 from bitfit.model import loading
 from bitfit.model.batching import MAX_TOKENS
@@ -29,7 +30,7 @@ from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
 from bitfit.training.loop import start, take_step
 from bitfit.training.plan import Plan
-from utils import UserError, convert_errors, first_line, write_text
+from utils import UserError, convert_errors, first_line
 
 RATES = "rates.json"
 SAMPLED = 2000  # examples whose tokens are counted, evenly spaced

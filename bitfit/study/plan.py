@@ -8,11 +8,12 @@ import pandas as pd
 
 from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, Task
+from bitfit.files import write_text
 from bitfit.model.loading import cannot_load, load_config, load_tokenizer
 from bitfit.study import cell_states, cost
 from bitfit.study.cells import Cell, Study
 from bitfit.study.cost import Costs
-from utils import UserError, convert_errors, write_text
+from utils import UserError, convert_errors
 
 MAX_PRINTED_COMMANDS = 12
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bitfit.files import write_text
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
 from bitfit.study import cell_states, cost, figures, results
@@ -23,7 +24,7 @@ from bitfit.study.protocol import (
     paper_model_name,
 )
 from bitfit.study.published import COLUMNS, NOTE, average
-from utils import UserError, write_text
+from utils import UserError
 
 SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "frozen": "Frozen",
            "rand_uniform": "Rand uniform", "rand_row_col": "Rand row/col"}  # fmt: skip

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from bitfit.data.tasks import TASKS, Task
+from bitfit.files import atomic_file
 from bitfit.model.run_stack import Run
 from bitfit.study import cell_states, results
 from bitfit.study.cells import Cell, Study, absolute_folder, slug
-from utils import UserError, atomic_file
+from utils import UserError
 
 # {file: (number of examples, most frequent training label, or for STS-B the mean score)}
 SERVER = {

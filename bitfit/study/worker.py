@@ -13,15 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitfit.signals import Signals
+from bitfit import signals
+from bitfit.signals import Stopped
 from bitfit.study import cell_states
 from bitfit.study.cells import Cell, Study
-from utils import Stopped, UserError
+from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # torchrun passes these on to the ranks
-STOPPED = {status for n in Signals.NUMBERS for status in (128 + n, -n)}
+STOPPED = {status for n in signals.NUMBERS for status in (128 + n, -n)}
 KILLED = {128 + signal.SIGKILL, -signal.SIGKILL}  # The kernel sends it when memory runs out.
 NO_PROGRESS = (
     "killed (SIGKILL) twice without progress in between: memory may have run out; give it more, "

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import write_text
+from bitfit.files import write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

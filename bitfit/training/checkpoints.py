@@ -14,10 +14,10 @@ import torch
 from bitfit.distributed import SINGLE_PROCESS
 from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import random_state, set_random_state
-from bitfit.signals import Signals
+from bitfit.signals import Stopped, StopSignals
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
-from utils import CorruptFile, Stopped, as_list
+from utils import CorruptFile, as_list
 
 LOGGER = logging.getLogger("bitfit")
 KEPT = 2
@@ -32,11 +32,11 @@ class Saver:
             folder: where checkpoints go; None: nothing is written.
             every: write one after so many epochs; 0: not for epochs.
             minutes: and after so many minutes, within an epoch too; None: not for time.
-            signals: `bitfit.signals.Signals`; None: nothing stops the training.
+            signals: `bitfit.signals.StopSignals`; None: nothing stops the training.
             group: the ranks that train together: they write one checkpoint, and stop together.
         """
         self.folder = folder and Path(folder)
-        self.every, self.minutes, self.signals = every, minutes, signals or Signals()
+        self.every, self.minutes, self.signals = every, minutes, signals or StopSignals()
         self.group, self.written, self.saved = group, time.monotonic(), None
 
     def held(self, waits=True):

@@ -22,11 +22,12 @@ from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack, clip_grad_norms_
 from bitfit.model.token_budget import free_gpu_bytes, preserve_random_state
 from bitfit.results.scores import best_epochs, frame_of, one_line_scores
+from bitfit.signals import Stopped
 from bitfit.tracking.tracker import OFF
 from bitfit.training.graphs import StepGraphs
 from bitfit.training.plan import Plan
 from bitfit.training.progress import Progress
-from utils import CorruptFile, Stopped
+from utils import CorruptFile
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils import FORMAT, CorruptFile, atomic_file
+from bitfit.files import atomic_file
+from utils import FORMAT, CorruptFile
 
 
 def write(

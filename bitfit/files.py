@@ -1,0 +1,120 @@
+"""Atomic files and folders: readers see the old content or all of the new, even after a power cut.
+
+They get the permissions of the umask. While they are written they have a temporary name beside
+the final one, and what killed processes leave can be recognized by that name.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to; on exit it is renamed to `path`."""
+    path, temporary = Path(path), temporary_name(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        set_mode_and_sync(temporary, mode)
+        os.replace(temporary, path)
+        sync_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to write files to; on exit they are in the folder `path`.
+
+    A new or empty folder appears with all its files at once. In other folders the files are renamed
+    one by one, config.json last, and files that were there before stay.
+    """
+    path = Path(path).absolute()
+    temporary = temporary_parent(path) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        remove_temporaries_of(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
+        for file in files:
+            set_mode_and_sync(file, temporary.stat().st_mode & 0o666)
+        if not rename_folder(temporary, path):
+            path.mkdir(exist_ok=True)
+            for file in files:
+                os.replace(file, path / file.name)
+        sync_to_disk(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8; bytes of a path that are not UTF-8 are escaped."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def temporary_name(path: str | Path) -> Path:
+    """Return the path beside `path` to which `atomic_file` writes."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether `atomic_file` and `atomic_folder` write to files of this name."""
+    return bool(re.fullmatch(r"\..*\.\d+\.tmp(\.\w+)?", name))
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove the temporary files and folders of killed processes below a folder."""
+    for path in list(Path(folder).rglob(".*.tmp*")):
+        if is_temporary(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+
+
+def remove_temporaries_of(temporary: Path) -> None:
+    """Remove the temporary folders of killed processes that wrote the same folder."""
+    name = re.sub(r"\d+\.tmp$", "", temporary.name)
+    for path in temporary.parent.glob(".*.tmp"):
+        if re.fullmatch(re.escape(name) + r"\d+\.tmp", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def temporary_parent(path: Path) -> Path:
+    """Return where `atomic_folder` writes: beside the folder, or inside if that is impossible."""
+    inside = path.is_dir() and (
+        not os.access(path.parent, os.W_OK) or path.stat().st_dev != path.parent.stat().st_dev
+    )
+    return path if inside else path.parent
+
+
+def rename_folder(temporary: Path, path: Path) -> bool:
+    """Rename a folder to a path that is free or an empty folder; return whether it worked."""
+    if path == Path.cwd() or temporary.parent == path:
+        return False  # A shell would stay in the replaced folder.
+    try:
+        os.rename(temporary, path)
+    except OSError:  # It holds files or is a link. If the disk fails, the next call raises that.
+        return False
+    sync_to_disk(path.parent)
+    return True
+
+
+def set_mode_and_sync(file: Path, mode: int) -> None:
+    """Set a file's mode, because safetensors creates files with 0600, and sync it to disk."""
+    file.chmod(mode)
+    sync_to_disk(file)
+
+
+def sync_to_disk(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
