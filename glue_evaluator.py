@@ -482,7 +482,7 @@ class GLUEvaluator:
         figure = plots.bias_heatmap(names, changes, self.caption)
         if output_path:
             plots.save_figure(figure, Path(output_path).with_suffix(".png"))
-            plots.save_changes(names, changes, Path(output_path).with_suffix(".csv"))
+            plots.write_changes(names, changes, Path(output_path).with_suffix(".csv"))
         return figure
 
     def save(self, output_path):

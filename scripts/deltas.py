@@ -131,7 +131,7 @@ def show(args: argparse.Namespace) -> None:
     evaluator = load(args, found[0])
     names, changes = evaluator.terms_changes()
     if args.csv:
-        plots.save_changes(names, changes, args.csv)
+        plots.write_changes(names, changes, args.csv)
     if args.plot:
         figure = plots.bias_heatmap(names, changes, evaluator.caption)
         plots.save_figure(figure, args.plot)

@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from bitfit.study import report
 
-    utils.print_result(report.write(cells.read_study(args.output_path), args.resamples))
+    utils.print_result(report.write_report(cells.read_study(args.output_path), args.resamples))
     return 0
 
 

@@ -117,10 +117,45 @@ def test_heatmap_labels():
     axes = figure.axes[0]
     figure.canvas.draw()
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "3", "Avg."]
-    assert {t.get_text() for t in axes.get_yticklabels()} == {
-        r"$\mathbf{b_{LN_1}}^{\ell}$",
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        r"attention_layernorm  $\mathbf{b_{LN_1}}^{\ell}$",
         "an.unheard.of.bias",
-    }
+    ]
+
+
+def test_heatmaps_have_the_same_order_of_terms():
+    terms = ["attention.self.query.bias", "intermediate.dense.bias", "output.dense.bias"]
+    figures = [
+        plots.bias_heatmap(names, np.ones((3, 2)), "a caption") for names in (terms, terms[::-1])
+    ]
+    first, second = (
+        [label.get_text().split()[0] for label in figure.axes[0].get_yticklabels()]
+        for figure in figures
+    )
+    assert first == second == ["query", "intermediate", "output"]
+    assert "Mean absolute change of each bias term" in figures[0].get_suptitle()
+
+
+def test_ticks_are_evaluated_epochs():
+    figure = plots.learning_curves(SCORES, MRPC, "a caption")["F1"]
+    assert figure.axes[0].get_xticks().tolist() == EPOCHS
+    assert figure.axes[0].get_ylabel() == "F1 × 100"
+    assert plots.epoch_ticks(range(1, 25)) == list(range(2, 25, 2))
+
+
+def test_methods_differ_without_color():
+    styles = {(style.linestyle, style.marker) for style in plots.METHOD_STYLES.values()}
+    assert len(styles) == len(plots.METHOD_STYLES)
+    assert len({plots.series_style(number) for number in range(40)}) == 40
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")]
+)
+def test_figure_formats(tmp_path, suffix, start):
+    figure = plots.learning_curves(SCORES, MRPC, "a caption")["F1"]
+    plots.save_figure(figure, tmp_path / f"figure{suffix}")
+    assert (tmp_path / f"figure{suffix}").read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize(

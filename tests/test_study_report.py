@@ -57,7 +57,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def entries(made):
-    return results.entries(made)
+    return results.read_entries(made)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_frame_has_all_columns_and_selections(entries):
      (1, 2, 3, None, True), (np.nan, np.nan, 3, 1, None), (1, 2, None, None, None)],
 )  # fmt: skip
 def test_the_flag(low, high, mean, std, off):
-    assert results.is_off(low, high, mean, std) is off
+    assert results.differs_from_paper(low, high, mean, std) is off
 
 
 def test_published_numbers_add_up():
@@ -135,7 +135,7 @@ def test_differences_are_paired_and_pooled(entries):
 
 def entry_of(task, column, right):
     """An entry of one rate, epoch and ten rows, of which seeds know all or none: right (S,)."""
-    split = next(s for s, own in results.columns_of(task).items() if own == column)
+    split = next(s for s, own in results.table_columns(task).items() if own == column)
     logits = np.zeros((1, len(right), 1, 10, TASKS[task].num_labels), np.float32)
     logits[0, :, 0, :, 0] = np.where(right, 1, -1)[:, None]
     cell = SimpleNamespace(task=task, seeds=list(range(len(right))), rates=[1e-3])
@@ -189,14 +189,14 @@ def test_figure_1_is_the_mean_over_the_seeds(made, entries):
 
 
 def test_the_report_is_whole(study, capsys):
-    shown = report.write(study, resamples=20)
+    shown = report.write_report(study, resamples=20)
     assert "BitFit" in shown
     assert "Full-FT" in shown
     page = (study.output / "report.html").read_text(encoding="utf-8")
     assert f"{len(study.cells)} of {len(study.cells)} cells are done." in page
     assert "Partial" not in page
     assert not re.search(r"(src|href)=['\"](?!data:)", page)  # needs nothing else
-    pictures = set(figures.all_of(study, results.entries(study)))
+    pictures = set(figures.all_figures(study, results.read_entries(study)))
     assert {path.stem for path in (study.output / "figures").iterdir()} == pictures
     assert page.count("<img ") == len(pictures)
     for kind in ("figure1", "figure2", "gap", "curves", "trials"):
@@ -220,13 +220,13 @@ def test_published_numbers_stand_beside_ours(entries, monkeypatch):
     numbers = {("tiny_bert", row, "CoLA"): of for row, of in rows.items()}
     monkeypatch.setattr(results, "PUBLISHED", numbers)
     kept = {k: e for k, e in entries.items() if k[1] in rows and k[2:] == ("CoLA", None)}
-    table = report.table_of(results.score_frame(kept), MODEL)
+    table = report.headline_table(results.score_frame(kept), MODEL)
     assert "(" not in table["CoLA"]["BitFit"]
     for key, entry in kept.items():
         flags = [f for f in entry.results.cell.flags if f not in ("--train-size", "60")]
         own = entry.results._replace(cell=entry.results.cell._replace(flags=flags))
         kept[key] = entry._replace(results=own)
-    table = report.table_of(results.score_frame(kept), MODEL)
+    table = report.headline_table(results.score_frame(kept), MODEL)
     assert table["CoLA"]["BitFit"].endswith("(99.9 ± 0.1)!")
     assert table["CoLA"]["Full-FT"].endswith("(0.0 ± 200.0)")
 
@@ -250,12 +250,12 @@ def test_runs_that_diverged_count_nowhere(study):
             (folder / "bias_term_changes.csv").write_text("term,1,2\nquery,,\n")
     for folder in by_name["full_ft/cola"].folders(study.output).values():
         edit(folder / "metrics.json", diverged="the loss was not finite")
-    found = results.entries(study)
+    found = results.read_entries(study)
     assert np.isnan(found[MODEL, "full_ft", "CoLA", None].selected["best"].values).all()
     changes, seeds = results.bias_changes(study, found[MODEL, "bitfit", "CoLA", None])
     assert seeds == 2
     assert changes.notna().sum().tolist() == [7, 7, 7]  # all but the key's, which is fixed
-    report.write(study, resamples=10)
+    report.write_report(study, resamples=10)
     table = (study.output / "tables.md").read_text()
     assert "(2 of 3 seeds)" in table
     assert "no run counts" in table
@@ -266,16 +266,16 @@ def test_runs_that_diverged_count_nowhere(study):
 def test_what_is_of_another_command_is_left_out(study):
     cell = next(c for c in study.cells if c.name.endswith("/full_ft/cola"))
     edit(study.output / cell.name / "args.json", epochs=7)
-    report.write(study, resamples=10)
+    report.write_report(study, resamples=10)
     assert (
         f"Left out, of another command: {cell.name}." in (study.output / "report.html").read_text()
     )
-    assert (MODEL, "full_ft", "CoLA", None) not in results.entries(study)
+    assert (MODEL, "full_ft", "CoLA", None) not in results.read_entries(study)
 
 
 def test_a_study_of_figure_2_alone(study):
     curve = [cell for cell in study.cells if cell.size]
-    report.write(study._replace(cells=curve), resamples=10)
+    report.write_report(study._replace(cells=curve), resamples=10)
     page = (study.output / "report.html").read_text()
     assert page.count("<img ") == 1
     assert "Figure 2" in page
@@ -285,7 +285,7 @@ def test_a_damaged_file_is_named(study):
     path = next(study.output.rglob("validation_logits.safetensors"))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="cannot be read"):
-        report.write(study)
+        report.write_report(study)
 
 
 @pytest.mark.parametrize("name", ["validation_logits.safetensors", "metrics.json"])
@@ -295,7 +295,7 @@ def test_a_file_of_a_finished_run_that_is_gone_is_named(study, name):
     path = [*folder.values()][-1] / name
     path.unlink()
     with pytest.raises(UserError, match=f"{name} is gone, though its run is finished: put it"):
-        report.write(study)
+        report.write_report(study)
 
 
 def test_a_partial_study_reports_what_there_is(study):
@@ -304,7 +304,7 @@ def test_a_partial_study_reports_what_there_is(study):
     unfinished = cell_states.cell_folder(study, by_name["bitfit/cola"])
     (unfinished / "args.json").unlink()
     shutil.rmtree(unfinished / "lr0.003_seed2")
-    report.write(study, resamples=10)
+    report.write_report(study, resamples=10)
     page = (study.output / "report.html").read_text()
     assert "Partial." in page
     assert " ..." in (study.output / "tables.md").read_text()
@@ -314,7 +314,7 @@ def test_a_study_without_scores_says_so(study):
     for cell in study.cells:
         shutil.rmtree(cell_states.cell_folder(study, cell))
     with pytest.raises(UserError, match="no scores yet"):
-        report.write(study)
+        report.write_report(study)
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_submission_of_the_winners(study, server, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: lines[:-1], "rows, not"),
+        (lambda lines: lines[:-1], "predictions, not"),
         (lambda lines: ["nothing", *lines[1:]], "no header"),
         (lambda lines: [*lines[:-1], lines[-1].split("\t")[0] + "\tyes"], "says 'yes'"),
         (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "not numbered"),

@@ -49,7 +49,7 @@ def test_report(tmp_path):
     text = sweeps.report(tmp_path, RTE, write(tmp_path, RESULTS), "a caption")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines == [
-        "a caption: validation Accuracy x 100",
+        "a caption: validation Accuracy × 100",
         "learning rate seeds last epoch best epoch of each best seed",
         "0.0001 2 52.0 ± 1.4 52.5 ± 0.7 53.0 (seed 1, epoch 6)",
         "0.001 2 65.0 ± 1.4 67.5 ± 3.5 70.0 (seed 0, epoch 4)",

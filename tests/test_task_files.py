@@ -91,7 +91,7 @@ def test_the_docs_commands(superglue, tmp_path, monkeypatch, capsys):
         assert run_glue.main([*words, *SMALL, "--seed", "0"]) == 0
     printed = capsys.readouterr().out
     assert "boolq, tiny_bert, bitfit (all), learning rate 0.001, seed 0" in printed
-    assert "cb, tiny_bert, bitfit (all): validation Accuracy x 100" in printed
+    assert "cb, tiny_bert, bitfit (all): validation Accuracy × 100" in printed
     assert len(predicted("out/boolq/boolq.tsv")) == 24
     assert set(predicted("out/boolq/boolq.tsv")) <= {"false", "true"}
     args = json.loads((tmp_path / "out/boolq/args.json").read_text())

@@ -134,7 +134,7 @@ def text(task: Task, metrics: Metadata, facts: Metadata, pictures: list[str]) ->
         for split, metric, value in scores_of(metrics, facts)
     ]
     if rows:
-        yield "\n".join(["| split | rows | metric | x 100 |", "|---|---|---|---|", *rows])
+        yield "\n".join(["| split | rows | metric | × 100 |", "|---|---|---|---|", *rows])
     yield which_weights(metrics, facts)
     yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
     yield f"## To load it\n\n```python\n{example(task)}\n```"

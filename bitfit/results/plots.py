@@ -1,8 +1,9 @@
-"""Figures of learning curves and of changes of bias terms."""
+"""Figures of scores and of changes of bias terms, and the line styles of all figures."""
 
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,15 +14,51 @@ from bitfit.model.trainable import TERMS, layer_and_name
 from bitfit.results.scores import best_epochs
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 FIXED = "fixed: its gradient is zero"
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+MAX_TICKS = 12
+
+
+class LineStyle(NamedTuple):
+    """How a method or another series is drawn: distinguishable in color and in grey."""
+
+    color: str
+    linestyle: str | tuple[int, tuple[int, ...]]
+    marker: str
+
+
+# The methods in their order in all tables and figures. The colors are those of Okabe and Ito.
+METHOD_STYLES = {
+    "full_ft": LineStyle("#000000", "-", "o"),
+    "bitfit": LineStyle("#0072B2", "-", "s"),
+    "b_m2+b_q": LineStyle("#56B4E9", "--", "^"),
+    "b_m2": LineStyle("#009E73", "-.", "v"),
+    "b_q": LineStyle("#B8A000", ":", "D"),
+    "frozen": LineStyle("#888888", (0, (1, 3)), "x"),
+    "rand_uniform": LineStyle("#D55E00", "--", "P"),
+    "rand_row_col": LineStyle("#CC79A7", (0, (6, 2, 1, 2)), "*"),
+}
+
+
+def series_style(number: int) -> LineStyle:
+    """Return the style of series `number` where the series are not methods.
+
+    Colors, line styles and markers have cycles of different lengths, so that 40 series differ.
+    """
+    styles = list(METHOD_STYLES.values())
+    colors = [styles[i].color for i in (1, 6, 3, 7, 0, 2, 4)]
+    lines, markers = ("-", "--", "-.", ":"), ("o", "s", "^", "v", "D", "P", "x", "*", "<")
+    return LineStyle(
+        colors[number % len(colors)], lines[number % len(lines)], markers[number % len(markers)]
+    )
 
 
 def new_figure(width: float, height: float, caption: str) -> "Figure":
-    """A figure that no screen is needed for and no global state knows of."""
+    """Return an empty figure that needs neither a screen nor pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,20 +70,61 @@ def new_figure(width: float, height: float, caption: str) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure; the suffix, one of FIGURE_SUFFIXES, gives the format."""
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=150, format=Path(path).suffix[1:])
 
 
-def save_curves(figures: dict[str, "Figure"], folder: str | Path) -> None:
-    """{metric: figure} -> learning_curves_<metric>.png"""
+def save_curves(figures: Mapping[str, "Figure"], folder: Path | str) -> None:
+    """Write {metric: figure} as learning_curves_<metric>.png."""
     for metric, figure in figures.items():
         save_figure(figure, Path(folder) / f"learning_curves_{metric.lower()}.png")
 
 
+def plot_curve(
+    axes: "Axes",
+    curve: pd.Series,
+    style: LineStyle,
+    label: str,
+    band: tuple[pd.Series, pd.Series] | None = None,
+    linewidth: float = 1.5,
+) -> None:
+    """Draw one series, and a band from low to high if there is one."""
+    axes.plot(curve.index, curve, label=label, linewidth=linewidth, markersize=4, **style._asdict())
+    if band:
+        axes.fill_between(curve.index, *band, color=style.color, alpha=0.15, linewidth=0)
+
+
+def curve_figure(
+    caption: str, xlabel: str, ylabel: str, epochs: Iterable[int] = (), height: float = 5
+) -> tuple["Figure", "Axes"]:
+    """Return a figure and its axes for scores over epochs, with ticks at evaluated epochs.
+
+    Args:
+        epochs: the evaluated epochs; without them matplotlib places the ticks.
+        height: in inches.
+    """
+    figure = new_figure(7, height, caption)
+    axes = figure.subplots()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if ticks := epoch_ticks(epochs):
+        axes.set_xticks(ticks)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def epoch_ticks(epochs: Iterable[int]) -> list[int]:
+    """Return at most MAX_TICKS of some epochs, evenly spaced, always with the last."""
+    unique = sorted({int(epoch) for epoch in epochs})
+    step = -(-len(unique) // MAX_TICKS)
+    return unique[::-1][:: max(step, 1)][::-1]
+
+
 def learning_curves(
-    scores: pd.DataFrame, task: Task, caption: str, folder: str | Path | None = None
+    scores: pd.DataFrame, task: Task, caption: str, folder: Path | str | None = None
 ) -> dict[str, "Figure"]:
-    """{metric: figure}: the metric over the epochs, a line per split, the best one marked."""
+    """Return {metric: figure} of one run's scores, and write the figures to a folder if given."""
     figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics}
     if folder:
         save_curves(figures, folder)
@@ -54,52 +132,40 @@ def learning_curves(
 
 
 def learning_curve(scores: pd.DataFrame, task: Task, caption: str, metric: str) -> "Figure":
+    """Return a metric over the epochs: a line for each split, and the best epoch marked."""
     best = best_epochs(scores, task).iloc[0]
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
-    x = f"epoch (vertical line: best {main}, epoch {best})"
-    figure, axes = curve_figure(caption, x, f"{metric} x 100")
+    xlabel = f"epoch (vertical line: best {main}, epoch {best})"
+    figure, axes = curve_figure(caption, xlabel, f"{metric} × 100", scores["epoch"])
     by_split = scores[scores["metric"] == metric].groupby("split", sort=False)
-    for number, (split, of) in enumerate(by_split):  # train is the first
-        values = 100 * of.set_index("epoch")["value"]
+    for number, (split, of_split) in enumerate(by_split):  # train is the first
+        values = 100 * of_split.set_index("epoch")["value"]
         last = f"last {values.iloc[-1]:.1f}, best epoch {values[best]:.1f}"
         label = f"{split.replace('_', ' ')} ({last})"
-        color = f"C{number - 1}" if number else "0.75"
-        width = 1.5 if number else 4  # to be seen where the lines meet
-        axes.plot(values.index, values, "o-", ms=3.5, linewidth=width, color=color, label=label)
+        style = series_style(number - 1) if number else LineStyle("0.75", "-", "o")
+        # Train's line is thick, so that it stays visible below the others.
+        plot_curve(axes, values, style, label, linewidth=1.5 if number else 4)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
     axes.axvline(best, color="0.8", linewidth=1, zorder=0)
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
-def curve_figure(caption: str, x: str, y: str, height: float = 5) -> tuple["Figure", "Axes"]:
-    """A figure, so many inches high, and its axes for scores over epochs."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(7, height, caption)
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def bias_changes(
-    start: dict[str, "torch.Tensor"],
-    end: dict[str, "torch.Tensor"],
-    fixed: dict[str, list[list[int]]] | None = None,
+    start: Mapping[str, "Tensor"],
+    end: Mapping[str, "Tensor"],
+    fixed: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> tuple[list[str], np.ndarray]:
-    """The paper's amount of change, 1/dim(b) * |b_0 - b_F|_1, per term and layer.
+    """Return the paper's amount of change, 1/dim(b) * |b_0 - b_F|_1, of each term and layer.
 
     Args:
         start, end: {parameter name: values} before and after training.
-        fixed: {parameter name: [[start, stop], ...]} of what cannot move, and is not counted.
+        fixed: {parameter name: [[start, stop], ...]}: values that cannot move and do not count.
 
     Returns:
-        (names, changes): the layers' bias names by falling total change, and (names, layers); NaN
-        where a layer has no such bias, or one that is fixed. Where a model has several stacks of
-        layers (CANINE), the names begin with the stack's.
+        (names, changes): the bias names by falling total change, and an array (names, layers); NaN
+        where a layer has no such bias, or a fixed one. Where a model has several stacks of layers
+        (CANINE), the names begin with the stack's.
     """
     rows = []
     for name in start:
@@ -119,39 +185,53 @@ def bias_changes(
     return list(table.index), table.to_numpy()
 
 
-def changes_table(names: list[str], changes: np.ndarray) -> pd.DataFrame:
-    """The same as a table: a row per term, a column per layer, counted from 1."""
+def changes_table(names: Sequence[str], changes: np.ndarray) -> pd.DataFrame:
+    """Return changes as a table: a row for each term, a column for each layer, counted from 1."""
     return pd.DataFrame(changes, index=names, columns=range(1, changes.shape[1] + 1))
 
 
-def save_changes(names: list[str], changes: np.ndarray, path: str | Path) -> None:
+def write_changes(names: Sequence[str], changes: np.ndarray, path: Path | str) -> None:
+    """Write changes as a CSV file."""
     write_text(path, changes_table(names, changes).to_csv(index_label="term"))
 
 
-def bias_heatmap(names: list[str], changes: np.ndarray, caption: str) -> "Figure":
-    """The paper's figure 1: how far each bias term moved, per layer, with the average.
+def term_labels(names: Sequence[str]) -> dict[str, str]:
+    """Return {bias name: label with the name in --bias-terms and the paper's symbol}, in the order
+    of a layer's computation; other names follow and stand for themselves."""
+    labels = {
+        name: rf"{term}  $\mathbf{{{symbol}}}^{{\ell}}$" for term, (name, symbol) in TERMS.items()
+    }
+    known = {name: label for name, label in labels.items() if name in names}
+    return known | {name: name for name in sorted(names) if name not in known}
+
+
+def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Figure":
+    """Return the paper's Figure 1: how far each bias term moved in each layer, with the average.
+
+    The order of the terms is fixed, so that two heatmaps can be compared.
 
     Args:
         names, changes: as from `bias_changes`.
     """
     from seaborn import heatmap
 
+    labels = term_labels(names)
+    changes = pd.DataFrame(changes, index=names).loc[list(labels)].to_numpy()
     changes = np.column_stack([changes, pd.DataFrame(changes).mean(axis=1)])
     layers, fixed = changes.shape[1] - 1, np.isnan(changes).all(axis=1)
-    symbols = {name: rf"$\mathbf{{{symbol}}}^{{\ell}}$" for name, symbol in TERMS.values()}
-    longest = max((len(name) for name in names if name not in symbols), default=0)
-    width = max(6.0, 2.5 + 0.62 * changes.shape[1] + 0.11 * longest)
+    longest = max(len(label.partition("$")[0]) + 4 for label in labels.values())
+    width = max(6.0, 2 + 0.62 * changes.shape[1] + 0.1 * longest)
+    caption = f"Mean absolute change of each bias term, by layer: {caption}"
     figure = new_figure(width, 2 + 0.5 * len(names), caption)
     axes = figure.subplots()
-    columns, rows = [*range(1, layers + 1), "Avg."], [symbols.get(name, name) for name in names]
-    bar = {"label": "mean absolute change"}
-    highest = 1.0 if fixed.all() else None
-    heatmap(changes, ax=axes, cmap="Blues", vmin=0, vmax=highest, xticklabels=columns,
-            yticklabels=rows, cbar_kws=bar)  # fmt: skip
+    options: dict[str, Any] = {"vmin": 0, "vmax": 1.0 if fixed.all() else None, "cmap": "Blues"}
+    heatmap(changes, ax=axes, xticklabels=[*range(1, layers + 1), "Avg."],
+            yticklabels=list(labels.values()), cbar_kws={"label": "mean absolute change"},
+            **options)  # fmt: skip
     for row in np.flatnonzero(fixed):
         axes.text((layers + 1) / 2, row + 0.5, FIXED, ha="center", va="center", color="0.4")
     axes.axvline(layers, color="white", linewidth=4)
-    axes.tick_params(axis="y", rotation=0, labelsize=13)
+    axes.tick_params(axis="y", rotation=0, labelsize=11)
     axes.tick_params(axis="x", rotation=0)
     axes.set_xlabel(r"layer $\ell$")
     axes.set_ylabel("")

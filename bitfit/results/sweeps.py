@@ -64,7 +64,7 @@ def best_run(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | Non
 
 
 def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
-    """The rows of results.csv, one per run, scores x 100."""
+    """The rows of results.csv, one per run, scores × 100."""
     rows, main = [], main_rows(scores, task)
     for fact in facts.to_dict("records"):
         own = 100 * main[main["run"] == fact["run"]].set_index("epoch")["value"]
@@ -81,7 +81,7 @@ def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[
 def by_learning_rate(
     facts: pd.DataFrame, scores: pd.DataFrame, task: Task
 ) -> dict[float, pd.DataFrame]:
-    """{learning rate: the main scores x 100 of its runs that count, (epochs, runs)}, rising."""
+    """{learning rate: the main scores × 100 of its runs that count, (epochs, runs)}, rising."""
     main = 100 * main_scores(counted(facts, scores), task)
     return {
         rate: main[[run for run in of["run"] if run in main]]
@@ -90,7 +90,7 @@ def by_learning_rate(
 
 
 def learning_rate_table(facts: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
-    """A row per learning rate: mean ± standard deviation over its seeds, x 100."""
+    """A row per learning rate: mean ± standard deviation over its seeds, × 100."""
     rows, seeds = [], facts.set_index("run")["seed"]
     for rate, scores in groups.items():
         tried, ended = (facts["learning_rate"] == rate).sum(), scores.shape[1]
@@ -147,20 +147,18 @@ def sweep_curves(
 
 
 def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> "Figure":
-    from matplotlib import colormaps
-
+    """Return a metric over the epochs: a line for each learning rate with a band over seeds."""
     x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
-    y = f"{task.validation_splits[0].replace('_', ' ')} {metric} x 100"
-    figure, axes = plots.curve_figure(caption, x, y)
+    y = f"{task.validation_splits[0].replace('_', ' ')} {metric} × 100"
+    figure, axes = plots.curve_figure(caption, x, y, scores["epoch"])
     rates = scores.groupby("learning_rate")
-    colors = colormaps["viridis"](np.linspace(0, 0.85, len(rates)))
-    for color, (rate, of) in zip(colors, rates, strict=True):
-        curve = 100 * of.groupby("epoch")["value"].agg(["mean", "min", "max"])
-        count = of["run"].nunique()
+    for number, (rate, of_rate) in enumerate(rates):
+        curve = 100 * of_rate.groupby("epoch")["value"].agg(["mean", "min", "max"])
+        count = of_rate["run"].nunique()
         seeds = f"{count} seed" + "s" * (count > 1)
         label = f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
-        axes.plot(curve["mean"], marker="o", markersize=3.5, color=color, label=label)
-        axes.fill_between(curve.index, curve["min"], curve["max"], color=color, alpha=0.15)
+        band = (curve["min"], curve["max"])
+        plots.plot_curve(axes, curve["mean"], plots.series_style(number), label, band)
     figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(rates) < 4 else 2)
     return figure
 
@@ -195,7 +193,7 @@ def report(output: Path, task: Task, folders: dict["Run", Path], caption: str) -
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
     plots.save_curves(sweep_curves(facts, scores, task, f"{caption}, {len(facts)} runs"), output)
     lines = [
-        f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} x 100",
+        f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} × 100",
         learning_rate_table(facts, groups),
         f"best of {len(facts)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
         "chosen on the rows it is scored on, so it is optimistic",

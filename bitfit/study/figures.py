@@ -1,59 +1,70 @@
-"""The pictures of a study's report: {file name: (figure, what it shows)}."""
+"""The figures of a study's report: {file name: (figure, caption below it)}."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from bitfit.results.plots import bias_heatmap, curve_figure, new_figure
+from bitfit.results.plots import (
+    METHOD_STYLES,
+    bias_heatmap,
+    curve_figure,
+    new_figure,
+    plot_curve,
+)
 from bitfit.study import results, statistics
-from bitfit.study.cells import Study
-from bitfit.study.results import Entries
+from bitfit.study.cells import Study, slug
+from bitfit.study.results import Entries, Entry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Figures = dict[str, tuple["Figure", str]]  # {file name: (figure, description)}
-COLORS = {  # of the rows, the same in all pictures
-    "full_ft": "black", "bitfit": "C0", "b_m2+b_q": "C9", "b_m2": "C2", "b_q": "C8",
-    "frozen": "0.6", "rand_uniform": "C1", "rand_row_col": "C3",
-}  # fmt: skip
+Figures = dict[str, tuple["Figure", str]]
 
 
-def all_of(study: Study, entries: Entries) -> Figures:
-    """All that there is data for."""
+def all_figures(study: Study, entries: Entries) -> Figures:
+    """Return all figures for which there is data."""
     figures: Figures = {}
     for model in dict.fromkeys(key[0] for key in entries):
-        own = {key: entry for key, entry in entries.items() if key[0] == model}
-        name = own[next(iter(own))].results.cell.name.split("/")[0]
-        figures |= heatmaps(study, own, name) | size_curves(own, name)
-        figures |= gaps(own, name) | learning_curves(own, name) | trials(own, name)
+        of_model = {key: entry for key, entry in entries.items() if key[0] == model}
+        name = slug(model)
+        figures |= heatmaps(study, of_model, name) | size_curves(of_model, name)
+        figures |= gaps(of_model, name) | learning_curves(of_model, name) | trials(of_model, name)
     return figures
 
 
-def whole(entries: Entries) -> Entries:
-    """Those that are no part of a train-size curve."""
+def on_all_rows(entries: Entries) -> Entries:
+    """Return the entries that belong to no train-size curve."""
     return {key: entry for key, entry in entries.items() if key[3] is None}
 
 
-def by_column(entries: Entries) -> dict[str, dict[str, results.Entry]]:
-    """{column: {row: Entry}}"""
-    found: dict[str, dict[str, results.Entry]] = {}
+def by_column(entries: Entries) -> dict[str, dict[str, Entry]]:
+    """Return {column: {row: entry}}, the rows in the order of all figures."""
+    found: dict[str, dict[str, Entry]] = {}
     for (_, row, column, _), entry in entries.items():
         found.setdefault(column, {})[row] = entry
-    return found
+    return {
+        column: {row: of_row[row] for row in METHOD_STYLES if row in of_row}
+        for column, of_row in found.items()
+    }
+
+
+def score_label(entry: Entry) -> str:
+    """Return the label of an axis that shows an entry's validation score."""
+    return f"validation {entry.results.task.metrics[0]} × 100"
 
 
 def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
-    """Figure 1: how far each term moved, b_q + b_m2 beside all."""
+    """Return Figure 1: how far each bias term moved, for all terms and for b_q + b_m2."""
     figures: Figures = {}
-    for (_, row, column, _), entry in whole(entries).items():
+    for (_, row, column, _), entry in on_all_rows(entries).items():
         if row not in ("bitfit", "b_m2+b_q"):
             continue
         found = results.bias_changes(study, entry)
         if found is None or column == "MNLI-mm":
             continue
         changes, seeds = found
-        caption = f"{name}, {row}, {column}: change of each bias term, mean of {seeds} seeds"
+        caption = f"{name}, {row}, {column}, mean of {seeds} seeds"
         figure = bias_heatmap(list(changes.index), changes.to_numpy(), caption)
         text = f"Figure 1 of the paper, for {row} on {column}: mean absolute change per layer."
         figures[f"figure1_{name}_{row}_{column}"] = figure, text
@@ -61,23 +72,27 @@ def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
 
 
 def size_curves(entries: Entries, name: str) -> Figures:
-    """Figure 2: scores over the number of training rows."""
+    """Return Figure 2: scores over the number of training rows."""
     figures: Figures = {}
     for column in dict.fromkeys(key[2] for key in entries if key[3] is not None):
-        of_row: dict[str, list[tuple[int, results.Entry]]] = {}
-        for (_, row, own, size), entry in entries.items():
-            if own == column and size is not None:
-                of_row.setdefault(row, []).append((size, entry))
-        figure, axes = curve_figure(f"{name}, {column}", "training rows", "validation score x 100")
-        for row, points in of_row.items():
-            points.sort(key=lambda point: point[0])
-            sizes = [size for size, _ in points]
-            stats = [statistics.mean_std(100 * e.selected["split"].values) for _, e in points]
-            mean, std = np.array(stats)[:, 0], np.nan_to_num(np.array(stats)[:, 1])
-            axes.plot(sizes, mean, "o-", ms=3.5, color=COLORS[row], label=row)
-            axes.fill_between(sizes, mean - std, mean + std, color=COLORS[row], alpha=0.15)
+        of_row: dict[str, dict[int, Entry]] = {}
+        for (_, row, entry_column, size), entry in entries.items():
+            if entry_column == column and size is not None:
+                of_row.setdefault(row, {})[size] = entry
+        label = score_label(next(iter(next(iter(of_row.values())).values())))
+        figure, axes = curve_figure(f"{name}, {column}", "training rows", label)
+        for row in (row for row in METHOD_STYLES if row in of_row):
+            sizes = sorted(of_row[row])
+            stats = [
+                statistics.mean_std(100 * of_row[row][size].selected["split"].values)
+                for size in sizes
+            ]
+            mean = pd.Series([mean for mean, _, _ in stats], sizes)
+            std = pd.Series([std for _, std, _ in stats], sizes).fillna(0)
+            plot_curve(axes, mean, METHOD_STYLES[row], row, (mean - std, mean + std))
+        all_sizes = sorted({size for sizes in of_row.values() for size in sizes})
         axes.set_xscale("log")
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xticks(all_sizes, [f"{size:,}" for size in all_sizes])
         axes.minorticks_off()
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = f"Figure 2 of the paper, on {column}: mean over the seeds ± standard deviation."
@@ -86,46 +101,61 @@ def size_curves(entries: Entries, name: str) -> Figures:
 
 
 def gaps(entries: Entries, name: str) -> Figures:
-    """How much better each method scores on its training rows than on the validation rows."""
+    """Return how much better each method scores on its training rows than on validation rows."""
     frame = results.train_gaps(entries)
     if frame.empty:
         return {}
-    columns, rows = list(dict.fromkeys(frame["column"])), list(dict.fromkeys(frame["row"]))
+    columns = list(dict.fromkeys(frame["column"]))
+    rows = [row for row in METHOD_STYLES if row in set(frame["row"])]
+    metrics = {column: next(iter(of_row.values())).results.task.metrics[0]
+               for column, of_row in by_column(on_all_rows(entries)).items()}  # fmt: skip
     figure = new_figure(max(5, 1.8 + 1.7 * len(columns)), 4.5, f"{name}: train - validation")
     axes, width = figure.subplots(), 0.8 / len(rows)
+    hatches = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")  # to tell bars apart in grey
     for i, row in enumerate(rows):
-        own = frame[frame["row"] == row].set_index("column").reindex(columns)
+        bars = frame[frame["row"] == row].set_index("column").reindex(columns)
         x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
-        axes.bar(x, own["gap"], width, yerr=own["std"], color=COLORS[row], label=row,
-                 error_kw={"elinewidth": 0.8})  # fmt: skip
+        axes.bar(x, bars["gap"], width, yerr=bars["std"], color=METHOD_STYLES[row].color,
+                 label=row, hatch=hatches[list(METHOD_STYLES).index(row)], edgecolor="white",
+                 linewidth=0.5, error_kw={"elinewidth": 0.8})  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_ylabel("train - validation score x 100, last epoch")
+    axes.set_xticks(range(len(columns)), [f"{column}\n{metrics[column]}" for column in columns])
+    axes.set_ylabel("train - validation score × 100, last epoch")
     figure.legend(loc="outside lower center", frameon=False, ncols=min(len(rows), 4))
     text = "How far each method's train score is above its validation score (± over the seeds)."
     return {f"gap_{name}": (figure, text)}
 
 
 def learning_curves(entries: Entries, name: str) -> Figures:
+    """Return the validation score over the epochs for each column, a line for each method."""
     figures: Figures = {}
-    for column, of_row in by_column(whole(entries)).items():
-        figure, axes = curve_figure(f"{name}, {column}", "epoch", "validation score x 100")
-        for row, entry in of_row.items():
-            curve = results.curve_of(entry)
-            if curve is not None:
-                axes.plot(curve, "o-", ms=3, color=COLORS[row], label=row)
+    for column, of_row in by_column(on_all_rows(entries)).items():
+        curves = {row: results.curve_over_seeds(entry) for row, entry in of_row.items()}
+        found = {row: curve for row, curve in curves.items() if curve is not None}
+        epochs = [epoch for curve in found.values() for epoch in curve.index]
+        label = score_label(next(iter(of_row.values())))
+        figure, axes = curve_figure(f"{name}, {column}", "epoch", label, epochs)
+        for row, curve in found.items():
+            spread = curve["std"].fillna(0)
+            band = (curve["mean"] - spread, curve["mean"] + spread)
+            plot_curve(axes, curve["mean"], METHOD_STYLES[row], row, band)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
-        text = f"{column}: mean over the seeds, at each row's best learning rate at the last epoch."
+        text = (
+            f"{column}: mean over the seeds ± standard deviation, at each row's best learning rate "
+            "at the last epoch."
+        )
         figures[f"curves_{name}_{column}"] = figure, text
     return figures
 
 
 def trials(entries: Entries, name: str) -> Figures:
-    """The expected best score of so many trials, of all learning rates, seeds and epochs."""
+    """Return the expected best score of n trials over all learning rates, seeds and epochs."""
     figures: Figures = {}
-    for column, of_row in by_column(whole(entries)).items():
-        what = "trials (a learning rate, a seed, an epoch: each is one)"
-        figure, axes = curve_figure(f"{name}, {column}", what, "expected best score x 100")
+    for column, of_row in by_column(on_all_rows(entries)).items():
+        xlabel = "trials (a trial is one epoch of one learning rate and seed)"
+        metric = next(iter(of_row.values())).results.task.metrics[0]
+        ylabel = f"expected best {metric} × 100"
+        figure, axes = curve_figure(f"{name}, {column}", xlabel, ylabel)
         for row, entry in of_row.items():
             logits = entry.results.logits[entry.split]
             labels = entry.results.labels[entry.split]
@@ -133,10 +163,11 @@ def trials(entries: Entries, name: str) -> Figures:
             if np.isnan(scores).all():
                 continue
             budgets = np.unique(np.geomspace(1, len(scores), 40).astype(int))
-            best = statistics.expected_best(scores, budgets)
-            axes.plot(budgets, best, color=COLORS[row], label=f"{row} ({len(scores)} trials)")
+            best = pd.Series(statistics.expected_best(scores, budgets), budgets)
+            style = METHOD_STYLES[row]
+            plot_curve(axes, best, style, f"{row} ({len(scores)} trials)")
         axes.set_xscale("log")
         figure.legend(loc="outside lower center", frameon=False, ncols=3)
-        text = f"{column}: what the best of n trials is expected to score (Tang et al. 2020)."
+        text = f"{column}: expected best score of n trials (Tang et al. 2020)."
         figures[f"trials_{name}_{column}"] = figure, text
     return figures

@@ -1,8 +1,9 @@
-"""`paper.py report`: tables.csv, .md, .tex, pictures, and all of it in one report.html."""
+"""The report of a study: tables.csv, .md and .tex, figures, and all of it in report.html."""
 
 import base64
 import html
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from bitfit.results import escape
 from bitfit.results.plots import save_figure
 from bitfit.study import cell_states, cost, figures, results
 from bitfit.study.cells import Study, slug
-from bitfit.study.figures import Figures
 from bitfit.study.protocol import (
     BATCH_SIZE,
     PAPER_MODELS,
@@ -29,80 +29,100 @@ from utils import UserError
 SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "frozen": "Frozen",
            "rand_uniform": "Rand uniform", "rand_row_col": "Rand row/col"}  # fmt: skip
 LEGEND = (
-    "Scores x 100 on the validation set, mean ± sample standard deviation over the seeds. Learning "
-    "rate and epoch are chosen on one half of the validation rows and scored on the other, and the "
-    f"other way round (`split`). In brackets the paper's number ({NOTE}); `!` where the 95 % "
-    "interval of the mean has nothing in common with it ± its deviation; `...` where the cell is "
-    "not finished. A run that diverged counts nowhere."
+    "Scores × 100 on the validation set in the metric named in each column, mean ± sample standard "
+    "deviation over the seeds. Learning rate and epoch are chosen on one half of the validation "
+    "rows and scored on the other, and the other way round (`split`). In brackets the paper's "
+    f"number ({NOTE}); `!` where the 95 % CI of our mean does not overlap the paper's mean ± "
+    "standard deviation; `...` where the cell is not finished. A run that diverged counts nowhere."
 )
 STATISTICS = (
-    "a - b, by `split`, paired by seed, of finished cells. The interval (95 %) is of a bootstrap "
-    "over seeds and validation rows together, widened as Student's t is for so few seeds; `all` is "
-    "the mean over the tasks. p is of flipping the signs of the seeds' differences, so it cannot "
-    "be below `least p`; p (Holm) is corrected for all columns of a model's pairs, or for its "
-    "pooled rows."
+    "a - b, by `split`, paired by seed, of finished cells, in the metric of the column × 100. The "
+    "95 % CI comes from a bootstrap over seeds and validation rows together, widened as Student's "
+    "t is for so few seeds; `all` is the mean over the tasks. The p-values come from a paired "
+    "sign-flip permutation test over seeds, so p cannot be below `least p`; p (Holm) is corrected "
+    "for all columns of a model's pairs, or for its pooled rows."
 )
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.2em .6em;"
     "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,"
     "th:first-child{text-align:left}img{width:100%;height:auto}figure{margin:1em 0}"
-    ".pictures{display:grid;grid-template-columns:1fr 1fr;gap:1em 2em;align-items:start}"
-    "pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:12px}figcaption{color:#555}"
+    ".figures{display:grid;grid-template-columns:1fr 1fr;gap:1em 2em;align-items:start}"
+    "pre{background:#f6f6f6;padding:.8em;white-space:pre-wrap;overflow-wrap:anywhere;"
+    "font-size:12px}.table{overflow-x:auto}figcaption{color:#555}"
 )
 
 
-def write(study: Study, resamples: int = 1000) -> str:
-    """Write the report of what there is; returns what to print.
+def write_report(study: Study, resamples: int = 1000) -> str:
+    """Write the report of the scores so far, and return the text to print.
 
     Raises:
         UserError: no run has been scored yet.
     """
-    entries = results.entries(study)
+    entries = results.read_entries(study)
     if not entries:
         raise UserError(f"{study.output} has no scores yet: `paper.py run` makes them")
-    rng = np.random.default_rng(0)
     scores = results.score_frame(entries)
-    differences = results.comparisons(entries, rng, resamples)
-    headline = {slug(m): table_of(scores, m) for m in dict.fromkeys(scores["model"])}
-    headline = {name: table for name, table in headline.items() if len(table)}
-    pictures = figures.all_of(study, entries)
-    folder = study.output / "figures"
-    folder.mkdir(exist_ok=True)
-    for name, (figure, _) in pictures.items():
-        save_figure(figure, folder / f"{name}.png")
-    out = study.output
+    differences = results.comparisons(entries, np.random.default_rng(0), resamples)
+    headline = headline_tables(scores)
+    captions = write_figures(study, entries)
+    out, metrics = study.output, column_labels(scores)
     write_text(out / "tables.csv", scores.round(4).to_csv(index=False))
     write_text(out / "differences.csv", differences.round(4).to_csv(index=False))
-    write_text(out / "tables.md", markdown(study, headline, differences))
+    shown_differences = difference_table(differences, metrics)
+    write_text(out / "tables.md", markdown(study, headline, shown_differences))
     write_text(out / "tables.tex", latex(headline))
-    write_text(out / "report.html", page(study, headline, scores, differences, pictures, folder))
+    tables = [(model, table.to_html(border=0)) for model, table in headline.items()]
+    write_text(out / "report.html", page(study, tables, scores, shown_differences, captions))
     shown = "\n\n".join(f"{name}\n{table.to_string()}" for name, table in headline.items())
     return f"{shown}\n{out / 'report.html'}"
 
 
-def table_of(scores: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Tables 2 and 3 in the paper's layout, as text: rows x columns."""
-    own = scores[(scores["model"] == model) & (scores["selection"] == "split")]
-    own = own[own["train_size"].isna()]
-    columns = [c for c in [*COLUMNS, *own["column"]] if c in set(own["column"])]
+def write_figures(study: Study, entries: results.Entries) -> dict[Path, str]:
+    """Write all figures, and return {file: caption}."""
+    folder = study.output / "figures"
+    folder.mkdir(exist_ok=True)
+    captions = {}
+    for name, (figure, caption) in figures.all_figures(study, entries).items():
+        save_figure(figure, folder / f"{name}.png")
+        captions[folder / f"{name}.png"] = caption
+    return captions
+
+
+def headline_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return {model: its table}, with the metrics in the columns' names, of models with scores."""
+    tables = {slug(m): headline_table(scores, m) for m in dict.fromkeys(scores["model"])}
+    labels = column_labels(scores)
+    return {name: table.rename(columns=labels) for name, table in tables.items() if len(table)}
+
+
+def column_labels(scores: pd.DataFrame) -> dict[str, str]:
+    """Return {column: column and metric}, such as "CoLA (MCC)"."""
+    return {c: f"{c} ({m})" for c, m in zip(scores["column"], scores["metric"], strict=True)}
+
+
+def headline_table(scores: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Return Tables 2 and 3 in the paper's layout, as text: rows × columns."""
+    split = scores[(scores["model"] == model) & (scores["selection"] == "split")]
+    split = split[split["train_size"].isna()]
+    columns = [c for c in [*COLUMNS, *split["column"]] if c in set(split["column"])]
     rows = {}
     for row in ROWS:
-        of = own[own["row"] == row].set_index("column")
-        if len(of):
-            texts = {c: entry_text(of.loc[c]) if c in of.index else "" for c in columns}
-            mean = average({c: of["mean"].get(c) for c in COLUMNS})
-            paper = average({c: of["published"].get(c) for c in COLUMNS})
+        of_row = split[split["row"] == row].set_index("column")
+        if len(of_row):
+            texts = {c: entry_text(of_row.loc[c]) if c in of_row.index else "" for c in columns}
+            mean = average({c: of_row["mean"].get(c) for c in COLUMNS})
+            paper = average({c: of_row["published"].get(c) for c in COLUMNS})
             texts["Avg."] = "" if mean is None else f"{mean:.1f}"
             texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
             rows[SYMBOLS.get(row, row)] = texts
     table = pd.DataFrame(rows).T
-    return (
-        table if len(table) and table["Avg."].any() else table.drop(columns="Avg.", errors="ignore")
-    )
+    has_average = len(table) and table["Avg."].any()
+    return table if has_average else table.drop(columns="Avg.", errors="ignore")
 
 
 def entry_text(entry: pd.Series) -> str:
+    """Return one cell of the headline table."""
     text = spread(entry["mean"], entry["std"])
     if pd.notna(entry["published"]):
         text += f" ({spread(entry['published'], entry['published_std'])})"
@@ -113,20 +133,22 @@ def entry_text(entry: pd.Series) -> str:
 
 
 def spread(mean: float, std: float) -> str:
+    """Return mean ± standard deviation as text."""
     if pd.isna(mean):
         return "no run counts"
     return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
 
-def difference_table(differences: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons as text."""
+def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """Return the comparisons as text; `labels` are the columns' names with their metrics."""
     shown = pd.DataFrame()
     if differences.empty:
         return shown
     shown["a - b"] = differences["a"] + " - " + differences["b"]
-    shown["column"] = differences["column"]
-    for name in ("difference", "low", "high"):
-        shown[name] = differences[name].map("{:+.1f}".format)
+    shown["column"] = differences["column"].map(lambda column: labels.get(column, column))
+    shown["difference"] = differences["difference"].map("{:+.1f}".format)
+    limits = zip(differences["low"], differences["high"], strict=True)
+    shown["95 % CI"] = [f"{low:+.1f} to {high:+.1f}" for low, high in limits]
     shown["pairs"] = differences["pairs"]
     for name, title in (("p", "p"), ("p_holm", "p (Holm)"), ("least_p", "least p")):
         shown[title] = differences[name].map("{:.4f}".format)
@@ -135,11 +157,11 @@ def difference_table(differences: pd.DataFrame) -> pd.DataFrame:
 
 
 def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """The three selections side by side, with trials and learning rates."""
+    """Return the three selections side by side, with trials and learning rates."""
     whole = scores[scores["train_size"].isna()]
     if whole.empty:
         return pd.DataFrame()
-    keys = ["model", "row", "column"]
+    keys = ["model", "row", "column", "metric"]
     texts = whole.assign(text=[spread(*pair) for pair in zip(whole["mean"], whole["std"],
                                                              strict=True)])  # fmt: skip
     wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
@@ -153,57 +175,60 @@ def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def deviations(study: Study) -> list[str]:
-    """What of the plan is not the paper's, in words."""
-    said = []
+    """Return sentences on how the plan differs from the paper's protocol."""
+    messages = []
     for cell in study.cells:
         if paper_model_name(cell.model) not in PAPER_MODELS:
-            said.append(f"model {cell.model}")
+            messages.append(f"model {cell.model}")
         if tuple(cell.rates) != tuple(paper_learning_rates(cell.model, cell.row)):
             rates = " ".join(f"{rate:g}" for rate in cell.rates)
-            said.append(f"learning rates of {cell.row}: {rates}")
+            messages.append(f"learning rates of {cell.row}: {rates}")
         if tuple(cell.seeds) != SEEDS:
-            said.append(f"seeds of {cell.row}: {' '.join(map(str, cell.seeds))}")
+            messages.append(f"seeds of {cell.row}: {' '.join(map(str, cell.seeds))}")
         for name, papers in (("batch_size", BATCH_SIZE), ("max_seq_length", 128)):
             if cell.args[name] != papers:
-                said.append(f"{name.replace('_', ' ')} {cell.args[name]}")
+                messages.append(f"{name.replace('_', ' ')} {cell.args[name]}")
         if cell.args["data_dir"]:
-            said.append(f"data of {cell.args['data_dir']}")
+            messages.append(f"data of {cell.args['data_dir']}")
         if cell.args["train_size"] and not cell.size:
-            said.append(f"{cell.args['train_size']} training rows, drawn by each seed")
+            messages.append(f"{cell.args['train_size']} training rows, drawn by each seed")
         if cell.args["epochs"] != default_epochs(cell.task):
-            said.append(f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)")
+            messages.append(
+                f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)"
+            )
     precisions = {
         (cell_states.read_cell_args(study, cell) or {}).get("precision") for cell in study.cells
     }
     if "bf16" in precisions:
-        said.append("computed in bf16; what trains is kept in float32")
-    return list(dict.fromkeys(said))
+        messages.append("computed in bf16; what trains is kept in float32")
+    return list(dict.fromkeys(messages))
 
 
 def markdown(study: Study, headline: dict[str, pd.DataFrame], differences: pd.DataFrame) -> str:
+    """Return the tables in Markdown."""
     parts = ["# Results", LEGEND]
     for model, table in headline.items():
         parts += [f"## {escape.markdown(model)}", pipes(table.reset_index(names=""))]
     if len(differences):
-        parts += ["## Differences", STATISTICS, pipes(difference_table(differences))]
-    parts += ["## Not the paper's", items_of(deviations(study))]
+        parts += ["## Differences", STATISTICS, pipes(differences)]
+    parts += ["## Deviations from the paper", markdown_list(deviations(study))]
     return "\n\n".join(parts) + "\n"
 
 
-def items_of(texts: list[str]) -> str:
-    """A list in Markdown."""
+def markdown_list(texts: Iterable[str]) -> str:
+    """Return a list in Markdown."""
     return "\n".join(f"- {escape.markdown(text)}" for text in texts) or "-"
 
 
 def pipes(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table."""
+    """Return a table in Markdown."""
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
     lines += [[escape.markdown(str(cell)) for cell in row] for row in frame.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def latex(headline: dict[str, pd.DataFrame]) -> str:
-    """A tabular per model, for booktabs."""
+    """Return a tabular for each model, for the package booktabs."""
     parts = []
     for model, table in headline.items():
         lines = [[model, *table.columns], *([i, *row] for i, row in zip(
@@ -217,27 +242,30 @@ def latex(headline: dict[str, pd.DataFrame]) -> str:
 
 def page(
     study: Study,
-    headline: dict[str, pd.DataFrame],
+    tables: list[tuple[str, str]],
     scores: pd.DataFrame,
     differences: pd.DataFrame,
-    pictures: Figures,
-    folder: Path,
+    captions: dict[Path, str],
 ) -> str:
-    """One HTML page that needs nothing else."""
-    images = [picture(folder / f"{name}.png", text) for name, (_, text) in pictures.items()]
+    """Return one HTML page that needs no other file.
+
+    Args:
+        tables: (model, its headline table in HTML).
+        captions: {file of a figure: caption}.
+    """
     commands = "\n".join(html.escape(cell.shell(study.output)) for cell in study.cells)
     parts = ["<h1>BitFit: the paper's tables, measured</h1>", paragraph(progress(study))]
     parts += [paragraph(LEGEND)]
-    for model, table in headline.items():
-        parts += [f"<h2>{html.escape(model)}</h2>", table.to_html(border=0)]
-    parts += ["<h2>Not the paper's</h2>", items(deviations(study))]
+    for model, table in tables:
+        parts += [f"<h2>{html.escape(model)}</h2>", f"<div class='table'>{table}</div>"]
+    parts += ["<h2>Deviations from the paper</h2>", html_list(deviations(study))]
     if len(differences):
         parts += ["<h2>Differences between methods</h2>", paragraph(STATISTICS)]
-        parts += [difference_table(differences).to_html(border=0, index=False)]
-    parts += ["<h2>Three ways to select</h2>"]
-    parts += [selection_table(scores).to_html(border=0, index=False)]
-    parts += ["<h2>Pictures</h2>", "<div class='pictures'>", *images, "</div>"]
-    parts += ["<h2>Cost and machine</h2>", items(machine(study))]
+        parts += [html_table(differences)]
+    parts += ["<h2>Three ways to select</h2>", html_table(selection_table(scores))]
+    images = [html_figure(path, caption) for path, caption in captions.items()]
+    parts += ["<h2>Figures</h2>", "<div class='figures'>", *images, "</div>"]
+    parts += ["<h2>Cost and machine</h2>", html_list(machine(study))]
     parts += ["<h2>Commands</h2>", f"<pre>{commands}</pre>"]
     head = f"<meta charset='utf-8'><title>BitFit: results</title><style>{STYLE}</style>"
     body = "\n".join(parts)
@@ -248,18 +276,23 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text).replace('`', '')}</p>"
 
 
-def items(texts: list[str]) -> str:
+def html_table(frame: pd.DataFrame) -> str:
+    return f"<div class='table'>{frame.to_html(border=0, index=False)}</div>"
+
+
+def html_list(texts: list[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["-"]) + "</ul>"
 
 
-def picture(path: Path, text: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    caption = html.escape(text)
-    return (f"<figure><img src='data:image/png;base64,{data}' alt='{caption}'>"
-            f"<figcaption>{caption}</figcaption></figure>")  # fmt: skip
+def html_figure(path: Path, caption: str) -> str:
+    """Return a figure with its caption; the image is part of the page."""
+    data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
+    image = f"<img src='data:image/png;base64,{data}' alt='{text}'>"
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def progress(study: Study) -> str:
+    """Return how many cells are done, and which are left out."""
     states = [cell_states.cell_state(study, cell) for cell in study.cells]
     done = states.count("done")
     text = f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
@@ -268,17 +301,20 @@ def progress(study: Study) -> str:
 
 
 def machine(study: Study) -> list[str]:
-    """Where and in what time the cells were done."""
-    said, hours = [], 0.0
+    """Return the time that the cells took, and the machines and versions that were used."""
+    machines, hours = [], 0.0
     for cell in study.cells:
-        facts = cell_states.read_cell_args(study, cell)
-        if facts:
-            facts = defaultdict(lambda: "unknown", facts)
-            versions = " ".join(f"{n} {facts[n]}" for n in ("torch", "transformers", "python"))
-            commit = (facts["commit"] or "unknown")[:7]
-            where = f"{facts['device']}, {facts['threads']} threads, {facts['precision']}"
-            said.append(f"{where}; {versions}; commit {commit}")
+        args = cell_states.read_cell_args(study, cell)
+        if args:
+            known = defaultdict(lambda: "unknown", args)
+            versions = " ".join(f"{n} {known[n]}" for n in ("torch", "transformers", "python"))
+            commit = (known["commit"] or "unknown")[:7]
+            where = f"{known['device']}, {known['threads']} threads, {known['precision']}"
+            machines.append(f"{where}; {versions}; commit {commit}")
         hours += (cost.training_seconds(study, cell) or 0) / 3600
     runs = sum(cell.runs for cell in study.cells)
-    said = list(dict.fromkeys(said))
-    return [f"{hours:.2f} hours of the {runs} planned runs that are done", *said]
+    time = (
+        f"{hours:.3f} hours of training and scoring, without the start of each command, for the "
+        f"finished ones of {runs} planned runs"
+    )
+    return [time, *dict.fromkeys(machines)]

@@ -1,9 +1,9 @@
-"""What a study's cells measured: arrays, the scores that count, differences between methods.
+"""Scores of a study's cells, the selected scores, and differences between methods.
 
 Everything is read from the files of the runs; nothing is trained or predicted here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ PAIRS = (
 
 
 class Results(NamedTuple):
-    """Of one cell: L learning rates, S seeds, E scored epochs; NaN where there is nothing."""
+    """Scores of one cell: L learning rates, S seeds, E evaluated epochs; NaN where missing."""
 
     cell: Cell
     state: str
-    logits: dict  # {validation split: (L, S, E, rows, C)}
-    labels: dict  # {validation split: (rows,)}
+    logits: dict[str, np.ndarray]  # {validation split: (L, S, E, rows, C)}
+    labels: dict[str, np.ndarray]  # {validation split: (rows,)}
     scores: pd.DataFrame  # learning_rate, seed, epoch, split, metric, value
 
     @property
@@ -42,8 +42,8 @@ class Results(NamedTuple):
         return TASKS[self.cell.task]
 
 
-def read(study: Study, cell: Cell) -> Results | None:
-    """The `Results` of a cell; None where no run has been scored yet, or the folder is another's.
+def read_results(study: Study, cell: Cell) -> Results | None:
+    """Return the results of a cell, or None if no run is scored or the folder is foreign.
 
     A run that diverged counts nowhere: all of its logits are NaN.
 
@@ -53,7 +53,7 @@ def read(study: Study, cell: Cell) -> Results | None:
     state, kept, scores = cell_states.cell_state(study, cell), {}, []
     folders = {} if state == "foreign" else cell.folders(study.output)
     if state == "done":
-        check_whole(folders.values())
+        check_complete(folders.values())
     for run, folder in folders.items():
         if (folder / LOGITS).exists() and (folder / "metrics.json").exists():
             with convert_errors(
@@ -70,42 +70,44 @@ def read(study: Study, cell: Cell) -> Results | None:
     logits, labels = {}, {}
     for split in TASKS[cell.task].validation_splits:
         labels[split] = next(iter(kept.values()))[f"{split}.labels"]
-        logits[split] = grid_of([kept.get(run, {}).get(split) for run in folders], len(cell.rates))
+        logits[split] = stack_runs(
+            [kept.get(run, {}).get(split) for run in folders], len(cell.rates)
+        )
     return Results(cell, state, logits, labels, pd.concat(scores))
 
 
-def check_whole(folders: Iterable[Path]) -> None:
-    """UserError where a file of a finished run is gone: it would count as one that diverged."""
+def check_complete(folders: Iterable[Path]) -> None:
+    """Raise a UserError if a finished run lacks a file: it would count as diverged."""
     for folder in folders:
         if not (folder / "metrics.json").exists():
-            raise gone(folder / "metrics.json")
+            raise missing_file(folder / "metrics.json")
         if not (folder / LOGITS).exists():
             with convert_errors(
                 lambda error, f=folder: UserError(f"{f} cannot be read: {first_line(error)}")
             ):
                 diverged = read_metrics(folder)[0]["diverged"]
             if not diverged:
-                raise gone(folder / LOGITS)
+                raise missing_file(folder / LOGITS)
 
 
-def gone(path: Path) -> UserError:
-    what = "is gone, though its run is finished"
-    return UserError(f"{path} {what}: put it back, or remove the cell's folder and run it again")
+def missing_file(path: Path) -> UserError:
+    advice = "put it back, or remove the cell's folder and run it again"
+    return UserError(f"{path} is gone, though its run is finished: {advice}")
 
 
-def grid_of(arrays: list[np.ndarray | None], rates: int) -> np.ndarray:
-    """Arrays (E, rows, C), or None, of runs by rate and seed -> (L, S, E, rows, C)."""
+def stack_runs(arrays: Sequence[np.ndarray | None], rates: int) -> np.ndarray:
+    """Return the runs' arrays (E, rows, C), or None, by rate and seed, as (L, S, E, rows, C)."""
     shape = max((a.shape for a in arrays if a is not None), key=lambda shape: shape[0])
     dtype = next(a.dtype for a in arrays if a is not None)
     grid = np.full((len(arrays), *shape), np.nan, dtype)
-    for own, array in zip(grid, arrays, strict=True):
+    for target, array in zip(grid, arrays, strict=True):
         if array is not None:
-            own[: len(array)] = array
+            target[: len(array)] = array
     return grid.reshape(rates, -1, *shape)
 
 
 def select(results: Results, split: str) -> dict[str, statistics.Selected]:
-    """{selection: Selected} of a validation split, scores from -1 or 0 to 1."""
+    """Return {selection: Selected} of a validation split; scores are at most 1."""
     logits, labels = results.logits[split], results.labels[split]
     scores = statistics.main_scores(results.task, logits, labels)
     return {
@@ -116,37 +118,37 @@ def select(results: Results, split: str) -> dict[str, statistics.Selected]:
 
 
 class Entry(NamedTuple):
-    """One column of a table's row."""
+    """One cell of a table: a row's scores in one column."""
 
     column: str
     results: Results
     split: str
-    selected: dict  # {selection: Selected}
+    selected: dict[str, statistics.Selected]  # {selection: Selected}
 
 
-Entries = dict[tuple, Entry]  # {(model, row, column, size): Entry}
+Entries = dict[tuple[str, str, str, int | None], Entry]  # by model, row, column, training size
 
 
-def entries(study: Study) -> Entries:
-    """{(model, row, column, size): Entry} of all cells that have scores, in the paper's order."""
-    found = {}
+def read_entries(study: Study) -> Entries:
+    """Return the entries of all cells that have scores, in the paper's order."""
+    found: Entries = {}
     tasks, rows = [task for task, _ in COLUMNS.values()] + list(TASKS), list(ROWS)
     for cell in sorted(study.cells, key=lambda c: (tasks.index(c.task), rows.index(c.row))):
-        results = read(study, cell)
-        for split, column in columns_of(cell.task).items() if results else ():
+        results = read_results(study, cell)
+        for split, column in table_columns(cell.task).items() if results else ():
             key = cell.model, cell.row, column, cell.size
             found[key] = Entry(column, results, split, select(results, split))
     return found
 
 
-def columns_of(task: str) -> dict[str, str]:
-    """{validation split: the column it has in the tables}"""
-    known = {split: name for name, (own, split) in COLUMNS.items() if own == task}
+def table_columns(task: str) -> dict[str, str]:
+    """Return {validation split: its column in the tables}."""
+    known = {split: name for name, (of_task, split) in COLUMNS.items() if of_task == task}
     return known or {TASKS[task].validation_splits[0]: TASKS[task].folder}
 
 
 def score_frame(entries: Entries) -> pd.DataFrame:
-    """tables.csv: a row for each cell's column and selection, scores x 100."""
+    """Return tables.csv: a row for each entry and selection, scores × 100."""
     rows = []
     for (model, row, column, size), entry in entries.items():
         cell = entry.results.cell  # the paper trains on all rows
@@ -162,37 +164,39 @@ def score_frame(entries: Entries) -> pd.DataFrame:
                 "mean": mean, "std": spread, "low": low, "high": high,
                 "seeds": n, "of": len(cell.seeds),
                 "trials": entry.results.logits[entry.split][..., 0, 0].size,
-                "learning_rate": rates_of(selected, cell),
+                "learning_rate": selected_rates(selected, cell),
                 "published": published, "published_std": std,
-                "off": is_off(low, high, published, std),
+                "off": differs_from_paper(low, high, published, std),
                 "state": entry.results.state,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def rates_of(selected: statistics.Selected, cell: Cell) -> str:
-    """The learning rates chosen, as text."""
+def selected_rates(selected: statistics.Selected, cell: Cell) -> str:
+    """Return the selected learning rates as text."""
     chosen = dict.fromkeys(cell.rates[choice.rate] for choice in selected.choices)
     return " ".join(f"{rate:g}" for rate in chosen)
 
 
-def is_off(low: float, high: float, published: float | None, std: float | None) -> bool | None:
-    """Whether an interval has nothing in common with published ± std; None where it is unknown."""
+def differs_from_paper(
+    low: float, high: float, published: float | None, std: float | None
+) -> bool | None:
+    """Return whether an interval does not overlap published ± std; None where one is unknown."""
     if published is None or np.isnan(low):
         return None
     return bool(low > published + (std or 0) or high < published - (std or 0))
 
 
 def comparisons(entries: Entries, rng: np.random.Generator, resamples: int = 1000) -> pd.DataFrame:
-    """The differences of PAIRS by `split`: a frame with a row for each model, pair and column, and
-    one, `all`, pooled over the tasks of each pair.
+    """Return the differences of PAIRS by `split`: a row for each model, pair and column.
 
-    p-values are Holm's over the columns of a model's pairs, and over its pooled ones.
+    The column `all` pools the tasks of a pair. p-values are Holm's over the columns of a model's
+    pairs, and over its pooled ones.
     """
     rows = []
     for model in dict.fromkeys(key[0] for key in entries):
         for a, b in PAIRS:
-            rows += compared(entries, model, a, b, rng, resamples)
+            rows += compare_pair(entries, model, (a, b), rng=rng, resamples=resamples)
     frame = pd.DataFrame(rows)
     if len(frame):
         groups = [frame["model"], frame["column"] == "all"]
@@ -200,65 +204,76 @@ def comparisons(entries: Entries, rng: np.random.Generator, resamples: int = 100
     return frame
 
 
-def compared(
-    entries: Entries, model: str, a: str, b: str, rng: np.random.Generator, resamples: int
+def compare_pair(
+    entries: Entries, model: str, pair: tuple[str, str], rng: np.random.Generator, resamples: int
 ) -> list[dict[str, Any]]:
-    """The rows of one pair; of cells that are done, with the same seeds."""
-    rows = []
-    of_task: dict[str, list] = {}
+    """Return the rows of one pair, from finished cells with the same seeds."""
+    rows: list[dict[str, Any]] = []
+    of_task: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     drawn_seeds: dict[str, np.ndarray] = {}
     for column in dict.fromkeys(key[2] for key in entries):
-        one, two = (entries.get((model, row, column, None)) for row in (a, b))
-        if not one or not two or not comparable(one, two):
+        first, second = (entries.get((model, row, column, None)) for row in pair)
+        if not first or not second or not are_comparable(first, second):
             continue
-        selected = one.selected["split"], two.selected["split"]
-        own, task = statistics.differences(*selected), one.results.task
+        selected = first.selected["split"], second.selected["split"]
+        by_seed, task = statistics.differences(*selected), first.results.task
         # The two columns of MNLI are of the same runs: they get the same seeds, and one mean.
-        seeds = drawn_seeds.setdefault(task.name, statistics.draws(rng, len(own), resamples))
-        logits = (entry.results.logits[entry.split] for entry in (one, two))
-        labels = one.results.labels[one.split]
+        seeds = drawn_seeds.setdefault(task.name, statistics.draws(rng, len(by_seed), resamples))
+        logits = (entry.results.logits[entry.split] for entry in (first, second))
+        labels = first.results.labels[first.split]
         drawn = statistics.bootstrap_differences(task, *selected, *logits, labels, rng, seeds)
-        of_task.setdefault(task.name, []).append((own, drawn))
-        rows.append(difference(model, a, b, column, [(own, drawn)], rng))
+        of_task.setdefault(task.name, []).append((by_seed, drawn))
+        rows.append(difference_row(model, pair, column, [(by_seed, drawn)], rng=rng))
     if len(of_task) > 1:
         means = [[np.mean(of, axis=0) for of in zip(*pairs, strict=True)]
                  for pairs in of_task.values()]  # fmt: skip
-        rows.append(difference(model, a, b, "all", means, rng))
+        rows.append(difference_row(model, pair, "all", means, rng=rng))
     return rows
 
 
-def comparable(one: Entry, two: Entry) -> bool:
-    """Whether two entries are of done cells with the same seeds, of which two or more count."""
-    done = one.results.state == two.results.state == "done"
-    if not done or one.results.cell.seeds != two.results.cell.seeds:
+def are_comparable(first: Entry, second: Entry) -> bool:
+    """Return whether two cells are finished with the same seeds, of which at least two count."""
+    done = first.results.state == second.results.state == "done"
+    if not done or first.results.cell.seeds != second.results.cell.seeds:
         return False
-    return len(statistics.pairs(one.selected["split"], two.selected["split"])) > 1
+    return len(statistics.pairs(first.selected["split"], second.selected["split"])) > 1
 
 
-def difference(
-    model: str, a: str, b: str, column: str, columns: list, rng: np.random.Generator
+def difference_row(
+    model: str,
+    pair: tuple[str, str],
+    column: str,
+    columns: Sequence[Sequence[np.ndarray]],
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """A row of `comparisons`, of the columns that these arrays are of."""
+    """Return a row of `comparisons`; `columns` are as in `statistics.difference`."""
     found = statistics.difference(columns, rng)
     return {
-        "model": model, "a": a, "b": b, "column": column, "difference": 100 * found.mean,
+        "model": model, "a": pair[0], "b": pair[1], "column": column,
+        "difference": 100 * found.mean,
         "low": 100 * found.low, "high": 100 * found.high, "pairs": found.n, "p": found.p,
         "least_p": statistics.least_p(found.n),
     }  # fmt: skip
 
 
+def scores_at_last_rate(entry: Entry) -> pd.DataFrame | None:
+    """Return the scores of an entry's runs at the rate of `last`, or None if no run counts."""
+    choices = entry.selected["last"].choices
+    if not choices:
+        return None
+    scores = entry.results.scores
+    return scores[scores["learning_rate"] == entry.results.cell.rates[choices[0].rate]]
+
+
 def train_gaps(entries: Entries) -> pd.DataFrame:
-    """Train minus validation, main metric x 100, last epoch of `last`: a row for each entry."""
+    """Return train minus validation score × 100 in the last epoch of `last`: a row each."""
     rows = []
     for (model, row, column, size), entry in entries.items():
-        choices = entry.selected["last"].choices
-        if size is not None or not choices:
+        scores = scores_at_last_rate(entry)
+        if size is not None or scores is None:
             continue
-        rate = entry.results.cell.rates[choices[0].rate]
-        own = entry.results.scores
-        own = own[own["learning_rate"] == rate]
-        metric, last = entry.results.task.metrics[0], own["epoch"].max()
-        last = own[(own["epoch"] == last) & (own["metric"] == metric)]
+        metric, epoch = entry.results.task.metrics[0], scores["epoch"].max()
+        last = scores[(scores["epoch"] == epoch) & (scores["metric"] == metric)]
         wide = 100 * last.pivot(index="seed", columns="split", values="value")
         gap, std, n = statistics.mean_std(wide["train"] - wide[entry.split])
         rows.append({"model": model, "row": row, "column": column, "train": wide["train"].mean(),
@@ -267,20 +282,21 @@ def train_gaps(entries: Entries) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def curve_of(entry: Entry) -> pd.Series | None:
-    """(epochs, main score x 100) averaged over the seeds, at the rate of `last`; None if none."""
-    choices = entry.selected["last"].choices
-    if not choices:
+def curve_over_seeds(entry: Entry) -> pd.DataFrame | None:
+    """Return mean and std over the seeds of the main score × 100 by epoch, at the rate of `last`.
+
+    None if no run counts.
+    """
+    scores = scores_at_last_rate(entry)
+    if scores is None:
         return None
-    results = entry.results
-    rate = results.cell.rates[choices[0].rate]
-    own = results.scores[results.scores["learning_rate"] == rate]
-    own = own[(own["split"] == entry.split) & (own["metric"] == results.task.metrics[0])]
-    return 100 * own.groupby("epoch")["value"].mean()
+    is_main = scores["metric"] == entry.results.task.metrics[0]
+    main = scores[is_main & (scores["split"] == entry.split)]
+    return 100 * main.groupby("epoch")["value"].agg(["mean", "std"])
 
 
 def bias_changes(study: Study, entry: Entry) -> tuple[pd.DataFrame, int] | None:
-    """How far each bias term moved, at the rate of `last`.
+    """Return how far each bias term moved, at the rate of `last`.
 
     Returns:
         (a frame (terms, layers): the mean over the seeds that count, their number); or None.
