@@ -366,7 +366,7 @@ def check(args: argparse.Namespace, device: torch.device) -> bool:
 
 
 def step_times(ours: Ours, precision: str, rounds: int = 3) -> tuple[list[float], int]:
-    """Return (milliseconds of a step in each round, CUDA graphs used), after all shapes were met."""
+    """Return (milliseconds of a step in each round, CUDA graphs used) after all shapes were met."""
     device, count, times = ours.device, ours.plan.steps_per_epoch, []
     with training(ours, DTYPES[precision]) as state:
         steps(state, 5 * count if state.graphs else 1)

@@ -4,10 +4,10 @@
 
 Two ranks of one thread each and one process of two threads, in turn (A B A B ...), for a sweep of
 eight (each rank trains some runs) and for one run (each rank trains some examples). Prints seconds
-and ratios of training alone, as metrics.json has them (the slowest rank's), and of the whole command with
-start-up, scoring and files. Then a run of each divided kind is repeated for one epoch under torch's
-profiler, which notes every call of the communicator with the shape and type of what it was given:
-from those come the bytes per step.
+and ratios of training alone, as metrics.json has them (the slowest rank's), and of the whole
+command with start-up, scoring and files. Then a run of each divided kind is repeated for one epoch
+under torch's profiler, which notes every call of the communicator with the shape and type of what
+it was given: from those come the bytes per step.
 """
 
 import argparse

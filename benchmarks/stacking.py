@@ -3,10 +3,10 @@
     python benchmarks/stacking.py --task-name rte --data-dir <GLUE folder> --model-name <folder>
 
 For each K both are trained in turn (A B A B ...), after a warm-up of each. The clock covers
-training alone: no loading, tokenizing or scoring. A run is one pass over the task's training
-rows; runs/hour is scaled up from the rows that were trained. The share of the machine's GEMM rate
-is 4 x the encoder's matrix weights x tokens / seconds (forward, and backward of the inputs),
-divided by the rate of a product of 2048 x 2048 matrices in the same minute. Without --model-name a random
+training alone: no loading, tokenizing or scoring. A run is one pass over the task's training rows;
+runs/hour is scaled up from the rows that were trained. The share of the machine's GEMM rate is 4 x
+the encoder's matrix weights x tokens / seconds (forward, and backward of the inputs), divided by
+the rate of a product of 2048 x 2048 matrices in the same minute. Without --model-name a random
 encoder of MiniLM-L6's size (22M) is used.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
 
 The released loop is written again: every example padded to 128 tokens, one batch at a time,
-float32, `.item()` and a print each step. Both train the same bias terms at the same batch size, in turn
-(A B A B ...), after a warm-up of each. The clock covers training alone: no loading, tokenizing or
-scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
+float32, `.item()` and a print each step. Both train the same bias terms at the same batch size, in
+turn (A B A B ...), after a warm-up of each. The clock covers training alone: no loading,
+tokenizing or scoring. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
 """
 
 import argparse

@@ -1,11 +1,15 @@
 """A Hugging Face classifier for a task, from the Hub or a folder, and the errors on the way."""
 
 import logging
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from bitfit.data.tasks import Task
 from bitfit.files import atomic_folder
 from bitfit.model import file_checks, tokenizer_checks, weight_checks
 from bitfit.model.file_checks import cannot_load
@@ -13,11 +17,16 @@ from bitfit.model.fingerprints import fingerprints_of
 from bitfit.model.trainable import head_names, is_bias
 from utils import UserError, convert_errors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
 
 
-def load_tokenizer(model_name, revision=None):
+def load_tokenizer(
+    model_name: str | Path, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
     """The model's own fast tokenizer.
 
     Args:
@@ -52,7 +61,7 @@ def load_tokenizer(model_name, revision=None):
     return tokenizer
 
 
-def lacks_token_types(tokenizer, config):
+def lacks_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> bool:
     """Whether a tokenizer leaves out the token types of pairs that the model has embeddings for.
 
     The class for any tokenizer.json gave them until transformers 5.
@@ -64,7 +73,13 @@ def lacks_token_types(tokenizer, config):
     return generic and "model_input_names" not in tokenizer.init_kwargs and types > 1
 
 
-def load_model(model_name, task, random_encoder=False, revision=None, report=False):
+def load_model(
+    model_name: str | Path,
+    task: Task,
+    random_encoder: bool = False,
+    revision: str | None = None,
+    report: bool = False,
+) -> tuple["PreTrainedModel", frozenset[str]]:
     """(a float32 classifier on the CPU, the names of its head's parameters to initialize)
 
     Args:
@@ -76,25 +91,18 @@ def load_model(model_name, task, random_encoder=False, revision=None, report=Fal
     """
     from transformers import AutoModelForSequenceClassification as Auto
 
-    with (
-        convert_errors(lambda error: cannot_load(model_name, error, revision)),
-        torch.random.fork_rng(devices=[]),
-    ):
+    error_of = partial(cannot_load, model_name, revision=revision)
+    with convert_errors(error_of), torch.random.fork_rng(devices=[]):
         config = load_config(model_name, task, revision)
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
             model = build_model(config, dtype=torch.float32)
             return model, frozenset(head_names(model))
-        model, info = Auto.from_pretrained(
-            model_name,
-            revision=revision,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,  # never unpickle
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        model, info = Auto.from_pretrained(  # use_safetensors: nothing is unpickled
+            model_name, revision=revision, config=config, dtype=torch.float32,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=False,
-        )
+        )  # fmt: skip
     weight_checks.check_weights(model, model_name, info)
     weight_checks.check_dtypes(model_name, revision)
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
@@ -106,14 +114,16 @@ def load_model(model_name, task, random_encoder=False, revision=None, report=Fal
     return model, frozenset(initialized)
 
 
-def build_model(config, **more):
+def build_model(config: "PreTrainedConfig", **more: object) -> "PreTrainedModel":
     """A model with random weights, or on the device `meta` without any."""
     from transformers import AutoModelForSequenceClassification as Auto
 
     return Auto.from_config(config, trust_remote_code=False, **more)
 
 
-def load_config(model_name, task, revision=None):
+def load_config(
+    model_name: str | Path, task: Task, revision: str | None = None
+) -> "PreTrainedConfig":
     """The config of a classifier for a task."""
     numbers = dict(enumerate(task.labels)) or {0: "score"}
     return read_config(
@@ -126,7 +136,9 @@ def load_config(model_name, task, revision=None):
     )[0]
 
 
-def read_config(model_name, revision=None, **changes):
+def read_config(
+    model_name: str | Path, revision: str | None = None, **changes: object
+) -> tuple["PreTrainedConfig", dict[str, Any]]:
     """(the config, the dictionary in config.json), for code within `convert_errors`."""
     import transformers
 
@@ -144,7 +156,7 @@ def read_config(model_name, revision=None, **changes):
 
 
 @torch.no_grad()
-def init_head(model, seed, names=None):
+def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None = None) -> None:
     """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed.
 
     They are sampled on the CPU, so that a head starts alike on every device.
@@ -163,7 +175,9 @@ def init_head(model, seed, names=None):
             parameter.zero_()
 
 
-def check_max_length(model_name, task, max_length, revision=None):
+def check_max_length(
+    model_name: str | Path, task: Task, max_length: int, revision: str | None = None
+) -> None:
     """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
@@ -177,32 +191,40 @@ def check_max_length(model_name, task, max_length, revision=None):
         raise UserError(f"--max-seq-length {max_length} {what}")
 
 
-def position_limit(model):
+def position_limit(model: "PreTrainedModel") -> int | None:
     """The longest row the position embeddings allow, or None."""
     embedding = position_embedding(model)
     return None if embedding is None else embedding.num_embeddings - first_position(embedding)
 
 
-def position_embedding(model):
+def position_embedding(model: "PreTrainedModel") -> torch.nn.Embedding | None:
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding):
             return module
     return None
 
 
-def first_position(embedding):
+def first_position(embedding: torch.nn.Module | None) -> int:
     """RoBERTa counts positions from padding_idx + 1."""
-    return 0 if getattr(embedding, "padding_idx", None) is None else embedding.padding_idx + 1
+    padding = getattr(embedding, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
-def base_fingerprints(model_name, task, tokenizer, revision=None):
+def base_fingerprints(
+    model_name: str | Path,
+    task: Task,
+    tokenizer: "PreTrainedTokenizerBase",
+    revision: str | None = None,
+) -> dict[str, dict]:
     """Return the `fingerprints_of` a base model, before its weights are loaded."""
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     return fingerprints_of(config, tokenizer)
 
 
-def write_model(model, tokenizer, folder):
+def write_model(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path
+) -> None:
     """Write a whole Hugging Face folder.
 
     Raises:

@@ -6,17 +6,19 @@ damaged later.
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bitfit.distributed import SINGLE_PROCESS
+from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import random_state, set_random_state
 from bitfit.signals import Stopped, StopSignals
 from bitfit.training import store
-from bitfit.training.loop import Record, evaluations
+from bitfit.training.loop import Record, State, evaluations
 from utils import CorruptFile, as_list
 
 LOGGER = logging.getLogger("bitfit")
@@ -26,7 +28,14 @@ KEPT = 2
 class Saver:
     """Writes a checkpoint when one is due, and stops where a signal asks for it."""
 
-    def __init__(self, folder=None, every=1, minutes=None, signals=None, group=SINGLE_PROCESS):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        every: int = 1,
+        minutes: float | None = None,
+        signals: StopSignals | None = None,
+        group: Group = SINGLE_PROCESS,
+    ) -> None:
         """
         Args:
             folder: where checkpoints go; None: nothing is written.
@@ -39,17 +48,17 @@ class Saver:
         self.every, self.minutes, self.signals = every, minutes, signals or StopSignals()
         self.group, self.written, self.saved = group, time.monotonic(), None
 
-    def held(self, waits=True):
+    def held(self, waits: bool = True) -> AbstractContextManager[None]:
         """Within: a signal waits for `after_step`, or does not."""
         return self.signals.deferred(waits)
 
-    def after_step(self, state):
+    def after_step(self, state: State) -> None:
         self.visit(state, self.minutes and time.monotonic() - self.written > 60 * self.minutes)
 
-    def after_epoch(self, state, last):
+    def after_epoch(self, state: State, last: bool) -> None:
         self.visit(state, self.every and (last or state.epoch % self.every == 0))
 
-    def visit(self, state, due):
+    def visit(self, state: State, due: object) -> None:
         """Write a checkpoint that is due; on a signal write one anyway, and raise Stopped."""
         due, stops = self.group.all_reduce_max(due, self.signals.received)
         if due or (stops and self.saved != (state.epoch, state.step)):
@@ -57,7 +66,7 @@ class Saver:
         if stops:
             raise Stopped(int(stops))
 
-    def save(self, state):
+    def save(self, state: State) -> None:
         if not self.folder:
             return
         begin = time.perf_counter()
@@ -72,7 +81,7 @@ class Saver:
         for record in state.records:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(state.records)
 
-    def load(self, state):
+    def load(self, state: State) -> None:
         """Put the newest good checkpoint into `state`; CorruptFile if there are some, none good."""
         numbers = found(self.folder) if self.folder and self.folder.is_dir() else []
         for number in reversed(numbers):
@@ -88,16 +97,16 @@ class Saver:
             raise CorruptFile(f"no checkpoint in {self.folder} {what}")
 
 
-def path_of(folder, number):
+def path_of(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.json"
 
 
-def found(folder):
+def found(folder: Path) -> list[int]:
     """The numbers of the checkpoints in a folder, rising."""
     return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
 
 
-def drop_older(folder):
+def drop_older(folder: Path) -> None:
     """Keep the newest checkpoints; tensors that a kill left without their JSON go too."""
     for number in found(folder)[:-KEPT]:
         path_of(folder, number).unlink()
@@ -106,7 +115,7 @@ def drop_older(folder):
             path.unlink()
 
 
-def capture(state):
+def capture(state: State) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(facts, tensors on the host): all of a `State` that changes, and the random generators."""
     tensors = {"values": state.stack.params, "bad_step": state.stack.bad_step}
     tensors["loss_sum"] = state.loss_sum
@@ -125,7 +134,7 @@ def capture(state):
     return facts, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def restore(state, facts, tensors):
+def restore(state: State, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Put a checkpoint into a state of the same runs on the same model; else CorruptFile."""
     stack, device = state.stack, state.stack.params.device
     records = [Record(**record | {"run": Run(*record["run"])}) for record in facts["records"]]
