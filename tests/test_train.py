@@ -542,7 +542,7 @@ def test_a_step_is_few_kernels_however_many_runs(monkeypatch):
 def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     """And what changes from step to step reaches the device as tensors, no number as a constant."""
     model, budget = new_model(tiny_bert), TokenBudget(200)  # several passes
-    options = {"budget": budget, "packed": packed}
+    options = {"token_budget": budget, "packed": packed}
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, **options)
     rows = np.stack([np.arange(16) + k for k in range(4)])
     step = loop.plan_step(state, np.arange(4), rows)
