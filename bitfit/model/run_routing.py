@@ -1,18 +1,17 @@
-"""How modules compute when each row takes the values of its own run, out of K.
+"""Modules that compute each row of a batch with the parameters of the row's run, out of K runs.
 
-    Linear     x @ W.T + b           becomes   x @ W.T + b[run of the row]
-    LayerNorm  g * norm(x) + b       becomes   g * norm(x) + b[run of the row]
+    Linear     x @ W.T + b           becomes   x @ W.T + b[run_ids]
+    LayerNorm  g * norm(x) + b       becomes   g * norm(x) + b[run_ids]
     classifier x @ W.T + b           becomes   x @ W[run].T + b[run], the rows of a run together
 
-Nothing else of the model changes, and no sum runs over rows of two runs: what one run does, even
-an infinite loss, cannot reach another.
+The rest of the model is unchanged. No sum includes rows of two runs, so a run with an infinite
+loss does not affect the others.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from bitfit.model.attention import CHUNK
@@ -22,37 +21,45 @@ if TYPE_CHECKING:
 
 
 class RunIndex(NamedTuple):
-    """Which run each row, or token, belongs to, and those of each run: arrays, then tensors."""
+    """The run of each item (row, token or chunk of tokens), and the items of each run.
 
-    run_ids: torch.Tensor  # (B,) its run
-    active_runs: torch.Tensor  # (k,) the runs that have any
-    pad_index: torch.Tensor  # (k, most) the rows of each; where it has no more, its first
-    valid_mask: torch.Tensor  # (k, 1, most) 0.0 there
-    unpad_index: torch.Tensor  # (B,) where a row sits among the k * most places
+    Its values are NumPy arrays on the host, then tensors on the device. The items of a run are
+    padded to M, so that one matrix product handles all runs. A single run needs `run_ids` alone:
+    the other values are None.
+    """
+
+    run_ids: torch.Tensor  # (N,) int64, the run of each item
+    active_runs: torch.Tensor  # (k,) int64, the runs that have items, in ascending order
+    pad_index: torch.Tensor  # (k, M) int64, the items of each run; its first item as padding
+    valid_mask: torch.Tensor  # (k, 1, M) float, 0.0 at padding
+    unpad_index: torch.Tensor  # (N,) int64, the position of each item in the flat (k * M)
 
 
 class RunRouting(NamedTuple):
-    """Whose the rows of a pass are, and the tokens if they are packed."""
+    """The runs of the rows of a micro-batch, and of the tokens if the rows are packed."""
 
     rows: RunIndex
-    tokens: RunIndex | None  # its places are of tokens, or of chunks with CHUNK tokens each
+    tokens: RunIndex | None  # `run_ids` of tokens; the rest of tokens, or of chunks of CHUNK tokens
 
-    def to(self, dtype: torch.dtype) -> "RunRouting":
-        """The same, for values of that type."""
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same routing for parameters of a dtype."""
         if self.rows.valid_mask is None:
             return self
-        return RunRouting(*(o and o._replace(valid_mask=o.valid_mask.to(dtype)) for o in self))
+        converted = (
+            index and index._replace(valid_mask=index.valid_mask.to(dtype)) for index in self
+        )
+        return type(self)(*converted)
 
-    def per_row(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Each row's part of (K, d) values, shaped to be added to (B, ..., d)."""
+    def per_row(self, params: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Select the parameters (K, d) of each row, in a shape that broadcasts with (B, ..., d)."""
         shape = (len(self.rows.run_ids), *[1] * (like.dim() - 2), -1)
-        # On a GPU the gradient of `index_select` sums in any order.
-        return values[self.rows.run_ids].view(shape)
+        # The gradient of `index_select` would be summed in any order on a GPU.
+        return params[self.rows.run_ids].view(shape)
 
     def add_bias(
         self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Each token's bias (K, o) added to x (..., o), or to its product with a weight (o, i)."""
+        """Add the bias (K, o) of each run to x (..., o), or to x @ weight.T with weight (o, i)."""
         if x.dim() == 2:
             return PerRunBias.apply(x, weight, bias, self.rows)
         if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.run_ids):
@@ -61,17 +68,17 @@ class RunRouting(NamedTuple):
         return x + self.per_row(bias, x)
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(B, i) by (K, o, i) -> (B, o): each row by its run's matrix, one product a run."""
-        seated = x[self.rows.pad_index]  # (k, most, i)
-        product = torch.bmm(seated, weight.index_select(0, self.rows.active_runs).mT)
+        """Multiply each row of x (B, i) by its run's weight (K, o, i): (B, o)."""
+        padded = x[self.rows.pad_index]  # (k, M, i)
+        product = torch.bmm(padded, weight.index_select(0, self.rows.active_runs).mT)  # (k, M, o)
         return product.flatten(0, 1)[self.rows.unpad_index]
 
 
 class BroadcastRuns(NamedTuple):
-    """Every row belongs to every run: (B, i) becomes (K, B, o) where the runs first differ."""
+    """Every row belongs to every run: (B, i) becomes (K, B, o) in the first module that differs."""
 
-    def per_row(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return values[:, None]
+    def per_row(self, params: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return params[:, None]
 
     def add_bias(
         self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None
@@ -83,72 +90,82 @@ class BroadcastRuns(NamedTuple):
 
 
 class PerRunBias(torch.autograd.Function):
-    """x @ weight.T + bias[owner], or x + bias[owner], for rows or tokens (N, i), biases (K, o).
+    """x @ weight.T + bias[run_ids], or x + bias[run_ids], for items x (N, i) and bias (K, o).
 
-    The gradient of a run's bias is a sum over its tokens alone: one product, whatever K. Tokens
-    that fill whole chunks are summed by chunk first, without a gather and in float32.
+    The gradient of a run's bias is the sum over the run's items. One matrix product computes it
+    for all runs. Tokens that fill whole chunks are summed by chunk first, in float32.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: torch.autograd.function.FunctionCtx,
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor,
-        owned: RunIndex,
+        index: RunIndex,
     ) -> torch.Tensor:
-        ctx.weight, ctx.owned, ctx.shape = weight, owned, bias.shape
-        own = bias.index_select(0, owned.run_ids)
-        return own.add_(x) if weight is None else own.addmm_(x, weight.t())
+        ctx.weight, ctx.index, ctx.shape = weight, index, bias.shape
+        out = bias.index_select(0, index.run_ids)
+        return out.add_(x) if weight is None else out.addmm_(x, weight.t())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
-        weight, owned = ctx.weight, ctx.owned
-        parts, real = grad, owned.valid_mask
-        if len(owned.unpad_index) < len(grad):
-            parts = grad.reshape(len(owned.unpad_index), -1, grad.shape[-1]).sum(
-                1, dtype=torch.float32
-            )
-            real = real.float()
-        seated = parts.index_select(0, owned.pad_index.flatten()).view(*owned.pad_index.shape, -1)
-        sums = torch.bmm(real, seated)[:, 0].to(grad.dtype)
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        weight, index = ctx.weight, ctx.index
+        items, valid = grad, index.valid_mask
+        if len(index.unpad_index) < len(grad):  # the index is of chunks
+            chunks = grad.reshape(len(index.unpad_index), -1, grad.shape[-1])
+            items, valid = chunks.sum(1, dtype=torch.float32), valid.float()
+        padded = items.index_select(0, index.pad_index.flatten()).view(*index.pad_index.shape, -1)
+        sums = torch.bmm(valid, padded)[:, 0].to(grad.dtype)  # (k, o)
         if len(sums) < ctx.shape[0]:
-            sums = grad.new_zeros(ctx.shape).index_copy_(0, owned.active_runs, sums)
+            sums = grad.new_zeros(ctx.shape).index_copy_(0, index.active_runs, sums)
         if weight is not None:
             grad = grad @ weight if ctx.needs_input_grad[0] else None
         return grad, None, sums, None
 
 
-def route_rows(owner: np.ndarray, runs: int, tokens: np.ndarray | None = None) -> RunRouting:
-    """`RunRouting` of arrays for the runs (B,) that rows belong to, out of `runs` (K).
+def route_rows(
+    run_ids: np.ndarray, num_runs: int, token_run_ids: np.ndarray | None = None
+) -> RunRouting:
+    """Return the `RunRouting` of rows, as arrays.
 
     Args:
-        tokens: (N,) the runs of the tokens, if they are packed.
+        run_ids: (B,) int64, the run of each row.
+        token_run_ids: (N,) int64, the run of each token if the rows are packed.
     """
-    if runs == 1:  # nothing is stacked
-        return RunRouting(RunIndex(owner, None, None, None, None), None)
-    return RunRouting(index_runs(owner), None if tokens is None else index_runs(tokens))
+    if num_runs == 1:  # the model computes with its own parameters
+        return RunRouting(RunIndex(run_ids, None, None, None, None), None)
+    tokens = None if token_run_ids is None else index_runs(token_run_ids)
+    return RunRouting(index_runs(run_ids), tokens)
 
 
-def route_chunks(owner: np.ndarray, runs: int, chunks: np.ndarray) -> RunRouting:
-    """Return the `RunRouting` of tokens that fill whole chunks, of the runs `chunks` (C,)."""
-    if runs == 1:
-        return route_rows(owner, runs)
-    tokens = index_runs(chunks, width_multiple=8)
-    return RunRouting(index_runs(owner), tokens._replace(run_ids=np.repeat(tokens.run_ids, CHUNK)))
+def route_chunks(run_ids: np.ndarray, num_runs: int, chunk_run_ids: np.ndarray) -> RunRouting:
+    """Return the `RunRouting` of rows whose tokens fill whole chunks, as arrays.
+
+    Args:
+        run_ids: (B,) int64, the run of each row.
+        chunk_run_ids: (N / CHUNK,) int64, the run of each chunk.
+    """
+    if num_runs == 1:
+        return route_rows(run_ids, num_runs)
+    chunks = index_runs(chunk_run_ids, width_multiple=8)
+    tokens = chunks._replace(run_ids=np.repeat(chunks.run_ids, CHUNK))
+    return RunRouting(index_runs(run_ids), tokens)
 
 
-def index_runs(owner: np.ndarray, width_multiple: int = 1) -> RunIndex:
-    """The `RunIndex` of arrays for the runs (B,) that rows, or tokens, belong to."""
-    present, run, counts = np.unique(owner, return_inverse=True, return_counts=True)
-    order, begins = np.argsort(owner, kind="stable"), counts.cumsum() - counts
+def index_runs(run_ids: np.ndarray, width_multiple: int = 1) -> RunIndex:
+    """Return the `RunIndex` of items with these runs (N,), as arrays; M is rounded up."""
+    active_runs, run, counts = np.unique(run_ids, return_inverse=True, return_counts=True)
+    order, starts = np.argsort(run_ids, kind="stable"), counts.cumsum() - counts
     column = np.arange(-(-counts.max() // width_multiple) * width_multiple)
-    real = column < counts[:, None]
-    places = order[begins[:, None] + np.where(real, column, 0)]
-    place = np.empty_like(owner)
-    place[order] = np.arange(len(owner)) - np.repeat(begins, counts)
-    place += run * len(column)
-    return RunIndex(owner, present, places, real[:, None].astype(np.float32), place)
+    valid = column < counts[:, None]
+    pad_index = order[starts[:, None] + np.where(valid, column, 0)]
+    unpad_index = np.empty_like(run_ids)
+    unpad_index[order] = np.arange(len(run_ids)) - np.repeat(starts, counts)
+    unpad_index += run * len(column)
+    return RunIndex(run_ids, active_runs, pad_index, valid[:, None].astype(np.float32), unpad_index)
 
 
 def forward_per_run(
@@ -158,22 +175,22 @@ def forward_per_run(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a Linear or LayerNorm computes when each row takes the values of its own run.
+    """Return the output of a Linear or LayerNorm, each row with the parameters of its run.
 
     Args:
-        weight, bias: (K, ...) where they train; else the module's own is used.
+        weight, bias: (K, ...) if they train; None: the module's own, which all runs share.
     """
-    rows = stack.current_routing
-    if rows is None:
+    routing = stack.current_routing
+    if routing is None:
         return type(module).forward(module, x)
     if isinstance(module, torch.nn.LayerNorm):
         gain = module.weight if weight is None else None
         x = F.layer_norm(x, module.normalized_shape, gain, None, module.eps)
-        x = x if weight is None else x * rows.per_row(weight, x)
+        x = x if weight is None else x * routing.per_row(weight, x)
     elif weight is None:
-        return rows.add_bias(bias, x, module.weight)
+        return routing.add_bias(bias, x, module.weight)
     else:
-        x = rows.matmul(x, weight)
+        x = routing.matmul(x, weight)
     if bias is not None:
-        return rows.add_bias(bias, x)
+        return routing.add_bias(bias, x)
     return x if module.bias is None else x + module.bias

@@ -179,7 +179,8 @@ def update(state, step, losses):
     norms = clip_grad_norms_(stack.grads, MAX_GRAD_NORM)
     stack.mark_diverged(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0
-    still = bad[:, None] if stack.fixed is None else bad[:, None] | stack.fixed
+    mask = stack.zero_gradient_mask
+    still = bad[:, None] if mask is None else bad[:, None] | mask
     stack.grads.masked_fill_(still, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
     move(state)
