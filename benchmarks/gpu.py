@@ -131,7 +131,7 @@ def check_kernels(args: argparse.Namespace, device: torch.device) -> Outcome:
     worst: dict[torch.dtype, float] = {}
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         lengths, owner = np.random.default_rng(0).integers(3, 120, 9), np.repeat([0, 1, 2], 3)
-        sequences = attention.plan_sequences(lengths, owner, stacked=True)[0]
+        sequences = attention.pack_sequences(lengths, owner, stacked=True)[0]
         for size in (32, 64):
             for first in (False, True):
                 off = kernel_difference(sequences, size, first, dtype, device)
@@ -141,21 +141,27 @@ def check_kernels(args: argparse.Namespace, device: torch.device) -> Outcome:
 
 
 def kernel_difference(
-    sequences: attention.Sequences, size: int, first: bool, dtype: torch.dtype, device: torch.device
+    sequences: attention.VarlenBatch,
+    size: int,
+    first: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float:
     """Return the largest relative difference between outputs or gradients of two kernels."""
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(len(sequences.positions), 12, size, device=device, dtype=dtype).requires_grad_()
+        torch.randn(
+            len(sequences.position_ids), 12, size, device=device, dtype=dtype
+        ).requires_grad_()
         for _ in range(3)
     )
-    arrays = sequences.start_bounds if first else sequences.bounds, sequences.bounds
+    arrays = sequences.first_cu_seqlens if first else sequences.cu_seqlens, sequences.cu_seqlens
     bounds = tuple(torch.from_numpy(own).to(device) for own in arrays)
-    longest = 1 if first else sequences.longest, sequences.longest
-    rows = torch.from_numpy(sequences.starts).to(device)
+    longest = 1 if first else sequences.max_seqlen, sequences.max_seqlen
+    rows = torch.from_numpy(sequences.sequence_starts).to(device)
     results = []
-    fast = attention.kernel if device.type == "cuda" else attention.plain_kernel
-    for kernel, of in ((fast, dtype), (attention.plain_kernel, torch.float64)):
+    fast = attention.varlen_kernel if device.type == "cuda" else attention.plain_varlen_kernel
+    for kernel, of in ((fast, dtype), (attention.plain_varlen_kernel, torch.float64)):
         own = [x.detach().to(of).requires_grad_() for x in (q, k, v)]
         query = own[0].index_select(0, rows) if first else own[0]
         out = kernel(query, own[1], own[2], bounds, longest, 0.0, size**-0.5)
@@ -176,7 +182,7 @@ def check_dropout(args: argparse.Namespace, device: torch.device) -> Outcome:
     q = torch.zeros(64 * 64, 12, 64, device=device, dtype=torch.bfloat16)
     v = torch.eye(64, device=device, dtype=q.dtype)[:, None].expand(-1, 12, -1).repeat(64, 1, 1)
     bounds = torch.arange(0, len(q) + 1, 64, device=device, dtype=torch.int32)
-    out = attention.kernel(q, q, v.contiguous(), (bounds, bounds), (64, 64), 0.1, 1.0)
+    out = attention.varlen_kernel(q, q, v.contiguous(), (bounds, bounds), (64, 64), 0.1, 1.0)
     dropped = (out == 0).view(64, 64, 12, 64)  # (sequences, queries, heads, keys)
     rate = dropped.double().mean().item()
     same = [
@@ -193,7 +199,7 @@ def check_packing(args: argparse.Namespace, device: torch.device) -> Outcome:
     ours = make_runs(args, random_tokens("RTE", 64, device), 1)
     packed_encoder = ours.plan_in(DTYPES[args.precision]).forward.packed_encoder
     fused = device.type == "cuda" and args.precision == "bf16"
-    good = packed_encoder and packed_encoder.rest and packed_encoder.varlen == fused
+    good = packed_encoder and packed_encoder.after_attention and packed_encoder.varlen == fused
     return bool(
         good
     ), "off" if not packed_encoder else "fused" if packed_encoder.varlen else "grouped"

@@ -202,21 +202,21 @@ class Operations(TorchDispatchMode):
 
 
 class Kernel(torch.autograd.Function):
-    """`attention.plain_kernel` as one operation of the GPU, which waits for nothing."""
+    """`attention.plain_varlen_kernel` as one operation of the GPU, which waits for nothing."""
 
     @staticmethod
     def forward(ctx, query, key, value, gpu, *rest):
         ctx.gpu, ctx.rest = gpu, rest
         ctx.inputs = query, key, value
         with plainly():
-            return gpu.put(attention.plain_kernel(query, key, value, *rest))
+            return gpu.put(attention.plain_varlen_kernel(query, key, value, *rest))
 
     @staticmethod
     def backward(ctx, grad):
         with plainly(), torch.enable_grad():
             own = [x.detach().requires_grad_() for x in ctx.inputs]
             torch.manual_seed(0)  # another dropout mask than forward: nothing compares these
-            out = attention.plain_kernel(*own, *ctx.rest)
+            out = attention.plain_varlen_kernel(*own, *ctx.rest)
             grads = torch.autograd.grad(out, own, grad)
         return *map(ctx.gpu.put, grads), None, None, None, None, None
 
@@ -264,7 +264,9 @@ def simulated_gpu():
         "torch.cuda.graph_pool_handle": lambda: None,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "bitfit.training.graphs.capture_on_gpu": capture,
-        "bitfit.model.attention.kernel": lambda q, k, v, *rest: Kernel.apply(q, k, v, gpu, *rest),
+        "bitfit.model.attention.varlen_kernel": lambda q, k, v, *rest: Kernel.apply(
+            q, k, v, gpu, *rest
+        ),
         "torch.optim.Optimizer._group_tensors_by_device_and_dtype": staticmethod(groups_by_device),
     }
     with contextlib.ExitStack() as held:

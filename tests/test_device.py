@@ -98,27 +98,27 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
 def test_the_grouped_attention_where_flashattention_fails(broken):
     """In bf16 alone: one that gives wrong numbers, and one that cannot run."""
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        kernel = attention.kernel
+        kernel = attention.varlen_kernel
 
         def only_in_float32(query, *rest):
             out = kernel(query, *rest)
             return out if out.dtype == torch.float32 else broken(out)
 
-        patch.setattr(attention, "kernel", only_in_float32)
+        patch.setattr(attention, "varlen_kernel", only_in_float32)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         assert state.plan.forward.packed_encoder and not state.plan.forward.uses_varlen
 
 
 def test_flashattention_is_tried_on_several_sequences_in_bf16():
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        kernel = attention.kernel
+        kernel = attention.varlen_kernel
 
         def mixes_sequences(query, key, value, bounds, *rest):
             out = kernel(query, key, value, bounds, *rest)
             several = len(bounds[1]) > 2 and out.dtype != torch.float32
             return torch.zeros_like(out) if several else out
 
-        patch.setattr(attention, "kernel", mixes_sequences)
+        patch.setattr(attention, "varlen_kernel", mixes_sequences)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         assert state.plan.forward.packed_encoder and not state.plan.forward.uses_varlen
 

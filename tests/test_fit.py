@@ -112,7 +112,7 @@ def test_memory_does_not_grow_with_the_runs(monkeypatch):
     sizes, plain = [], models.Forward.__call__
 
     def watched(forward, tokens, batch):
-        sizes.append(np.prod(batch.index.shape))
+        sizes.append(np.prod(batch.token_index.shape))
         return plain(forward, tokens, batch)
 
     monkeypatch.setattr(models.Forward, "__call__", watched)

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from bitfit.model.batching import to_device
 from bitfit.model.forward import select_forward
 from bitfit.model.packing import (
-    SPARE,
-    UNIT,
-    Attention,
-    drop,
-    groups_of,
-    keep_of,
-    layout_of,
-    packing_of,
+    MAX_BUCKET_PADDING,
+    WIDTH_MULTIPLE,
+    BucketedAttention,
+    apply_dropout,
+    attention_layout,
+    dropout_scale,
+    pack_rows,
+    split_into_buckets,
 )
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
@@ -29,7 +29,7 @@ FAMILY = ["bert", "roberta", "electra", "distilbert"]
 
 
 def layout(lengths, heads=2, spare=500):
-    return layout_of(to_device(packing_of(np.array(lengths), spare), "cpu"), heads)
+    return attention_layout(to_device(pack_rows(np.array(lengths), spare), "cpu"), heads)
 
 
 def plain_logits(model, own):
@@ -44,10 +44,12 @@ def plain_logits(model, own):
 @pytest.mark.parametrize("method", FINE_TUNE_TYPES)
 def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, monkeypatch):
     """In float32 to rounding; in bf16 as near the exact gradient as plain bf16 comes."""
-    monkeypatch.setitem(SPARE, "cpu", 500)  # several groups
+    monkeypatch.setitem(MAX_BUCKET_PADDING, "cpu", 500)  # several groups
     model, own = random_model(name), tokens(*LENGTHS)
     forward = select_forward(model, name, own)
-    assert forward.packed_encoder.rest  # all four go through the last layer with first tokens alone
+    assert (
+        forward.packed_encoder.after_attention
+    )  # all four go through the last layer with first tokens alone
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     components = ["bias"] if method == "bitfit" else []
     trainable = select_trainable(model, method, components, 3000, np.random.default_rng(0))
@@ -82,9 +84,9 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
 @pytest.mark.parametrize("spare", [0, 500, math.inf])
 def test_rows_of_like_length_form_a_group(spare):
     lengths = np.random.default_rng(0).integers(1, 100, 64)
-    groups = groups_of(lengths, spare)
+    groups = split_into_buckets(lengths, spare)
     assert sorted(np.concatenate(groups)) == list(range(64))
-    widths = [-(-lengths[rows] // UNIT) * UNIT for rows in groups]
+    widths = [-(-lengths[rows] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for rows in groups]
     for own in widths:
         assert (own.max() ** 2 - own**2).sum() <= spare
     joined = np.concatenate(widths)
@@ -94,10 +96,10 @@ def test_rows_of_like_length_form_a_group(spare):
 
 def test_no_padded_place_looks_at_another_row():
     """Else what is not finite in one run would reach another."""
-    packing = packing_of(np.array(LENGTHS), 500)
+    packed = pack_rows(np.array(LENGTHS), 500)
     owner = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
-    assert len(packing.groups) > 1
-    for places, real in packing.groups:
+    assert len(packed.buckets) > 1
+    for places, real in packed.buckets:
         rows = owner[places]
         assert (rows == rows[:, :1]).all()
         assert (real.sum(1) == np.array(LENGTHS)[rows[:, 0]]).all()
@@ -115,14 +117,16 @@ def test_attention_with_dropout_is_the_formula(dropout, dtype, only_first):
     queries = len(LENGTHS) * heads if only_first else count
     q = torch.randn(queries, size).to(dtype).requires_grad_()
     torch.manual_seed(2)
-    side = own.firsts if only_first else own.tokens
-    out = Attention.apply(q, k, v, own, side, 0.4, dropout)
+    side = own.first_tokens if only_first else own.tokens
+    out = BucketedAttention.apply(q, k, v, own, side, 0.4, dropout)
     assert out.dtype == dtype
     torch.manual_seed(2)  # group by group, as the masks are drawn
     keep = {}
-    for rows in groups_of(np.array(LENGTHS), 500):
-        width = -(-LENGTHS[rows[0]] // UNIT) * UNIT
-        masks = keep_of(torch.empty(len(rows) * heads, 1 if only_first else width, width), dropout)
+    for rows in split_into_buckets(np.array(LENGTHS), 500):
+        width = -(-LENGTHS[rows[0]] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        masks = dropout_scale(
+            torch.empty(len(rows) * heads, 1 if only_first else width, width), dropout
+        )
         keep |= dict(zip(rows.tolist(), masks.view(len(rows), heads, -1, width), strict=True))
     starts = np.cumsum(LENGTHS) - LENGTHS
     expected = torch.empty(queries // heads, heads, size)
@@ -149,21 +153,23 @@ def test_dropouts_rate_and_scale(p, dtype):
     torch.manual_seed(0)
     x = torch.ones(1001, 1003, dtype=dtype)
     module = torch.nn.Dropout(p)
-    dropped = drop(module, x)
+    dropped = apply_dropout(module, x)
     kept = dropped != 0
     count = x.numel()
     assert abs(kept.float().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
     assert set(dropped[kept].tolist()) == {torch.tensor(1 / (1 - p), dtype=dtype).item()}
     torch.manual_seed(0)
-    assert torch.equal(drop(module, x), dropped)
-    assert torch.equal(drop(module.eval(), x), x)
+    assert torch.equal(apply_dropout(module, x), dropped)
+    assert torch.equal(apply_dropout(module.eval(), x), x)
 
 
 def test_dropouts_masks_are_independent():
     """Neighbours, the four numbers of one random word, rows, columns, and one mask and the next."""
     torch.manual_seed(0)
     p, shape = 0.25, (512, 1024)
-    first, second = ((keep_of(torch.empty(shape), p) > 0).double() - (1 - p) for _ in range(2))
+    first, second = (
+        (dropout_scale(torch.empty(shape), p) > 0).double() - (1 - p) for _ in range(2)
+    )
     pairs = [(first[:, lag:], first[:, :-lag]) for lag in (1, 2, 3, 4, 5, 8, 16, 512)]
     pairs += [(first[lag:], first[:-lag]) for lag in (1, 2, 7)] + [(first, second)]
     for a, b in pairs:
@@ -177,8 +183,8 @@ def test_dropouts_masks_are_independent():
 @pytest.mark.parametrize("p", [0.0, 1 - 1e-9, 1.0])
 def test_dropout_of_nothing_and_of_everything(p):
     x = torch.randn(5, 7)
-    assert torch.equal(drop(torch.nn.Dropout(p), x), x if p == 0 else 0 * x)
-    assert torch.equal(keep_of(x, p), torch.full_like(x, float(p == 0)))
+    assert torch.equal(apply_dropout(torch.nn.Dropout(p), x), x if p == 0 else 0 * x)
+    assert torch.equal(dropout_scale(x, p), torch.full_like(x, float(p == 0)))
 
 
 PADDED = ["deberta-v2", "fnet", "mpnet", "roformer", "squeezebert"]
@@ -197,7 +203,7 @@ def test_what_cannot_be_packed_is_found_out(name):
     forward = select_forward(model, name, own)
     assert bool(forward.packed_encoder) == (name in PACKED)
     # ALBERT's last layer is its first as well
-    assert bool(forward.packed_encoder and forward.packed_encoder.rest) == (
+    assert bool(forward.packed_encoder and forward.packed_encoder.after_attention) == (
         name in PACKED and name != "albert"
     )
     with torch.no_grad():  # a head's bias, as trained ones have, must not hide any difference

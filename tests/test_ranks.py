@@ -65,7 +65,7 @@ def limit_memory(tokens):
     plain = models.Forward.__call__
 
     def tight(forward, tokens_of_split, batch):
-        if batch.index.numel() > tokens:
+        if batch.token_index.numel() > tokens:
             raise torch.OutOfMemoryError("no room")
         return plain(forward, tokens_of_split, batch)
 

@@ -414,7 +414,7 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
 
         def tight(forward, tokens, batch):
             torch.nn.functional.dropout(torch.ones(3))  # moves the generator before it fails
-            if batch.index.numel() > room:
+            if batch.token_index.numel() > room:
                 raise torch.OutOfMemoryError("no room")
             return plain(forward, tokens, batch)
 
@@ -464,7 +464,8 @@ def forbid(monkeypatch, *names):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, monkeypatch):
     """The second step, so that the optimizer has its state; ragged rows in several passes."""
-    monkeypatch.setitem(packing.SPARE, "cpu", 0)  # and several groups of the attention in each
+    # Each micro-batch has several buckets of the attention.
+    monkeypatch.setitem(packing.MAX_BUCKET_PADDING, "cpu", 0)
     model = new_model(folder, dropout=0.1)
     trainable = choose(model, method)
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
@@ -532,7 +533,7 @@ def kernels_of_a_step(runs, dtype):
 
 def test_a_step_is_few_kernels_however_many_runs(monkeypatch):
     """As on a GPU: there, launching them is what a step costs."""
-    monkeypatch.setitem(packing.SPARE, "cpu", packing.SPARE["cuda"])
+    monkeypatch.setitem(packing.MAX_BUCKET_PADDING, "cpu", packing.MAX_BUCKET_PADDING["cuda"])
     count = {n: len(kernels_of_a_step(n, torch.bfloat16)) for n in (1, 5, 20, 50)}
     assert count[1] <= 1000
     assert count[5] == count[20] == count[50] <= 1300

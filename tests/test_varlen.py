@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split
 from bitfit.model import attention
-from bitfit.model.attention import CHUNK, QUERY_BLOCK, plan_sequences, rounded
+from bitfit.model.attention import CHUNK, QUERY_BLOCK, pack_sequences, round_up_size
 from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward, select_forward
 from bitfit.model.packing import packed_encoders
@@ -30,8 +30,8 @@ ROWS = np.arange(len(LENGTHS))
 
 @pytest.fixture(autouse=True)
 def plain_kernel(monkeypatch):
-    monkeypatch.setattr(attention, "kernel", attention.plain_kernel)
-    monkeypatch.setattr(attention, "supports", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_kernel", attention.plain_varlen_kernel)
+    monkeypatch.setattr(attention, "supports_flash_attention", lambda *_: True)
 
 
 def gradient(forward, own, trainable, runs, owner, dtype=torch.float32):
@@ -58,7 +58,7 @@ def gradient(forward, own, trainable, runs, owner, dtype=torch.float32):
 def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
     model, own = random_model(name), tokens(*LENGTHS)
     forward = select_forward(model, name, own)
-    assert forward.uses_varlen and forward.packed_encoder.rest
+    assert forward.uses_varlen and forward.packed_encoder.after_attention
     trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [], 3000,
                     np.random.default_rng(0))  # fmt: skip
     owner = np.repeat(np.arange(runs), len(LENGTHS) // runs)
@@ -73,7 +73,7 @@ def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
 def test_prediction_has_no_fillers():
     model, own = random_model("bert"), tokens(*LENGTHS)
     forward = select_forward(model, "bert", own)
-    assert forward.make_batch(own, ROWS).index.size == sum(LENGTHS)
+    assert forward.make_batch(own, ROWS).token_index.size == sum(LENGTHS)
     assert torch.allclose(forward.logits(own, ROWS), plain_logits(model, own), atol=1e-6)
 
 
@@ -83,21 +83,26 @@ def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
     for _ in range(200):
         lengths = rng.integers(1, 60, rng.integers(1, 400))
         owner = np.sort(rng.integers(0, 5, len(lengths))) * 2
-        sequences, row, chunks = plan_sequences(lengths, owner, stacked)
-        assert len(row) == rounded(len(row)) and len(row) % CHUNK == 0
+        sequences, row, chunks = pack_sequences(lengths, owner, stacked)
+        assert len(row) == round_up_size(len(row)) and len(row) % CHUNK == 0
         assert np.array_equal(np.bincount(row[row >= 0]), lengths)
-        assert np.array_equal(row[sequences.first], np.arange(len(lengths)))
-        sizes = np.diff(sequences.bounds)
-        assert sizes.sum() == len(row) and sizes.min() >= 1 and sizes.max() <= sequences.longest
-        assert np.array_equal(sizes[np.isin(sequences.starts, sequences.first)], lengths)
-        assert sizes[~np.isin(sequences.starts, sequences.first)].max() <= QUERY_BLOCK + 1
-        assert np.array_equal(sequences.starts, sequences.bounds[:-1])
-        assert np.array_equal(sequences.start_bounds, np.arange(len(sizes) + 1))
-        assert (sequences.positions[row < 0] == 0).all()
+        assert np.array_equal(row[sequences.first_token], np.arange(len(lengths)))
+        sizes = np.diff(sequences.cu_seqlens)
+        assert sizes.sum() == len(row) and sizes.min() >= 1 and sizes.max() <= sequences.max_seqlen
+        assert np.array_equal(
+            sizes[np.isin(sequences.sequence_starts, sequences.first_token)], lengths
+        )
+        assert (
+            sizes[~np.isin(sequences.sequence_starts, sequences.first_token)].max()
+            <= QUERY_BLOCK + 1
+        )
+        assert np.array_equal(sequences.sequence_starts, sequences.cu_seqlens[:-1])
+        assert np.array_equal(sequences.first_cu_seqlens, np.arange(len(sizes) + 1))
+        assert (sequences.position_ids[row < 0] == 0).all()
         for begin in range(0, len(row), CHUNK) if stacked else ():
             inside = row[begin : begin + CHUNK]
             assert (owner[inside[inside >= 0]] == chunks[begin // CHUNK]).all()
-    assert len({rounded(n) for n in range(1, 8192)}) < 100
+    assert len({round_up_size(n) for n in range(1, 8192)}) < 100
 
 
 def new_state(graphs):

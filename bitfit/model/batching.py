@@ -1,4 +1,8 @@
-"""Batches of examples as arrays on the host, and their single copy to the device."""
+"""Batches: planned as arrays on the host, copied to the device at once, gathered there.
+
+A row is one training example, a sequence of tokens. A micro-batch is a part of a step's rows that
+fits into the token budget.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -7,50 +11,57 @@ import numpy as np
 import torch
 
 from bitfit.data.tokens import TokenizedSplit
-from bitfit.model.attention import Sequences, plan_sequences
-from bitfit.model.packing import SPARE, Packing, packing_of
+from bitfit.model.attention import VarlenBatch, pack_sequences
+from bitfit.model.packing import MAX_BUCKET_PADDING, PackedBatch, pack_rows
 
-# The most tokens in one pass: activations stay in cache on a CPU, in memory on a GPU.
 Nested = Any  # nested tuples and lists of arrays or tensors
+# The default maximum of tokens in a micro-batch: its activations fit into a CPU's cache or a GPU's
+# memory.
 MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class Batch(NamedTuple):
-    """Some rows for one pass, packed or padded: arrays as the host plans them, then tensors."""
+    """B rows of a split, packed or padded: NumPy arrays, then tensors on the device."""
 
-    rows: torch.Tensor  # (B,) int64
-    index: torch.Tensor  # (1, N) or (B, T) int64, which of the split's tokens
-    mask: torch.Tensor | None  # (B, T) bool; None: no row is padded
-    packing: Packing | Sequences | None  # None: padded
+    rows: torch.Tensor  # (B,) int64, the rows' numbers in the split
+    token_index: torch.Tensor  # (1, N) packed or (B, T) padded, int64, among the split's tokens
+    mask: torch.Tensor | None  # (B, T) bool, False at padding; None: nothing is padded
+    packed: PackedBatch | VarlenBatch | None  # None: padded
 
 
 def make_batch(tokens: TokenizedSplit, rows: np.ndarray, packed: bool) -> Batch:
-    """What the host knows of a batch of rows (B,)."""
+    """Return the `Batch` of the rows (B,) int64 as arrays."""
     lengths, starts = tokens.lengths[rows], tokens.starts[rows]
     if packed:
-        packing = packing_of(lengths, SPARE[tokens.ids.device.type])
-        index = np.repeat(starts, lengths) + packing.positions
-        return Batch(rows, index[None], None, packing)
+        layout = pack_rows(lengths, MAX_BUCKET_PADDING[tokens.ids.device.type])
+        token_index = np.repeat(starts, lengths) + layout.position_ids
+        return Batch(rows, token_index[None], None, layout)
     shift = lengths.max() - lengths[:, None] if tokens.pad_left else 0
     column = np.arange(lengths.max()) - shift
-    real = (column >= 0) & (column < lengths[:, None])
-    index = starts[:, None] + np.where(real, column, 0)
-    return Batch(rows, index, None if real.all() else real, None)
+    valid = (column >= 0) & (column < lengths[:, None])
+    token_index = starts[:, None] + np.where(valid, column, 0)
+    return Batch(rows, token_index, None if valid.all() else valid, None)
 
 
 def make_varlen_batch(
-    tokens: TokenizedSplit, rows: np.ndarray, owner: np.ndarray | None = None, stacked: bool = False
+    tokens: TokenizedSplit,
+    rows: np.ndarray,
+    run_ids: np.ndarray | None = None,
+    stacked: bool = False,
 ) -> tuple[Batch, np.ndarray | None]:
-    """Return (`Batch`, runs of its chunks) for the kernels of `varlen`; see `plan_sequences`."""
-    sequences, row, chunks = plan_sequences(tokens.lengths[rows], owner, stacked)
-    index = np.where(row < 0, 0, tokens.starts[rows][row]) + sequences.positions
-    return Batch(rows, index[None], None, sequences), chunks
+    """Return the `Batch` of the rows (B,) for FlashAttention, and the run of each chunk.
+
+    The arguments are those of `attention.pack_sequences`.
+    """
+    layout, row, chunk_run_ids = pack_sequences(tokens.lengths[rows], run_ids, stacked)
+    token_index = np.where(row < 0, 0, tokens.starts[rows][row]) + layout.position_ids
+    return Batch(rows, token_index[None], None, layout), chunk_run_ids
 
 
 def to_device(value: Nested, device: torch.device) -> Nested:
-    """Return the same (named) tuple or list with its arrays as tensors on the device.
+    """Return nested tuples and lists with all arrays as tensors on the device.
 
-    A GPU gets all arrays in one copy from pinned memory, so that the host never waits for it.
+    A GPU gets all arrays in one copy from pinned memory, so that the host need not wait.
     """
     arrays = list_arrays(value)
     if torch.device(device).type == "cpu" or not arrays:
@@ -63,8 +74,8 @@ def list_arrays(value: Nested) -> list[np.ndarray]:
     """Return the arrays in nested tuples and lists, in order."""
     if isinstance(value, np.ndarray):
         return [value]
-    inside = value if isinstance(value, (list, tuple)) else ()
-    return [array for item in inside for array in list_arrays(item)]
+    items = value if isinstance(value, (list, tuple)) else ()
+    return [array for item in items for array in list_arrays(item)]
 
 
 def replace_arrays(value: Nested, replacements: Iterable) -> Nested:
@@ -84,21 +95,21 @@ def replace_arrays(value: Nested, replacements: Iterable) -> Nested:
 def pack_into_buffer(arrays: list[np.ndarray], pin: bool) -> torch.Tensor:
     """Return one uint8 tensor with the bytes of all arrays, each at a multiple of 16."""
     buffer = torch.empty(sum(map(aligned_bytes, arrays)), dtype=torch.uint8, pin_memory=pin)
-    whole, begin = buffer.numpy(), 0
+    content, start = buffer.numpy(), 0
     for array in arrays:
-        inside = whole[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
-        inside[...] = array
-        begin += aligned_bytes(array)
+        target = content[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        target[...] = array
+        start += aligned_bytes(array)
     return buffer
 
 
 def buffer_views(buffer: torch.Tensor, arrays: list[np.ndarray]) -> Iterator[torch.Tensor]:
-    """Yield a tensor in a copy of `pack_into_buffer(arrays)` for each of the arrays."""
-    begin = 0
+    """Yield each of the arrays as a view of a copy of `pack_into_buffer(arrays)`."""
+    start = 0
     for array in arrays:
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        yield buffer[begin : begin + array.nbytes].view(dtype).view(array.shape)
-        begin += aligned_bytes(array)
+        yield buffer[start : start + array.nbytes].view(dtype).view(array.shape)
+        start += aligned_bytes(array)
 
 
 def aligned_bytes(array: np.ndarray) -> int:
@@ -106,43 +117,43 @@ def aligned_bytes(array: np.ndarray) -> int:
 
 
 def gather_inputs(tokens: TokenizedSplit, batch: Batch) -> dict[str, torch.Tensor]:
-    """The model's inputs for a `Batch` on the device.
+    """Return the model's inputs for a `Batch` of tensors on the device.
 
     Returns:
         {"input_ids", "token_type_ids", "attention_mask"}, each (1, N) or (B, T); without padding
-        there is no mask: attention can skip it.
+        there is no mask, so that attention can skip it.
     """
     inputs = {}
     for name, flat, padding in (("input_ids", tokens.ids, tokens.pad_id),
                                 ("token_type_ids", tokens.types, 0)):  # fmt: skip
         if flat is not None:
-            own = flat[batch.index]
-            inputs[name] = own if batch.mask is None else own.where(batch.mask, padding)
+            ids = flat[batch.token_index]
+            inputs[name] = ids if batch.mask is None else ids.where(batch.mask, padding)
     return inputs if batch.mask is None else inputs | {"attention_mask": batch.mask.long()}
 
 
 def split_into_micro_batches(
     lengths: np.ndarray, max_tokens: int, packed: bool, equal_length: bool = False
 ) -> list[np.ndarray]:
-    """Cut a step's rows into passes of at most `max_tokens` tokens; one row always fits.
+    """Split a step's rows into micro-batches of at most `max_tokens` tokens, at least one row.
 
-    Packed rows stay in their order, run after run, in passes of like size; padded ones go by
-    length, so that little is padding.
+    Packed rows stay in their order, run after run, in micro-batches of similar size. Padded rows
+    are sorted by length, to keep padding small.
 
     Args:
-        lengths: (rows,) tokens in each row.
-        equal_length: put only rows of equal length into one pass.
+        lengths: (B,) int64, the number of tokens of each row.
+        equal_length: put only rows of equal length into one micro-batch.
 
     Returns:
-        A list of position arrays; together they hold each position once.
+        Arrays of positions in `lengths`; together they hold each position once.
     """
     if not packed:
         return list(batches_by_length(lengths, max_tokens, equal_length))
     ends, cuts = lengths.cumsum(), [0]
-    like = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
+    size = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
     while cuts[-1] < len(lengths):
         done = ends[cuts[-1] - 1] if cuts[-1] else 0
-        stop = np.searchsorted(ends, done + min(like, max_tokens), "right")
+        stop = np.searchsorted(ends, done + min(size, max_tokens), "right")
         cuts.append(max(cuts[-1] + 1, int(stop)))
     return np.split(np.arange(len(lengths)), cuts[1:-1])
 
@@ -150,9 +161,10 @@ def split_into_micro_batches(
 def batches_by_length(
     lengths: np.ndarray, max_tokens: int, equal_length: bool = False
 ) -> Iterator[np.ndarray]:
-    """All rows, the longest first, in batches of at most `max_tokens` padded tokens.
+    """Yield the positions of rows, the longest first, in batches of at most `max_tokens`.
 
     Args:
+        lengths: (B,) int64, the number of tokens of each row; padding counts.
         equal_length: put only rows of equal length into one batch.
     """
     order = np.argsort(-lengths, kind="stable")

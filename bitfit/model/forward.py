@@ -26,55 +26,55 @@ LOGGER = logging.getLogger("bitfit")
 
 
 class Forward(NamedTuple):
-    """The one forward pass: a `Batch` of a split's rows -> logits (B, C) in float32."""
+    """The forward pass of a model: a `Batch` of a split's rows -> logits (B, C) float32."""
 
     model: torch.nn.Module
-    packed_encoder: PackedEncoder | None = None  # how it runs on packed rows; None: on padded ones
-    equal_length: bool = (
-        False  # a batch has rows of one length only, for padding changes the logits
-    )
+    packed_encoder: PackedEncoder | None = None  # runs packed rows; None: rows are padded
+    equal_length: bool = False  # batch only rows of equal length, because padding changes logits
 
     @property
     def batching_kind(self) -> str:
-        """How rows share a pass: "packed", "padded" or "equal length"."""
-        return (
-            "packed" if self.packed_encoder else "equal length" if self.equal_length else "padded"
-        )
+        """How rows are batched: "packed", "padded" or "equal length"."""
+        if self.packed_encoder:
+            return "packed"
+        return "equal length" if self.equal_length else "padded"
 
     @property
     def uses_varlen(self) -> bool:
-        """Whether rows are packed for the kernels of `varlen`."""
+        """Whether rows are packed for FlashAttention."""
         return self.packed_encoder is not None and self.packed_encoder.varlen
 
     def make_batch(self, tokens: TokenizedSplit, rows: np.ndarray) -> Batch:
-        """The `Batch` of some rows as this forward pass takes it, arrays on the host."""
+        """Return the `Batch` of the rows (B,) int64 as arrays."""
         if self.uses_varlen:
             return make_varlen_batch(tokens, rows)[0]
         return make_batch(tokens, rows, self.packed_encoder is not None)
 
     def make_routed_batch(
-        self, tokens: TokenizedSplit, rows: np.ndarray, owner: np.ndarray, runs: int
+        self, tokens: TokenizedSplit, rows: np.ndarray, run_ids: np.ndarray, num_runs: int
     ) -> tuple[Batch, RunRouting]:
-        """(`Batch`, `RunRouting`) of rows of several runs: arrays on the host.
+        """Return the `Batch` of the rows (B,) of several runs, and its `RunRouting`, as arrays.
 
         Args:
-            owner: (B,) the run of each row, out of `runs`; those of one run together.
+            run_ids: (B,) int64, the run of each row, rows of a run together.
         """
         packed = self.packed_encoder is not None
         if self.uses_varlen:
-            batch, chunks = make_varlen_batch(tokens, rows, owner, runs > 1)
-            return batch, route_chunks(owner, runs, chunks)
-        token_owner = np.repeat(owner, tokens.lengths[rows]) if packed else None
-        return make_batch(tokens, rows, packed), route_rows(owner, runs, token_owner)
+            batch, chunk_run_ids = make_varlen_batch(tokens, rows, run_ids, stacked=num_runs > 1)
+            return batch, route_chunks(run_ids, num_runs, chunk_run_ids)
+        token_run_ids = np.repeat(run_ids, tokens.lengths[rows]) if packed else None
+        routing = route_rows(run_ids, num_runs, token_run_ids)
+        return make_batch(tokens, rows, packed), routing
 
     def __call__(self, tokens: TokenizedSplit, batch: Batch) -> torch.Tensor:
+        """Return the logits (B, C) of a `Batch` of tensors on the device."""
         inputs = gather_inputs(tokens, batch)
         if self.packed_encoder:
-            return self.packed_encoder(self.model, inputs, batch.packing).logits.float()
+            return self.packed_encoder(self.model, inputs, batch.packed).logits.float()
         return self.model(**inputs).logits.float()
 
     def logits(self, tokens: TokenizedSplit, rows: np.ndarray) -> torch.Tensor:
-        """The same for row numbers (B,) on the host."""
+        """Return the logits (B, C) of the rows (B,) int64."""
         return self(tokens, to_device(self.make_batch(tokens, rows), tokens.ids.device))
 
 

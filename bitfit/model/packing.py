@@ -1,181 +1,211 @@
-"""Rows without padding: all tokens of a batch in one row (1, N), through an unchanged encoder.
+"""Batches without padding: all tokens of a batch form one row (1, N) for an unmodified encoder.
 
-Linear, LayerNorm, GELU and dropout do not care whose token is whose, and the position ids begin
-anew with each row. Attention alone cuts the row apart: rows of like length form a group, padded
-inside the attention only. Behind the last attention the first token of each row is picked,
-which is all that a classifier of this family reads.
+Linear, LayerNorm, GELU and dropout treat each token alone, and position ids restart in each row.
+Only attention separates the rows: rows of similar length form a bucket, which is padded within
+the attention alone. After the last attention only the first token of each row is computed, which
+is all that the classifiers of this family read.
 
-`forward.select_forward` tries a model both ways; one that reads more, or attends in its own way,
-runs on padded rows.
+`forward.select_forward` compares the logits of a model with and without packing. A model that
+reads more tokens, or has an attention of its own, runs on padded rows.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from bitfit.model import attention as varlen
-from bitfit.model.attention import Sequences, VarlenLayout
+from bitfit.model import attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-UNIT = 16  # the attention's widths are multiples: of others softmax is up to ten times as slow
-# The padding, in squares of tokens, that a group of the attention may have. A CPU is fastest with
-# none beyond UNIT; on a GPU, which uses this only for models that `varlen` cannot serve, launches
-# cost more. A square takes about 1.2 kB in a layer of twelve heads: weights and gradients.
-SPARE = {"cpu": 0, "cuda": 4e5}
-
-
-class Packing(NamedTuple):
-    """How rows lie in one; arrays as the host plans them, then tensors on the device."""
-
-    positions: torch.Tensor  # (N,) int64, of each token in its row
-    first: torch.Tensor  # (R,) int64, where each row begins
-    begins: torch.Tensor  # (N,) int64, where a token's row begins among the padded of all groups
-    widths: torch.Tensor  # (N,) int64, of its group
-    order: torch.Tensor  # (R,) int64, the rows, group after group
-    seat: torch.Tensor  # (R,) int64, where each row is in that order
-    groups: list  # rows that attend in one product: (tokens, real), (B, T) each
-    # tokens: int64, which of the N; a row's first where it has no more; real: bool
+# Bucket widths are multiples of this: with other widths softmax is up to ten times as slow.
+WIDTH_MULTIPLE = 16
+# The maximum padding of a bucket in squares of tokens. A CPU is fastest with none beyond
+# WIDTH_MULTIPLE. On a GPU, which uses buckets only for models that FlashAttention cannot serve,
+# kernel launches cost more. A square takes about 1.2 kB in a layer of twelve heads (weights and
+# gradients).
+MAX_BUCKET_PADDING = {"cpu": 0, "cuda": 4e5}
 
 
-class Side(NamedTuple):
-    """Where the queries, or the keys and values, of all groups lie: one head after the other."""
+class PackedBatch(NamedTuple):
+    """The layout of R rows in one row of N tokens: NumPy arrays, then tensors on the device."""
 
-    place: torch.Tensor  # (P,) the row of (N * heads, d) that a padded place holds
-    inverse: torch.Tensor  # (N * heads,) where it lies among the padded
-    parts: list  # of each group, a slice of the P places
-
-
-class Layout(NamedTuple):
-    """A `Packing` for so many heads, made once a pass."""
-
-    first: torch.Tensor  # (R,) where each row begins
-    tokens: Side  # all
-    firsts: Side  # the first token of each row
-    real: torch.Tensor  # (P, 1) 0 where a place of `tokens` is padding
-    masks: list  # of each group, (B * heads, 1, T) 0 or -inf where there is padding
-    last: frozenset  # modules within which only first tokens need attend
+    position_ids: torch.Tensor  # (N,) int64, the position of each token in its row
+    first_token: torch.Tensor  # (R,) int64, the index of each row's first token
+    row_offset: torch.Tensor  # (N,) int64, the start of a token's row among all padded rows
+    width: torch.Tensor  # (N,) int64, the width of a token's bucket
+    order: torch.Tensor  # (R,) int64, the rows, bucket after bucket
+    rank: torch.Tensor  # (R,) int64, the position of each row in `order`
+    # Of each bucket (tokens, valid), both (B, T): int64 indices among the N tokens, a row's first
+    # token as padding; and bool, False at padding.
+    buckets: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def packing_of(lengths: np.ndarray, spare: float) -> Packing:
-    """The `Packing` of rows of so many tokens (R,), in their order."""
+class PaddedIndex(NamedTuple):
+    """Gather indices between flat heads and the padded buckets, for queries or for keys."""
+
+    pad_index: torch.Tensor  # (P,) int64, the row of (N * heads, d) at each padded position
+    unpad_index: torch.Tensor  # (N * heads,) int64, the inverse
+    slices: list[slice]  # of each bucket, its part of the P positions
+
+
+class AttentionLayout(NamedTuple):
+    """A `PackedBatch` for a number of heads; it is made once per forward pass."""
+
+    first_token: torch.Tensor  # (R,) int64, the index of each row's first token
+    tokens: PaddedIndex  # of all tokens
+    first_tokens: PaddedIndex  # of the first token of each row
+    valid: torch.Tensor  # (P, 1) float32, 0.0 at the padding of `tokens`
+    masks: list[torch.Tensor]  # of each bucket, (B * heads, 1, T) float32: 0 or -inf at padding
+    last_layer: frozenset[torch.nn.Module]  # modules in which only first tokens need to attend
+
+
+def pack_rows(lengths: np.ndarray, max_padding: float) -> PackedBatch:
+    """Return the `PackedBatch` of rows with these numbers of tokens (R,), in their order."""
     starts = lengths.cumsum() - lengths
     row = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.arange(len(row)) - starts[row]
-    begins, widths, groups, begin = np.empty_like(starts), np.empty_like(starts), [], 0
-    parts = groups_of(lengths, spare)
-    for rows in parts:
-        column = np.arange(-(-lengths[rows[0]] // UNIT) * UNIT)
-        real = column < lengths[rows, None]
-        groups.append((starts[rows, None] + np.where(real, column, 0), real))
-        begins[rows] = begin + np.arange(len(rows)) * len(column)
+    position_ids = np.arange(len(row)) - starts[row]
+    offsets, widths, buckets, offset = np.empty_like(starts), np.empty_like(starts), [], 0
+    rows_of_bucket = split_into_buckets(lengths, max_padding)
+    for rows in rows_of_bucket:
+        column = np.arange(-(-lengths[rows[0]] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+        valid = column < lengths[rows, None]
+        buckets.append((starts[rows, None] + np.where(valid, column, 0), valid))
+        offsets[rows] = offset + np.arange(len(rows)) * len(column)
         widths[rows] = len(column)
-        begin += real.size
-    order = np.concatenate(parts)
-    begins, widths = begins[row], widths[row]
-    return Packing(positions, starts, begins, widths, order, order.argsort(), groups)
+        offset += valid.size
+    order = np.concatenate(rows_of_bucket)
+    return PackedBatch(
+        position_ids=position_ids,
+        first_token=starts,
+        row_offset=offsets[row],
+        width=widths[row],
+        order=order,
+        rank=order.argsort(),
+        buckets=buckets,
+    )
 
 
-def groups_of(lengths: np.ndarray, spare: float) -> list[np.ndarray]:
-    """Row numbers by length, falling, cut where a group's padding exceeds `spare`."""
+def split_into_buckets(lengths: np.ndarray, max_padding: float) -> list[np.ndarray]:
+    """Return the row numbers of each bucket, the longest rows first.
+
+    A new bucket starts where the padding of the current one would exceed `max_padding`.
+    """
     order = np.argsort(-lengths, kind="stable")
-    squares = (-(-lengths[order] // UNIT) * UNIT) ** 2
+    squares = (-(-lengths[order] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) ** 2
     cuts, largest, padding = [], squares[0], 0
     for i, square in enumerate(squares):
         padding += largest - square
-        if padding > spare:
+        if padding > max_padding:
             cuts.append(i)
             largest, padding = square, 0
     return np.split(order, cuts)
 
 
-def layout_of(packing: Packing, heads: int, last: frozenset = frozenset()) -> Layout:
-    """The `Layout` of a `Packing` of tensors."""
-    head = torch.arange(heads, device=packing.first.device)
-    sizes = [own.numel() * heads for _, own in packing.groups]
-    reals = [own[:, None].expand(-1, heads, -1).flatten(0, 1) for _, own in packing.groups]
-    place = [(tokens[:, None] * heads + head[:, None]).flatten() for tokens, _ in packing.groups]
-    begins = packing.begins * heads + packing.positions
-    inverse = (begins[:, None] + packing.widths[:, None] * head).flatten()
-    tokens = Side(torch.cat(place), inverse, slices(sizes))
-    order, seat = (rows[:, None] * heads + head for rows in (packing.order, packing.seat))
-    sizes = [len(own) for own in reals]
-    firsts = Side(order.flatten(), seat.flatten(), slices(sizes))
-    masks = [own.float().log()[:, None] for own in reals]
-    real = torch.cat([own.flatten() for own in reals]).float()[:, None]
-    return Layout(packing.first, tokens, firsts, real, masks, last)
+def attention_layout(
+    packed: PackedBatch, heads: int, last_layer: frozenset[torch.nn.Module] = frozenset()
+) -> AttentionLayout:
+    """Return the `AttentionLayout` of a `PackedBatch` of tensors."""
+    head = torch.arange(heads, device=packed.first_token.device)
+    valid = [mask[:, None].expand(-1, heads, -1).flatten(0, 1) for _, mask in packed.buckets]
+    pad_index = [
+        (tokens[:, None] * heads + head[:, None]).flatten() for tokens, _ in packed.buckets
+    ]
+    offset = packed.row_offset * heads + packed.position_ids
+    tokens = PaddedIndex(
+        pad_index=torch.cat(pad_index),
+        unpad_index=(offset[:, None] + packed.width[:, None] * head).flatten(),
+        slices=consecutive_slices([mask.numel() for mask in valid]),
+    )
+    order, rank = (rows[:, None] * heads + head for rows in (packed.order, packed.rank))
+    first_tokens = PaddedIndex(
+        pad_index=order.flatten(),
+        unpad_index=rank.flatten(),
+        slices=consecutive_slices([len(mask) for mask in valid]),
+    )
+    return AttentionLayout(
+        first_token=packed.first_token,
+        tokens=tokens,
+        first_tokens=first_tokens,
+        valid=torch.cat([mask.flatten() for mask in valid]).float()[:, None],
+        masks=[mask.float().log()[:, None] for mask in valid],
+        last_layer=last_layer,
+    )
 
 
-def slices(sizes: list[int]) -> list[slice]:
+def consecutive_slices(sizes: list[int]) -> list[slice]:
     ends = np.cumsum(sizes).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-class Attention(torch.autograd.Function):
-    """Attention within each row, with dropout, of all tokens or of first ones.
+class BucketedAttention(torch.autograd.Function):
+    """Attention within each row, with dropout, for the queries of all tokens or of first tokens.
 
     Queries (Q * heads, d), keys and values (N * heads, d) -> (Q * heads, d). It computes in
-    float32, whatever the model does: for short rows that is as fast.
+    float32 whatever the dtype of the model: for short rows that is as fast.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: torch.autograd.function.FunctionCtx,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layout: Layout,
-        side: Side,
+        layout: AttentionLayout,
+        queries: PaddedIndex,
         scaling: float,
-        dropout: float,
+        dropout_rate: float,
     ) -> torch.Tensor:
-        ctx.layout, ctx.side, ctx.scaling = layout, side, scaling
-        ctx.dtype, ctx.groups = q.dtype, []
-        q = q.float().index_select(0, side.place)
-        k, v = (x.float().index_select(0, layout.tokens.place) for x in (k, v))
+        ctx.layout, ctx.queries, ctx.scaling = layout, queries, scaling
+        ctx.dtype, ctx.buckets = q.dtype, []
+        q = q.float().index_select(0, queries.pad_index)  # (P, d)
+        k, v = (x.float().index_select(0, layout.tokens.pad_index) for x in (k, v))
         out = torch.empty_like(q)
-        for mask, own, other in zip(layout.masks, side.parts, layout.tokens.parts, strict=True):
-            size = len(mask), -1, q.shape[-1]
-            rows = q[own].view(size), k[other].view(size), v[other].view(size)
-            weights = torch.baddbmm(mask, rows[0], rows[1].mT, alpha=scaling).softmax(-1)
-            dropped = keep_of(weights, dropout).mul_(weights) if dropout else weights
-            torch.bmm(dropped, rows[2], out=out[own].view(size))
+        slices = zip(layout.masks, queries.slices, layout.tokens.slices, strict=True)
+        for mask, of_q, of_k in slices:
+            shape = len(mask), -1, q.shape[-1]  # (B * heads, T, d)
+            inputs = q[of_q].view(shape), k[of_k].view(shape), v[of_k].view(shape)
+            weights = torch.baddbmm(mask, inputs[0], inputs[1].mT, alpha=scaling).softmax(-1)
+            dropped = weights
+            if dropout_rate:
+                dropped = dropout_scale(weights, dropout_rate).mul_(weights)
+            torch.bmm(dropped, inputs[2], out=out[of_q].view(shape))
             if any(ctx.needs_input_grad):
-                ctx.groups.append((own, other, rows, weights, dropped))
+                ctx.buckets.append((of_q, of_k, inputs, weights, dropped))
         ctx.out = out
-        return out.index_select(0, side.inverse).to(ctx.dtype)
+        return out.index_select(0, queries.unpad_index).to(ctx.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
-        layout, side = ctx.layout, ctx.side
-        grad = grad.float().index_select(0, side.place)
-        if side is layout.tokens:
-            grad.mul_(layout.real)
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        layout, queries = ctx.layout, ctx.queries
+        grad = grad.float().index_select(0, queries.pad_index)
+        if queries is layout.tokens:
+            grad.mul_(layout.valid)
         sums = (grad * ctx.out).sum(-1, keepdim=True)
-        grads = torch.empty_like(grad), *grad.new_empty(2, len(layout.real), grad.shape[-1])
-        for own, other, (q, k, v), weights, dropped in ctx.groups:
-            dout, dq, dk, dv = grad[own], grads[0][own], grads[1][other], grads[2][other]
-            dout, dq, dk, dv = dout.view_as(q), dq.view_as(q), dk.view_as(k), dv.view_as(v)
+        grads = torch.empty_like(grad), *grad.new_empty(2, len(layout.valid), grad.shape[-1])
+        for of_q, of_k, (q, k, v), weights, dropped in ctx.buckets:
+            dout, dq = grad[of_q].view_as(q), grads[0][of_q].view_as(q)
+            dk, dv = grads[1][of_k].view_as(k), grads[2][of_k].view_as(v)
             torch.bmm(dropped.mT, dout, out=dv)
-            # of softmax behind dropout: a row's sum of weight x gradient is that of out x gradient
+            # The gradient of softmax followed by dropout: the sum over a row of weight times
+            # gradient equals the sum of output times gradient.
             scores = torch.bmm(dout, v.mT).mul_(dropped)
-            scores.addcmul_(weights, sums[own].view(len(q), -1, 1), value=-1)
+            scores.addcmul_(weights, sums[of_q].view(len(q), -1, 1), value=-1)
             torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scaling, out=dq)
             torch.baddbmm(dk, scores.mT, q, beta=0, alpha=ctx.scaling, out=dk)
-        ctx.groups = ctx.out = None  # or they would live until the next pass is through
-        sides = side, layout.tokens, layout.tokens
-        pairs = zip(grads, sides, strict=True)
-        return *(x.index_select(0, s.inverse).to(ctx.dtype) for x, s in pairs), *[None] * 4
+        ctx.buckets = ctx.out = None  # else they would stay in memory until the next forward pass
+        indices = queries, layout.tokens, layout.tokens
+        pairs = zip(grads, indices, strict=True)
+        return *(x.index_select(0, i.unpad_index).to(ctx.dtype) for x, i in pairs), *[None] * 4
 
 
-def attention(
+def bucketed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -184,46 +214,46 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    layout: Layout,
-    **others: object,
+    layout: AttentionLayout,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' attention interface asks for: (1, heads, N, d) -> (1, N, heads, d).
+    """Attend within each row, (1, heads, N, d) -> (1, N, heads, d); for transformers' interface.
 
-    In the last layer it is 0 but for the first token of each row, if no other is read.
+    In the last layer the result is 0 except for the first token of each row.
     """
     _, heads, count, size = query.shape
-    if count * heads != len(layout.tokens.inverse) or key.shape != query.shape:
-        raise ValueError("these are not the packed rows' heads")
-    side = layout.tokens
-    if module in layout.last:
-        side, query = layout.firsts, query.index_select(2, layout.first)
+    if count * heads != len(layout.tokens.unpad_index) or key.shape != query.shape:
+        raise ValueError("the heads do not have the shape of the packed rows")
+    queries = layout.tokens
+    if module in layout.last_layer:
+        queries, query = layout.first_tokens, query.index_select(2, layout.first_token)
     flat = (x.transpose(1, 2).reshape(-1, size) for x in (query, key, value))
-    out = Attention.apply(*flat, layout, side, scaling, dropout).view(1, -1, heads, size)
-    if side is layout.firsts:
-        out = out.new_zeros(1, count, heads, size).index_copy(1, layout.first, out)
+    out = BucketedAttention.apply(*flat, layout, queries, scaling, dropout).view(1, -1, heads, size)
+    if queries is layout.first_tokens:
+        out = out.new_zeros(1, count, heads, size).index_copy(1, layout.first_token, out)
     return out, None
 
 
-def keep_of(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What dropout multiplies x with: 0 with probability p, else 1 / (1 - p).
+def dropout_scale(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Return the factors of dropout in the shape of x: 0 with probability p, else 1 / (1 - p).
 
-    On a CPU a number costs 16 random bits, so that p is right to 1e-5: `bernoulli_` takes six
-    times as long.
+    On a CPU a factor costs 16 random bits, so p is exact to 1e-5; `bernoulli_` takes six times
+    as long.
     """
-    keep = torch.empty_like(x)
+    scale = torch.empty_like(x)
     if p >= 1:
-        return keep.zero_()
+        return scale.zero_()
     if x.device.type != "cpu":
-        return keep.bernoulli_(1 - p).div_(1 - p)
+        return scale.bernoulli_(1 - p).div_(1 - p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.ge(bits, min(round(2**16 * p), 2**16 - 1) - 2**15, out=keep).mul_(1 / (1 - p))
+    return torch.ge(bits, min(round(2**16 * p), 2**16 - 1) - 2**15, out=scale).mul_(1 / (1 - p))
 
 
-def drop(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-    """What a torch.nn.Dropout computes, with the masks of `keep_of` on a CPU."""
+def apply_dropout(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    """Return the output of a `torch.nn.Dropout`; on a CPU with the factors of `dropout_scale`."""
     if module.training and module.p and x.device.type == "cpu":
-        return x * keep_of(x, module.p)
+        return x * dropout_scale(x, module.p)
     return F.dropout(x, module.p, module.training)
 
 
@@ -231,67 +261,73 @@ class PackedEncoder(NamedTuple):
     """How to run one model on packed rows."""
 
     layers: torch.nn.Module  # runs the layers one after the other
-    last: frozenset  # the last layer's modules, if only first tokens need go through them all
-    rest: torch.nn.Module | None  # the one that follows the attention there
+    last_layer: frozenset[torch.nn.Module]  # its modules, if they may see only first tokens
+    after_attention: torch.nn.Module | None  # the module after the attention in the last layer
     heads: int
     first_position: int  # RoBERTa counts from padding_idx + 1
-    varlen: bool = False  # whether the attention is that of `varlen`
+    varlen: bool = False  # whether FlashAttention computes the attention
 
     def __call__(
         self,
         model: "PreTrainedModel",
         inputs: dict[str, torch.Tensor],
-        packing: Packing | Sequences,
-    ) -> "ModelOutput":
-        """The model's output for `inputs` (1, N); nothing of the model stays changed."""
+        packed: PackedBatch | attention.VarlenBatch,
+    ) -> "SequenceClassifierOutput":
+        """Return the model's output for `inputs` (1, N); the model itself is left as it was."""
         from transformers import AttentionInterface
 
-        attend: Callable
-        layout: Layout | VarlenLayout
-        if isinstance(packing, Sequences):
-            attend, layout = varlen.attention, VarlenLayout(packing, self.last)
+        if self.varlen:
+            attend = attention.varlen_attention
+            layout = attention.VarlenLayout(packed, self.last_layer)
         else:
-            attend, layout = attention, layout_of(packing, self.heads, self.last)
+            attend = bucketed_attention
+            layout = attention_layout(packed, self.heads, self.last_layer)
         AttentionInterface.register("packed", attend)
-        positions = packing.positions[None] + self.first_position
-        before = model.config._attn_implementation
-        if self.rest:
-            hook = self.rest.register_forward_pre_hook(partial(pick_inputs, packing.first))
+        positions = packed.position_ids[None] + self.first_position
+        implementation = model.config._attn_implementation
+        if self.after_attention:
+            select = partial(select_first_inputs, packed.first_token)
+            hook = self.after_attention.register_forward_pre_hook(select)
         else:
-            hook = self.layers.register_forward_hook(partial(pick_output, packing.first))
+            select = partial(select_first_outputs, packed.first_token)
+            hook = self.layers.register_forward_hook(select)
         try:
             model.config._attn_implementation = "packed"
             return model(**inputs, position_ids=positions, layout=layout)
         finally:
             hook.remove()
-            model.config._attn_implementation = before
+            model.config._attn_implementation = implementation
 
 
-def pick(first: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(1, N, d) -> (R, 1, d): each row's first token."""
-    return x.squeeze(0).index_select(0, first)[:, None]
+def select_first_tokens(first_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(1, N, d) -> (R, 1, d): the first token of each row."""
+    return x.squeeze(0).index_select(0, first_token)[:, None]
 
 
-def pick_inputs(
-    first: torch.Tensor, module: torch.nn.Module, args: tuple
+def select_first_inputs(
+    first_token: torch.Tensor, module: torch.nn.Module, args: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(pick(first, x) for x in args)
+    return tuple(select_first_tokens(first_token, x) for x in args)
 
 
-def pick_output(
-    first: torch.Tensor, module: torch.nn.Module, args: tuple, output: "ModelOutput"
-) -> "ModelOutput":
-    output.last_hidden_state = pick(first, output.last_hidden_state)
+def select_first_outputs(
+    first_token: torch.Tensor,
+    module: torch.nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: "BaseModelOutput",
+) -> "BaseModelOutput":
+    output.last_hidden_state = select_first_tokens(first_token, output.last_hidden_state)
     return output
 
 
 def packed_encoders(
     model: "PreTrainedModel", first_position: int, dtype: torch.dtype = torch.float32
 ) -> list[PackedEncoder]:
-    """The `PackedEncoder`s to try on a model, the fastest first; none where its layers see windows.
+    """Return the `PackedEncoder`s to try on a model, the fastest first.
 
-    After the last attention no token sees another, and the classifier reads the first of each row
-    alone: three quarters of the last layer's arithmetic need not be done for the others.
+    There is none for layers with windows. After the last attention no token reads another, and
+    the classifier reads first tokens alone: for the other tokens three quarters of the last
+    layer's arithmetic can be skipped.
     """
     config, base = model.config, model.base_model
     windows = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
@@ -301,13 +337,14 @@ def packed_encoders(
         return []
     name = max(lists, key=lambda item: item[0])[1]
     layers, last = base.get_submodule(name.rpartition(".")[0]), base.get_submodule(name)[-1]
-    rests = [m for n, m in last.named_modules() if n in ("attention.output", "sa_layer_norm")]
-    pairs = [(frozenset(last.modules()), rest) for rest in rests] + [(frozenset(), None)]
+    names = ("attention.output", "sa_layer_norm")
+    after = [module for name, module in last.named_modules() if name in names]
+    pairs = [(frozenset(last.modules()), module) for module in after] + [(frozenset(), None)]
     size = getattr(config, "hidden_size", 0) // heads
-    fused = varlen.supports(size, next(model.parameters()).device, dtype)
-    kinds = (True, False) if fused else (False,)
+    device = next(model.parameters()).device
+    fused = attention.supports_flash_attention(size, device, dtype)
     return [
         PackedEncoder(layers, *pair, heads, first_position, kind)
-        for kind in kinds
+        for kind in ((True, False) if fused else (False,))
         for pair in pairs
     ]

@@ -21,26 +21,31 @@ def predict(
     rows: np.ndarray | None = None,
     group: Group = SINGLE_PROCESS,
 ) -> np.ndarray:
-    """Logits of some rows or of all, (rows, C) float32 on the host, in the order given.
+    """Return the logits of all rows, or of `rows`, in the given order.
 
-    Within `RunStack.routing()`: those of all runs, (K, rows, C). The ranks of a `group` compute
-    some each, and all of them have the whole.
+    The ranks of a group compute some rows each, and all of them get the logits of all rows.
+
+    Args:
+        rows: (B,) int64 row numbers; None: all.
+
+    Returns:
+        (B, C) float32 on the host; within `RunStack.routing()` those of all runs, (K, B, C).
     """
     forward.model.eval()
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
     group = group if len(rows) >= group.size else SINGLE_PROCESS
-    own = group.shard_rows(tokens.lengths[rows])
+    shard = group.shard_rows(tokens.lengths[rows])  # positions in `rows`
 
-    def batches() -> tuple[list[np.ndarray], list[torch.Tensor]]:
-        lengths = tokens.lengths[rows[own]]
+    def compute() -> tuple[list[np.ndarray], list[torch.Tensor]]:
+        lengths = tokens.lengths[rows[shard]]
         parts = list(batches_by_length(lengths, budget.max_tokens, forward.equal_length))
-        return parts, [forward.logits(tokens, rows[own[part]]) for part in parts]
+        return parts, [forward.logits(tokens, rows[shard[part]]) for part in parts]
 
-    parts, outputs = budget.retry_on_oom(batches)
-    together = torch.cat(outputs, dim=-2)
-    logits = together.new_zeros(*together.shape[:-2], len(rows), together.shape[-1])
-    where = torch.from_numpy(own[np.concatenate(parts)]).to(logits.device)
-    logits[..., where, :] = together
+    parts, outputs = budget.retry_on_oom(compute)
+    of_shard = torch.cat(outputs, dim=-2)
+    logits = of_shard.new_zeros(*of_shard.shape[:-2], len(rows), of_shard.shape[-1])
+    positions = torch.from_numpy(shard[np.concatenate(parts)]).to(logits.device)
+    logits[..., positions, :] = of_shard
     group.all_reduce_sum_(logits)
     return logits.cpu().numpy()
 
@@ -53,17 +58,20 @@ def predict_runs(
     rows: dict[int, np.ndarray],
     group: Group = SINGLE_PROCESS,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (run, its logits) for {run: its rows}, (rows, C) each.
+    """Yield each run and the logits (B, C) of its rows.
 
-    Where only the classifier trains and all runs have the same rows, the encoder runs once for
-    all of them; else one run after the other is put into the model.
+    If only the classifier trains and all runs have the same rows, the encoder runs once for all
+    of them. Otherwise one run after the other is loaded into the model.
+
+    Args:
+        rows: {run: (B,) int64 row numbers}.
     """
     first, *others = rows.values()
-    if stack.shares_encoder and others and all(np.array_equal(own, first) for own in others):
+    if stack.shares_encoder and others and all(np.array_equal(other, first) for other in others):
         with stack.routing():
             logits = predict(forward, tokens, budget, first, group)
         yield from ((run, logits[run]) for run in rows)
         return
-    for run, own in rows.items():
+    for run, of_run in rows.items():
         stack.load_run(run)
-        yield run, predict(forward, tokens, budget, own, group)
+        yield run, predict(forward, tokens, budget, of_run, group)

@@ -19,7 +19,7 @@ import torch
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward
-from bitfit.model.packing import drop
+from bitfit.model.packing import apply_dropout
 from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.run_routing import BroadcastRuns, RunRouting, forward_per_run
 from bitfit.model.trainable import Trainable, in_encoder, trains_matrices
@@ -160,7 +160,7 @@ class RunStack:
                 module.forward = partial(forward_per_run, self, module, **stacked[name])
                 yield module
             elif type(module) is torch.nn.Dropout:
-                module.forward = partial(drop, module)
+                module.forward = partial(apply_dropout, module)
                 yield module
 
     def zero_grad(self) -> None:

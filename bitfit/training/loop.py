@@ -307,7 +307,7 @@ def fit_limit_to_memory(state, free):
         stack.routing(rows),
     ):
         plan.forward(tokens, batch)
-    most = free / 3 / (sum(kept.values()) / batch.index.numel())
+    most = free / 3 / (sum(kept.values()) / batch.token_index.numel())
     fitting = max(64, 2 ** int(math.log2(most)))
     if fitting < plan.token_budget.max_tokens:
         plan.token_budget.max_tokens = fitting
