@@ -171,7 +171,7 @@ class GLUEvaluator:
         """Load the model and choose what trains.
 
         Args:
-            fine_tune_type: one of `trainable.FINE_TUNE_TYPES`.
+            fine_tune_type: one of `options.FINE_TUNE_TYPES`.
             learning_rate: of the optimizer, before any schedule; a list: runs for each.
             components: for bitfit, what `convert_to_actual_components` gives.
             mask_size: for rand_uniform; None: the paper's for its models, else as many as bitfit.

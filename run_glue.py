@@ -20,19 +20,22 @@ from contextlib import suppress
 from pathlib import Path
 
 import utils
+from bitfit import options
 from bitfit.artifacts import run_folder
 from bitfit.cli import exit_status, experiment
 from bitfit.distributed import Ranks
-from bitfit.options import parse_args
 from utils import Diverged, RankLost, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status; print one line if it did not succeed."""
-    args, ranks = parse_args(__doc__.splitlines()[0], argv), Ranks()
+    args, ranks = options.parse_args(__doc__.splitlines()[0], argv), Ranks()
     resume = resume_command(args, ranks, sys.argv[1:] if argv is None else argv)
     level = logging.WARNING if args.quiet else logging.INFO
     utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] if ranks.rank else [level])
+
+    if warning := options.learning_rate_warning(args):
+        utils.LOGGER.warning(warning)
 
     def write_message(message: str, error: BaseException, status: int) -> None:
         """Write the last line once for all ranks, and on other ranks log errors of their own."""

@@ -47,7 +47,7 @@ from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model import attention
 from bitfit.model.loading import load_tokenizer
-from bitfit.model.trainable import FINE_TUNE_TYPES
+from bitfit.options import FINE_TUNE_TYPES
 from bitfit.tracking.tracker import peak_gib
 from bitfit.training.checkpoints import capture, restore
 from bitfit.training.loop import State, start, step_graphs, take_step

@@ -1,149 +1,51 @@
-"""The flags of run_glue.py and the checks that need no file; answers without importing torch."""
+"""The flags of run_glue.py and the checks that need no file, without importing torch."""
 
 import argparse
-import math
 import os
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
 
-from bitfit.data.tasks import TASKS
-from bitfit.model.trainable import FINE_TUNE_TYPES, TERMS
-from bitfit.output_paths import file_error
-from bitfit.tracking.services import KINDS
-from bitfit.tracking.tracker import is_installed
-from bitfit.versions import git_commit
-from utils import print_once, print_result, write_line
+from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
+from bitfit.versions import git_commit, installed_version, is_installed
 
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
-
-AddFlag = Callable[..., argparse.Action]  # argparse's add_argument
+# The modules above this one have an entry for each name; a test compares them.
+TASK_NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+FINE_TUNE_TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # also the names of their packages
+# term -> (parameter name relative to its layer, the paper's symbol), paper section 3
+TERMS = {
+    "query": ("attention.self.query.bias", "b_{q}"),
+    "key": ("attention.self.key.bias", "b_{k}"),
+    "value": ("attention.self.value.bias", "b_{v}"),
+    "attention_output": ("attention.output.dense.bias", "b_{m_1}"),
+    "attention_layernorm": ("attention.output.LayerNorm.bias", "b_{LN_1}"),
+    "intermediate": ("intermediate.dense.bias", "b_{m_2}"),
+    "output": ("output.dense.bias", "b_{m_3}"),
+    "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
+}
+DEFAULT_LEARNING_RATES = [1e-3]  # the released code's, for all fine-tune types
 EXAMPLES = """\
 examples:
   python run_glue.py -o out/rte -t rte -f bitfit -l 1e-3
-      bias terms of bert-base on RTE
+      train the bias terms of bert-base on RTE
   python run_glue.py -o out/rte-sweep -t rte -f bitfit -l 1e-4 4e-4 1e-3 -s 0 1 2 3 4
-      fifteen runs in one pass
-  python run_glue.py -o out/toy -t sst2 -m examples/tiny_bert --data-dir examples/glue -f full_ft
-      without the Hub
+      train fifteen runs in one pass
+  python run_glue.py -o out/rte-full -t rte -f full_ft -l 3e-5
+      train all parameters, which needs a lower learning rate
+  python run_glue.py -o out/toy -t sst2 -m examples/tiny_bert --data-dir examples/glue -f bitfit
+      use local files, without the Hub
   python run_glue.py -o out/cola -t cola -f bitfit --keep best --predict-test --resume
-      what may be killed and started again, and ends with test predictions
+      resume if the output folder holds an interrupted run; write test predictions at the end
 """
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `-h` has the rest."""
-
-    def parse_known_args(
-        self,
-        args: Iterable[str] | None = None,
-        namespace: Any = None,  # noqa: ANN401
-    ) -> tuple[Any, list[str]]:
-        # Such names would end up in logs, tables, JSON and commands to be pasted.
-        what = "has control characters, or bytes that are not UTF-8: rename what it names"
-        for word in sys.argv[1:] if args is None else args:
-            if is_unreadable(word):
-                self.error(f"the argument '{word}' {what}")
-        try:
-            folder = os.getcwd()
-        except OSError as error:
-            self.error(f"the current folder: {error.strerror}: work in another one")
-        if is_unreadable(folder):
-            self.error(f"the current folder '{folder}' {what}")
-        return super().parse_known_args(args, namespace)
-
-    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
-        if file is not sys.stdout:
-            return super()._print_message(message, file)
-        try:
-            print_result(message.removesuffix("\n"))
-        except OSError as error:
-            write_line(f"{self.prog}: stopped: {error}")
-            self.exit(1)
-
-    def error(self, message: str) -> NoReturn:
-        print_once(f"{self.prog}: error: {message}")
-        self.exit(2)
-
-
-def is_unreadable(word: str) -> bool:
-    return any(unicodedata.category(character) in ("Cc", "Cs") for character in word)
-
-
-def make_commands(
-    prog: str,
-    description: str,
-    commands: Sequence[tuple[str, Callable[[AddFlag], None], str]],
-    add_common: Callable[[AddFlag], None],
-) -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """(the parser, its {command: parser}) of a program that has several.
-
-    Args:
-        commands: [(name, what adds its flags, what it does)].
-        add_common: adds the flags that all have.
-    """
-    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
-    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
-                                    parser_class=OneLineParser)  # fmt: skip
-    for name, add_flags, text in commands:
-        own = choices.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add_common(own.add_argument)
-        add_flags(own.add_argument)
-    return parser, choices.choices
-
-
-def number(
-    kind: type[float], low: float, high: float = math.inf, above: bool = False
-) -> Callable[[str], float]:
-    """An argparse type: an int or float from `low` (or above it) up to `high`."""
-    rule = f"{'above' if above else 'at least'} {low}"
-    rule += f" and below {high}" if high < math.inf else ""
-    name = {int: "whole number", float: "number"}[kind]
-
-    def parse(word: str) -> float:
-        try:
-            value = kind(word)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value < high:
-            raise argparse.ArgumentTypeError(f"{word!r} is not a {name} {rule}")
-        return value
-
-    return parse
-
-
-def gpu(word: str) -> int | str:
-    if word == "cpu":
-        return word
-    try:
-        return int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} is neither a GPU number nor `cpu`") from None
-
-
-def new_file(*suffixes: str) -> Callable[[str], Path]:
-    """Return an argparse type: the path of a file with one of some suffixes, to be written."""
-
-    def parse(word: str) -> Path:
-        if wrong := file_error(word, suffixes):
-            raise argparse.ArgumentTypeError(f"{word!r} {wrong}")
-        return Path(word)
-
-    return parse
-
-
-POSITIVE = number(int, 1, 2**31)
 # fmt: off
 
 def add_what_to_run(add: AddFlag) -> None:
     add("--output-path", "-o", metavar="DIR", required=True,
         help="new or empty folder for the results; with --resume that of the interrupted run")
-    add("--task-name", "-t", metavar="TASK", choices=TASKS,
-        help=f"one of {', '.join(TASKS)}")
+    add("--task-name", "-t", metavar="TASK", choices=TASK_NAMES,
+        help=f"one of {', '.join(TASK_NAMES)}")
     add("--task-file", metavar="FILE",
         help="instead of --task-name: a JSON file that describes a task of your own, with its data "
              "files beside it or in --data-dir (docs/own-tasks.md)")
@@ -173,10 +75,10 @@ def add_data(add: AddFlag) -> None:
 
 
 def add_training(add: AddFlag) -> None:
-    add("--learning-rate", "-l", metavar="LR", nargs="+", default=[1e-3],
+    add("--learning-rate", "-l", metavar="LR", nargs="+", default=DEFAULT_LEARNING_RATES,
         type=number(float, 0, above=True),
-        help="usual: 1e-4 to 1e-3 for bias terms, 1e-5 to 5e-5 for full_ft; several: a run for "
-             "each [0.001]")
+        help="usual are 1e-4 to 1e-3 for bias terms; full_ft needs less: 1e-5 to 5e-5; several: "
+             "a run for each [0.001]")
     add("--epochs", "-e", metavar="N", type=POSITIVE, default=16,
         help="passes over the training rows [%(default)s]")
     add("--batch-size", "-b", metavar="N", type=POSITIVE, default=8,
@@ -224,8 +126,8 @@ def add_results(add: AddFlag) -> None:
         help="export the model, and at the end upload it to the Hub under this name [off]")
     add("--predict-test", action="store_true",
         help="write the test predictions for the GLUE server [off]")
-    add("--report-to", metavar="TRACKER", nargs="+", choices=KINDS, default=[],
-        help=f"show losses and scores while training, at some of {', '.join(KINDS)} [off]")
+    add("--report-to", metavar="TRACKER", nargs="+", choices=TRACKERS, default=[],
+        help=f"show losses and scores while training, in some of {', '.join(TRACKERS)} [off]")
     add("--verbose", action="store_true", help="list the trained tensors [off]")
     add("--quiet", "-q", action="store_true",
         help="say nothing but warnings and, at the end, the results [off]")
@@ -243,16 +145,14 @@ GROUPS = {
 
 
 class Versions(argparse.Action):
-    """Says what results may depend on, and ends."""
+    """Print the versions that results may depend on, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        said = [f"commit {git_commit() or 'unknown'}"]
+        versions = [f"commit {git_commit() or 'unknown'}"]
         for name in ("torch", "transformers", "datasets", "numpy"):
-            try:
-                said.append(f"{name} {version(name)}")
-            except PackageNotFoundError:
-                said.append(f"no {name}")
-        parser._print_message(f"{parser.prog}: {', '.join(said)}\n", sys.stdout)
+            found = installed_version(name)
+            versions.append(f"{name} {found}" if found else f"no {name}")
+        parser._print_message(f"{parser.prog}: {', '.join(versions)}\n", sys.stdout)
         parser.exit()
 
 
@@ -291,3 +191,13 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
     args.export_model |= args.push_to_hub is not None
     return args
+
+
+def learning_rate_warning(args: argparse.Namespace) -> str | None:
+    """Return a warning if all parameters train at the default learning rate, else None."""
+    if args.fine_tune_type != "full_ft" or args.learning_rate is not DEFAULT_LEARNING_RATES:
+        return None
+    return (
+        f"full_ft trains at the default learning rate {DEFAULT_LEARNING_RATES[0]:g}; "
+        "usual are 1e-5 to 5e-5: give --learning-rate"
+    )

@@ -2,6 +2,7 @@
 
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -11,6 +12,12 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported; a mere folder of that name has no origin."""
+    found = find_spec(package)
+    return bool(found and found.origin)
 
 
 def git_commit() -> str | None:

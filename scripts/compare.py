@@ -24,8 +24,8 @@ import pandas as pd
 
 import utils
 from bitfit.cli import exit_status
-from bitfit.options import OneLineParser
 from bitfit.output_paths import file_error
+from bitfit.parsing import OneLineParser
 from bitfit.results import escape
 from bitfit.results.plots import curve_figure, save_figure
 from bitfit.results.scores import read_metrics

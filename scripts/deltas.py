@@ -28,7 +28,7 @@ import utils
 from bitfit.cli import exit_status
 from bitfit.files import atomic_folder, write_text
 from bitfit.model import hub
-from bitfit.options import OneLineParser, gpu, make_commands, new_file, number
+from bitfit.parsing import OneLineParser, gpu, make_commands, new_file, number
 from utils import UserError
 
 if TYPE_CHECKING:  # -h and argument errors import no torch

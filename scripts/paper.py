@@ -27,7 +27,7 @@ import utils
 from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
-from bitfit.options import POSITIVE, OneLineParser, gpu, make_commands, number
+from bitfit.parsing import POSITIVE, OneLineParser, gpu, make_commands, number
 from bitfit.study import cells, protocol
 
 ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new

@@ -28,7 +28,8 @@ from typing import BinaryIO
 import utils
 from bitfit.cli import exit_status
 from bitfit.model import hub
-from bitfit.options import POSITIVE, OneLineParser, add_machine
+from bitfit.options import add_machine
+from bitfit.parsing import POSITIVE, OneLineParser
 from utils import UserError
 
 

@@ -22,7 +22,8 @@ from bitfit.model.forward import select_forward
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
+from bitfit.model.trainable import select_trainable
+from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
 from bitfit.training.graphs import USES_BEFORE_CAPTURE

@@ -20,7 +20,7 @@ from torch.distributed import run as torchrun
 
 import run_glue
 from bitfit import options as flags
-from bitfit.model.trainable import TERMS
+from bitfit.options import TERMS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare

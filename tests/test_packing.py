@@ -21,7 +21,8 @@ from bitfit.model.packing import (
     split_into_buckets,
 )
 from bitfit.model.run_stack import Run, RunStack
-from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
+from bitfit.model.trainable import select_trainable
+from bitfit.options import FINE_TUNE_TYPES
 from utils import UserError
 
 LENGTHS = (9, 4, 40, 17, 6, 16)

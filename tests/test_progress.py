@@ -118,7 +118,7 @@ def test_versions(capsys):
 def test_the_examples_of_the_help_are_good():
     help_text = options.make_parser("").format_help()
     examples = re.findall(r"^  python run_glue.py (.*)$", help_text, re.MULTILINE)
-    assert len(examples) == 4
+    assert len(examples) == 5
     assert all(options.parse_args("", shlex.split(words)) for words in examples)
     assert max(map(len, help_text.splitlines())) <= 100
 

@@ -247,7 +247,7 @@ BAD_FLAGS = {
     "unknown task": (["-t", "rtee"], "invalid choice: 'rtee'"),
     "unknown type": (["-f", "bitfat"], "invalid choice: 'bitfat'"),
     "unknown term": (["--bias-terms", "queery"], "invalid choice: 'queery'"),
-    "unknown flag": (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    "unknown flag": (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs?"),
     "terms without bitfit": (
         ["-f", "frozen", "--bias-terms", "query"],
         "--bias-terms goes with --fine-tune-type bitfit only",

@@ -12,7 +12,8 @@ from bitfit.model.run_stack import (
     reason_not_stackable,
     stacked_logits_differ,
 )
-from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
+from bitfit.model.trainable import select_trainable
+from bitfit.options import FINE_TUNE_TYPES
 
 RUN = Run(1e-3, 0)
 

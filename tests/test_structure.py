@@ -11,7 +11,14 @@ from conftest import ROOT
 # A module imports modules of lower layers and of its own package. Modules of the first and of the
 # last layer may also import others of that layer.
 LAYERS = [
-    ["utils", "bitfit.files", "bitfit.output_paths", "bitfit.signals", "bitfit.versions"],
+    [
+        "utils",
+        "bitfit.files",
+        "bitfit.output_paths",
+        "bitfit.parsing",
+        "bitfit.signals",
+        "bitfit.versions",
+    ],
     ["bitfit.options", "bitfit.distributed"],
     ["bitfit.data"],
     ["bitfit.model"],
@@ -106,7 +113,7 @@ def line_limit(path):
 
 # Files that do not meet a rule yet. The lists have to become empty: a file that meets the rule
 # must be removed from its list.
-WRONG_IMPORTS = ["bitfit/options.py"]
+WRONG_IMPORTS: list[str] = []
 LONG_FILES = [
     "benchmarks/gpu.py",
     "bitfit/data/splits.py",

@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from bitfit import options
 from bitfit.data.tasks import TASKS, compact, predictions, row_losses, score
+from bitfit.model import trainable
+from bitfit.tracking import services
 
 # paper.md's facts, written down a second time on purpose
 LABELS = {
@@ -100,3 +103,9 @@ def test_compact_logits_keep_their_order():
     assert kept[1].tolist() == [0, 0]
     scores = np.array([[1.23456789]], np.float32)
     assert compact(TASKS["stsb"], scores) is scores
+
+
+def test_flags_name_what_can_be_chosen():
+    assert tuple(TASKS) == options.TASK_NAMES
+    assert tuple(trainable.CHOICES) == options.FINE_TUNE_TYPES
+    assert tuple(services.KINDS) == options.TRACKERS

@@ -23,6 +23,7 @@ from bitfit.tracking import services
 from bitfit.tracking import tracker as tracking
 from bitfit.tracking.tracker import Tracker
 from bitfit.training import loop
+from bitfit.versions import is_installed
 from glue_evaluator import GLUEvaluator
 
 ALL = ["tensorboard", "wandb", "mlflow"]
@@ -460,7 +461,7 @@ def test_a_folder_is_no_library(tmp_path, monkeypatch):
     """W&B leaves a folder of its name, which Python would import."""
     (tmp_path / "somebodys").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not tracking.is_installed("somebodys") and tracking.is_installed("wandb")
+    assert not is_installed("somebodys") and is_installed("wandb")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from bitfit.model.precision import DTYPES, cast_parameters
 from bitfit.model.predict import predict, predict_runs
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
+from bitfit.model.trainable import select_trainable
+from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
 from bitfit.training.loop import start, train_epoch

@@ -19,7 +19,8 @@ from bitfit.model.forward import Forward, select_forward
 from bitfit.model.packing import packed_encoders
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.trainable import FINE_TUNE_TYPES, select_trainable
+from bitfit.model.trainable import select_trainable
+from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
 from bitfit.training.plan import Plan

@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitfit.options import TERMS
 from utils import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# term -> (parameter name relative to its layer, the paper's symbol), paper section 3
-TERMS = {
-    "query": ("attention.self.query.bias", "b_{q}"),
-    "key": ("attention.self.key.bias", "b_{k}"),
-    "value": ("attention.self.value.bias", "b_{v}"),
-    "attention_output": ("attention.output.dense.bias", "b_{m_1}"),
-    "attention_layernorm": ("attention.output.LayerNorm.bias", "b_{LN_1}"),
-    "intermediate": ("intermediate.dense.bias", "b_{m_2}"),
-    "output": ("output.dense.bias", "b_{m_3}"),
-    "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
-}
 Trainable = dict[str, np.ndarray | None]  # {parameter: the flat positions that train, or all}
 ALL_BIASES = "bias"  # the released code's name for `all`
 # Some models hold biases beside their Linear and LayerNorm modules: q_bias and v_bias (DeBERTa),
@@ -168,7 +158,7 @@ def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.
     return (picked[:, None] * columns + np.arange(columns)).ravel()
 
 
-CHOICES = {  # fine-tune type -> what it trains; a new type is one more entry
+CHOICES = {  # each of FINE_TUNE_TYPES -> the parameters that it trains
     "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
     "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
     "frozen": lambda model, **_: train_fully(head_names(model)),
@@ -177,7 +167,6 @@ CHOICES = {  # fine-tune type -> what it trains; a new type is one more entry
     ),
     "rand_row_col": lambda model, rng, **_: draw_row_column_mask(model, rng),
 }
-FINE_TUNE_TYPES = tuple(CHOICES)
 
 
 def select_trainable(

@@ -10,7 +10,8 @@ import pandas as pd
 
 from bitfit.data.tasks import Task
 from bitfit.files import atomic_file, write_text
-from bitfit.model.trainable import TERMS, layer_and_name
+from bitfit.model.trainable import layer_and_name
+from bitfit.options import TERMS
 from bitfit.results.scores import best_epochs
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from bitfit import options
 from bitfit.artifacts.run_folder import HARMLESS, run_folders
 from bitfit.data.tasks import TASKS
 from bitfit.files import write_text
+from bitfit.parsing import number
 from bitfit.study.protocol import (
     PAPER_MODELS,
     PAPER_TASKS,
@@ -296,9 +297,7 @@ def named_numbers(
 
     def convert(word: str) -> tuple[str | None, list]:
         name, mark, values = word.rpartition("=")
-        parsed = [
-            options.number(kind, low, high, above=kind is float)(v) for v in values.split(",")
-        ]
+        parsed = [number(kind, low, high, above=kind is float)(v) for v in values.split(",")]
         return (name if mark else None, parsed)
 
     return convert

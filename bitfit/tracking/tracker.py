@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -33,11 +32,6 @@ class TrackedState(Protocol):
     epoch: int
     step: int
     seconds: float
-
-
-def is_installed(kind: str) -> bool:
-    found = find_spec(kind)
-    return bool(found and found.origin)  # a mere folder of that name has no origin
 
 
 def connect(kinds: Sequence[str], output: Path) -> None:
