@@ -33,8 +33,11 @@ RATES = ["--learning-rate", "1e-3", "3e-3"]
 RUNS = ["lr0.001_seed0", "lr0.003_seed0"]
 STEPS = 15  # of 36 rows in batches of 8, three times
 
-# MLflow's own call, with the newest SQLAlchemy
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+# The warning comes from MLflow's own call, with the newest SQLAlchemy.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+    pytest.mark.pictures,  # trackers read them
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
