@@ -1,4 +1,7 @@
-"""The forward pass: the fastest way to batch examples that does not change their logits."""
+"""The forward pass, and the selection of the fastest way to batch rows.
+
+A way to batch is used only if it gives each row the logits that the row has alone.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -78,10 +81,10 @@ class Forward(NamedTuple):
         return self(tokens, to_device(self.make_batch(tokens, rows), tokens.ids.device))
 
 
-def cannot(model_name: str | Path, what: str, instead: str) -> Callable[[Exception], UserError]:
-    """Return a function that makes the `UserError` of another exception."""
+def cannot(model_name: str | Path, action: str, instead: str) -> Callable[[Exception], UserError]:
+    """Return a function that converts an exception of a model into a `UserError`."""
     return lambda error: UserError(
-        f"the model {model_name} cannot {what}: {type(error).__name__}: {first_line(error)}; "
+        f"the model {model_name} cannot {action}: {type(error).__name__}: {first_line(error)}; "
         f"give {instead}"
     )
 
@@ -94,23 +97,23 @@ def select_forward(
     tokens: TokenizedSplit,
     dtype: torch.dtype = torch.float32,
 ) -> Forward:
-    """The fastest `Forward` that gives each row the logits that it has alone; the log says which.
+    """Return the fastest `Forward` that gives each row the logits that it has alone, and log it.
 
-    Packed rows are tried first, then padded rows, then batches of rows of equal length, each on a
-    few rows in several batches. The model's padding token becomes the tokenizer's.
+    Packed rows are tried first, then padded rows, then batches of rows of equal length. Each is
+    tried on a few rows in several batches. The model gets the tokenizer's padding token.
 
     Raises:
-        UserError: the model cannot run on the rows, or compute in `dtype`, in its own words; or
-            its logits depend on the other rows of a batch in any case.
+        UserError: the model cannot run on the rows or compute in `dtype` (with the message of the
+            model's exception), or the logits of a row always depend on the others in a batch.
     """
     set_pad_token(model, tokens.pad_id)
     check_ids(model, model_name, tokens)
     tokens, rows = trial_rows(model, tokens)
     device = tokens.ids.device
-    what = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
-    with with_trial_head(model), torch.random.fork_rng([device] * (device.type == "cuda")):
-        with convert_errors(cannot(model_name, what, "another --model-name")):
-            model.train()  # some are strict in training alone (Reformer)
+    action = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
+    with trial_head(model), torch.random.fork_rng([device] * (device.type == "cuda")):
+        with convert_errors(cannot(model_name, action, "another --model-name")):
+            model.train()  # some models check their inputs in training alone (Reformer)
             Forward(model).logits(tokens, rows[1:2])
             model.eval()
             alone = {row: Forward(model).logits(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
@@ -125,22 +128,28 @@ def select_forward(
 
 
 def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: TokenizedSplit) -> None:
-    """Refuse texts with tokens that the model has no embeddings for, or cannot read together."""
-    known, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
-    if isinstance(known, int) and last >= known:
-        what = f"a text has token {last}, but the model {model_name} has embeddings for {known}"
-        raise UserError(f"{what} tokens, from 0: give a model that fits its tokenizer")
-    kinds = token_types(model)
-    if tokens.types is not None and kinds and tokens.types.max() >= kinds:
-        what = f"a row has token type {tokens.types.max()}, but the model {model_name} has "
-        raise UserError(f"{what}embeddings for {kinds} (type_vocab_size in config.json), from 0: "
-                        "give a model for pairs, or the tokenizer of this model")  # fmt: skip
-    if model.config.is_encoder_decoder:  # its head reads the last end of a text
+    """Check that the model has embeddings for all tokens and token types.
+
+    Raises:
+        UserError: it has not, or an encoder-decoder model would read the wrong token.
+    """
+    size, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
+    if isinstance(size, int) and last >= size:
+        problem = f"a text has token {last}, but the model {model_name} has embeddings for {size}"
+        raise UserError(f"{problem} tokens, from 0: give a model that fits its tokenizer")
+    types = token_types(model)
+    if tokens.types is not None and types and tokens.types.max() >= types:
+        problem = f"a row has token type {tokens.types.max()}, but the model {model_name} has "
+        raise UserError(
+            f"{problem}embeddings for {types} (type_vocab_size in config.json), from 0: "
+            "give a model for pairs, or the tokenizer of this model"
+        )
+    if model.config.is_encoder_decoder:  # the classifier reads a text's last end token
         check_ends(model.config.eos_token_id, model_name, tokens)
 
 
 def token_types(model: "PreTrainedModel") -> int | None:
-    """The number of token types that a model has embeddings for, or None."""
+    """Return the number of token types that a model has embeddings for, or None."""
     for name, module in model.named_modules():
         if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
             return module.num_embeddings
@@ -148,23 +157,27 @@ def token_types(model: "PreTrainedModel") -> int | None:
 
 
 def check_ends(eos: object, model_name: str | Path, tokens: TokenizedSplit) -> None:
-    """Refuse a text that has the token for its end in it: such models want as many in all rows."""
+    """Check that all rows have the same number of end tokens, which encoder-decoder models need.
+
+    Raises:
+        UserError: a text contains an end token.
+    """
     if not isinstance(eos, int):
         return
-    places = (tokens.ids == eos).nonzero().flatten().cpu().numpy()
-    row = np.searchsorted(tokens.starts, places, "right") - 1
+    positions = (tokens.ids == eos).nonzero().flatten().cpu().numpy()
+    row = np.searchsorted(tokens.starts, positions, "right") - 1
     counts = np.bincount(row, minlength=len(tokens.starts))
     if counts.min() < counts.max():
-        what = f"a text has the token for its end, {eos}, in it ({counts.max()} in a row, "
-        what += f"{counts.min()} in another), and the model {model_name} needs as many in each"
-        raise UserError(f"{what}: change the text, or give another --model-name")
+        problem = f"a text has the token for its end, {eos}, in it ({counts.max()} in a row, "
+        problem += f"{counts.min()} in another), and the model {model_name} needs as many in each"
+        raise UserError(f"{problem}: change the text, or give another --model-name")
 
 
 def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
-    """Let a decoder, which reads the last token before the padding, look for the tokenizer's.
+    """Set the model's padding token to the tokenizer's: decoders read the last token before it.
 
-    Where positions count from the padding token (RoBERTa), the number belongs to the weights: a
-    model loaded again with another one would have other positions.
+    Models that count positions from the padding token (RoBERTa) keep theirs, because it determines
+    their positions.
     """
     if not first_position(position_embedding(model)):
         model.config.get_text_config().pad_token_id = pad_id
@@ -173,34 +186,38 @@ def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
 def trial_rows(
     model: "PreTrainedModel", tokens: TokenizedSplit
 ) -> tuple[TokenizedSplit, np.ndarray]:
-    """(tokens, rows): the longest row, the shortest, a middling one, and where there is one, a
-    row with a token that the model may take for padding.
+    """Return the numbers of three or four rows to try a model on, and the tokens.
 
-    Where all rows have one length, half of a row is added as the shortest.
+    The rows are the longest, the shortest, one of median length and, if there is one, a row with
+    a token that the model may take for padding. If all rows have the same length, half a row is
+    added to the tokens as the shortest.
     """
     paddings = {getattr(module, "padding_idx", None) for module in model.modules()}
     paddings = torch.tensor([tokens.pad_id, *(paddings - {None})], device=tokens.ids.device)
-    places = torch.isin(tokens.ids, paddings.to(tokens.ids.dtype)).nonzero().flatten()[:1].tolist()
-    unlike = np.searchsorted(tokens.starts, places, "right") - 1
+    is_padding = torch.isin(tokens.ids, paddings.to(tokens.ids.dtype))
+    positions = is_padding.nonzero().flatten()[:1].tolist()
+    with_padding = np.searchsorted(tokens.starts, positions, "right") - 1
     starts, lengths = tokens.starts, tokens.lengths
     if lengths.min() == lengths.max() > 1:
-        half = lengths[0] // 2  # the second, for some models read the token that ends a row
+        half = lengths[0] // 2  # the second half, because some models read the last token
         starts = np.append(starts, starts[0] + lengths[0] - half)
         lengths = np.append(lengths, half)
     order = np.argsort(lengths, kind="stable")
-    rows = np.concatenate([order[[-1, 0, len(order) // 2]], unlike])
+    rows = np.concatenate([order[[-1, 0, len(order) // 2]], with_padding])
     return tokens._replace(starts=starts, lengths=lengths), rows
 
 
 def warn_of_constant(
     model_name: str | Path, alone: dict[int, torch.Tensor], lengths: np.ndarray
 ) -> None:
-    """Log that all rows, which differ in length, have the same logits but for rounding."""
+    """Log a warning if rows of different lengths all have the same logits, up to rounding."""
     logits = torch.stack([*alone.values()])
     rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
     if lengths.min() < lengths.max() and (logits - logits[0]).abs().max() <= rounding:
-        what = "has the same logits for all texts: do its weights fit its config.json (is_decoder)?"
-        LOGGER.warning("the model %s %s", model_name, what)
+        LOGGER.warning(
+            "the model %s has the same logits for all texts: do its weights fit its config.json "
+            "(is_decoder)?", model_name,
+        )  # fmt: skip
 
 
 def first_independent(
@@ -211,41 +228,43 @@ def first_independent(
     alone: dict[int, torch.Tensor],
     dtype: torch.dtype,
 ) -> Forward:
-    """The first `Forward` that gives rows in batches the logits that they have alone.
+    """Return the first `Forward` that gives rows in batches the logits that they have alone.
 
     Args:
-        alone: {row: the logits (C,) that it has alone}.
+        alone: {row: (C,) the logits that it has alone}.
 
     Raises:
         UserError: there is none.
     """
-    ways, problems = ways_to_batch(model, tokens, rows, dtype), []
-    if not ways[0][0].packed_encoder:
+    candidates, problems = forward_candidates(model, tokens, rows, dtype), []
+    if not candidates[0][0].packed_encoder:
         problems.append("packed rows need other layers")
-    for forward, batches in ways:
+    for forward, batches in candidates:
         problem = neighbour_problem(forward, tokens, batches, alone)
         if problem is None:
-            why = f" ({'; '.join(problems)})" if problems and not forward.packed_encoder else ""
-            LOGGER.info("rows: %s%s", forward.batching_kind, why)
+            reason = f" ({'; '.join(problems)})" if problems and not forward.packed_encoder else ""
+            LOGGER.info("rows: %s%s", forward.batching_kind, reason)
             return forward
         if (problem := f"{forward.batching_kind} rows {problem}") not in problems:
             problems.append(problem)
-    what = f"gives a row other logits in a batch than alone ({'; '.join(problems)})"
-    raise UserError(f"the model {model_name} {what}; give another --model-name")
+    raise UserError(
+        f"the model {model_name} gives a row other logits in a batch than alone "
+        f"({'; '.join(problems)}); give another --model-name"
+    )
 
 
-def ways_to_batch(
+def forward_candidates(
     model: "PreTrainedModel", tokens: TokenizedSplit, rows: np.ndarray, dtype: torch.dtype
 ) -> list[tuple[Forward, list[np.ndarray]]]:
-    """[(`Forward`, batches of row numbers to try it on)], the fastest first."""
-    # Packed, they are more tokens than a row of this model may have.
+    """Return (`Forward`, batches of row numbers to try it on), the fastest first."""
+    # The packed batch has more tokens than a row of this model may have.
     times = 1 + (position_limit(model) or 512) // tokens.lengths[rows].sum()
     packed = [np.tile(rows, times), rows[1:2]]
     padded = [rows, rows[::-1].copy(), rows[1:], rows[[2, 1]]]
     equal = [np.append(np.flatnonzero(tokens.lengths == tokens.lengths[r])[:2], r) for r in rows]
     encoders = packed_encoders(model, first_position(position_embedding(model)), dtype)
-    ways = [(Forward(model, packed_encoder), packed) for packed_encoder in encoders]
-    return [*ways, (Forward(model), padded), (Forward(model, equal_length=True), equal)]
+    candidates = [(Forward(model, packed_encoder), packed) for packed_encoder in encoders]
+    return [*candidates, (Forward(model), padded), (Forward(model, equal_length=True), equal)]
 
 
 def neighbour_problem(
@@ -254,7 +273,7 @@ def neighbour_problem(
     batches: list[np.ndarray],
     alone: dict[int, torch.Tensor],
 ) -> str | None:
-    """Return why rows must not be batched this way, or None if the logits are those of `alone`."""
+    """Return why `forward` must not be used, or None if its logits equal those of `alone`."""
     logits = torch.stack([*alone.values()])
     spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
     bound = 1e-4 * spread + 16 * torch.finfo(logits.dtype).eps * largest
@@ -262,25 +281,25 @@ def neighbour_problem(
         for batch in batches:
             known = np.flatnonzero(np.isin(batch, [*alone]))
             expected = torch.stack([alone[row] for row in batch[known]])
-            found = forward.logits(tokens, batch)
-            if len(found) < len(batch) or not (found[known] - expected).abs().max() <= bound:
+            logits = forward.logits(tokens, batch)
+            if len(logits) < len(batch) or not (logits[known] - expected).abs().max() <= bound:
                 return "give other logits"
-            if forward.uses_varlen:  # trained with FlashAttention, which computes in bf16 alone
+            if forward.uses_varlen:  # FlashAttention, which is used in training, needs bf16
                 with cast_parameters(forward.model, torch.bfloat16):
-                    found = forward.logits(tokens, batch)
-                if not (found[known] - expected).abs().max() <= 0.2 * largest:
+                    logits = forward.logits(tokens, batch)
+                if not (logits[known] - expected).abs().max() <= 0.2 * largest:
                     return "give other logits in bf16"
-    except Exception as error:  # whatever it is: the next way may do
+    except Exception as error:  # of any kind: the next candidate may work
         return f"raise {type(error).__name__}: {shorten(first_line(error), 100)}"
     return None
 
 
 @contextmanager
-def with_trial_head(model: "PreTrainedModel") -> Iterator[None]:
-    """Within: the head hides no difference between two ways to run the encoder.
+def trial_head(model: "PreTrainedModel") -> Iterator[None]:
+    """Give the classifier parameters that hide no difference between two encoder outputs.
 
-    The bias behind the last product is 0, for small differences would drown in its sums. A matrix
-    of zeros is random.
+    The last bias is 0, because rounding would hide small differences beside a large bias. A matrix
+    of zeros becomes random. On exit the parameters are as before.
     """
     head = [(n, p) for n, p in model.named_parameters() if not in_encoder(model, n)]
     generator = torch.Generator().manual_seed(0)
@@ -289,11 +308,11 @@ def with_trial_head(model: "PreTrainedModel") -> Iterator[None]:
     for _, p in head:
         if p.dim() > 1 and not p.any():
             trial[p] = torch.randn(p.shape, generator=generator).to(p)
-    before = {p: p.data for p in trial}
+    saved = {p: p.data for p in trial}
     try:
         for p, values in trial.items():
             p.data = values
         yield
     finally:
-        for p, values in before.items():
+        for p, values in saved.items():
             p.data = values

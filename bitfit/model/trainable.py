@@ -1,7 +1,7 @@
-"""Which parameters train: exact names per fine-tune type and bias term, and random masks.
+"""Select the trainable parameters: bias terms, the classifier, all parameters or random masks.
 
-One answer for all types: {parameter name: None (all of it) or the flat positions that train}.
-It freezes, counts, optimizes, saves and plots. Names are compared whole, never as substrings.
+The selection is {parameter name: None for all of it, or the flat positions that train}. It is used
+to freeze, count, optimize, save and plot. Names are compared exactly, never as substrings.
 """
 
 import re
@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Trainable = dict[str, np.ndarray | None]  # {parameter: the flat positions that train, or all}
+Trainable = dict[str, np.ndarray | None]  # {parameter name: None for all of it, or positions}
 ALL_BIASES = "bias"  # the released code's name for `all`
-# Some models hold biases beside their Linear and LayerNorm modules: q_bias and v_bias (DeBERTa),
+# Some models have biases outside Linear and LayerNorm modules: q_bias and v_bias (DeBERTa),
 # r_w_bias, r_r_bias and r_s_bias (XLNet, Funnel), in_proj_bias, bias_ih_l0, pos_bias_u.
 BIAS = re.compile(r"(\w+_)?bias(_[kuv]|_[ih]h_l\d+\w*)?")
-# Tables that attention adds for the distance of two tokens: embeddings of positions, not biases.
+# Attention adds these tables by the distance of two tokens: they are position embeddings.
 POSITION_TABLE = re.compile(r"(\w+_)?(position|attention)_bias")
-# Table 3's sizes of the random mask; other models train as many numbers as bitfit would.
+# The paper's sizes of the random mask (table 3); other models train as many values as bitfit.
 MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_000}
 
 
 def terms_to_components(terms: Sequence[str]) -> list[str]:
-    """Terms of `--bias-terms` -> parameter names relative to their layer; all -> "bias"."""
+    """Convert terms of `--bias-terms` to parameter names relative to their layer; all to "bias".
+
+    Raises:
+        UserError: a term is unknown.
+    """
     unknown = [term for term in terms if term != "all" and term not in TERMS]
     if unknown:
         raise UserError(f"unknown bias term {unknown[0]!r}; known: {', '.join(TERMS)}, all")
@@ -37,24 +41,27 @@ def terms_to_components(terms: Sequence[str]) -> list[str]:
 
 
 def components_to_terms(components: Sequence[str]) -> list[str]:
-    """The inverse of `terms_to_components`; a name that no term has stands for itself."""
+    """Convert relative names to terms of `--bias-terms`; a name without a term stays as it is."""
     terms = {name: term for term, (name, _) in TERMS.items()} | {ALL_BIASES: "all"}
     return [terms.get(component, component) for component in components]
 
 
 def layer_and_name(name: str) -> tuple[int | None, str]:
-    """ "bert.encoder.layer.3.output.dense.bias" -> (3, "output.dense.bias"); else (None, name)."""
+    """Split a name into its layer and the rest; outside of layers return (None, name).
+
+    "bert.encoder.layer.3.output.dense.bias" gives (3, "output.dense.bias").
+    """
     found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
 
 def in_encoder(model: "PreTrainedModel", name: str) -> bool:
-    """Whether a parameter belongs to the pre-trained encoder, not to the task's classifier."""
+    """Return whether a parameter belongs to the encoder and not to the classifier."""
     return name.startswith(model.base_model_prefix + ".")
 
 
 def matrix_weights(model: "PreTrainedModel") -> int:
-    """How many weights of the encoder's matrices each token is multiplied with."""
+    """Return the number of weights in the encoder's matrices, without embeddings."""
     return sum(
         p.numel()
         for n, p in model.named_parameters()
@@ -63,20 +70,27 @@ def matrix_weights(model: "PreTrainedModel") -> int:
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter is a bias: by the last part of its name, for some have two dimensions."""
+    """Return whether a parameter is a bias.
+
+    The last part of its name decides, because the biases of some models have two dimensions.
+    """
     last = name.rsplit(".", 1)[-1]
     return bool(BIAS.fullmatch(last)) and not POSITION_TABLE.fullmatch(last)
 
 
 def head_names(model: "PreTrainedModel") -> list[str]:
+    """Return the names of the classifier's parameters."""
     return [n for n, _ in model.named_parameters() if not in_encoder(model, n)]
 
 
 def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[str]:
-    """The bias terms given (relative names, or "bias" for all), the pooler's bias, the classifier.
+    """Return the names of the given biases, the pooler's bias and the classifier's parameters.
+
+    Args:
+        components: names relative to a layer, or "bias" for all biases.
 
     Raises:
-        UserError: if the model has no bias of one of those names.
+        UserError: the model has no bias with one of the names.
     """
     biases = [n for n, _ in model.named_parameters() if in_encoder(model, n) and is_bias(n)]
     kinds = sorted({layer_and_name(n)[1] for n in biases if layer_and_name(n)[0] is not None})
@@ -99,11 +113,12 @@ def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[st
 
 
 def train_fully(names: Iterable[str]) -> Trainable:
+    """Return the selection of whole parameters."""
     return dict.fromkeys(names)
 
 
 def default_mask_size(model: "PreTrainedModel") -> int:
-    """The paper's size for its three models, else as many numbers as bitfit trains."""
+    """Return the paper's size for its three models, else the size that bitfit trains."""
     for name, size in MASK_SIZES.items():
         if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", model.config.name_or_path):
             return size
@@ -115,7 +130,11 @@ def default_mask_size(model: "PreTrainedModel") -> int:
 def draw_uniform_mask(
     model: "PreTrainedModel", mask_size: int, rng: np.random.Generator
 ) -> Trainable:
-    """Exactly `mask_size` distinct positions, uniform over all the encoder's parameters."""
+    """Draw `mask_size` distinct positions, uniform over all parameters of the encoder.
+
+    Raises:
+        UserError: the encoder has fewer parameters.
+    """
     encoder = [(n, p.numel()) for n, p in model.named_parameters() if in_encoder(model, n)]
     ends = np.cumsum([size for _, size in encoder])
     if not 1 <= mask_size <= ends[-1]:
@@ -132,11 +151,11 @@ def draw_uniform_mask(
 
 
 def draw_row_column_mask(model: "PreTrainedModel", rng: np.random.Generator) -> Trainable:
-    """For each matrix of the layers and the pooler one random column, or as many rows.
+    """Draw one column, or rows with as many values, of each matrix of the layers and the pooler.
 
-    A matrix (out, in) with out >= in can give out // in distinct rows, as many numbers as a
-    column: a fair coin decides, as in the released code. A wider one gives a column. LayerNorm
-    gains train whole. Paper, table 3.
+    For a matrix (out, in) with out >= in, a fair coin decides between a column and out // in
+    distinct rows, as in the released code. A wider matrix always gives a column. LayerNorm gains
+    train fully (table 3 of the paper).
     """
     trainable: Trainable = {}
     for name, parameter in model.named_parameters():
@@ -151,14 +170,14 @@ def draw_row_column_mask(model: "PreTrainedModel", rng: np.random.Generator) -> 
 
 
 def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """Flat positions of one column, or of rows // columns distinct rows, sorted."""
+    """Draw the sorted flat positions of one column or of rows // columns distinct rows."""
     if rows < columns or not rng.integers(2):
         return np.arange(rows) * columns + rng.integers(columns)
     picked = np.sort(rng.choice(rows, size=rows // columns, replace=False))
     return (picked[:, None] * columns + np.arange(columns)).ravel()
 
 
-CHOICES = {  # each of FINE_TUNE_TYPES -> the parameters that it trains
+SELECTORS = {  # fine-tune type -> its selection, for each of `options.FINE_TUNE_TYPES`
     "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
     "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
     "frozen": lambda model, **_: train_fully(head_names(model)),
@@ -176,7 +195,7 @@ def select_trainable(
     mask_size: int | None = None,
     rng: np.random.Generator | None = None,
 ) -> Trainable:
-    """{parameter name: None (all of it) or the flat positions that train} of a fine-tune type.
+    """Return {parameter name: None for all of it, or flat positions} of a fine-tune type.
 
     Args:
         kind: one of FINE_TUNE_TYPES.
@@ -185,11 +204,11 @@ def select_trainable(
         rng: NumPy generator, for the random masks.
 
     Raises:
-        UserError: no such type; the model has no such bias, no classifier, or fewer parameters
-            than the mask.
+        UserError: the type is unknown, the model has no such bias or no classifier, or it has
+            fewer parameters than the mask.
     """
-    if kind not in CHOICES:
-        raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(CHOICES)}")
+    if kind not in SELECTORS:
+        raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(SELECTORS)}")
     if bool(components) != (kind == "bitfit"):
         raise UserError(f"bitfit needs components, and no other type takes any: {kind} got "
                         f"{', '.join(components) or 'none'}")  # fmt: skip
@@ -197,28 +216,28 @@ def select_trainable(
         raise UserError(
             f"this {model.config.model_type} model has no classifier beside its encoder"
         )
-    return CHOICES[kind](model, components=components, mask_size=mask_size, rng=rng)
+    return SELECTORS[kind](model, components=components, mask_size=mask_size, rng=rng)
 
 
 def trains_matrices(model: "PreTrainedModel", trainable: Trainable) -> bool:
-    """Whether what trains includes matrices of the encoder, or parts of some."""
+    """Return whether matrices of the encoder train, fully or in part."""
     inside = [n for n in trainable if in_encoder(model, n) and not is_bias(n)]
     return any(model.get_parameter(n).dim() > 1 for n in inside)
 
 
 def trains_all(model: "PreTrainedModel", trainable: Trainable) -> bool:
-    """Whether every parameter trains, and all of it."""
+    """Return whether all parameters train fully."""
     return all(n in trainable and trainable[n] is None for n, _ in model.named_parameters())
 
 
 def trains_only_biases(model: "PreTrainedModel", trainable: Trainable) -> bool:
-    """Whether biases, whole ones, are all of the encoder that trains."""
+    """Return whether whole biases are the only trained parameters of the encoder."""
     inside = [n for n in trainable if in_encoder(model, n)]
     return bool(inside) and all(is_bias(n) and trainable[n] is None for n in inside)
 
 
 def dense_masks(model: "PreTrainedModel", trainable: Trainable) -> dict[str, "torch.Tensor"]:
-    """{name: bool tensor of the parameter's shape} of what trains in part."""
+    """Return {name: bool tensor of its shape} of the parameters that train in part."""
     import torch
 
     masks = {}
@@ -230,7 +249,7 @@ def dense_masks(model: "PreTrainedModel", trainable: Trainable) -> dict[str, "to
 
 
 def count_trainable(model: "PreTrainedModel", trainable: Trainable) -> int:
-    """How many numbers train."""
+    """Return the number of trained values."""
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     return sum(
         sizes[n] if positions is None else len(positions) for n, positions in trainable.items()
@@ -238,16 +257,14 @@ def count_trainable(model: "PreTrainedModel", trainable: Trainable) -> int:
 
 
 def trainable_table(model: "PreTrainedModel", trainable: Trainable) -> str:
-    """A table of the trained tensors with their shapes, the total and its share."""
+    """Return a table of the trained tensors, their shapes, the total and its share, as text."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    total, everything = (
-        count_trainable(model, trainable),
-        sum(p.numel() for p in model.parameters()),
-    )
+    total = count_trainable(model, trainable)
+    num_parameters = sum(p.numel() for p in model.parameters())
     width = max(map(len, trainable))
     lines = [
         f"{n:<{width}}  {shapes[n]}" + ("" if p is None else f"  {len(p):,} of them")
         for n, p in trainable.items()
     ]
-    share = f"{total:,} of {everything:,} parameters train ({total / everything:.3%})"
+    share = f"{total:,} of {num_parameters:,} parameters train ({total / num_parameters:.3%})"
     return "\n".join(["Trained tensors", *lines, share])

@@ -1,8 +1,8 @@
-"""Find biases that cannot change the logits, such as the key's: softmax cancels a common shift.
+"""Find biases that do not affect the logits, such as the key's: softmax cancels its shift.
 
-Their true gradient is zero. Adam scales the rounding noise up to whole steps, in bf16 above all,
-so that such a bias seems to learn. They are found by computing with the model, not by name: with
-relative positions the logits may well depend on the key's bias.
+The true gradient of such a bias is zero. Adam scales the rounding noise up to full steps, above
+all in bf16, so that the bias seems to learn. The biases are found by computation and not by name,
+because with relative positions the logits may depend on the key's bias.
 """
 
 from collections.abc import Collection, Iterator
@@ -21,29 +21,30 @@ from bitfit.model.trainable import in_encoder, layer_and_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ROWS, TOKENS = 2, 32  # the trial computes with so many rows, and so many tokens of each
-ROUNDING = 1e-3  # what rounding may leave of a sum whose terms cancel, as a share of their sizes
-NOISE = 0.1  # standard deviation of the shifts, for attention may be uniform in a new model
+ROWS, TOKENS = 2, 32  # the number of rows to compute with, and the maximum tokens of each
+ROUNDING = 1e-3  # a sum is zero up to this share of the sum of absolute terms
+NOISE = 0.1  # standard deviation of random shifts: attention may be uniform in a new model
 
 
 def find_zero_gradients(
     model: "PreTrainedModel", trained: Collection[str], tokens: TokenizedSplit
 ) -> dict[str, list[list[int]]]:
-    """Return {name: [[start, stop], ...]}: where the gradients of trained biases are always zero.
+    """Return {bias: [[start, stop], ...]}, the ranges of trained biases with zero gradient.
 
-    The gradient of a bias is a sum over tokens. It counts as zero if its terms cancel, whatever
-    the row and the other biases, and if a random shift of all such biases keeps the logits.
+    The gradient of a bias is a sum over tokens. It counts as zero if its terms cancel in several
+    rows and for random values of the other biases, and if random shifts of all such biases leave
+    the logits unchanged.
 
     Args:
-        model: a float32 classifier; it is left as it was, but in evaluation mode.
-        trained: names of the parameters that train.
-        tokens: the `bitfit.data.tokens.TokenizedSplit` of a split.
+        model: a float32 classifier. It is left unchanged, in evaluation mode.
+        trained: names of the trained parameters.
+        tokens: rows to compute with.
     """
     tokens = tokens._replace(lengths=np.minimum(tokens.lengths, TOKENS))
     order, count = np.argsort(tokens.lengths, kind="stable"), len(tokens.lengths)
     rows = [order[[count * (ROWS + i) // (2 * ROWS)]] for i in range(ROWS)]  # of the longer half
     model.eval()
-    # In float64 rounding is far below any gradient; a model that cannot compute in it is next.
+    # Rounding of float64 is far below any gradient, but some models cannot compute in it.
     for dtype in (torch.float64, torch.float32):
         rng = torch.Generator().manual_seed(0)
         try:
@@ -52,7 +53,7 @@ def find_zero_gradients(
                 if masks and logits_change(model, trained, masks, tokens, rows, rng):
                     masks = {}
             return {name: ranges(mask) for name, mask in masks.items()}
-        except Exception:  # of any kind: `select_forward` reports what is wrong with a model
+        except Exception:  # of any kind: `select_forward` reports the problems of a model
             continue
     return {}
 
@@ -64,7 +65,7 @@ def cancelled_in_all(
     rows: list[np.ndarray],
     rng: torch.Generator,
 ) -> dict[str, torch.Tensor]:
-    """{name: (size,) bool}, True in the parts of biases whose gradients cancel in all rows."""
+    """Return {bias: (size,) bool}, True for attention heads whose gradients cancel in all rows."""
     sizes = {name: model.get_parameter(name).shape for name in trained if in_encoder(model, name)}
     biases = [n for n, shape in sizes.items() if n.endswith(".bias") and len(shape) == 1]
     masks = {name: torch.ones(sizes[name], dtype=torch.bool) for name in biases}
@@ -74,13 +75,13 @@ def cancelled_in_all(
         for name, mask in masks.items():
             total, size = sums.get(name, (torch.ones(()), torch.zeros(())))
             mask &= ((total.abs() <= ROUNDING * size) & (size > 0)).cpu()
-    # One number may be small by chance, and those of a whole head may not.
+    # A single gradient may be small by chance, but not those of a whole attention head.
     masks = {name: whole_parts(mask, head_size(model.config)) for name, mask in masks.items()}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def head_size(config: "PreTrainedConfig") -> int | None:
-    """The width of an attention head, or None."""
+    """Return the width of an attention head, or None."""
     try:
         return config.hidden_size // config.num_attention_heads
     except (AttributeError, TypeError, ZeroDivisionError):
@@ -88,7 +89,10 @@ def head_size(config: "PreTrainedConfig") -> int | None:
 
 
 def whole_parts(mask: torch.Tensor, width: int | None) -> torch.Tensor:
-    """A mask (size,) where all of its part of so many is True; of other sizes it is one part."""
+    """Return a mask (size,) of the parts of `width` entries that are all True.
+
+    A mask whose size is not a multiple of `width` is one part.
+    """
     parts = mask.view(-1, width if width and len(mask) % width == 0 else len(mask))
     return parts.all(1, keepdim=True).expand_as(parts).flatten()
 
@@ -100,7 +104,7 @@ def shifted(
     rng: torch.Generator,
     masks: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Within: random values are added to parameters, or to those of their values in masks."""
+    """Add random values to parameters, or to their entries in `masks`, within the context."""
     parameters = [model.get_parameter(name) for name in names]
     data = [parameter.data for parameter in parameters]
     try:
@@ -114,14 +118,14 @@ def shifted(
             parameter.data = values
 
 
-Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {bias: (sum, sum of sizes)}, (size,) each
+Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {bias: (sum, sum of absolutes)}, (size,)
 
 
 def add_gradient(sums: Sums, name: str, axis: int, gradient: torch.Tensor) -> None:
     """Add a gradient of a module's output, whose features are on `axis`, to the sums of a bias."""
     gradient = gradient.movedim(axis, -1).flatten(0, -2)
     signed, absolute = gradient.sum(0), gradient.abs().sum(0)
-    if name in sums:  # a module that is called again
+    if name in sums:  # the module is called more than once
         signed, absolute = sums[name][0] + signed, sums[name][1] + absolute
     sums[name] = signed, absolute
 
@@ -129,7 +133,7 @@ def add_gradient(sums: Sums, name: str, axis: int, gradient: torch.Tensor) -> No
 def watch_output(
     sums: Sums, name: str, module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple
 ) -> None:
-    """Let the gradient of a module's output be added to the sums of its bias (a forward hook)."""
+    """Forward hook: add the gradient of a module's output to the sums of its bias."""
     output = output[0] if isinstance(output, tuple) else output
     axis = 1 if isinstance(module, torch.nn.Conv1d) else -1
     if output.shape[axis] == len(module.bias) and output.requires_grad:
@@ -143,10 +147,13 @@ def gradient_sums(
     row: np.ndarray,
     rng: torch.Generator,
 ) -> Sums:
-    """{name: (sum, sum of sizes)} of a bias's gradients from the tokens of a row, (size,) each.
+    """Return {bias: (sum, sum of absolute values)} of the gradients of a row's tokens.
 
-    They are those of its module's output, to which it is added; one that is not has none here, or
-    gradients that do not cancel.
+    These are the gradients of the output of the bias's module. A bias that is not added to that
+    output has no entry, or gradients that do not cancel.
+
+    Args:
+        row: (1,) int64, the number of the row.
     """
     sums: Sums = {}
     handles, flags = [], [(p, p.requires_grad) for p in model.parameters()]
@@ -181,7 +188,7 @@ def logits_change(
     rows: list[np.ndarray],
     rng: torch.Generator,
 ) -> bool:
-    """Whether a shift of the biases in masks changes any row's logits by more than rounding."""
+    """Return whether shifts of the biases in `masks` change the logits by more than rounding."""
     forward = Forward(model)
     with shifted(model, trained, rng):
         before = torch.cat([forward.logits(tokens, row) for row in rows])
@@ -193,19 +200,19 @@ def logits_change(
 
 
 def ranges(mask: torch.Tensor) -> list[list[int]]:
-    """[[start, stop], ...] where a mask (size,) is True."""
+    """Return [[start, stop], ...], the ranges where a mask (size,) is True."""
     edges = np.flatnonzero(np.diff(mask.numpy().astype(np.int8), prepend=0, append=0))
     return edges.reshape(-1, 2).tolist()
 
 
 def format_zero_gradients(found: dict[str, list[list[int]]], model: "PreTrainedModel") -> str:
-    """The bias terms found, as text: "k_lin.bias", or "32 of 96 numbers of c_attn.bias"."""
-    numbers: dict[str, tuple[int, int]] = {}
+    """Return the bias terms as text: "k_lin.bias", or "32 of 96 numbers of c_attn.bias"."""
+    counts: dict[str, tuple[int, int]] = {}
     for name, spans in found.items():
-        fixed, size = numbers.get(term := layer_and_name(name)[1], (0, 0))
+        fixed, size = counts.get(term := layer_and_name(name)[1], (0, 0))
         fixed += sum(stop - start for start, stop in spans)
-        numbers[term] = fixed, size + model.get_parameter(name).numel()
+        counts[term] = fixed, size + model.get_parameter(name).numel()
     return ", ".join(
         term if fixed == size else f"{fixed:,} of {size:,} numbers of {term}"
-        for term, (fixed, size) in numbers.items()
+        for term, (fixed, size) in counts.items()
     )
