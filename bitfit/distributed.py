@@ -1,9 +1,8 @@
-"""The processes of torchrun, called ranks: who trains which runs, and the little they tell each
-other.
+"""The ranks of torchrun: the assignment of runs to ranks, and collectives.
 
-K runs over R ranks. With as many runs as ranks, or more, each rank trains a share of them alone.
-With fewer, a run has several ranks: each computes some rows of every batch, and the gradients are
-summed. torchrun starts the ranks, and ends all of them where one fails.
+With at least as many runs as ranks, each rank trains some runs alone. With fewer, several ranks
+train one run: each computes some rows of every batch, and the gradients are summed. torchrun starts
+the ranks, and ends all of them if one fails.
 """
 
 import hashlib
@@ -19,30 +18,30 @@ import numpy as np
 
 from utils import RankLost, UserError, first_line, resolve_gpu
 
-if TYPE_CHECKING:  # -h imports this module, and no torch
+if TYPE_CHECKING:  # -h imports this module and must not import torch
     import torch
 
 Json = Any  # a value that json.dumps takes
 Result = TypeVar("Result")
-LOOK_SECONDS = 0.05  # between two looks at what the others said
-MEET = timedelta(minutes=30)  # for all ranks to meet, and for the slowest of a step
+POLL_SECONDS = 0.05  # between two checks of the store for the other ranks' values
+TIMEOUT = timedelta(minutes=30)  # for all ranks to start, and for the slowest rank of a step
 
 
 class Group(NamedTuple):
     """The ranks that train the same runs."""
 
-    ranks: tuple = (0,)  # their numbers
-    rank: int = 0  # this one's place among them
-    host: Any = None  # torch.distributed's group for what lies in the host's memory
-    device: Any = None  # and for gradients
-    shows_progress: bool = True  # whether this process shows progress: one of all does
+    ranks: tuple[int, ...] = (0,)  # their numbers in the command
+    rank: int = 0  # the number of this rank in the group
+    host: Any = None  # torch.distributed's group for tensors in the host's memory
+    device: Any = None  # torch.distributed's group for gradients
+    shows_progress: bool = True  # True for one process of the command
 
     @property
     def size(self) -> int:
         return len(self.ranks)
 
     def all_reduce_sum_(self, *tensors: "torch.Tensor") -> None:
-        """Add up over the ranks, in place; all of them then hold the same bits."""
+        """Sum each tensor over the ranks, in place; all ranks then hold the same bits."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -56,44 +55,44 @@ class Group(NamedTuple):
                         dist.all_reduce(tensor, group=self.device)
 
     def barrier(self) -> None:
-        """Until all ranks are here; a sum of nothing would not wait."""
-        self.all_reduce_max(0)
+        """Wait until all ranks have called this."""
+        self.all_reduce_max(0)  # A reduction of an empty tensor would not wait.
 
     def all_reduce_max(self, *numbers: float) -> Sequence[float]:
-        """The largest of each number over the ranks; waits for all of them."""
+        """Return the maximum of each number over the ranks; None counts as 0."""
         if self.size == 1:
             return numbers
         import torch
         import torch.distributed as dist
 
-        together = torch.tensor([float(number or 0) for number in numbers], dtype=torch.float64)
+        maxima = torch.tensor([float(number or 0) for number in numbers], dtype=torch.float64)
         with raise_rank_lost():
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=self.host)
-        return together.tolist()
+            dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.host)
+        return maxima.tolist()
 
     def all_gather(self, tensors: list["torch.Tensor"]) -> list["torch.Tensor"]:
-        """The byte tensors of all ranks, those of rank 0 first; each has as many, of one shape."""
+        """Return the byte tensors of all ranks in rank order; all ranks give the same shapes."""
         if self.size == 1:
             return tensors
         import torch.distributed as dist
 
-        everyone = [[tensor.clone() for tensor in tensors] for _ in self.ranks]
+        gathered = [[tensor.clone() for tensor in tensors] for _ in self.ranks]
         with raise_rank_lost():
-            for k, own in enumerate(tensors):
-                dist.all_gather([theirs[k] for theirs in everyone], own, group=self.host)
-        return [tensor for theirs in everyone for tensor in theirs]
+            for k, tensor in enumerate(tensors):
+                dist.all_gather([of_rank[k] for of_rank in gathered], tensor, group=self.host)
+        return [tensor for of_rank in gathered for tensor in of_rank]
 
     def replicas_equal(self, values: "torch.Tensor") -> bool:
-        """Whether all ranks hold the same values, by hash."""
+        """Return whether all ranks hold the same values, by hash."""
         if self.size == 1:
             return True
         digest = hashlib.sha256(values.cpu().numpy().tobytes()).digest()
-        number = int.from_bytes(digest[:6], "big")  # a float64 holds it
-        most, least = self.all_reduce_max(number, -number)
-        return most == -least
+        number = int.from_bytes(digest[:6], "big")  # exact in a float64
+        maximum, negative_minimum = self.all_reduce_max(number, -number)
+        return maximum == -negative_minimum
 
     def shard_rows(self, lengths: np.ndarray) -> np.ndarray:
-        """Which of some rows are this rank's: positions, so that each rank has as many tokens.
+        """Return this rank's rows as positions, so that all ranks get about as many tokens.
 
         Args:
             lengths: (rows,) tokens in each row.
@@ -108,7 +107,7 @@ SINGLE_PROCESS = Group()
 
 @contextmanager
 def raise_rank_lost() -> Iterator[None]:
-    """Within: RankLost where another rank, or torchrun, is gone."""
+    """Raise RankLost in the context if another rank, or torchrun, has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -116,14 +115,14 @@ def raise_rank_lost() -> Iterator[None]:
 
 
 def shared_error(message: str) -> UserError:
-    """A UserError that all ranks raise, so that one of them says it."""
+    """Return a UserError that all ranks raise, so that only one of them prints it."""
     error = UserError(message)
     error.shared = True
     return error
 
 
 def assign_runs(runs: Sequence, size: int) -> list[tuple[tuple[int, ...], Sequence]]:
-    """[(ranks, the runs they train)]: neighbours each, and as even as it goes."""
+    """Return [(ranks, the runs that they train)], consecutive and as even as possible."""
     count = min(len(runs), size)
     return [
         (
@@ -135,60 +134,63 @@ def assign_runs(runs: Sequence, size: int) -> list[tuple[tuple[int, ...], Sequen
 
 
 class Ranks:
-    """All processes of one command; this one alone where torchrun did not start it.
+    """All processes of one command; a single process if torchrun did not start it.
 
     Attributes:
-        rank, size: this process's number and how many there are; of them `local_size` on this
-            machine, here number `local_rank`.
+        rank, size: the number of this process, and the number of processes.
+        local_rank, local_size: the same among the processes of this machine.
     """
 
     def __init__(self) -> None:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        launched = "TORCHELASTIC_RUN_ID" in os.environ  # else the names are another launcher's
+        launched = "TORCHELASTIC_RUN_ID" in os.environ  # Other launchers set the same names.
         numbers = [int(os.environ[name]) for name in names] if launched else [0, 1, 0, 1]
         self.rank, self.size, self.local_rank, self.local_size = numbers
-        self.store: Any = None  # torch's key-value store, once the ranks have met
-        self.said = 0
+        self.store: Any = None  # torch's key-value store, once it is needed
+        self.gather_count = 0
 
-    def all_gather_object(self, fact: Json) -> list:
-        """What all ranks say, in their order, each a JSON value; a signal ends the wait."""
+    def all_gather_object(self, value: Json) -> list:
+        """Return the JSON values of all ranks in rank order; a signal ends the wait."""
         if self.size == 1:
-            return [fact]
+            return [value]
         if self.store is None:
             from torch.distributed import PrefixStore, rendezvous
 
-            self.store = PrefixStore("bitfit", next(rendezvous("env://", timeout=MEET))[0])
-        self.said += 1
-        keys = [f"{self.said}/{rank}" for rank in range(self.size)]
+            self.store = PrefixStore("bitfit", next(rendezvous("env://", timeout=TIMEOUT))[0])
+        self.gather_count += 1
+        keys = [f"{self.gather_count}/{rank}" for rank in range(self.size)]
         with raise_rank_lost():
-            self.store.set(keys[self.rank], json.dumps(fact))
+            self.store.set(keys[self.rank], json.dumps(value))
             while not self.store.check(keys):
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
             return [json.loads(self.store.get(key)) for key in keys]
 
     def raise_together(self, work: Callable[[], Result]) -> Result:
-        """What `work()` gives, once all ranks have done it; one's UserError is raised on all."""
-        wrong = None
+        """Return `work()` after all ranks have done it; a UserError of one is raised on all."""
+        message = None
         try:
             value = work()
         except UserError as error:
-            wrong = str(error)
-        wrong = next(filter(None, self.all_gather_object(wrong)), None)
-        if wrong:
-            raise shared_error(wrong)
-        return value  # bound: an error would have been raised
+            message = str(error)
+        message = next(filter(None, self.all_gather_object(message)), None)
+        if message:
+            raise shared_error(message)
+        return value  # It is bound, because an error would have been raised.
 
     def run_on_rank0(self, work: Callable[[], Result]) -> Result:
-        """`work()` on rank 0 alone, while the others wait; its answer, a JSON value, on all."""
+        """Do `work()` on rank 0 only, and return its result, a JSON value, on all ranks."""
         return self.all_gather_object(
             self.raise_together(work if self.rank == 0 else lambda: None)
         )[0]
 
     def local_gpu(self, choice: int | str | None) -> int | None:
-        """--gpu-device -> the number of this rank's GPU, None for the CPU.
+        """Return the number of this rank's GPU, or None for the CPU.
+
+        Args:
+            choice: the value of --gpu-device.
 
         Raises:
-            UserError: there are more ranks than GPUs, and it was not asked for.
+            UserError: there are more ranks than GPUs, and no --gpu-device.
         """
         import torch
 
@@ -196,45 +198,48 @@ class Ranks:
         if self.size == 1 or choice is not None or not count:
             return resolve_gpu(choice)
         if self.local_rank >= count:
-            what = f"{self.local_size} ranks on a machine with {count} GPUs: give torchrun "
-            raise UserError(f"{what}--nproc-per-node {count}, or --gpu-device to share one GPU")
+            raise UserError(
+                f"{self.local_size} ranks on a machine with {count} GPUs: give torchrun "
+                f"--nproc-per-node {count}, or --gpu-device to share one GPU"
+            )
         return self.local_rank
 
     def make_group(self, runs: Sequence, on_own_gpus: bool) -> tuple[Sequence, Group]:
-        """(the runs that this rank trains, the `Group` of all ranks that train them).
+        """Return the runs that this rank trains, and the group of the ranks that train them.
 
         Args:
-            on_own_gpus: whether each rank has a GPU for itself: then NCCL sums, else gloo.
+            on_own_gpus: whether each rank has a GPU for itself, so that NCCL sums gradients.
         """
-        speaks, dealt = self.rank == 0, assign_runs(runs, self.size)
-        if len(dealt) == self.size:
-            members, own = dealt[self.rank]
-            return own, Group(members, shows_progress=speaks)
+        shows_progress, assignment = self.rank == 0, assign_runs(runs, self.size)
+        if len(assignment) == self.size:
+            ranks, runs_of_rank = assignment[self.rank]
+            return runs_of_rank, Group(ranks, shows_progress=shows_progress)
         import torch.distributed as dist
 
         store = dist.PrefixStore("groups", self.store)
         dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=MEET
+            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
         )
-        for members, own in dealt:  # all ranks make all groups
-            host = dist.new_group(members, timeout=MEET, backend="gloo")
-            device = dist.new_group(members, timeout=MEET, backend="nccl") if on_own_gpus else host
-            if self.rank in members:
-                place = members.index(self.rank)
-                result = own, Group(members, place, host, device, speaks)
+        for ranks, runs_of_group in assignment:  # torch wants every rank to create every group.
+            host = device = dist.new_group(ranks, timeout=TIMEOUT, backend="gloo")
+            if on_own_gpus:
+                device = dist.new_group(ranks, timeout=TIMEOUT, backend="nccl")
+            if self.rank in ranks:
+                group = Group(ranks, ranks.index(self.rank), host, device, shows_progress)
+                result = runs_of_group, group
         return result
 
-    def require_equal(self, what: str, fact: Json) -> None:
-        """UserError where a rank has another `fact` than the first."""
-        said = self.all_gather_object(fact)
-        others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
-        if others:
+    def require_equal(self, name: str, value: Json) -> None:
+        """Raise a UserError if a rank has another value than rank 0."""
+        values = self.all_gather_object(value)
+        different = [rank for rank, other in enumerate(values) if other != values[0]]
+        if different:
             raise shared_error(
-                f"rank {others[0]} has another {what} than rank 0: give all the same"
+                f"rank {different[0]} has another {name} than rank 0: give all the same"
             )
 
     def shutdown(self) -> None:
-        """Wait until all ranks are done, and leave them."""
+        """Wait until all ranks are done, and close the process group."""
         self.all_gather_object("done")
         if self.size > 1:
             import torch.distributed as dist
@@ -244,7 +249,7 @@ class Ranks:
 
     @property
     def launch_command(self) -> str:
-        """What started this program, as words of a command."""
+        """Return the words of a command that start a program as this one was started."""
         if self.size == 1:
             return "python"
         if self.size > self.local_size:

@@ -27,14 +27,16 @@ def run_cli(
     tell: Callable[[str, BaseException, int], None] | None = None,
     is_finished: Callable[[], bool | None] | None = None,
 ) -> int:
-    """A program's exit status: that of `work(signals)`, or with one line where it ended badly.
+    """Do a program's work and return its exit status; write one line if it failed or was stopped.
 
     Args:
-        program: its name.
-        stopped, fault: what the line says after the name of the signal, and after the fault.
-        less_memory: what needs less memory.
-        tell: writes the line, given it, the exception and the status.
-        is_finished: whether all is done, so that a signal comes too late to stop anything.
+        program: the name at the beginning of the line.
+        work: gets the stop signals and returns an exit status, or None for 0.
+        stopped: text after the name of a signal.
+        fault: text after an error of the machine.
+        less_memory: text about what needs less memory.
+        tell: writes the line; gets the line, the exception and the exit status.
+        is_finished: returns whether all files are complete, so that a signal came too late.
     """
     tell = tell or (lambda line, error, status: write_line(line))
     try:
@@ -57,7 +59,7 @@ def run_cli(
 def outcome(
     error: BaseException, stopped: str, fault: str, less_memory: str
 ) -> tuple[int | None, str]:
-    """(exit status, message) of the exception that ended a program; None: it is a bug."""
+    """Return the exit status and the message for an exception; the status of a bug is None."""
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, (Diverged, NotPushed)):
@@ -66,7 +68,9 @@ def outcome(
         return 128 + error.number, f"stopped: {error}{stopped}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, f"stopped: at once{stopped}"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only input has those
+    if (
+        isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    ):  # Only the user gives such names.
         return 2, f"error: {first_line(error)}: give another name"
     if is_machine_error(error) or isinstance(error, (CorruptFile, RankLost, OSError)):
         memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
