@@ -1,4 +1,4 @@
-"""One table, and with --plot a picture, from the output folders of several runs.
+"""Compare runs in one table, and with --plot in one figure; a sweep's folder stands for its runs.
 
 python scripts/compare.py out/a out/b --plot out/methods.png
 """
@@ -24,38 +24,56 @@ import pandas as pd
 
 import utils
 from bitfit.cli import exit_status
+from bitfit.data.tasks import TASKS
 from bitfit.output_paths import file_error
 from bitfit.parsing import OneLineParser
 from bitfit.results import escape
-from bitfit.results.plots import curve_figure, save_figure
+from bitfit.results.plots import (
+    FIGURE_SUFFIXES,
+    METHOD_STYLES,
+    LineStyle,
+    curve_figure,
+    plot_curve,
+    save_figure,
+    series_style,
+)
 from bitfit.results.scores import read_metrics
 from utils import UserError, convert_errors, escape_unprintable, first_line
 
-Run = tuple[dict[str, Any], pd.DataFrame]  # a run's metadata and scores
-COLORS = [f"C{number}" for number in range(10)]
-STYLES = ("-", "--", ":", "-.")  # so that 40 lines can be told apart
+Run = tuple[dict[str, Any], pd.DataFrame]  # a run's metrics.json and its scores
+LABELS = ("task", "model", "method", "learning rate", "trained")  # equal for runs of one curve
 
 
-def read(folder: str) -> Run:
-    """(facts, scores) of a run's folder; UserError where it is none, or was edited."""
-    if (Path(folder) / "results.csv").exists():
-        raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
+def run_folders(folder: str) -> list[Path]:
+    """Return the folders of a sweep's scored runs, or the folder itself if it is a single run."""
+    path = Path(folder)
+    if not (path / "results.csv").exists():
+        return [path]
+    runs = [file.parent for file in path.glob("lr*/metrics.json")]
+    if not runs:
+        raise UserError(f"{folder} is a sweep without scored runs: give other folders")
+    return sorted(runs)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Return the metrics and scores of a run; raise a UserError where they cannot be read."""
 
     def unreadable(error: Exception) -> UserError:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        return UserError(f"{folder} holds no scores of run_glue.py: {what}")
+        message = f"{type(error).__name__}: {first_line(error)}"
+        return UserError(f"{folder} holds no scores of run_glue.py: {message}")
 
     with convert_errors(unreadable):
-        facts, scores = read_metrics(folder)
-        facts["finished"] = is_finished(Path(folder))
-        describe(facts, scores)
-    return facts, scores
+        metrics, scores = read_metrics(folder)
+        metrics["finished"] = is_finished(Path(folder))
+        describe(metrics, scores)
+    return metrics, scores
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has all its files; a sweep marks each of its runs, and itself at the end.
+    """Return whether a run has all its files.
 
-    One of GLUEvaluator's own in Python has no args.json, and leaves none but its checkpoints.
+    A sweep marks each of its runs in args.json, and itself at the end. A run of GLUEvaluator in
+    Python has no args.json; while it is interrupted it has checkpoints.
     """
     for place in (folder, folder.absolute().parent):
         if (place / "args.json").exists():
@@ -63,69 +81,115 @@ def is_finished(folder: Path) -> bool:
     return not (folder / "checkpoints").exists()
 
 
-def describe(facts: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
-    """One run's line: what ran, how much trained, its main score x 100."""
-    metric, terms = facts["main_metric"], facts["bias_terms"]
-    method = facts["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
-    validation = curve(facts, scores)
+def task_label(name: str) -> str:
+    """Return the task's name as other programs print it, such as CoLA."""
+    return TASKS[name].folder if name in TASKS else escape_unprintable(name)
+
+
+def describe(metrics: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
+    """Return a run's row of the table: method, trained share, main score × 100."""
+    metric, terms = metrics["main_metric"], metrics["bias_terms"]
+    method = metrics["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
+    validation = main_curve(metrics, scores)
     train = 100 * scores.query("split == 'train' and metric == @metric")["value"]
     return {
-        "task": escape_unprintable(facts["task"]),
-        "model": escape_unprintable(Path(facts["model"]).name),
-        "method": method + " (random encoder)" * facts["random_encoder"],
-        "learning rate": f"{facts['learning_rate']:g}",
-        "seed": facts["seed"],
-        "trained": f"{facts['trained_parameters'] / facts['all_parameters']:.2%}",
+        "task": task_label(metrics["task"]),
+        "model": escape_unprintable(Path(metrics["model"]).name),
+        "method": method + " (random encoder)" * metrics["random_encoder"],
+        "learning rate": f"{metrics['learning_rate']:g}",
+        "seed": metrics["seed"],
+        "trained": f"{metrics['trained_parameters'] / metrics['all_parameters']:.2%}",
         "score": metric,
         "train": f"{train.iloc[-1]:.1f}",
-        "validation": f"{validation.iloc[-1]:.1f}" + " (not finished)" * (not facts["finished"]),
+        "validation": f"{validation.iloc[-1]:.1f}" + " (not finished)" * (not metrics["finished"]),
         "best": f"{validation.max():.1f} (epoch {validation.idxmax()})",
-        "seconds": f"{sum(facts['seconds'].values()):.1f}",
+        "seconds": f"{sum(metrics['seconds'].values()):.1f}",
     }
 
 
-def curve(facts: dict[str, Any], scores: pd.DataFrame) -> pd.Series:
-    """The main validation score x 100 by epoch."""
+def main_curve(metrics: dict[str, Any], scores: pd.DataFrame) -> pd.Series:
+    """Return the main validation score × 100 by epoch."""
     validation = scores.loc[scores["split"] != "train", "split"].iloc[0]
-    main = scores[(scores["split"] == validation) & (scores["metric"] == facts["main_metric"])]
-    return 100 * main.set_index("epoch")["value"]
+    is_main = (scores["split"] == validation) & (scores["metric"] == metrics["main_metric"])
+    return 100 * scores[is_main].set_index("epoch")["value"]
 
 
-def picture(runs: list[Run], path: str | Path) -> None:
-    """The main validation score of each run over its epochs, one line each."""
-    rows = [describe(*run) for run in runs]
-    same = {name for name in ("task", "model") if len({row[name] for row in rows}) == 1}
-    caption = ", ".join([*(rows[0][name] for name in ("task", "model") if name in same), ""])
-    scores = " or ".join(dict.fromkeys(row["score"] for row in rows))
-    labels = []
-    for row in rows:
-        differs = [row[name] for name in ("task", "model") if name not in same]
-        what = ", ".join([*differs, row["method"]])
-        how = f"{row['trained']} trained, learning rate {row['learning rate']}, seed {row['seed']}"
-        labels.append(textwrap.fill(f"{what}: {row['validation']} ({how})", 88))
+def group_by_seed(runs: list[Run]) -> list[list[Run]]:
+    """Return the runs in groups that differ in nothing but the seed."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        row = describe(*run)
+        groups.setdefault(tuple(row[name] for name in LABELS), []).append(run)
+    return list(groups.values())
+
+
+def line_styles(groups: list[list[Run]]) -> list[LineStyle]:
+    """Return a style for each group: that of its method if every method occurs once."""
+    short = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q"}
+    methods = []
+    for (metrics, _), *_ in groups:
+        terms = tuple(sorted(metrics["bias_terms"]))
+        all_terms = terms in ((), ("all",)) and not metrics["random_encoder"]
+        methods.append(metrics["fine_tune_type"] if all_terms else short.get(terms, ""))
+    if len(set(methods)) == len(methods) and set(methods) <= set(METHOD_STYLES):
+        return [METHOD_STYLES[method] for method in methods]
+    return [series_style(number) for number in range(len(groups))]
+
+
+def group_label(runs: list[Run], differing: list[str]) -> str:
+    """Return the legend's text for runs that differ in nothing but the seed."""
+    row, curves = describe(*runs[0]), [main_curve(*run) for run in runs]
+    last = sum(curve.iloc[-1] for curve in curves) / len(curves)
+    score = f"{last:.1f} on average" if len(runs) > 1 else row["validation"]
+    seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {row['seed']}"
+    names = ", ".join([*(row[name] for name in differing), row["method"]])
+    details = f"{row['trained']} trained, learning rate {row['learning rate']}, {seeds}"
+    return textwrap.fill(f"{names}: {score} ({details})", 88)
+
+
+def plot_runs(runs: list[Run], path: str | Path) -> None:
+    """Plot the main validation score over the epochs: a line per method and learning rate.
+
+    The line is the mean over the seeds, its band reaches from the worst to the best seed.
+    """
+    rows, groups = [describe(*run) for run in runs], group_by_seed(runs)
+    names = ("task", "model")
+    shared = [name for name in names if len({row[name] for row in rows}) == 1]
+    caption = "".join(f"{rows[0][name]}, " for name in shared) + "validation score"
+    metrics = " or ".join(dict.fromkeys(row["score"] for row in rows))
+    labels = [group_label(group, [n for n in names if n not in shared]) for group in groups]
+    xlabel = "epoch"
+    if len(groups) < len(runs):
+        xlabel += " (line: mean over the seeds; band: from the worst to the best seed)"
     height = 4 + 0.22 * sum(label.count("\n") + 1 for label in labels)
-    figure, axes = curve_figure(f"{caption}validation score", "epoch", f"{scores} x 100", height)
-    for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        style = {"color": COLORS[number % 10], "linestyle": STYLES[number // 10 % 4]}
-        axes.plot(curve(*run), marker="o", markersize=3.5, label=escape.plot(label), **style)
+    epochs = [epoch for run in runs for epoch in main_curve(*run).index]
+    figure, axes = curve_figure(caption, xlabel, f"validation {metrics} × 100", epochs, height)
+    for group, style, label in zip(groups, line_styles(groups), labels, strict=True):
+        curves = pd.DataFrame({i: main_curve(*run) for i, run in enumerate(group)})
+        band = (curves.min(axis=1), curves.max(axis=1)) if len(group) > 1 else None
+        plot_curve(axes, curves.mean(axis=1), style, escape.plot(label), band)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="compare.py", description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folder of a run")
-    parser.add_argument("--plot", metavar="FILE.png", help="write their curves as a picture")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="output folder of a run or a sweep"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write their curves as a figure (.png, .pdf or .svg)"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    runs = [read(folder) for folder in args.folders]
-    if args.plot and (wrong := file_error(args.plot, (".png",))):
-        raise UserError(f"--plot {args.plot} {wrong}")
+    runs = [read_run(path) for folder in args.folders for path in run_folders(folder)]
+    if args.plot and (error := file_error(args.plot, FIGURE_SUFFIXES)):
+        raise UserError(f"--plot {args.plot} {error}")
     table = pd.DataFrame([describe(*run) for run in runs]).to_string(index=False)
     if args.plot:
-        picture(runs, args.plot)
+        plot_runs(runs, args.plot)
     utils.print_result(table)
 
 

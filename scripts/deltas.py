@@ -39,7 +39,8 @@ if TYPE_CHECKING:  # -h and argument errors import no torch
 
 def add_files(add: Callable, what: str) -> None:
     add("--csv", metavar="FILE.csv", type=new_file(".csv"), help="write the table")
-    add("--plot", metavar="FILE.png", type=new_file(".png"), help=f"write {what}")
+    add("--plot", metavar="FILE", type=new_file(".png", ".pdf", ".svg"),
+        help=f"write {what} (.png, .pdf or .svg)")
 
 
 def add_output(add: Callable, what: str) -> None:

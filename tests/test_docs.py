@@ -297,7 +297,7 @@ def test_compare(checkout, tmp_path, monkeypatch):
     words = command.split()[2:]
     result = run_script("scripts/compare.py", *words, cwd=tmp_path, draws=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("rte") == 2
+    assert result.stdout.count("RTE ") == 2
     assert (tmp_path / "out/methods.png").stat().st_size > 10_000
 
 
@@ -355,7 +355,7 @@ def test_the_deltas_commands(tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["nowhere"], "nowhere holds no scores of run_glue.py: FileNotFoundError: "),
-        (["sweep"], "sweep is a sweep: give its runs, sweep/lr*"),
+        (["sweep"], "sweep is a sweep without scored runs: give"),
         (["empty"], "empty holds no scores of run_glue.py: KeyError: 'main_metric'"),
         (["nowhere", "--plot", "x.pdf"], "nowhere holds no scores"),
     ],
@@ -378,7 +378,7 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, messag
 
 @pytest.mark.pictures
 def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
-    """Long names and 24 runs: all that is drawn lies inside (a warning would be an error)."""
+    """Long names and 24 curves of two seeds: nothing is cut off (a warning would be an error)."""
     facts = {
         "task": "rte", "model": "bert", "main_metric": "Accuracy", "fine_tune_type": "bitfit",
         "bias_terms": [*TERMS], "random_encoder": False, "learning_rate": 1e-3, "seconds": {},
@@ -388,7 +388,8 @@ def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
     scores = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
     figures = []
     monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
-    compare.picture([(facts | {"seed": seed}, scores) for seed in range(24)], tmp_path / "x.png")
+    runs = [(facts | {"seed": k % 2, "learning_rate": k // 2}, scores) for k in range(48)]
+    compare.plot_runs(runs, tmp_path / "x.png")
     figures[0].canvas.draw()
     drawn, canvas = figures[0].get_tightbbox(), figures[0].get_size_inches()
     assert min(drawn.x0, drawn.y0) >= 0

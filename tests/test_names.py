@@ -200,7 +200,7 @@ def test_pictures(sweep, tmp_path, monkeypatch, capsys):
     assert run_glue.main(flags(other, model=TINY_BERT)) == 0
     plot = ["--plot", str(tmp_path / "x.png")]
     texts = texts_of(monkeypatch, compare, lambda: compare.main([*runs, str(other), *plot]))
-    assert sum("<img" in text.get_text() for text in texts) >= 2
+    assert sum("<img" in text.get_text() for text in texts) >= 1
     assert all(map(shown_plainly, texts))
     members = [str(shutil.copytree(run, tmp_path / name / f"$_{name}$"))
                for run, name in zip(runs, "ab", strict=True)]  # fmt: skip
