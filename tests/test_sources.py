@@ -109,7 +109,7 @@ def test_a_carriage_return_among_other_line_ends_is_told(tmp_path, caplog):
 def test_a_second_line_of_names_in_a_file_of_one_column_is_told(tmp_path, caplog):
     write(tmp_path, "CoLA/test.tsv", "sentence\na\nsentence\nb\n")
     assert len(read_split(TASKS["cola"], "test", tmp_path)) == 3
-    assert "test.tsv:3: the line of column names once more; it is used as a text" in caplog.text
+    assert "test.tsv:3: the header line occurs again; it is used as a text" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["CoLA/train.tsv", "cola/train-00000-of-00001.parquet"])
@@ -189,7 +189,7 @@ def test_files_put_together_with_their_headers(tmp_path):
     """In a test split, which has no labels, the second header would be read as texts."""
     part = "index\tsentence1\tsentence2\n0\ta\tb\n"
     write(tmp_path, "RTE/test.tsv", part + part)
-    with pytest.raises(UserError, match=r"test.tsv:3: the line of column names once more"):
+    with pytest.raises(UserError, match=r"test.tsv:3: the header line occurs again"):
         read_split(RTE, "test", tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_the_diagnostic_set_is_optional(tmp_path):
         (HEADER + "0\ta\tb\tentails\n", r"train.tsv:2: unknown label 'entails'; expected entail"),
         (HEADER, "train split of rte is empty"),
         ("", "train split of rte is empty"),
-        ("index\tlabel\tsentence1\tsentence2\tlabel\n", "train.tsv:1: the column 'label' is there"),
+        ("index\tlabel\tsentence1\tsentence2\tlabel\n", "train.tsv:1: the column 'label' occurs"),
         (HEADER + "0\ta\tb\tentailment\t\n", r"train.tsv:2: 5 columns where 4"),
         (HEADER + "0\ta\tb\tentailment\n1\ta\tb", r"train.tsv:3: 3 columns where 4"),
         (HEADER.encode("utf-16-le") * 2, "train.tsv:1: not text, there is a zero byte"),
@@ -332,7 +332,7 @@ def test_a_column_twice_in_parquet(tmp_path):
     (tmp_path / "cola").mkdir()
     table = pa.table(columns, names=["sentence", "label", "sentence"])
     pq.write_table(table, tmp_path / "cola/train-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=r"parquet: the column 'sentence' is there twice"):
+    with pytest.raises(UserError, match=r"parquet: the column 'sentence' occurs twice"):
         read_split(TASKS["cola"], "train", tmp_path)
 
 

@@ -21,7 +21,7 @@ import run_glue
 from bitfit.cli import experiment
 from bitfit.data import task_files
 from bitfit.data.splits import read_split
-from bitfit.data.tasks import TASKS, predictions, score, written
+from bitfit.data.tasks import TASKS, label_text, predictions, score
 from bitfit.distributed import Ranks
 from bitfit.options import parse_args
 from bitfit.results import scores as reports
@@ -224,7 +224,7 @@ def test_multi_line_csv(tmp_path):
     ],
 )  # fmt: skip
 def test_how_labels_are_written(value, word):
-    assert written(value) == word
+    assert label_text(value) == word
 
 
 def test_a_missing_label_makes_no_other_numbers(tmp_path):
@@ -257,8 +257,8 @@ DATA_FAULTS: dict[str, list] = {
     "x.csv": [
         ("text,label\na,b,1\n", "x.csv:2: 3 columns where 2 are expected"),
         ("text,label\na,1\nb\n", "x.csv:3: 1 columns where 2 are expected"),
-        ("text,label,text\na,1,b\n", "x.csv:1: the column 'text' is there twice"),
-        ("text,label\ntext,label\n", "x.csv:2: the line of column names once more: take it out"),
+        ("text,label,text\na,1,b\n", "x.csv:1: the column 'text' occurs twice"),
+        ("text,label\ntext,label\n", "x.csv:2: the header line occurs again: remove it"),
         ('text,label\n"a\n\nb",1\nc,2\n', "x.csv:5: unknown label '2'; expected 0, 1"),
         ('text,label\n"a\nb",2\n', "x.csv:2: unknown label '2'"),  # where the row begins
         ('text,label\na,1\n"b\nc,1\n', "x.csv:3: not CSV: unexpected end of data"),
@@ -276,7 +276,7 @@ DATA_FAULTS: dict[str, list] = {
         ("text\tlabel\na\tb\n", "x.tsv:2: unknown label 'b'; expected 0, 1"),
         ("text\tlabel\na\t\t1\n", "x.tsv:2: 3 columns where 2 are expected"),
         ("label\n1\n", "x.tsv:1: no column 'text' among label"),
-        ("text\tlabel\ttext\na\t1\tb\n", "x.tsv:1: the column 'text' is there twice"),
+        ("text\tlabel\ttext\na\t1\tb\n", "x.tsv:1: the column 'text' occurs twice"),
         ("text\tlabel\na\t1\ttext\tlabel\n", "x.tsv:2: 4 columns where 2 are expected"),
         ("text\tlabel\ra\t1\rb\t2", "x.tsv:3: unknown label '2'"),
         ("text\tlabel\n", "the train split of own is empty: "),
@@ -513,7 +513,7 @@ def test_a_record_is_checked_to_the_same_record():
     assert task_files.validate_record(record, "") == record
     assert "exclude_labels" not in task_files.validate_record(
         CB, ""
-    )  # what older runs have written
+    )  # what older runs have label_text
 
 
 def test_data_files_outside_of_the_folder(tmp_path):
@@ -532,7 +532,7 @@ def test_data_files_outside_of_the_folder(tmp_path):
         read_split(tasks[3], "train", tmp_path / "in")
 
 
-# Faults of the record: status 2, one line that names file and key, nothing written
+# Faults of the record: status 2, one line that names file and key, nothing label_text
 
 REMOVED = object()
 FAULTS = [

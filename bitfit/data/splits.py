@@ -18,7 +18,7 @@ import numpy as np
 
 from bitfit.data import readers
 from bitfit.data.task_files import data_file
-from bitfit.data.tasks import Task, written
+from bitfit.data.tasks import Task, label_text
 from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
@@ -32,7 +32,7 @@ OTHER_NAMES = {  # MRPC is also shipped under its first names
     "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
 }
 NUMBERS = ("index", "idx", "id")  # of the rows of test splits, in GLUE's files and nyu-mll/glue
-IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
+MRPC_IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
 
 
 class TextColumns(NamedTuple):
@@ -66,7 +66,7 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
         UserError: a missing file or split, broken rows, unknown labels, no network.
     """
     if task.record:
-        parts, numbered = [read_own(task, split, Path(data_dir or "."))], False
+        parts, numbered = [read_custom_split(task, split, Path(data_dir or "."))], False
     elif data_dir is None:
         parts, numbered = read_hub(task, split), True
     else:
@@ -75,15 +75,15 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
         return None
     if not (task.record or is_labelled(split)):
         begins = accumulate((len(part.numbers) for part in parts), initial=0)
-        parts = [without_numbers(part, begin) for part, begin in zip(parts, begins, strict=False)]
-    texts = joined([texts_of(task, split, part, numbered) for part in parts])
+        parts = [drop_row_numbers(part, begin) for part, begin in zip(parts, begins, strict=False)]
+    texts = concatenate_texts([make_text_columns(task, split, part, numbered) for part in parts])
     if not len(texts):
         what = f"the {split} split of {task.name} is empty"
         raise UserError(f"{what}: {parts[0].source} has no rows; give a file with rows")
     return texts
 
 
-def columns_of(task: Task, split: str, numbered: bool = False) -> list[str]:
+def column_names(task: Task, split: str, numbered: bool = False) -> list[str]:
     """The names of the columns to read: one text or two and, where there are labels, the label.
 
     Args:
@@ -93,12 +93,12 @@ def columns_of(task: Task, split: str, numbered: bool = False) -> list[str]:
     return [*texts, label] if is_labelled(split) else [*texts]
 
 
-def numbers_of(split: str) -> Sequence[str]:
+def row_number_columns(split: str) -> Sequence[str]:
     """The names of columns that may number the rows of a split of GLUE's, where it is predicted."""
     return () if is_labelled(split) else NUMBERS
 
 
-def without_numbers(table: readers.Table, begin: int) -> readers.Table:
+def drop_row_numbers(table: readers.Table, begin: int) -> readers.Table:
     """A table without its column of row numbers; UserError where they are not those of the rows.
 
     Args:
@@ -107,7 +107,7 @@ def without_numbers(table: readers.Table, begin: int) -> readers.Table:
     for name in table.columns.keys() & NUMBERS:
         for row, value in enumerate(table.columns[name], begin):
             if str(value) != str(row):
-                what = f"{readers.shown(name)} is {readers.shown(value)} in row {row}"
+                what = f"{readers.quote_value(name)} is {readers.quote_value(value)} in row {row}"
                 what += ", but predictions are numbered as the rows are, from 0"
                 advice = "give all rows, in their order, or take that column out"
                 raise UserError(f"{table.place(row - begin)}: {what}: {advice}")
@@ -119,7 +119,7 @@ def read_hub(task: Task, split: str) -> list[readers.Table]:
     """[table], or [] for an optional split that is not there."""
     config, name = ("ax", "test") if split == "ax" else (task.name, split)
     copies = "give local copies: --data-dir <folder> and --model-name <folder>"
-    wanted = columns_of(task, split, numbered=True)
+    wanted = column_names(task, split, numbered=True)
     try:
         return [readers.load_hub(HUB_DATASET, config, name, None, copies, wanted)[0]]
     except UserError as error:
@@ -136,8 +136,10 @@ def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Tab
     config, stem = ("ax", "test") if split == "ax" else (task.name, split)
     shards = find_shards(data_dir / config, stem)
     if shards:
-        wanted = columns_of(task, split, numbered=True)
-        return [readers.read_parquet(path, wanted, numbers_of(split)) for path in shards], True
+        wanted = column_names(task, split, numbered=True)
+        return [
+            readers.read_parquet(path, wanted, row_number_columns(split)) for path in shards
+        ], True
     names = AX_FILES if split == "ax" else tsv_names(task, split)
     found = [name for name in names if (data_dir / name).is_file()]
     if found:
@@ -179,22 +181,22 @@ def tsv_names(task: Task, split: str) -> tuple[str, ...]:
 
 def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.Table:
     """The table of a file of GLUE's own."""
-    path, wanted = data_dir / name, columns_of(task, split)
+    path, wanted = data_dir / name, column_names(task, split)
     if name == FIRST_TRAIN_FILE:
-        return without_dev_rows(path, wanted)
+        return read_mrpc_train_without_dev(path, wanted)
     names = task.tsv_names if is_labelled(split) else None
     skips = task.skips_short_rows and split == "train"
-    return readers.read_tsv(path, wanted, names, skips, numbers_of(split))
+    return readers.read_tsv(path, wanted, names, skips, row_number_columns(split))
 
 
-def without_dev_rows(path: Path, wanted: list[str]) -> readers.Table:
+def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
     """MRPC's first training file without the rows of dev.tsv; UserError where any is not in it."""
     dev = path.with_name("dev.tsv")
     if not dev.is_file():
         what = f"{path} holds the validation rows too, and without {dev} nothing tells which"
         raise UserError(f"{what}: give that file, or train.tsv")
-    table, dev_table = (readers.read_tsv(file, [*IDS, *wanted]) for file in (path, dev))
-    found = same_rows(table, dev_table)
+    table, dev_table = (readers.read_tsv(file, [*MRPC_IDS, *wanted]) for file in (path, dev))
+    found = matching_rows(table, dev_table)
     if not all(found):
         what = f"{found.count([])} rows of {dev} are not in {path} by their IDs"
         raise UserError(f"{what}, and may be by others: give train.tsv")
@@ -205,7 +207,7 @@ def without_dev_rows(path: Path, wanted: list[str]) -> readers.Table:
     return table._replace(columns={name: table.columns[name] for name in wanted})
 
 
-def same_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
+def matching_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
     """[[row of `table`]] for each row of `others`: by the two IDs, or by all where they are not
     those of one row alone."""
     rows = list(zip(*table.columns.values(), strict=True))
@@ -219,9 +221,9 @@ def same_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
     return found
 
 
-def read_own(task: Task, split: str, folder: Path) -> readers.Table:
+def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     """The table of a split of a task that has a record."""
-    wanted, record = columns_of(task, split), task.record or {}
+    wanted, record = column_names(task, split), task.record or {}
     if "files" in record:
         return readers.read_file(data_file(folder, record["files"][split]), wanted)
     hub = record["hub"]
@@ -235,52 +237,52 @@ def read_own(task: Task, split: str, folder: Path) -> readers.Table:
     return table
 
 
-def texts_of(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
+def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
     """A table's texts and, where there are, labels.
 
     Args:
         numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
     """
     if not is_labelled(split):
-        return TextColumns(tuple(checked_texts(table, table.columns)), None)
-    table = with_gold_labels(task, table)
+        return TextColumns(tuple(check_texts(table, table.columns)), None)
+    table = drop_unlabelled_rows(task, table)
     *names, label = table.columns
-    columns = tuple(checked_texts(table, names))
+    columns = tuple(check_texts(table, names))
     return TextColumns(columns, decode_labels(task, table.columns[label], table.place, numbered))
 
 
-def joined(parts: list[TextColumns]) -> TextColumns:
+def concatenate_texts(parts: list[TextColumns]) -> TextColumns:
     """Several `TextColumns` as one."""
     columns = zip(*(part.columns for part in parts), strict=True)
     labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
     return TextColumns(tuple(list(chain.from_iterable(column)) for column in columns), labels)
 
 
-def with_gold_labels(task: Task, table: readers.Table) -> readers.Table:
+def drop_unlabelled_rows(task: Task, table: readers.Table) -> readers.Table:
     """A table without the rows that the task's record excludes; a line tells how many."""
     if not task.excluded_labels:
         return table
-    labels = list(map(written, table.columns[task.tsv_label]))
+    labels = list(map(label_text, table.columns[task.tsv_label]))
     kept = [row for row, label in enumerate(labels) if label not in task.excluded_labels]
     LOGGER.warning("%s: %d of %d rows have no gold label and are left out",
                    table.source, len(labels) - len(kept), len(labels))  # fmt: skip
     return table.take(kept)
 
 
-def checked_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
+def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     """Some columns of texts: a missing one is an error, a blank one is a text, and counted."""
     columns = [table.columns[name] for name in names]
     blank: dict[int, str] = {}
     for name, column in zip(names, columns, strict=True):
         for row, text in enumerate(column):
             if not is_text(text):
-                what = f"no text in column {readers.shown(name)}, but {readers.shown(text)}"
+                what = f"no text in column {readers.quote_value(name)}, but {readers.quote_value(text)}"
                 raise UserError(f"{table.place(row)}: {what}")
             if BLANK.fullmatch(text):
                 blank.setdefault(row, name)
     if blank:
         first = min(blank)
-        place, name = table.place(first), readers.shown(blank[first])
+        place, name = table.place(first), readers.quote_value(blank[first])
         what = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
         LOGGER.warning("%s: a blank text in column %s; %s", place, name, what)
     return columns
@@ -298,9 +300,9 @@ def decode_labels(
 
     Args:
         place: row number -> where that row stands.
-        numbered: as in `texts_of`.
+        numbered: as in `make_text_columns`.
     """
-    number, read = (real, lambda value: value) if numbered else (float_of, written)
+    number, read = (real, lambda value: value) if numbered else (float_of, label_text)
     names = range(len(task.labels)) if numbered else task.written_labels
     known, (low, high) = {name: label for label, name in enumerate(names)}, task.score_range
     labels = []
@@ -311,9 +313,9 @@ def decode_labels(
             if task.is_regression and not low <= labels[-1] <= high:
                 raise ValueError
         except (ValueError, TypeError, LookupError):
-            expected = readers.shown_all(known) if known else f"a score from {low:g} to {high:g}"
-            what = f"unknown label {readers.shown(value if word is None else word)}"
-            what += readers.look_alike(word, [*known, *task.excluded_labels])
+            expected = readers.quote_names(known) if known else f"a score from {low:g} to {high:g}"
+            what = f"unknown label {readers.quote_value(value if word is None else word)}"
+            what += readers.describe_look_alike(word, [*known, *task.excluded_labels])
             raise UserError(f"{place(row)}: {what}; expected {expected}") from None
     return np.array(labels, np.float32 if task.is_regression else np.int64)
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitfit.data.readers import READERS, SHARD, code_points, each_once
-from bitfit.data.tasks import METRICS, TASKS, Task, written
+from bitfit.data.readers import READERS, SHARD, code_points, unique_keys
+from bitfit.data.tasks import METRICS, TASKS, Task, label_text
 from utils import UserError
 
 Json = Any  # a value of json.loads
@@ -67,7 +67,7 @@ def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
         UserError: the file cannot be read, a key is wrong.
     """
     try:
-        record = json.loads(Path(path).read_bytes(), object_pairs_hook=each_once)
+        record = json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys)
     except OSError as error:
         raise UserError(f"cannot read the task file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -115,9 +115,9 @@ def validate_record(record: Record, where: object) -> Record:
         UserError: it begins with `where`, then names the key.
     """
     try:
-        need_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES, *OPTIONS))
-        need_one(record, *KINDS)
-        need_one(record, *SOURCES)
+        require_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES, *OPTIONS))
+        require_one_of(record, *KINDS)
+        require_one_of(record, *SOURCES)
         record = dict(sorted(({"label": "label"} | record).items()))
         check_name(record["name"])
         check_columns(record["texts"], record["label"])
@@ -131,12 +131,12 @@ def validate_record(record: Record, where: object) -> Record:
         raise UserError(f"{where}: {error}") from None
 
 
-def need(good: object, key: str, what: str) -> None:
+def require(good: object, key: str, what: str) -> None:
     if not good:
         raise UserError(f'"{key}": {what}')
 
 
-def need_keys(
+def require_keys(
     value: object, required: Sequence[str], optional: Sequence[str] = (), inside: str = ""
 ) -> None:
     """UserError where a JSON value is no object with these keys."""
@@ -151,59 +151,59 @@ def need_keys(
         raise UserError(f'{inside}the key "{missing[0]}" is missing')
 
 
-def need_one(record: Record, one: str, other: str) -> None:
+def require_one_of(record: Record, one: str, other: str) -> None:
     if (one in record) == (other in record):
         both = "not both" if one in record else "none is there"
         raise UserError(f'give one of the keys "{one}" and "{other}", {both}')
 
 
-def is_like(pattern: str, word: Json) -> bool:
+def matches(pattern: str, word: Json) -> bool:
     return isinstance(word, str) and re.fullmatch(pattern, word) is not None
 
 
 def are_distinct(words: Json, least: int, most: float = math.inf) -> bool:
     """Whether a JSON value is a list of so many words, none empty, each once."""
-    if not isinstance(words, list) or not all(is_like(WORD, word) for word in words):
+    if not isinstance(words, list) or not all(matches(WORD, word) for word in words):
         return False
     return least <= len(words) <= most and len(set(words)) == len(words)
 
 
 def check_name(name: Json) -> None:
-    need(is_like(NAME, name), "name", f"give letters, digits, - and _, not {name!r}")
-    need(name.lower() not in TASKS, "name", f"{name} is a task of GLUE: give another name")
+    require(matches(NAME, name), "name", f"give letters, digits, - and _, not {name!r}")
+    require(name.lower() not in TASKS, "name", f"{name} is a task of GLUE: give another name")
 
 
 def check_columns(texts: Json, label: Json) -> None:
-    need(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
-    need(is_like(WORD, label), "label", "give the name of a column")
-    need(label not in texts, "label", f'"{label}" is one of the texts')
+    require(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
+    require(matches(WORD, label), "label", "give the name of a column")
+    require(label not in texts, "label", f'"{label}" is one of the texts')
 
 
-def labels_of(labels: Json) -> list[str]:
-    words: Json = [written(label) for label in labels] if isinstance(labels, list) else None
-    need(are_distinct(words, 2), "labels", "give a list of two or more words, each once")
+def parse_labels(labels: Json) -> list[str]:
+    words: Json = [label_text(label) for label in labels] if isinstance(labels, list) else None
+    require(are_distinct(words, 2), "labels", "give a list of two or more words, each once")
     seen: dict[str, str] = {}
     for word in words:
-        other = seen.setdefault(printed(word), word)
+        other = seen.setdefault(normalize_label(word), word)
         alike = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
-        need(other == word, "labels", f"{alike} look alike: give one of them")
+        require(other == word, "labels", f"{alike} look alike: give one of them")
     return words
 
 
-def printed(word: str) -> str:
+def normalize_label(word: str) -> str:
     """What can be seen of a word: accents composed, no characters without width, single blanks."""
     letters = [c for c in unicodedata.normalize("NFC", word) if unicodedata.category(c) != "Cf"]
     return " ".join("".join(letters).split())
 
 
-def excluded_of(labels: Json) -> list[str | None]:
-    """The labels of rows that are left out, as `written` has them; None: there is none."""
+def parse_excluded_labels(labels: Json) -> list[str | None]:
+    """The labels of rows that are left out, as `label_text` has them; None: there is none."""
     what = "give a list of labels, or null for a missing one, each once"
-    need(isinstance(labels, list) and labels, "exclude_labels", what)
-    words = [written(label) for label in labels]
-    right = [label is None or word == "" or is_like(WORD, word)
+    require(isinstance(labels, list) and labels, "exclude_labels", what)
+    words = [label_text(label) for label in labels]
+    right = [label is None or word == "" or matches(WORD, word)
              for label, word in zip(labels, words, strict=True)]  # fmt: skip
-    need(all(right) and len(set(words)) == len(words), "exclude_labels", what)
+    require(all(right) and len(set(words)) == len(words), "exclude_labels", what)
     return words
 
 
@@ -212,18 +212,18 @@ def check_excluded(
 ) -> None:
     """UserError where a label is both one of the task's and one of rows that are left out."""
     for word in exclude_labels:
-        need(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
+        require(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
         try:
             within = scores and scores[0] <= float(word or "") <= scores[1]
         except (TypeError, ValueError):
             within = False
-        need(not within, "exclude_labels", f"{word} is one of the scores")
+        require(not within, "exclude_labels", f"{word} is one of the scores")
 
 
-def scores_of(scores: Json) -> list[float]:
+def parse_scores(scores: Json) -> list[float]:
     right = isinstance(scores, list) and len(scores) == 2
     right = right and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)
-    need(right and scores[0] < scores[1], "scores", "give the lowest and the highest, as [0, 5]")
+    require(right and scores[0] < scores[1], "scores", "give the lowest and the highest, as [0, 5]")
     return [float(score) for score in scores]
 
 
@@ -232,45 +232,47 @@ def check_metrics(metrics: Json, labels: list[str] | None) -> None:
     scores."""
     kind = "labels" if labels else "scores"
     fitting, known = METRICS[kind], [name for names in METRICS.values() for name in names]
-    need(
+    require(
         are_distinct(metrics, 1), "metrics", f"give a list of some of {', '.join(known)}, each once"
     )
     for name in metrics:
-        need(name in known, "metrics", f'unknown metric "{name}"; known: {", ".join(known)}')
-        need(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
+        require(name in known, "metrics", f'unknown metric "{name}"; known: {", ".join(known)}')
+        require(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
     many = labels and len(labels) > 2
-    need(not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more")
+    require(
+        not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more"
+    )
 
 
-def splits_of(splits: Json, key: str) -> dict[str, str]:
+def parse_splits(splits: Json, key: str) -> dict[str, str]:
     """{split: where it is}, sorted, so that their order in the file means nothing."""
-    need(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
+    require(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
     for split, where in splits.items():
         what = "name the splits train, validation, test, validation_... or test_..."
-        need(is_like(SPLIT, split), key, f'unknown split "{split}"; {what}')
-        need(is_like(WORD, where), key, f"{split}: give a name, not {where!r}")
+        require(matches(SPLIT, split), key, f'unknown split "{split}"; {what}')
+        require(matches(WORD, where), key, f"{split}: give a name, not {where!r}")
     for split in ("train", "validation"):
-        need(split in splits, key, f'the split "{split}" is missing')
+        require(split in splits, key, f'the split "{split}" is missing')
     return dict(sorted(splits.items()))
 
 
-def files_of(files: Json) -> dict[str, str]:
-    files = splits_of(files, "files")
+def parse_files(files: Json) -> dict[str, str]:
+    files = parse_splits(files, "files")
     for split, name in files.items():
         known = ", ".join(READERS)
-        need(Path(name).suffix in READERS, "files", f"{split}: {name} ends with none of {known}")
+        require(Path(name).suffix in READERS, "files", f"{split}: {name} ends with none of {known}")
     return files
 
 
-def hub_of(hub: Json) -> dict[str, Any]:
-    need_keys(hub, ("name", "splits"), ("config", "revision"), '"hub": ')
+def parse_hub(hub: Json) -> dict[str, Any]:
+    require_keys(hub, ("name", "splits"), ("config", "revision"), '"hub": ')
     hub = {"config": None, "revision": None, **hub}
     for key in ("name", "config", "revision"):
-        right = is_like(WORD, hub[key]) or (hub[key] is None and key != "name")
-        need(right, "hub", f"{key}: give a name, not {hub[key]!r}")
-    return hub | {"splits": splits_of(hub["splits"], "splits")}
+        right = matches(WORD, hub[key]) or (hub[key] is None and key != "name")
+        require(right, "hub", f"{key}: give a name, not {hub[key]!r}")
+    return hub | {"splits": parse_splits(hub["splits"], "splits")}
 
 
-KINDS = {"labels": labels_of, "scores": scores_of}
-SOURCES = {"files": files_of, "hub": hub_of}
-OPTIONS = {"exclude_labels": excluded_of}
+KINDS = {"labels": parse_labels, "scores": parse_scores}
+SOURCES = {"files": parse_files, "hub": parse_hub}
+OPTIONS = {"exclude_labels": parse_excluded_labels}

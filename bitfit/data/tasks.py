@@ -113,14 +113,14 @@ RECORDS = (
 TASKS = {task.name: task for task in RECORDS}
 
 
-def written(value: object) -> str | None:
+def label_text(value: object) -> str | None:
     """A label as a record writes it: words as they stand, true and false, 1 for 1.0; else None."""
     if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
     if isinstance(value, numbers.Integral):
         return str(int(value))
     if isinstance(value, numbers.Real) and math.isfinite(value):
-        whole = math.trunc(value)
+        whole = int(float(value))
         return str(whole if value == whole else value)
     return value if isinstance(value, str) else None
 
