@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from bitfit.model import forward, loading
-from bitfit.model.packing import packed_encoders
+from bitfit.model.packed_encoder import packed_encoders
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"

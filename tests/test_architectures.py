@@ -10,7 +10,7 @@ import transformers
 from conftest import GLUE, TINY_BERT
 
 import run_glue
-from bitfit.model.packing import PackedEncoder
+from bitfit.model.packed_encoder import PackedEncoder
 from bitfit.results.scores import read_metrics
 from bitfit.tools import multi_task
 from glue_evaluator import GLUEvaluator

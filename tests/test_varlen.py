@@ -16,7 +16,7 @@ from bitfit.model import attention
 from bitfit.model.attention import CHUNK, QUERY_BLOCK, pack_sequences, round_up_size
 from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward, select_forward
-from bitfit.model.packing import packed_encoders
+from bitfit.model.packed_encoder import packed_encoders
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable

@@ -1,7 +1,6 @@
-"""Check a model's folder, tokenizer and checkpoint, and decide where its head starts.
+"""Check the files of a model's folder, and explain why a model cannot be loaded.
 
-Input that would give wrong results is refused with one line. One more line says which weights of a
-checkpoint are used.
+A file that would give wrong results raises a `UserError` with a message of one line.
 """
 
 import importlib
@@ -38,30 +37,35 @@ CONVERT = (
 def cannot_load(
     model_name: str | Path, error: BaseException, revision: str | None = None
 ) -> UserError:
-    """Return the `UserError` for what transformers raised about a model."""
+    """Return the `UserError` for an exception of transformers about a model."""
     if isinstance(error, UserError):
         return error
     name, message = str(model_name), str(error)
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not Path(name).is_dir() and (local or ("/" in name and Path(name).parent.is_dir())):
+    if not hub.is_local(name) and (local or ("/" in name and Path(name).parent.is_dir())):
         return UserError(f"there is no model folder {name}: check --model-name")
     name += f" at revision {revision}" if revision else ""
     if "trust_remote_code" in message:
-        what = "it needs code of its own (auto_map), and custom code is not supported: none was run"
-        return UserError(f"cannot load the model {name}: {what}; give another --model-name")
+        return UserError(
+            f"cannot load the model {name}: it needs code of its own (auto_map), and custom code "
+            "is not supported: none was run; give another --model-name"
+        )
     if ("sentencepiece" in message or "tiktoken" in message) and lacks_sentencepiece():
-        what = "it has no tokenizer.json, and the packages that make one of spm.model are missing"
-        advice = "pip install sentencepiece protobuf"
-        return UserError(f"cannot load the model {name}: {what}: {advice}")
+        return UserError(
+            f"cannot load the model {name}: it has no tokenizer.json, and the packages that make "
+            "one of spm.model are missing: pip install sentencepiece protobuf"
+        )
     folder = Path(model_name)
     if "merges" in message and (folder / "vocab.json").exists() > (folder / "merges.txt").exists():
-        what = "merges.txt, without which vocab.json cannot be used, is missing: fetch it"
-        return UserError(f"cannot load the model {name}: {what}")
-    if "does not appear to have a file named" in message and not Path(model_name).is_dir():
+        return UserError(
+            f"cannot load the model {name}: merges.txt, without which vocab.json cannot be used, "
+            "is missing: fetch it"
+        )
+    if "does not appear to have a file named" in message and not hub.is_local(model_name):
         where = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
         return UserError(f"cannot load the model {name}: {first_line(error)}: {unconverted(where)}")
-    if found := broken_file(Path(model_name), error):
-        return UserError(f"cannot load the model {name}: {found}")
+    if problem := broken_file(Path(model_name), error):
+        return UserError(f"cannot load the model {name}: {problem}")
     return UserError(
         f"cannot load the model {name}: {reason(error)}; give a name on the Hub (network "
         "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
@@ -70,6 +74,7 @@ def cannot_load(
 
 
 def lacks_sentencepiece() -> bool:
+    """Return whether a package that converts spm.model files is not installed."""
     try:
         for module in ("sentencepiece", "google.protobuf"):
             importlib.import_module(module)
@@ -79,7 +84,7 @@ def lacks_sentencepiece() -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says in one line, with its kind where the text alone is no sentence."""
+    """Return an error's message as one line, with its class if the text alone is no sentence."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     plain = isinstance(error, (OSError, ValueError, ImportError)) and text
@@ -92,10 +97,10 @@ def broken_file(folder: Path, error: BaseException) -> str | None:
         try:
             if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
                 raise ValueError("it holds no object")
-        except OSError as fault:  # a folder of that name, or no permission
-            return f"{path.name} cannot be read ({fault.strerror}): fetch or save it again"
-        except (ValueError, RecursionError) as fault:
-            return f"{path.name} is not JSON ({first_line(fault)}): fetch or save it again"
+        except OSError as problem:  # a folder of that name, or no permission
+            return f"{path.name} cannot be read ({problem.strerror}): fetch or save it again"
+        except (ValueError, RecursionError) as problem:
+            return f"{path.name} is not JSON ({first_line(problem)}): fetch or save it again"
     if "safetensors" not in f"{type(error)} {error}".lower():
         return None
     weights = sorted(folder.glob("model*.safetensors"))
@@ -112,8 +117,10 @@ def broken_file(folder: Path, error: BaseException) -> str | None:
 
 def unconverted(where: str) -> str:
     """Return why pickled weights are not read, and how to convert them."""
-    what = "pickled weights (pytorch_model.bin) are not read, for they can hold code: convert them"
-    return f'{what} {where} with python -c "{CONVERT}"'
+    problem = (
+        "pickled weights (pytorch_model.bin) are not read, as they can hold code: convert them"
+    )
+    return f'{problem} {where} with python -c "{CONVERT}"'
 
 
 def unreadable(path: Path) -> str | None:
@@ -126,6 +133,7 @@ def unreadable(path: Path) -> str | None:
 
 
 def missing_shards(folder: Path) -> list[str]:
+    """Return the names of weight files that the index names and the folder lacks."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return []
@@ -134,22 +142,25 @@ def missing_shards(folder: Path) -> list[str]:
 
 
 def check_files(model_name: str | Path, revision: str | None = None) -> None:
-    """Refuse what transformers would pass over or misread without a word.
+    """Check for files that transformers would silently ignore or misread.
 
     Raises:
-        UserError: a folder without config.json, pointers of git-lfs, an adapter of peft.
+        UserError: a folder has no config.json, git-lfs pointers, or an adapter of peft.
     """
     folder = Path(model_name)
-    if folder.is_dir() and not (folder / "config.json").exists() and not is_adapter(folder):
+    if hub.is_local(folder) and not (folder / "config.json").exists() and not is_adapter(folder):
         hides = "; it hides a model of that name on the Hub" * could_be_on_the_hub(model_name)
-        what = f"the folder {folder.absolute()} has no config.json{hides}"
-        raise UserError(f"cannot load the model {folder}: {what}: give another --model-name, "
-                        "or start the command in another folder")  # fmt: skip
+        raise UserError(
+            f"cannot load the model {folder}: the folder {folder.absolute()} has no "
+            f"config.json{hides}: give another --model-name, or start the command in another folder"
+        )
     if hub.find_file(model_name, "adapter_config.json", revision):
-        what = "holds an adapter of peft (adapter_config.json), which would not be applied: save "
-        what += "the model that `merge_and_unload()` gives, or remove the adapter's files"
-        raise UserError(f"cannot load the model {model_name}: it {what}")
-    if folder.is_dir():
+        raise UserError(
+            f"cannot load the model {model_name}: it holds an adapter of peft "
+            "(adapter_config.json), which would not be applied: save the model that "
+            "`merge_and_unload()` gives, or remove the adapter's files"
+        )
+    if hub.is_local(folder):
         check_pointers(folder)
 
 
@@ -158,41 +169,56 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_pointers(folder: Path) -> None:
-    """Refuse a folder that was cloned without git-lfs."""
-    whole = (folder / "tokenizer.json").exists()  # then no other vocabulary is read
-    patterns = ["*.json", "model*.safetensors", *([] if whole else ["*.txt", "*.model"])]
+    """Check that files are not git-lfs pointers.
+
+    Raises:
+        UserError: the folder was cloned without git-lfs.
+    """
+    has_tokenizer = (folder / "tokenizer.json").exists()  # then no other vocabulary is read
+    patterns = ["*.json", "model*.safetensors", *([] if has_tokenizer else ["*.txt", "*.model"])]
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
-                what = f"{path.name} is a git-lfs pointer, not the file: run `git lfs pull` there"
-                raise UserError(f"cannot load the model {folder}: {what}")
+                raise UserError(
+                    f"cannot load the model {folder}: {path.name} is a git-lfs pointer, not the "
+                    "file: run `git lfs pull` there"
+                )
 
 
 def could_be_on_the_hub(model_name: str | Path) -> bool:
-    """Whether a folder's name could as well be that of a model on the Hub."""
+    """Return whether a folder's name could also be the name of a model on the Hub."""
     name = str(model_name)
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and name.count("/") < 2
 
 
 def warn_of_shadow(model_name: str | Path) -> None:
-    """Log that a folder is used where its name could mean a model on the Hub."""
-    if not Path(model_name).is_dir() or not could_be_on_the_hub(model_name):
+    """Log a warning if a folder is used whose name could mean a model on the Hub."""
+    if not hub.is_local(model_name) or not could_be_on_the_hub(model_name):
         return
     if hub.is_cached(model_name) or "/" not in str(model_name):
-        what = "is the folder of that name here, not a model on the Hub"
-        LOGGER.warning("--model-name %s %s (./%s says so)", model_name, what, model_name)
+        LOGGER.warning(
+            "--model-name %s is the folder of that name here, not a model on the Hub "
+            "(./%s says so)", model_name, model_name,
+        )  # fmt: skip
 
 
 def check_config(config: "PreTrainedConfig", raw: dict[str, Any], model_name: str | Path) -> None:
-    """Refuse a config of a model without layers.
+    """Check that a model has layers and is not quantized.
 
     Args:
         raw: the dictionary in config.json.
+
+    Raises:
+        UserError: it has no layers, or it is quantized.
     """
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
-        what = f"its config.json gives it {layers} layers (num_hidden_layers)"
-        raise UserError(f"cannot load the model {model_name}: {what}: give at least 1")
+        raise UserError(
+            f"cannot load the model {model_name}: its config.json gives it {layers} layers "
+            "(num_hidden_layers): give at least 1"
+        )
     if isinstance(raw.get("quantization_config"), dict):
-        what = "its weights are quantized (quantization_config)"
-        raise UserError(f"cannot load the model {model_name}: {what}: give the float model")
+        raise UserError(
+            f"cannot load the model {model_name}: its weights are quantized "
+            "(quantization_config): give the float model"
+        )

@@ -16,7 +16,7 @@ import torch
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import Batch, gather_inputs, make_batch, make_varlen_batch, to_device
 from bitfit.model.loading import first_position, position_embedding, position_limit
-from bitfit.model.packing import PackedEncoder, packed_encoders
+from bitfit.model.packed_encoder import PackedEncoder, packed_encoders
 from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.run_routing import RunRouting, route_chunks, route_rows
 from bitfit.model.trainable import in_encoder, is_bias

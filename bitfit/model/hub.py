@@ -1,7 +1,6 @@
-"""What is asked of the Hugging Face Hub: which commit a model is at, and to take one of ours.
+"""Files and commits of models on the Hugging Face Hub, and the use of its cache when offline.
 
-What is loaded from it comes through transformers and datasets; tokens, HF_HOME and the like are
-those of its client.
+transformers and datasets load models and data. The Hub's client reads the token and HF_HOME.
 """
 
 import os
@@ -12,25 +11,32 @@ from urllib.parse import SplitResult, urlsplit
 from utils import UserError
 
 
+def is_local(model_name: str | Path) -> bool:
+    """Return whether a model's name is that of a folder here, which hides the Hub's model."""
+    return Path(model_name).is_dir()
+
+
 def resolve_revision(
     model_name: str | Path, revision: str | None = None
 ) -> tuple[str | None, str | None]:
-    """Which state of a model on the Hub: (what its loaders take as `revision`, the commit's hash).
+    """Return (the `revision` for loaders, the commit's hash) of a model on the Hub.
 
-    One answer for all of a model's files, so that they are of one commit even where a branch moves
-    meanwhile. Offline the Hub's cache answers. Both are None for a folder. Where the commit cannot
-    be found, the hash alone is None, and the loaders say why.
+    All files of a model are then of one commit, even if a branch moves in the meantime. Offline
+    the Hub's cache is read. Both are None for a folder. If the commit cannot be found, the hash is
+    None, and loading fails with a message.
 
     Args:
         revision: a tag, a branch or a commit; None: the default branch.
 
     Raises:
-        UserError: a folder has no revisions.
+        UserError: a revision of a folder, which has none.
     """
-    if Path(model_name).is_dir():
+    if is_local(model_name):
         if revision is not None:
-            what = f"--model-revision {revision}: {model_name} is a folder, which has no revisions"
-            raise UserError(f"{what}: leave the flag out, or give a name on the Hub")
+            raise UserError(
+                f"--model-revision {revision}: {model_name} is a folder, which has no revisions: "
+                "leave the flag out, or give a name on the Hub"
+            )
         return None, None
     config = find_file(model_name, "config.json", revision)
     if config is None:  # no such model or revision, no network: loading fails with a message
@@ -40,20 +46,20 @@ def resolve_revision(
 
 
 def find_file(model_name: str | Path, file: str, revision: str | None = None) -> Path | None:
-    """The path of a model's file, in its folder or the Hub's cache; None where it has none."""
-    if Path(model_name).is_dir():
+    """Return the path of a model's file, in its folder or the Hub's cache, or None."""
+    if is_local(model_name):
         path = Path(model_name) / file
         return path if path.exists() else None
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(str(model_name), file, revision=revision))
-    except Exception:  # its client has many classes for: not there, or nobody answers
+    except Exception:  # the client has many classes for a missing file or no connection
         return None
 
 
 def is_cached(model_name: str | Path) -> bool:
-    """Whether the Hub's cache holds files of a model of that name."""
+    """Return whether the Hub's cache holds files of a model."""
     from huggingface_hub import constants
 
     folder = f"models--{str(model_name).replace('/', '--')}"
@@ -61,10 +67,10 @@ def is_cached(model_name: str | Path) -> bool:
 
 
 def use_local_copies_when_offline(needs_hub: object = True) -> None:
-    """Tell the Hub's clients to use their cache when the Hub is out of reach or not needed.
+    """Set HF_HUB_OFFLINE if the Hub is out of reach or not needed, so that clients use their cache.
 
-    They would ask for every file six times over 20 seconds; one connection tells as much. What
-    goes through a proxy is not tried.
+    Without it they try each file six times over 20 seconds. One connection is tried here, unless
+    a proxy is used.
     """
     if not needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,24 +86,30 @@ def use_local_copies_when_offline(needs_hub: object = True) -> None:
 
 
 def endpoint(address: str) -> tuple[SplitResult, int]:
-    """(the parts of the Hub's address, its port); UserError where it is no URL."""
+    """Return (the parts of the Hub's address, its port).
+
+    Raises:
+        UserError: the address is not a URL.
+    """
     try:
         url = urlsplit(address)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError
         return url, url.port or (80 if url.scheme == "http" else 443)
     except ValueError:
-        what = f"HF_ENDPOINT {address} is not the address of a Hub"
-        raise UserError(f"{what}: give it as https://huggingface.co, or unset it") from None
+        raise UserError(
+            f"HF_ENDPOINT {address} is not the address of a Hub: give it as "
+            "https://huggingface.co, or unset it"
+        ) from None
 
 
 def has_proxy(url: SplitResult) -> bool:
-    """Whether the environment gives a proxy for a URL, as for the Hub's client.
+    """Return whether the environment sets a proxy for a URL, as the Hub's client reads it.
 
-    ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
+    It reads ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
     """
     from urllib.request import getproxies, proxy_bypass
 
     proxies = getproxies()
-    there = proxies.get(url.scheme) or proxies.get("all")
-    return bool(there) and not proxy_bypass(url.netloc)
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return bool(proxy) and not proxy_bypass(url.netloc)

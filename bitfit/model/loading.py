@@ -1,4 +1,4 @@
-"""A Hugging Face classifier for a task, from the Hub or a folder, and the errors on the way."""
+"""Load and save a Hugging Face classifier and its tokenizer, from the Hub or a folder."""
 
 import logging
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from bitfit.data.tasks import Task
 from bitfit.files import atomic_folder
-from bitfit.model import file_checks, tokenizer_checks, weight_checks
+from bitfit.model import file_checks, hub, tokenizer_checks, weight_checks
 from bitfit.model.file_checks import cannot_load
 from bitfit.model.fingerprints import fingerprints_of
 from bitfit.model.trainable import head_names, is_bias
@@ -21,27 +21,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger("bitfit")
-ENCODER_SEED = 0  # for encoder weights that no checkpoint gives: the same in every run
+ENCODER_SEED = 0  # for encoder weights that the checkpoint lacks: the same in every run
 
 
 def load_tokenizer(
     model_name: str | Path, revision: str | None = None
 ) -> "PreTrainedTokenizerBase":
-    """The model's own fast tokenizer.
+    """Return the fast tokenizer of a model.
 
     Args:
-        revision: as from `hub.resolve_revision`; likewise below.
+        revision: from `hub.resolve_revision`, in the functions below too.
 
     Raises:
-        UserError: nothing there, no tokenizer files, or a tokenizer that does not fit the model.
+        UserError: there is no model or tokenizer, or the tokenizer does not fit the model.
     """
     import transformers
 
     folder = Path(model_name)
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         file_checks.check_files(model_name, revision)
-        if folder.is_dir() and not any(any(folder.glob(p)) for p in file_checks.VOCABULARY_FILES):
-            # transformers would make an empty vocabulary without a word
+        if hub.is_local(model_name) and not any(
+            any(folder.glob(p)) for p in file_checks.VOCABULARY_FILES
+        ):
+            # transformers would silently use an empty vocabulary.
             advice = "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`"
             raise UserError(f"the model folder {folder} has no tokenizer: save one with {advice}")
         config, raw = read_config(model_name, revision)
@@ -51,20 +53,22 @@ def load_tokenizer(
         if lacks_token_types(tokenizer, config):
             names = ["input_ids", "token_type_ids", "attention_mask"]
             tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-        tokenizer("a \u2603")  # some vocabularies can be loaded, but lack their unknown token
+        tokenizer("a \u2603")  # fails for vocabularies that lack their unknown token
         tokenizer_checks.warn_of_file(tokenizer, model_name, revision)
     tokenizer_checks.check_tokenizer(tokenizer, config, model_name)
     file_checks.warn_of_shadow(model_name)
     if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
-        what = "its own code (auto_map) was not run, transformers' %s is used"
-        LOGGER.warning(f"%s: custom code is not supported: {what}", model_name, config.model_type)
+        LOGGER.warning(
+            "%s: custom code is not supported: its own code (auto_map) was not run, transformers' "
+            "%s is used", model_name, config.model_type,
+        )  # fmt: skip
     return tokenizer
 
 
 def lacks_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> bool:
-    """Whether a tokenizer leaves out the token types of pairs that the model has embeddings for.
+    """Return whether a tokenizer omits token types that the model has embeddings for.
 
-    The class for any tokenizer.json gave them until transformers 5.
+    The generic class for tokenizer.json returned them until transformers 5.
     """
     import transformers
 
@@ -80,17 +84,18 @@ def load_model(
     revision: str | None = None,
     report: bool = False,
 ) -> tuple["PreTrainedModel", frozenset[str]]:
-    """(a float32 classifier on the CPU, the names of its head's parameters to initialize)
+    """Load a float32 classifier on the CPU.
 
     Args:
-        random_encoder: leave the checkpoint's weights unused: the encoder is drawn at random.
+        random_encoder: initialize the encoder at random instead of loading the checkpoint.
         report: log which weights of the checkpoint are used.
 
-    Raises:
-        UserError: nothing there, no weights, or weights that config.json does not describe.
-    """
-    from transformers import AutoModelForSequenceClassification as Auto
+    Returns:
+        (model, names of the classifier's parameters that are left to initialize)
 
+    Raises:
+        UserError: there are no weights, or config.json does not describe them.
+    """
     error_of = partial(cannot_load, model_name, revision=revision)
     with convert_errors(error_of), torch.random.fork_rng(devices=[]):
         config = load_config(model_name, task, revision)
@@ -98,33 +103,55 @@ def load_model(
         if random_encoder:
             model = build_model(config, dtype=torch.float32)
             return model, frozenset(head_names(model))
-        model, info = Auto.from_pretrained(  # use_safetensors: nothing is unpickled
-            model_name, revision=revision, config=config, dtype=torch.float32,
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            trust_remote_code=False,
-        )  # fmt: skip
+        model, info = load_checkpoint(model_name, config, revision)
     weight_checks.check_weights(model, model_name, info)
     weight_checks.check_dtypes(model_name, revision)
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     raw = read_config(model_name, revision)[1]
-    initialized, outputs = weight_checks.start_head(model, task, absent, raw)
+    initialized, outputs = weight_checks.align_head(model, task, absent, raw)
     weight_checks.check_finite(model, model_name, initialized)
     if report:
-        weight_checks.report(model, model_name, info, absent, initialized, outputs)
+        weight_checks.log_weights_used(model, model_name, info, absent, initialized, outputs)
     return model, frozenset(initialized)
 
 
+def load_checkpoint(
+    model_name: str | Path, config: "PreTrainedConfig", revision: str | None
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Return (a float32 classifier, transformers' lists of missing and mismatched names).
+
+    Only safetensors files are read, because unpickling can run code.
+    """
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    return Auto.from_pretrained(
+        model_name, revision=revision, config=config, dtype=torch.float32,
+        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        trust_remote_code=False,
+    )  # fmt: skip
+
+
 def build_model(config: "PreTrainedConfig", **more: object) -> "PreTrainedModel":
-    """A model with random weights, or on the device `meta` without any."""
+    """Return a classifier with random weights.
+
+    Args:
+        more: arguments of `from_config`, such as `dtype`.
+    """
     from transformers import AutoModelForSequenceClassification as Auto
 
     return Auto.from_config(config, trust_remote_code=False, **more)
 
 
+def build_model_without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Return a classifier on the device `meta`: its parameters have shapes and no values."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def load_config(
     model_name: str | Path, task: Task, revision: str | None = None
 ) -> "PreTrainedConfig":
-    """The config of a classifier for a task."""
+    """Return the config of a classifier for a task."""
     numbers = dict(enumerate(task.labels)) or {0: "score"}
     return read_config(
         model_name,
@@ -139,7 +166,7 @@ def load_config(
 def read_config(
     model_name: str | Path, revision: str | None = None, **changes: object
 ) -> tuple["PreTrainedConfig", dict[str, Any]]:
-    """(the config, the dictionary in config.json), for code within `convert_errors`."""
+    """Return (config, the dictionary in config.json); call it within `convert_errors`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -150,19 +177,19 @@ def read_config(
     )
     raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
     file_checks.check_config(config, raw, model_name)
-    # Settings of whoever saved the model; they change how logits are returned and memory is saved.
+    # A saved model may have other settings, which change its outputs and its use of memory.
     config.return_dict, config.gradient_checkpointing = True, False
     return config, raw
 
 
 @torch.no_grad()
 def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None = None) -> None:
-    """The classifier's start: normal weights as in BERT, biases 0, from the run's own seed.
+    """Initialize the classifier from a run's seed: normal weights as in BERT, zero biases.
 
-    They are sampled on the CPU, so that a head starts alike on every device.
+    The weights are sampled on the CPU, so they are the same on every device.
 
     Args:
-        names: of the parameters to draw; None: the whole classifier.
+        names: the parameters to initialize; None: the whole classifier.
     """
     rng = torch.Generator().manual_seed(seed % 2**63)
     std = getattr(model.config, "initializer_range", 0.02)
@@ -178,26 +205,32 @@ def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None
 def check_max_length(
     model_name: str | Path, task: Task, max_length: int, revision: str | None = None
 ) -> None:
-    """Refuse rows that are longer than the model, before weights are loaded and rows tokenized."""
+    """Check a maximum length against the model's positions, before anything large is loaded.
+
+    Raises:
+        UserError: the model has fewer positions.
+    """
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     try:
-        with torch.device("meta"):
-            limit = position_limit(build_model(config))
-    except Exception:  # not all can be made without weights; `select_forward` tries the longest row
+        limit = position_limit(build_model_without_weights(config))
+    except Exception:  # some models need weights; `select_forward` tries the longest row
         return
     if limit is not None and max_length > limit:
-        what = f"is above the model's {limit} positions: give at most {limit}"
-        raise UserError(f"--max-seq-length {max_length} {what}")
+        raise UserError(
+            f"--max-seq-length {max_length} is above the model's {limit} positions: "
+            f"give at most {limit}"
+        )
 
 
 def position_limit(model: "PreTrainedModel") -> int | None:
-    """The longest row the position embeddings allow, or None."""
+    """Return the maximum length that the position embeddings allow, or None."""
     embedding = position_embedding(model)
     return None if embedding is None else embedding.num_embeddings - first_position(embedding)
 
 
 def position_embedding(model: "PreTrainedModel") -> torch.nn.Embedding | None:
+    """Return the embedding of absolute positions, or None."""
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding):
             return module
@@ -205,7 +238,7 @@ def position_embedding(model: "PreTrainedModel") -> torch.nn.Embedding | None:
 
 
 def first_position(embedding: torch.nn.Module | None) -> int:
-    """RoBERTa counts positions from padding_idx + 1."""
+    """Return the position of a row's first token: padding_idx + 1 in RoBERTa, else 0."""
     padding = getattr(embedding, "padding_idx", None)
     return 0 if padding is None else padding + 1
 
@@ -225,10 +258,10 @@ def base_fingerprints(
 def write_model(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path
 ) -> None:
-    """Write a whole Hugging Face folder.
+    """Write a model and its tokenizer as a Hugging Face folder, atomically.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the folder cannot be written.
     """
     with atomic_folder(folder) as temporary:
         try:

@@ -1,4 +1,4 @@
-"""Checks of loaded weights, and the initialization of the classifier's parameters."""
+"""Check the weights of a checkpoint, and reorder its classifier for a task."""
 
 import json
 import logging
@@ -19,25 +19,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGGER = logging.getLogger("bitfit")
-WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "base_model.model.",
-)  # of DataParallel, compile, peft
-# Buffers of older checkpoints, which transformers computes today.
+# Prefixes of names that DataParallel, torch.compile and peft add.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
+# Older checkpoints hold these buffers; transformers now computes them.
 BUFFERS = r"\.(position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached)$"
 
 
 def check_weights(model: "PreTrainedModel", model_name: str | Path, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose encoder is not the one that config.json describes.
+    """Check that a checkpoint holds the encoder that config.json describes.
 
-    A pooler may be absent (MLM checkpoints have none); any other encoder weight may not.
+    A pooler may be absent, as in checkpoints of masked language models.
 
     Args:
         info: transformers' lists of missing, unexpected and mismatched names.
+
+    Raises:
+        UserError: other encoder weights are absent, or layers have additional weights.
     """
-    shapes = {name: (tuple(ours), tuple(own)) for name, ours, own in info["mismatched_keys"]}
+    shapes = {
+        name: (tuple(given), tuple(needed)) for name, given, needed in info["mismatched_keys"]
+    }
     absent = sorted(
         n
         for n in info["missing_keys"] | shapes.keys()
@@ -45,53 +46,58 @@ def check_weights(model: "PreTrainedModel", model_name: str | Path, info: dict[s
     )
     unexpected = sorted(info["unexpected_keys"])
     if absent:
-        what = f"lacks {len(absent)} encoder weights (the first: {absent[0]})"
-        why = "it is not a checkpoint of the architecture in its config.json"
+        problem = f"lacks {len(absent)} encoder weights (the first: {absent[0]})"
+        reason = "it is not a checkpoint of the architecture in its config.json"
         differing = next((n for n in absent if n in shapes), None)
         if wrapper := wrapper_of(absent[0], unexpected, model.base_model_prefix):
-            why = f"all names in it begin with `{wrapper}`: save the model inside the wrapper, "
-            why += "as with `model.module.save_pretrained(folder)`"
+            reason = f"all names in it begin with `{wrapper}`: save the model inside the wrapper, "
+            reason += "as with `model.module.save_pretrained(folder)`"
         elif differing:
-            own, expected = shapes[differing]
-            why = f"{differing} has the shape {own}, and {expected} by its config.json"
-        raise UserError(f"{model_name} {what}: {why}")
+            given, needed = shapes[differing]
+            reason = f"{differing} has the shape {given}, and {needed} by its config.json"
+        raise UserError(f"{model_name} {problem}: {reason}")
     beyond = [n for n in unexpected if is_beyond(n, model)]
     if beyond:
         layers = getattr(model.config, "num_hidden_layers", "?")
-        what = f"has {len(beyond)} weights in its layers for which its config.json has no place"
-        why = f"(num_hidden_layers: {layers}; the first: {beyond[0]}): correct it, or save "
-        raise UserError(f"{model_name} {what} {why}the model that is meant")
+        raise UserError(
+            f"{model_name} has {len(beyond)} weights in its layers for which its config.json has "
+            f"no place (num_hidden_layers: {layers}; the first: {beyond[0]}): correct it, or save "
+            "the model again"
+        )
 
 
 def wrapper_of(name: str, unexpected: Iterable[str], base: str) -> str:
-    """Return the wrapper's prefix under which a checkpoint has an absent weight, or ''."""
+    """Return the prefix of WRAPPERS under which a checkpoint has an absent weight, or ''."""
     endings = {name, name.removeprefix(f"{base}.")}
     found = (w for w in WRAPPERS for ending in endings if w + ending in unexpected)
     return next(found, "")
 
 
 def is_beyond(name: str, model: "PreTrainedModel") -> bool:
-    """Whether an unused weight lies in a layer: one more layer, or one more weight in it."""
+    """Return whether an unused weight belongs to a layer of the encoder, or to one more layer."""
     if re.search(BUFFERS, name):
         return False
     base = f"{model.base_model_prefix}."
-    ours = {first_layer(n.removeprefix(base)) for n, _ in model.named_parameters()
-            if in_encoder(model, n)}  # fmt: skip
-    layer = first_layer(name.removeprefix(base))
-    return layer is not None and layer in ours
+    stacks = {
+        layer_stack(n.removeprefix(base))
+        for n, _ in model.named_parameters()
+        if in_encoder(model, n)
+    }
+    stack = layer_stack(name.removeprefix(base))
+    return stack is not None and stack in stacks
 
 
-def first_layer(name: str) -> str | None:
-    """`encoder.layer.3.output.dense.bias` -> `encoder.layer`; None outside of layers."""
+def layer_stack(name: str) -> str | None:
+    """Return "encoder.layer" for "encoder.layer.3.output.dense.bias"; None outside of layers."""
     found = re.match(r"(.*?)\.\d+\.", name)
     return found and found[1]
 
 
 def check_dtypes(model_name: str | Path, revision: str | None = None) -> None:
-    """Refuse integers and 8-bit floats where weights are meant: transformers would only cast them.
+    """Check that weights are floats of at least 16 bits; transformers would cast any others.
 
     Raises:
-        UserError: they are quantized, and nothing says how.
+        UserError: weights are quantized, and config.json does not say how.
     """
     for path in weight_files(model_name, revision):
         with safe_open(path, framework="pt") as file:
@@ -99,12 +105,14 @@ def check_dtypes(model_name: str | Path, revision: str | None = None) -> None:
                 dtype = file.get_slice(name).get_dtype()
                 weight = name.endswith((".weight", ".bias")) and not re.search(BUFFERS, name)
                 if weight and dtype not in ("F64", "F32", "F16", "BF16"):
-                    what = f"its weights are quantized ({name} is {dtype}): give the float model"
-                    raise UserError(f"cannot load the model {model_name}: {what}")
+                    raise UserError(
+                        f"cannot load the model {model_name}: its weights are quantized "
+                        f"({name} is {dtype}): give the float model"
+                    )
 
 
 def weight_files(model_name: str | Path, revision: str | None = None) -> list[Path]:
-    """The paths of a checkpoint's safetensors files, one or many."""
+    """Return the paths of a checkpoint's safetensors files."""
     index = hub.find_file(model_name, "model.safetensors.index.json", revision)
     single = hub.find_file(model_name, "model.safetensors", revision)
     if single or not index:
@@ -116,38 +124,44 @@ def weight_files(model_name: str | Path, revision: str | None = None) -> list[Pa
 def check_finite(
     model: "PreTrainedModel", model_name: str | Path, initialized: Collection[str]
 ) -> None:
-    """Refuse NaN and infinite weights, apart from those that are initialized later."""
+    """Check that all weights are finite, except for those that are initialized later.
+
+    Raises:
+        UserError: some are NaN or infinite.
+    """
     bad = [
         name
         for name, value in model.state_dict().items()
         if name not in initialized and value.is_floating_point() and not value.isfinite().all()
     ]
     if bad:
-        what = f"{len(bad)} of its tensors hold NaN or infinite values (the first: {bad[0]})"
-        raise UserError(f"cannot load the model {model_name}: {what}: fetch or save it again")
+        raise UserError(
+            f"cannot load the model {model_name}: {len(bad)} of its tensors hold NaN or infinite "
+            f"values (the first: {bad[0]}): fetch or save it again"
+        )
 
 
-def start_head(
+def align_head(
     model: "PreTrainedModel", task: Task, absent: Collection[str], raw: dict[str, Any]
 ) -> tuple[set[str], str]:
-    """Decide what of a checkpoint's head is used, and bring its outputs into the task's order.
+    """Bring the outputs of a checkpoint's classifier into the order of the task's labels.
 
-    As in transformers only absent parts are initialized. Its outputs are used where config.json
-    names the task's labels, in whatever order.
+    As in transformers, only absent parameters are initialized. The last layer is used if
+    config.json names the task's labels, in any order; otherwise it is initialized too.
 
     Args:
-        absent: the names that the checkpoint lacks or has in another shape.
+        absent: names that the checkpoint lacks or has in another shape.
         raw: the dictionary in config.json.
 
     Returns:
-        (names of the parameters to initialize, what was done with the outputs as text)
+        (names of the parameters to initialize, a message about the last layer or '')
     """
     names = head_names(model)
     initialized, outputs = {n for n in names if n in absent}, set(output_names(model, task))
     if not outputs or outputs <= initialized:
         return initialized, ""
     old, new = label_names(raw), task.labels or ("score",)
-    order = order_of(old, new)
+    order = label_order(old, new)
     if order is None:
         given = ", ".join(map(str, old[:4])) or "unnamed"
         return initialized | outputs, f"the head's labels were {given}, not the task's"
@@ -161,7 +175,7 @@ def start_head(
 
 
 def output_names(model: "PreTrainedModel", task: Task) -> list[str]:
-    """The names of the parameters of the head's last layer, which has an output per label."""
+    """Return the names of the parameters of the last layer, which has one output per label."""
     last = [
         name
         for name, module in model.named_modules()
@@ -173,7 +187,7 @@ def output_names(model: "PreTrainedModel", task: Task) -> list[str]:
 
 
 def label_names(raw: dict[str, Any]) -> list[str]:
-    """The labels in a config.json, by their numbers; none where it does not number all."""
+    """Return the labels of a config.json by their numbers, or none if some have no number."""
     try:
         named = {int(number): str(name) for number, name in raw["id2label"].items()}
     except (LookupError, ValueError, TypeError, AttributeError):
@@ -181,10 +195,10 @@ def label_names(raw: dict[str, Any]) -> list[str]:
     return [named[n] for n in range(len(named))] if set(named) == set(range(len(named))) else []
 
 
-def order_of(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
-    """Where each new label is among the old ones; None where they are not the same labels.
+def label_order(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
+    """Return the position of each new label among the old ones, or None if they differ.
 
-    Names may differ in case and punctuation (`NOT-ENTAILMENT`, `not_entailment`).
+    Names are equal up to case and punctuation (`NOT-ENTAILMENT`, `not_entailment`).
     """
     for key in (str, lambda name: re.sub(r"[\W_]+", " ", name.casefold()).strip()):
         a, b = [*map(key, old)], [*map(key, new)]
@@ -193,7 +207,7 @@ def order_of(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
     return None
 
 
-def report(
+def log_weights_used(
     model: "PreTrainedModel",
     model_name: str | Path,
     info: dict[str, Any],
@@ -201,15 +215,15 @@ def report(
     initialized: Collection[str],
     outputs: str,
 ) -> None:
-    """Log one line: what of a checkpoint was kept, initialized, reordered and left unused.
+    """Log which weights of a checkpoint are kept, initialized, reordered and not used, in one line.
 
     Args:
-        initialized, outputs: what `start_head` gave.
+        initialized, outputs: the result of `align_head`.
     """
     kept = {n for n in head_names(model) if n not in initialized}
-    both = {owner_of(n) for n in kept} & {owner_of(n) for n in initialized}
+    both = {module_of(n) for n in kept} & {module_of(n) for n in initialized}
     alike = modules_of(n for n in absent if in_encoder(model, n))
-    unused = sorted({".".join(owner_of(n).split(".")[:2]) or n for n in info["unexpected_keys"]})
+    unused = sorted({".".join(module_of(n).split(".")[:2]) or n for n in info["unexpected_keys"]})
     parts = ["kept the encoder" + "".join(f", {name}" for name in modules_of(kept, both))]
     if alike:
         parts.append(f"{', '.join(alike)} is absent: initialized at random, alike in all runs")
@@ -225,11 +239,11 @@ def report(
     LOGGER.log(level, "weights of %s: %s", model_name, "; ".join(parts))
 
 
-def owner_of(name: str) -> str:
-    """The module of a parameter."""
+def module_of(name: str) -> str:
+    """Return the name of a parameter's module."""
     return name.rpartition(".")[0]
 
 
 def modules_of(names: Iterable[str], partly: Collection[str] = ()) -> list[str]:
-    """The modules of some parameters, each once; of those in `partly` the parameters."""
-    return sorted({n if owner_of(n) in partly else owner_of(n) or n for n in names})
+    """Return the modules of parameters, and the parameters of the modules in `partly`."""
+    return sorted({n if module_of(n) in partly else module_of(n) or n for n in names})

@@ -1,0 +1,112 @@
+"""Run an unmodified transformers model on packed rows.
+
+The model's attention is replaced by `packing.bucketed_attention` or by FlashAttention. After the
+last attention only the first token of each row is computed, which is all that the classifiers of
+this family read. `forward.select_forward` compares the logits of a model with and without packing.
+A model that reads more tokens, or has an attention of its own, runs on padded rows.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from bitfit.model import attention
+from bitfit.model.packing import PackedBatch, attention_layout, bucketed_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+
+
+class PackedEncoder(NamedTuple):
+    """How to run one model on packed rows."""
+
+    layers: torch.nn.Module  # runs the layers one after the other
+    last_layer: frozenset[torch.nn.Module]  # its modules, if they may see only first tokens
+    after_attention: torch.nn.Module | None  # the module after the attention in the last layer
+    heads: int
+    first_position: int  # RoBERTa counts from padding_idx + 1
+    varlen: bool = False  # whether FlashAttention computes the attention
+
+    def __call__(
+        self,
+        model: "PreTrainedModel",
+        inputs: dict[str, torch.Tensor],
+        packed: PackedBatch | attention.VarlenBatch,
+    ) -> "SequenceClassifierOutput":
+        """Return the model's output for `inputs` (1, N); the model itself is left as it was."""
+        from transformers import AttentionInterface
+
+        if self.varlen:
+            attend = attention.varlen_attention
+            layout = attention.VarlenLayout(packed, self.last_layer)
+        else:
+            attend = bucketed_attention
+            layout = attention_layout(packed, self.heads, self.last_layer)
+        AttentionInterface.register("packed", attend)
+        positions = packed.position_ids[None] + self.first_position
+        implementation = model.config._attn_implementation
+        if self.after_attention:
+            select = partial(select_first_inputs, packed.first_token)
+            hook = self.after_attention.register_forward_pre_hook(select)
+        else:
+            select = partial(select_first_outputs, packed.first_token)
+            hook = self.layers.register_forward_hook(select)
+        try:
+            model.config._attn_implementation = "packed"
+            return model(**inputs, position_ids=positions, layout=layout)
+        finally:
+            hook.remove()
+            model.config._attn_implementation = implementation
+
+
+def select_first_tokens(first_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(1, N, d) -> (R, 1, d): the first token of each row."""
+    return x.squeeze(0).index_select(0, first_token)[:, None]
+
+
+def select_first_inputs(
+    first_token: torch.Tensor, module: torch.nn.Module, args: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    return tuple(select_first_tokens(first_token, x) for x in args)
+
+
+def select_first_outputs(
+    first_token: torch.Tensor,
+    module: torch.nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: "BaseModelOutput",
+) -> "BaseModelOutput":
+    output.last_hidden_state = select_first_tokens(first_token, output.last_hidden_state)
+    return output
+
+
+def packed_encoders(
+    model: "PreTrainedModel", first_position: int, dtype: torch.dtype = torch.float32
+) -> list[PackedEncoder]:
+    """Return the `PackedEncoder`s to try on a model, the fastest first.
+
+    There is none for layers with windows. After the last attention no token reads another, and
+    the classifier reads first tokens alone: for the other tokens three quarters of the last
+    layer's arithmetic can be skipped.
+    """
+    config, base = model.config, model.base_model
+    windows = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
+    lists = [(len(m), n) for n, m in base.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    heads = getattr(config, "num_attention_heads", None)
+    if windows or not lists or not isinstance(heads, int):
+        return []
+    name = max(lists, key=lambda item: item[0])[1]
+    layers, last = base.get_submodule(name.rpartition(".")[0]), base.get_submodule(name)[-1]
+    names = ("attention.output", "sa_layer_norm")
+    after = [module for name, module in last.named_modules() if name in names]
+    pairs = [(frozenset(last.modules()), module) for module in after] + [(frozenset(), None)]
+    size = getattr(config, "hidden_size", 0) // heads
+    device = next(model.parameters()).device
+    fused = attention.supports_flash_attention(size, device, dtype)
+    return [
+        PackedEncoder(layers, *pair, heads, first_position, kind)
+        for kind in ((True, False) if fused else (False,))
+        for pair in pairs
+    ]
