@@ -188,7 +188,7 @@ class GLUEvaluator:
         self._load_model(self.random_encoder, report=not hasattr(self, "model"))
         self.runs, self.optimizer, self.verbose = pairs, optimizer, verbose
         self.components, self.selected = list(components), 0
-        self.records, self.scores = [Record(run) for run in pairs], reports.frame_of([])
+        self.records, self.scores = [Record(run) for run in pairs], reports.scores_frame([])
         self._choose(fine_tune_type, mask_size)
         self._forward("train")
         self.zero_gradient = self._find_zero_gradient()
@@ -370,12 +370,12 @@ class GLUEvaluator:
 
     def _note(self, state, folders=None):
         """Take what a training has measured so far, and write it."""
-        self.records, self.scores = state.records, reports.frame_of(state.scores)
+        self.records, self.scores = state.records, reports.scores_frame(state.scores)
         for k, record in enumerate(state.records):
             if not folders or record.run not in folders:
                 continue
             folder, scores = folders[record.run], self._scores_of(record.run)
-            reports.write_metrics(folder, self.task, record, scores, reports.facts(self))
+            reports.write_metrics(folder, self.task, record, scores, reports.metrics_metadata(self))
             saved_evaluator.write_logits(folder, state, k)
 
     def select(self, run):
@@ -394,7 +394,7 @@ class GLUEvaluator:
     @property
     def evaluations(self):
         """{split: {metric: [value per evaluated epoch]}}"""
-        return reports.evaluations(self._scores_of(self.record.run))
+        return reports.scores_by_split(self._scores_of(self.record.run))
 
     def _scores_of(self, run):
         return self.scores[self.scores["run"] == run.name]

@@ -191,7 +191,7 @@ def test_scores_with_any_facts(a_run, tmp_path, data):
     name, value = data.draw(st.sampled_from(sorted(content))), data.draw(edits)
     shutil.copyfile(a_run / "metrics.csv", tmp_path / "metrics.csv")
     (tmp_path / "metrics.json").write_text(json.dumps(content | {name: value}))
-    for read in (compare.read_run, lambda folder: sweeps.read({Run(1e-3, 0): folder})):
+    for read in (compare.read_run, lambda folder: sweeps.read_sweep({Run(1e-3, 0): folder})):
         try:
             read(tmp_path)
         except UserError as error:
@@ -203,7 +203,7 @@ def test_scores_with_any_facts(a_run, tmp_path, data):
 def test_any_table_of_scores(a_run, tmp_path, content):
     shutil.copyfile(a_run / "metrics.json", tmp_path / "metrics.json")
     (tmp_path / "metrics.csv").write_bytes(content)
-    for read in (compare.read_run, lambda folder: sweeps.read({Run(1e-3, 0): folder})):
+    for read in (compare.read_run, lambda folder: sweeps.read_sweep({Run(1e-3, 0): folder})):
         with pytest.raises(UserError) as error:
             read(tmp_path)
         assert_one_line(error.value)

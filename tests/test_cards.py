@@ -105,7 +105,7 @@ def card(made, tmp_path):
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
         (tmp_path / "metrics.csv").write_text("epoch,split,metric,value\n")
         (tmp_path / "model").mkdir()
-        model_card.write(tmp_path, TASKS[task], facts)
+        model_card.write_model_card(tmp_path, TASKS[task], facts)
         return read(tmp_path)
 
     return make

@@ -18,7 +18,7 @@ EVALUATIONS = {
     "validation": {"F1": [0.4, 0.7, 0.7], "Accuracy": [0.5, 0.6, 0.65]},
 }
 RECORD = Record(Run(1e-3, 3))
-SCORES = scores.frame_of(
+SCORES = scores.scores_frame(
     [
         ("lr0.001_seed3", epoch, split, metric, values[number])
         for number, epoch in enumerate(EPOCHS)
@@ -50,7 +50,7 @@ def test_score_table_shows_the_last_and_names_the_best():
     text = scores.score_table(SCORES, MRPC)
     assert "last (epoch 5)" in text
     assert "best (epoch 4)" in text
-    assert scores.score_table(scores.frame_of([]), MRPC) == "nothing was evaluated"
+    assert scores.score_table(scores.scores_frame([]), MRPC) == "nothing was evaluated"
 
 
 def test_learning_curves():

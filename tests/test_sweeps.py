@@ -46,7 +46,7 @@ def write(folder, results):
 
 @pytest.mark.pictures
 def test_report(tmp_path):
-    text = sweeps.report(tmp_path, RTE, write(tmp_path, RESULTS), "a caption")
+    text = sweeps.write_report(tmp_path, RTE, write(tmp_path, RESULTS), "a caption")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines == [
         "a caption: validation Accuracy × 100",
@@ -68,20 +68,20 @@ def test_report(tmp_path):
 def test_a_score_is_printed_alike_wherever_it_stands(tmp_path):
     """66.8519 is 66.85 in the CSV, and rounded from there it would be 66.8."""
     results = [result(1e-3, 0, [0.668519]), result(1e-3, 1, [0.5])]
-    text = sweeps.report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    text = sweeps.write_report(tmp_path, RTE, write(tmp_path, results), "a caption")
     assert text.count("66.9") == 2
     assert "66.8" not in text
 
 
 def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
     results = [result(1e-3, 0, [0.5, 0.6]), result(1e-1, 0, [], "not finite at epoch 1, step 3")]
-    text = sweeps.report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    text = sweeps.write_report(tmp_path, RTE, write(tmp_path, results), "a caption")
     assert "0 (1 diverged)" in text
     table = pd.read_csv(tmp_path / "results.csv").set_index("run")
     assert np.isnan(table.loc["lr0.1_seed0", "last"])
     lonely = tmp_path / "lonely"
     with pytest.raises(Diverged, match="all 1 runs diverged"):
-        sweeps.report(lonely, RTE, write(lonely, results[1:]), "a caption")
+        sweeps.write_report(lonely, RTE, write(lonely, results[1:]), "a caption")
 
 
 def test_a_score_that_is_no_number_hides_nothing(tmp_path):
@@ -93,14 +93,14 @@ def test_a_score_that_is_no_number_hides_nothing(tmp_path):
         result(1e-1, 0, [nan, nan]),
     ]
     folders = write(tmp_path, results)
-    lines = sweeps.report(tmp_path, RTE, folders, "a caption").splitlines()
+    lines = sweeps.write_report(tmp_path, RTE, folders, "a caption").splitlines()
     assert lines[2].split()[:3] == ["0.001", "2", "nan"]
     table = pd.read_csv(tmp_path / "results.csv").set_index("run")
     assert table["last_epoch"].tolist() == [4, 4, 4]
     assert table["last"].isna().tolist() == [False, True, True]
     assert "best of 3 trials: 60.0 (lr0.001_seed0, epoch 4)" in lines[4]
     alone = {run: folder for run, folder in folders.items() if run.learning_rate == 0.1}
-    assert sweeps.best_run(*sweeps.read(alone), RTE) == "lr0.1_seed0"
+    assert sweeps.best_run(*sweeps.read_sweep(alone), RTE) == "lr0.1_seed0"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,9 @@ def test_warnings(tmp_path, curves, expected):
         for rate, scores in curves.items()
     ]
     folders = write(tmp_path, results)
-    warnings = sweeps.warnings_of(sweeps.by_learning_rate(*sweeps.read(folders), RTE))
+    warnings = sweeps.sweep_warnings(
+        sweeps.scores_by_learning_rate(*sweeps.read_sweep(folders), RTE)
+    )
     assert len(warnings) == len(expected)
     for warning, part in zip(warnings, expected, strict=True):
         assert part in warning
@@ -140,13 +142,13 @@ def test_a_rate_with_a_score_that_is_no_number_is_not_the_best(tmp_path):
         result(1e-4, 0, [0.6]), result(1e-3, 0, [0.5]), result(1e-2, 0, [0.9]),
         result(1e-4, 1, [0.6]), result(1e-3, 1, [0.5]), result(1e-2, 1, [NAN]),
     ]  # fmt: skip
-    groups = sweeps.by_learning_rate(*sweeps.read(write(tmp_path, results)), RTE)
-    (warning,) = sweeps.warnings_of(groups)
+    groups = sweeps.scores_by_learning_rate(*sweeps.read_sweep(write(tmp_path, results)), RTE)
+    (warning,) = sweeps.sweep_warnings(groups)
     assert "0.0001, is the lowest of the grid" in warning
 
 
 def test_curves_show_mean_and_range(tmp_path):
-    facts, scores = sweeps.read(write(tmp_path, RESULTS))
+    facts, scores = sweeps.read_sweep(write(tmp_path, RESULTS))
     figures = sweeps.sweep_curves(facts, scores, RTE, "a caption")
     axes = figures["Accuracy"].axes[0]
     lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}

@@ -24,7 +24,7 @@ from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, label_text, predictions, score
 from bitfit.distributed import Ranks
 from bitfit.options import parse_args
-from bitfit.results import scores as reports
+from bitfit.results.scores import write_predictions
 from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -708,7 +708,7 @@ def test_scores_in_a_small_range_are_written_with_their_digits(tmp_path):
     record = {"name": "fine", "texts": ["a"], "scores": [0, 0.001], "metrics": ["Pearson"],
               "files": {"train": "a.csv", "validation": "b.csv"}}  # fmt: skip
     task = task_files.resolve_task(record)[0]
-    reports.write_predictions(tmp_path / "fine.tsv", task, np.array([0.0001234567]))
+    write_predictions(tmp_path / "fine.tsv", task, np.array([0.0001234567]))
     assert (tmp_path / "fine.tsv").read_text().splitlines()[1] == "0\t0.0001235"
 
 

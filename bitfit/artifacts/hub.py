@@ -30,7 +30,7 @@ def check_push(name: str) -> None:
         HfApi().whoami()
 
 
-def push(output: Path, name: str) -> str:
+def push_model(output: Path, name: str) -> str:
     """Upload the one exported model of a finished output folder; returns a line that says where.
 
     Raises:

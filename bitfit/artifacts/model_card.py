@@ -17,13 +17,13 @@ from bitfit.artifacts.run_folder import BY_NAME, HARMLESS
 from bitfit.data.tasks import Task
 from bitfit.files import atomic_file, write_text
 from bitfit.results import escape
-from bitfit.results import scores as reports
+from bitfit.results.scores import read_metrics
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 Metadata = dict[str, Any]  # the content of args.json or metrics.json
-HUBS_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
+HUB_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
                 "Macro-F1": "f1"}  # fmt: skip
 BITFIT = "[BitFit](https://arxiv.org/abs/2106.10199)"
 TRAINED = {
@@ -39,7 +39,7 @@ LICENCE = (
 )
 
 
-def write(folder: Path, task: Task, facts: Metadata) -> None:
+def write_model_card(folder: Path, task: Task, facts: Metadata) -> None:
     """Write the card of a run's exported model, `model/README.md`, and its pictures beside it.
 
     Args:
@@ -49,13 +49,13 @@ def write(folder: Path, task: Task, facts: Metadata) -> None:
     """
     from huggingface_hub import ModelCard
 
-    metrics, _ = reports.read_metrics(folder)
+    metrics, _ = read_metrics(folder)
     names = [f"learning_curves_{metrics['main_metric'].lower()}.png", "bias_term_changes.png"]
     pictures = [folder / name for name in names if (folder / name).exists()]
     for picture in pictures:
         with atomic_file(folder / "model" / picture.name) as temporary:
             shutil.copyfile(picture, temporary)
-    lines = [LICENCE, *text(task, metrics, facts, [picture.name for picture in pictures])]
+    lines = [LICENCE, *paragraphs(task, metrics, facts, [picture.name for picture in pictures])]
     yaml, body = metadata(task, metrics, facts).to_yaml(), "\n\n".join(lines)
     card = ModelCard(f"---\n{yaml}\n---\n\n{body}\n")
     write_text(folder / "model" / "README.md", str(card))
@@ -73,7 +73,7 @@ def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
             dataset_name=f"GLUE {task.folder}",
             dataset_config=task.name,
             dataset_split=split,
-            metric_type=hubs(metric),
+            metric_type=hub_metric(metric),
             metric_name=metric,
             metric_value=round(value, 4),
         )
@@ -86,7 +86,7 @@ def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
         datasets=["nyu-mll/glue"] if glues else None,
         language="en" if glues else None,
         library_name="transformers",
-        metrics=list(dict.fromkeys(hubs(metric) for metric in task.metrics)),
+        metrics=list(dict.fromkeys(hub_metric(metric) for metric in task.metrics)),
         model_name=title(metrics, facts) if results else None,
         eval_results=results or None,
         pipeline_tag="text-classification",
@@ -94,9 +94,9 @@ def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
     )
 
 
-def hubs(metric: str) -> str:
+def hub_metric(metric: str) -> str:
     """The Hub's name of a metric."""
-    return HUBS_METRICS.get(metric, metric.lower())
+    return HUB_METRICS.get(metric, metric.lower())
 
 
 def is_glue(task: Task, metrics: Metadata) -> bool:
@@ -125,7 +125,9 @@ def without_path(value: str) -> str:
     return os.path.basename(os.path.abspath(value)) if there else value
 
 
-def text(task: Task, metrics: Metadata, facts: Metadata, pictures: list[str]) -> Iterator[str]:
+def paragraphs(
+    task: Task, metrics: Metadata, facts: Metadata, pictures: list[str]
+) -> Iterator[str]:
     """The paragraphs below the metadata."""
     yield f"# {escape.markdown(title(metrics, facts))}"
     yield " ".join(sentences(task, metrics, facts))

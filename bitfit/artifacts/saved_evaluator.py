@@ -17,7 +17,7 @@ from bitfit.model import fingerprints as models
 from bitfit.model import trainable
 from bitfit.model.fingerprints import describe_change
 from bitfit.model.run_stack import Run, RunStack
-from bitfit.results import scores as reports
+from bitfit.results.scores import scores_frame
 from bitfit.training import store
 from bitfit.training.loop import Record, evaluations
 from utils import LOGGER, CorruptFile, UserError
@@ -156,7 +156,7 @@ def read(make, folder, gpu_device, model_name=None, data_dir=None):
         setattr(evaluator, name, facts[name])
     evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
     evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
-    evaluator.scores = reports.frame_of(facts["scores"])
+    evaluator.scores = scores_frame(facts["scores"])
     evaluator.averaged = facts.get("averaged", [])
     check_base(folder, facts, evaluator.base_fingerprints)
     evaluator.zero_gradient = facts.get("zero_gradient", {})

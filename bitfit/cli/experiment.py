@@ -68,7 +68,7 @@ def run(args: Namespace, signals: StopSignals, ranks: Ranks) -> None:
     if not finished:
         fine_tune(args, output, signals, ranks)
     if args.push_to_hub and ranks.rank == 0:
-        utils.print_result(push_hub.push(output, args.push_to_hub))
+        utils.print_result(push_hub.push_model(output, args.push_to_hub))
 
 
 def fine_tune(args: Namespace, output: Path, signals: StopSignals, ranks: Ranks) -> None:
@@ -238,7 +238,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     args, evaluator = experiment.args, experiment.evaluator
     evaluator.group.barrier()  # rank 0 has written the metrics, and writes the rest
     writes = evaluator.group.rank == 0
-    best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
+    best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
     metadata = experiment.metadata | {
         "chosen_sha256": evaluator.trainable_sha256(),
         "trained_by": list(evaluator.group.ranks),
@@ -254,7 +254,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
         )
         export_run(experiment, folders[run], metadata, kept=bool(kept))
         if writes and args.keep == "best":
-            sweeps.drop_beaten(folders, best)
+            sweeps.remove_beaten_exports(folders, best)
         if writes:
             run_folder.write_args(folders[run], metadata | run._asdict(), finished=True)
 
@@ -280,7 +280,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
         evaluator.save(folder / "evaluator")
     if writes and kept and args.export_model:
         evaluator.export_model(folder / "model")
-        model_card.write(folder, evaluator.task, metadata)
+        model_card.write_model_card(folder, evaluator.task, metadata)
     if kept and args.predict_test:
         evaluator.export_model_test_set_predictions(folder)
 
@@ -300,9 +300,9 @@ def report(experiment: Experiment, folders: Folders) -> None:
         utils.print_result(evaluator.score_table())
         return
     if args.keep == "best":
-        best = sweeps.best_run(*sweeps.read(folders), evaluator.task)
-        sweeps.drop_beaten(folders, best)
-    table = sweeps.report(output, evaluator.task, folders, evaluator.method_caption)
+        best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
+        sweeps.remove_beaten_exports(folders, best)
+    table = sweeps.write_report(output, evaluator.task, folders, evaluator.method_caption)
     experiment.tracker.results("sweep", output, table)
     run_folder.write_args(output, experiment.metadata, finished=True)
     utils.print_result(table)

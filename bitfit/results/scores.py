@@ -18,12 +18,12 @@ from bitfit.files import write_text
 from bitfit.model.trainable import components_to_terms, count_trainable
 
 
-def frame_of(scores: Iterable[Sequence]) -> pd.DataFrame:
+def scores_frame(scores: Iterable[Sequence]) -> pd.DataFrame:
     """The long table of rows (run's name, epoch, split, metric, value)."""
     return pd.DataFrame(scores, columns=["run", "epoch", "split", "metric", "value"])
 
 
-def evaluations(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
+def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """{split: {metric: [value per scored epoch]}} of one run."""
     return {
         split: {
@@ -49,7 +49,7 @@ def best_epochs(scores: pd.DataFrame, task: Task) -> pd.Series:
     return main_scores(scores, task).fillna(-np.inf).idxmax()
 
 
-def summary(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
+def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
     """The last and the best evaluation of one run: {"last"|"best": {"epoch", split: {...}}}"""
     if scores.empty:
         return {}
@@ -57,13 +57,13 @@ def summary(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
     return {
         name: {"epoch": int(epoch)} | {
             split: {metric: values[0] for metric, values in of.items()}
-            for split, of in evaluations(scores[scores["epoch"] == epoch]).items()
+            for split, of in scores_by_split(scores[scores["epoch"] == epoch]).items()
         }
         for name, epoch in epochs.items()
     }  # fmt: skip
 
 
-def facts(evaluator: Any) -> dict[str, Any]:
+def metrics_metadata(evaluator: Any) -> dict[str, Any]:
     """What metrics.json says of every run beside what it measured."""
     return {
         "task": evaluator.task_name,
@@ -90,8 +90,9 @@ def write_metrics(
     content = facts | record.run._asdict()
     content |= {"diverged": record.diverged, "train_loss": record.train_loss}
     content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
-    content |= {"epochs": scores["epoch"].unique().tolist(), "evaluations": evaluations(scores)}
-    content |= {"main_metric": task.metrics[0]} | summary(scores, task)
+    content |= {"epochs": scores["epoch"].unique().tolist()}
+    content |= {"evaluations": scores_by_split(scores)}
+    content |= {"main_metric": task.metrics[0]} | last_and_best(scores, task)
     write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     curve = scores.groupby(["split", "metric"], sort=False).ngroup()
     table = scores.iloc[curve.argsort(kind="stable")][["epoch", "split", "metric", "value"]]
@@ -113,7 +114,7 @@ def score_table(scores: pd.DataFrame, task: Task) -> str:
     """The scores of one run as text, x 100 as the paper prints them: a row per split and metric."""
     if scores.empty:
         return "nothing was evaluated"
-    table = summary(scores, task)
+    table = last_and_best(scores, task)
     last, best = table["last"], table["best"]
     rows = [
         (split, metric, f"{100 * value:.1f}", f"{100 * best[split][metric]:.1f}")
@@ -124,7 +125,7 @@ def score_table(scores: pd.DataFrame, task: Task) -> str:
     return pd.DataFrame(rows, columns=columns).to_string(index=False)
 
 
-def one_line_scores(scores: pd.DataFrame, task: Task, loss: float) -> str:
+def format_epoch_scores(scores: pd.DataFrame, task: Task, loss: float) -> str:
     """One evaluation, for the log: all scores of one run, or the main ones of many."""
     shown = 100 * scores["value"]
     runs = scores["run"].nunique()

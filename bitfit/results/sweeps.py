@@ -14,8 +14,7 @@ import pandas as pd
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
 from bitfit.results import plots
-from bitfit.results import scores as reports
-from bitfit.results.scores import frame_of, main_rows, main_scores
+from bitfit.results.scores import main_rows, main_scores, read_metrics, scores_frame
 from utils import Diverged, UserError, convert_errors, first_line
 
 if TYPE_CHECKING:
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
     from bitfit.model.run_stack import Run
 
 
-def read(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(facts, scores) of the runs that have metrics files: a row per run, a row per score.
 
     Args:
         folders: {run: its folder}
     """
-    facts, scores = [], [frame_of([])]
+    facts, scores = [], [scores_frame([])]
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
             with convert_errors(
                 lambda e, f=folder: UserError(f"{f} cannot be read: {first_line(e)}")
             ):
-                content, table = reports.read_metrics(folder)
+                content, table = read_metrics(folder)
                 facts.append({
                     "run": run.name,
                     "learning_rate": run.learning_rate,
@@ -49,14 +48,14 @@ def read(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(facts), pd.concat(scores[1:] or scores)
 
 
-def counted(facts: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+def without_diverged(facts: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """The scores that count: a run that diverged has no last epoch to report."""
     return scores[scores["run"].isin(facts.loc[facts["diverged"] == "", "run"])]
 
 
 def best_run(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
     """The name of the run with the best score of any epoch, the first of equals, or None."""
-    scores = counted(facts, scores)
+    scores = without_diverged(facts, scores)
     if scores.empty:
         return None
     best = main_scores(scores, task)[scores["run"].unique()].max()
@@ -78,11 +77,11 @@ def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[
     return rows
 
 
-def by_learning_rate(
+def scores_by_learning_rate(
     facts: pd.DataFrame, scores: pd.DataFrame, task: Task
 ) -> dict[float, pd.DataFrame]:
     """{learning rate: the main scores × 100 of its runs that count, (epochs, runs)}, rising."""
-    main = 100 * main_scores(counted(facts, scores), task)
+    main = 100 * main_scores(without_diverged(facts, scores), task)
     return {
         rate: main[[run for run in of["run"] if run in main]]
         for rate, of in facts.groupby("learning_rate")
@@ -99,21 +98,21 @@ def learning_rate_table(facts: pd.DataFrame, groups: dict[float, pd.DataFrame]) 
             row["seeds"] += f" ({tried - ended} diverged)"
         if ended:
             top = scores.max().fillna(-np.inf).idxmax()
-            row["last epoch"] = mean_and_std(scores.iloc[-1].to_numpy())
-            row["best epoch of each"] = mean_and_std(scores.max().to_numpy())
+            row["last epoch"] = format_mean_std(scores.iloc[-1].to_numpy())
+            row["best epoch of each"] = format_mean_std(scores.max().to_numpy())
             where = f"seed {seeds[top]}, epoch {scores[top].fillna(-np.inf).idxmax()}"
             row["best seed"] = f"{scores[top].max():.1f} ({where})"
         rows.append(row)
     return pd.DataFrame(rows).fillna("-").to_string(index=False)
 
 
-def mean_and_std(values: np.ndarray) -> str:
+def format_mean_std(values: np.ndarray) -> str:
     """The sample standard deviation; one value has none."""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
 
-def warnings_of(groups: dict[float, pd.DataFrame]) -> list[str]:
+def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
     """The two ways to go wrong unnoticed: a grid too narrow, a training too short."""
     tried, warnings = list(groups), []
     means = {rate: of.mean(axis=1, skipna=False) for rate, of in groups.items() if of.shape[1]}
@@ -140,7 +139,7 @@ def sweep_curves(
     facts: pd.DataFrame, scores: pd.DataFrame, task: Task, caption: str
 ) -> dict[str, "Figure"]:
     """{metric: figure}: a line per learning rate, the mean over its seeds, with their range."""
-    scores = counted(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
+    scores = without_diverged(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
     return {metric: sweep_curve(of, task, metric, caption) for metric, of in by_metric}
@@ -163,7 +162,7 @@ def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> 
     return figure
 
 
-def drop_beaten(folders: dict["Run", Path], best: str | None) -> None:
+def remove_beaten_exports(folders: dict["Run", Path], best: str | None) -> None:
     """With --keep best: of the runs so far only the best keeps an evaluator and predictions."""
     for run, folder in folders.items():
         if run.name != best:
@@ -173,22 +172,22 @@ def drop_beaten(folders: dict["Run", Path], best: str | None) -> None:
                 path.unlink()
 
 
-def report(output: Path, task: Task, folders: dict["Run", Path], caption: str) -> str:
+def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: str) -> str:
     """Write results.csv, results.json and the curves; returns what to print.
 
     Raises:
         Diverged: if there is no run to report.
     """
-    facts, scores = read(folders)
+    facts, scores = read_sweep(folders)
     rows = results_rows(facts, scores, task)
     write_text(output / "results.csv", pd.DataFrame(rows).to_csv(index=False))
     best = best_run(facts, scores, task)
     if best is None:
         raise Diverged(f"all {len(facts)} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
-    groups = by_learning_rate(facts, scores, task)
+    groups = scores_by_learning_rate(facts, scores, task)
     score = groups[row["learning_rate"]][best].max()  # that in `row` is rounded already
-    warnings = warnings_of(groups)
+    warnings = sweep_warnings(groups)
     content = {"trials": len(facts), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
     plots.save_curves(sweep_curves(facts, scores, task, f"{caption}, {len(facts)} runs"), output)

@@ -161,7 +161,7 @@ def average_evaluators(
         evaluator.zero_gradient = {}  # Earlier versions trained these biases.
     evaluator.record.train_loss.clear()  # This loss and these scores are the first member's.
     run = evaluator.record.run.name
-    evaluator.scores = scores.frame_of([(run, 0, *of, value) for of, value in last.items()])
+    evaluator.scores = scores.scores_frame([(run, 0, *of, value) for of, value in last.items()])
     table = pd.DataFrame(
         [*rows, {"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last]
     )

@@ -21,7 +21,7 @@ from bitfit.model.batching import split_into_micro_batches, to_device
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack, clip_grad_norms_
 from bitfit.model.token_budget import free_gpu_bytes, preserve_random_state
-from bitfit.results.scores import best_epochs, frame_of, one_line_scores
+from bitfit.results.scores import best_epochs, format_epoch_scores, scores_frame
 from bitfit.signals import Stopped
 from bitfit.tracking.tracker import OFF
 from bitfit.training.graphs import StepGraphs
@@ -379,10 +379,10 @@ def note(state, scores):
     if not scores:
         return
     state.scores += scores
-    best = best_epochs(frame_of(state.scores), state.plan.task)
+    best = best_epochs(scores_frame(state.scores), state.plan.task)
     for k in alive if state.best is not None else ():
         if best[stack.runs[k].name] == state.epoch + 1:
             state.best[k] = stack.params[k]
     loss = mean(losses[k] for k in alive)
-    said = one_line_scores(frame_of(scores), state.plan.task, loss)
+    said = format_epoch_scores(scores_frame(scores), state.plan.task, loss)
     LOGGER.info("epoch %d  %s", state.epoch + 1, said)
