@@ -43,22 +43,22 @@ examples:
 
 def add_what_to_run(add: AddFlag) -> None:
     add("--output-path", "-o", metavar="DIR", required=True,
-        help="new or empty folder for the results; with --resume that of the interrupted run")
+        help="new or empty folder for the results; with --resume, that of the interrupted run")
     add("--task-name", "-t", metavar="TASK", choices=TASK_NAMES,
         help=f"one of {', '.join(TASK_NAMES)}")
     add("--task-file", metavar="FILE",
-        help="instead of --task-name: a JSON file that describes a task of your own, with its data "
-             "files beside it or in --data-dir (docs/own-tasks.md)")
+        help="instead of --task-name: a JSON file that describes your own task; its data files are "
+             "beside it or in --data-dir (docs/own-tasks.md)")
     add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
         help="name on the Hugging Face Hub, or a folder [%(default)s]")
     add("--model-revision", metavar="REV",
-        help="of a model on the Hub: a tag, branch or commit [its main branch]")
+        help="tag, branch or commit of a model on the Hub [its main branch]")
     add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
         help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
     add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
         help=f"for bitfit: all, or some of {', '.join(TERMS)} [all]")
     add("--mask-size", metavar="N", type=POSITIVE,
-        help="for rand_uniform: how many encoder parameters are drawn [100000 for bert-base, "
+        help="for rand_uniform: number of encoder parameters to train [100000 for bert-base, "
              "280000 for bert-large, 105000 for roberta-base, else as many as bitfit trains]")
     add("--random-encoder", action="store_true",
         help="a control: draw the encoder's weights at random instead of loading them [off]")
@@ -66,12 +66,12 @@ def add_what_to_run(add: AddFlag) -> None:
 
 def add_data(add: AddFlag) -> None:
     add("--data-dir", metavar="DIR",
-        help="a folder with GLUE's own TSV folders (RTE/train.tsv) or with Parquet files "
+        help="local data: a folder with GLUE's TSV files (RTE/train.tsv) or with Parquet files "
              "(rte/train-*.parquet) [nyu-mll/glue from the Hub]")
     add("--max-seq-length", metavar="N", type=POSITIVE, default=128,
-        help="longer rows are cut to so many tokens [%(default)s]")
+        help="longer examples are cut to N tokens [%(default)s]")
     add("--train-size", metavar="N", type=POSITIVE,
-        help="train on so many rows, drawn by the seed [all]")
+        help="train on N examples, sampled with the seed [all]")
 
 
 def add_training(add: AddFlag) -> None:
@@ -80,15 +80,15 @@ def add_training(add: AddFlag) -> None:
         help="usual are 1e-4 to 1e-3 for bias terms; full_ft needs less: 1e-5 to 5e-5; several: "
              "a run for each [0.001]")
     add("--epochs", "-e", metavar="N", type=POSITIVE, default=16,
-        help="passes over the training rows [%(default)s]")
+        help="passes over the training examples [%(default)s]")
     add("--batch-size", "-b", metavar="N", type=POSITIVE, default=8,
-        help="rows per optimizer step [%(default)s]")
+        help="training examples per optimizer step [%(default)s]")
     add("--optimizer", choices=("adamw", "adam"), default="adamw",
         help="adamw has weight decay 0 and eps 1e-6, as in the released code [%(default)s]")
     add("--lr-schedule", choices=("constant", "linear"), default="constant",
-        help="linear falls to 0 at the last step [%(default)s]")
+        help="linear: the learning rate falls to 0 at the last step [%(default)s]")
     add("--warmup-ratio", metavar="R", type=number(float, 0, 1), default=0.0,
-        help="share of all steps over which the learning rate first rises [%(default)s]")
+        help="fraction of all steps in which the learning rate rises from 0 [%(default)s]")
     add("--seed", "-s", metavar="N", nargs="+", type=number(int, 0, 2**63), default=[0],
         help="draws the classifier, data order, dropout and masks; several: a run for each, with "
              "every learning rate [0]")
@@ -96,41 +96,41 @@ def add_training(add: AddFlag) -> None:
 
 def add_machine(add: AddFlag) -> None:
     add("--gpu-device", "-d", metavar="GPU", type=gpu,
-        help="GPU number, or cpu [GPU 0 where there is one, else cpu]")
+        help="GPU number, or cpu [GPU 0 if there is one, else cpu]")
     add("--precision", choices=("fp32", "bf16"),
-        help="bf16 computes in bfloat16; what trains is kept in float32 "
-             "[bf16 on a GPU that has it, else fp32]")
+        help="bf16 computes in bfloat16; trained parameters stay in float32 "
+             "[bf16 on a GPU that supports it, else fp32]")
     add("--max-tokens", metavar="N", type=POSITIVE,
-        help="the most tokens computed at once, whatever the batch and the number of "
-             "runs: less needs less memory [2048 on a CPU, 65536 on a GPU]")
-    add("--no-tf32", action="store_true", help="fp32 on a GPU: multiply in full float32 [off]")
+        help="the most tokens computed at once, for any batch size and number of runs; a lower "
+             "limit needs less memory [2048 on a CPU, 65536 on a GPU]")
+    add("--no-tf32", action="store_true", help="in fp32 on a GPU, multiply without TF32 [off]")
 
 
 def add_results(add: AddFlag) -> None:
     add("--resume", action="store_true",
-        help="go on where a run in --output-path was interrupted; give it the same flags [off]")
+        help="continue the interrupted run in --output-path; give the same flags as before [off]")
     add("--checkpoint-every", metavar="N", type=number(int, 0), default=1,
-        help="write a checkpoint every N epochs; 0: not at the end of epochs [%(default)s]")
+        help="write a checkpoint every N epochs; 0: only by --checkpoint-minutes [%(default)s]")
     add("--checkpoint-minutes", metavar="M", type=number(float, 0, above=True), default=30.0,
-        help="and after M minutes without one, within an epoch too [%(default)s]")
+        help="write a checkpoint M minutes after the last, also within an epoch [%(default)s]")
     add("--evaluation-frequency", metavar="N", type=POSITIVE, default=1,
         help="score every N epochs, and after the last [%(default)s]")
     add("--keep", choices=("last", "best"), default="last",
-        help="the epoch whose weights are saved and predict; best is by the main validation "
-             "score, and of several runs the best one alone is saved and predicts [%(default)s]")
+        help="save and predict with the weights of the last epoch, or of the epoch with the best "
+             "main validation score; in a sweep, best takes only the best run [%(default)s]")
     add("--save-evaluator", action="store_true",
-        help="write evaluator/, for GLUEvaluator.load [off]")
+        help="write evaluator/: the trained parameters, for GLUEvaluator.load and scripts/ [off]")
     add("--export-model", action="store_true",
         help="write model/, a plain Hugging Face folder with a model card [off]")
     add("--push-to-hub", metavar="NAME",
-        help="export the model, and at the end upload it to the Hub under this name [off]")
+        help="export the model and upload it to the Hub under this name at the end [off]")
     add("--predict-test", action="store_true",
-        help="write the test predictions for the GLUE server [off]")
+        help="write the predictions of the test set, in the GLUE server's format [off]")
     add("--report-to", metavar="TRACKER", nargs="+", choices=TRACKERS, default=[],
         help=f"show losses and scores while training, in some of {', '.join(TRACKERS)} [off]")
-    add("--verbose", action="store_true", help="list the trained tensors [off]")
+    add("--verbose", action="store_true", help="list the trained parameters [off]")
     add("--quiet", "-q", action="store_true",
-        help="say nothing but warnings and, at the end, the results [off]")
+        help="print only warnings and, at the end, the results [off]")
 
 # fmt: on
 
@@ -162,7 +162,7 @@ def make_parser(description: str) -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action=Versions, nargs=0, default=argparse.SUPPRESS,
-                        help="say the versions, and end")  # fmt: skip
+                        help="print the commit and the library versions")  # fmt: skip
     for title, add_flags in GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
     return parser

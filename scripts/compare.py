@@ -178,7 +178,7 @@ def make_parser() -> OneLineParser:
         "folders", nargs="+", metavar="DIR", help="output folder of a run or a sweep"
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="write their curves as a figure (.png, .pdf or .svg)"
+        "--plot", metavar="FILE", help="draw the learning curves (.png, .pdf or .svg)"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Show, compare, average or apply the changes that saved evaluators made to their base model.
+"""Show, compare, average or apply deltas: trained parameters minus those of the base model.
 
     python scripts/deltas.py show out/sst2/lr0.001_seed0
     python scripts/deltas.py compare out/sst2/lr* out/rte --plot out/deltas.png
@@ -38,9 +38,10 @@ if TYPE_CHECKING:  # -h and argument errors import no torch
 # fmt: off
 
 def add_files(add: Callable, what: str) -> None:
-    add("--csv", metavar="FILE.csv", type=new_file(".csv"), help="write the table")
+    add("--csv", metavar="FILE.csv", type=new_file(".csv"),
+        help="also write the table to this file")
     add("--plot", metavar="FILE", type=new_file(".png", ".pdf", ".svg"),
-        help=f"write {what} (.png, .pdf or .svg)")
+        help=f"draw {what} (.png, .pdf or .svg)")
 
 
 def add_output(add: Callable, what: str) -> None:
@@ -50,7 +51,7 @@ def add_output(add: Callable, what: str) -> None:
 
 def add_show(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator that trained bias terms")
-    add_files(add, "the paper's Figure 1 of it")
+    add_files(add, "the table as in the paper's Figure 1")
 
 
 def add_compare(add: Callable) -> None:
@@ -64,32 +65,32 @@ def add_average(add: Callable) -> None:
         "model that trained the same parameters")
     add("--weights", metavar="W", nargs="+", type=number(float, 0),
         help="one weight per folder, divided by their sum [equal weights]")
-    add("--data-dir", metavar="DIR", help="where the data is now [where it was]")
+    add("--data-dir", metavar="DIR", help="folder with the data, if it has moved [as in training]")
     add("--gpu-device", "-d", metavar="GPU", type=gpu,
-        help="to score on: GPU number, or cpu [GPU 0 where there is one, else cpu]")
-    add_output(add, "the average, a saved evaluator")
+        help="device for scoring: GPU number, or cpu [GPU 0 if there is one, else cpu]")
+    add_output(add, "the average, which is a saved evaluator")
 
 
 def add_apply(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator")
     add("--scale", metavar="S", type=number(float, 0), default=1.0,
-        help="multiply the change of the encoder by S; the classifier keeps its values [1]")
+        help="multiply the encoder's delta by S; the classifier stays as trained [1]")
     add_output(add, "a plain Hugging Face model")
 
 # fmt: on
 
 
 def add_base(add: Callable) -> None:
-    add("--model-name", "-m", metavar="MODEL", help="where the base model is now [where it was]")
+    add("--model-name", "-m", metavar="MODEL", help="base model, if it has moved [as in training]")
 
 
 def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the parser and {command: its parser}."""
     commands = [
         ("show", add_show, "print how far each bias term moved in each layer"),
-        ("compare", add_compare, "print cosines and distances between the changes of encoders"),
+        ("compare", add_compare, "print cosines and distances between the deltas of encoders"),
         ("average", add_average, "write the average of several evaluators, and score it"),
-        ("apply", add_apply, "write a Hugging Face model with the changes"),
+        ("apply", add_apply, "write base model + delta as a Hugging Face model"),
     ]
     return make_commands("deltas.py", __doc__.splitlines()[0], commands, add_base)
 

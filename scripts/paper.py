@@ -35,61 +35,65 @@ ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # p
 
 
 def add_plan(add: Callable) -> None:
-    add("--tables", type=int, nargs="+", choices=(2, 3), help="of the paper")
+    add("--tables", type=int, nargs="+", choices=(2, 3), help="tables of the paper")
     add("--figures", type=int, nargs="+", choices=(1, 2),
-        help="of the paper: 1, how far biases move; 2, scores over the number of training rows")
+        help="figures of the paper: 1 shows how far biases move; 2, scores by number of examples")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
-        help="[all of Table 2; Figure 1 rte, Figure 2 qnli]")
+        help="GLUE tasks [those of Table 2; rte for Figure 1, qnli for Figure 2]")
     add("--rows", nargs="+", choices=protocol.ROWS, metavar="ROW",
-        help=f"of the tables: some of {', '.join(protocol.ROWS)} [all]")
+        help=f"methods, the rows of a table: some of {', '.join(protocol.ROWS)} [all]")
     add("--models", nargs="+", metavar="MODEL",
         help="names on the Hub, or folders [the paper's three for Table 2, else bert-base-cased]")
     add("--learning-rates", nargs="+", metavar="[ROW=]LR", default=[],
-        type=cells.named_numbers(float, 0), help="for all rows, or some: 1e-3 full_ft=1e-5,3e-5 "
-        "[the paper's grids]")
+        type=cells.named_numbers(float, 0),
+        help="for all methods, or for one: 1e-3 full_ft=1e-5,3e-5 [the paper's grids]")
     add("--seeds", nargs="+", metavar="[ROW=]N", default=[],
         type=cells.named_numbers(int, 0, 2**63),
-        help="for all rows, or some: 0 1 2 frozen=0,1 [0 1 2 3 4]")
+        help="for all methods, or for one: 0 1 2 frozen=0,1 [0 1 2 3 4]")
     add("--epochs", nargs="+", metavar="[TASK=]N", default=[], type=cells.named_numbers(int, 1),
-        help="for all tasks, or some: 8 rte=20 [cola 16, mrpc 20, rte 20, stsb 16, others 8]")
+        help="for all tasks, or for one: 8 rte=20 [cola 16, mrpc 20, rte 20, stsb 16, others 8]")
     add("--batch-size", type=POSITIVE, metavar="N", default=protocol.BATCH_SIZE,
-        help="[%(default)s]")
-    add("--train-size", type=POSITIVE, metavar="N", help="train on so many rows [all]")
+        help="training examples per optimizer step [%(default)s]")
+    add("--train-size", type=POSITIVE, metavar="N", help="train on N examples [all]")
     add("--sizes", type=POSITIVE, nargs="+", metavar="N", default=protocol.SIZES,
-        help="training rows of Figure 2 [500 1000 2000 4000 8000 16000]")
-    add("--max-seq-length", type=POSITIVE, metavar="N", help="[128]")
-    add("--data-dir", metavar="DIR", help="as for run_glue.py [the Hub]")
-    add("--precision", choices=("fp32", "bf16"), help="as for run_glue.py")
+        help="numbers of training examples for Figure 2 [500 1000 2000 4000 8000 16000]")
+    add("--max-seq-length", type=POSITIVE, metavar="N",
+        help="longer examples are cut to N tokens [128]")
+    add("--data-dir", metavar="DIR", help="local data, as for run_glue.py [from the Hub]")
+    add("--precision", choices=("fp32", "bf16"), help="precision, as for run_glue.py")
     add("--no-predict-test", action="store_false", dest="predict_test",
-        help="leave out what `submit` needs [full_ft and bitfit predict the test sets]")
+        help="write no test predictions, so that `submit` cannot be used [full_ft and bitfit write "
+             "them]")
     add("--calibrate", action="store_true",
-        help="measure what this machine does in a second, for the hours [off]")
-    add("--gpu-device", type=gpu, metavar="GPU", help="to calibrate on")
+        help="measure the speed of this machine, to estimate the hours of each cell [off]")
+    add("--gpu-device", type=gpu, metavar="GPU",
+        help="device for --calibrate: GPU number, or cpu [GPU 0 if there is one, else cpu]")
 
 
 def add_run(add: Callable) -> None:
     add("--gpus", nargs="+", type=gpu, metavar="GPU",
-        help="a worker for each: GPU numbers, or cpu [one worker, on the first GPU if any]")
+        help="GPU numbers, or cpu; starts one worker for each [one, on GPU 0 if there is one]")
     add("--nproc-per-node", type=POSITIVE, metavar="N", default=1,
-        help="start each command over so many ranks of torchrun, on as many GPUs [%(default)s]")
+        help="train each cell with torchrun on N GPUs [%(default)s]")
     add("--shard", nargs="?", const="", metavar="I/N",
-        help="work on part I of N alone, where the file system has no locks; without a value as "
-             "SLURM_ARRAY_TASK_ID or RANK say")
-    add("--retry-failed", action="store_true", help="try failed cells again [off]")
+        help="train only share I of N of the cells, for file systems without locks; without a "
+             "value, SLURM_ARRAY_TASK_ID or RANK gives the share")
+    add("--retry-failed", action="store_true", help="train failed cells again [off]")
     add("--budget-hours", type=number(float, 0, above=True), metavar="H",
-        help="only what fits into so many hours of one worker, the cheapest first [all]")
+        help="train the cheapest cells that one worker can train in H hours [all]")
 
 
 def add_report(add: Callable) -> None:
     add("--resamples", type=POSITIVE, metavar="N", default=1000,
-        help="of the bootstrap [%(default)s]")
+        help="number of bootstrap resamples [%(default)s]")
 
 
 def add_submit(add: Callable) -> None:
-    add("--model", required=True, metavar="MODEL", help="as planned")
-    add("--method", required=True, choices=protocol.ROWS, metavar="ROW", help="as planned")
+    add("--model", required=True, metavar="MODEL", help="a model of the study")
+    add("--method", required=True, choices=protocol.ROWS, metavar="ROW",
+        help="a method of the study, such as bitfit")
     add("--placeholder-missing", action="store_true",
-        help="where there are no predictions, write the majority class [no zip then]")
+        help="fill missing tasks with the majority class [write no zip file if a task is missing]")
 
 # fmt: on
 
@@ -101,8 +105,8 @@ def add_folder(add: Callable) -> None:
 def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the parser and {command: its parser}."""
     commands = [
-        ("plan", add_plan, "choose the cells and print their cost"),
-        ("run", add_run, "run the unfinished cells"),
+        ("plan", add_plan, "choose the cells (method, model, task) and print their cost"),
+        ("run", add_run, "train the cells that are not done"),
         ("report", add_report, "write tables, statistics and figures of the finished cells"),
         ("submit", add_submit, "write the zip file for the GLUE server"),
     ]

@@ -40,13 +40,13 @@ def make_parser() -> OneLineParser:
     add = parser.add_argument
     # fmt: off
     add("evaluators", nargs="+", metavar="EVALUATOR",
-        help="folders that run_glue.py --save-evaluator wrote, evaluator/ of a run")
+        help="saved evaluators: the folder evaluator/ of runs with --save-evaluator")
     add("--input", "-i", metavar="FILE", default="-",
-        help="a text, or two with a tab between, on each line; -: standard input [-]")
+        help="file with one text per line, or two with a tab between; -: standard input [-]")
     add("--batch-size", "-b", metavar="N", type=POSITIVE, default=32,
-        help="lines per batch; 1: answer every line at once [%(default)s]")
+        help="lines per batch; 1 answers each line immediately [%(default)s]")
     add("--model-name", "-m", metavar="MODEL",
-        help="where the base model is now [where it was in training]")
+        help="the base model, if it has moved [as in training]")
     add("--max-seq-length", metavar="N", type=POSITIVE,
         help="cut longer texts to N tokens [as in training]")
     add_machine(parser.add_argument_group("machine").add_argument)
