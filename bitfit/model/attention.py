@@ -12,7 +12,7 @@ is empty, because the kernels do not allow a sequence with keys and without quer
 """
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def varlen_attention(
     dropout: float = 0.0,
     *,
     layout: VarlenLayout,
-    **others: Any,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence, (1, heads, N, d) -> (1, N, heads, d), for transformers.
 

@@ -1,8 +1,8 @@
-"""Config and tokenizer of a base model as JSON values: stored by evaluators and args.json, and
-compared when either is used again.
+"""Fingerprints of a base model: hashes of weights, values of its config, hashes of its tokenizer.
 
-Values are stored, not one hash, so that a message can name what changed, and so that another
-version of transformers, which may know other keys, can still verify those that both know.
+Evaluators and args.json store them, and they are compared when either is used again. The config is
+stored as values, so that a message can name the change, and so that another version of
+transformers, which may know other keys, can still compare the common ones.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ if TYPE_CHECKING:  # -h imports this module, and no torch
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Keys of a config that no logit depends on: names, labels, and what saves memory or time.
-NOTES = {
+# Keys of a config that do not affect logits: names, labels, settings of memory and time.
+IGNORED_KEYS = {
     "_name_or_path", "architectures", "auto_map", "dtype", "finetuning_task",
     "gradient_checkpointing", "id2label", "label2id", "num_labels", "problem_type",
     "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-# Parts of a tokenizer's file that tokens do not depend on; tokenizing itself sets two of them.
-NOT_ENCODING = ("version", "truncation", "padding", "decoder")
+# Parts of a tokenizer's file that do not affect tokens; tokenizing itself changes two of them.
+IGNORED_PARTS = ("version", "truncation", "padding", "decoder")
 
 
 def fingerprints_of(
@@ -44,9 +44,10 @@ def config_values(config: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, keys joined by dots, without IGNORED_KEYS."""
     values: dict[str, Any] = {}
     for key, value in content.items():
-        if key in NOTES:
+        if key in IGNORED_KEYS:
             continue
         nested = isinstance(value, dict)
         values |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
@@ -54,15 +55,15 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def tokenizer_hashes(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """Return {part: SHA-256} of a tokenizer; the tokens of a text depend on nothing else."""
+    """Return {part: SHA-256} of all parts of a tokenizer that affect the tokens of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # it is written in Python
+    if backend is None:  # the tokenizer is written in Python
         merges = sorted(getattr(tokenizer, "bpe_ranks", {}).items())
         lower = getattr(tokenizer, "do_lower_case", None)
         parts = {"model": [tokenizer.get_vocab(), merges], "normalizer": lower}
     else:
         parts = json.loads(backend.to_str())
-    parts = {name: part for name, part in parts.items() if name not in NOT_ENCODING}
+    parts = {name: part for name, part in parts.items() if name not in IGNORED_PARTS}
     parts["vocabulary"] = parts.pop("model")
     parts["special_tokens"] = tokenizer.special_tokens_map
     for name in ("padding_side", "truncation_side", "split_special_tokens", "model_input_names"):
@@ -102,7 +103,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def fingerprint(model: "PreTrainedModel", head: bool = False) -> str:
-    """SHA-256 over the encoder's (and the head's) names and values: which model it is."""
+    """Return the SHA-256 of the encoder's names and values, with `head` of the classifier's too."""
     return sha256(
         value
         for name, parameter in model.named_parameters()
@@ -112,7 +113,7 @@ def fingerprint(model: "PreTrainedModel", head: bool = False) -> str:
 
 
 def sha256(values: Iterable["str | np.ndarray | torch.Tensor | None"]) -> str:
-    """SHA-256 over texts, arrays, tensors and Nones, their kinds, shapes and lengths included."""
+    """Return the SHA-256 of texts, arrays, tensors and Nones, including dtypes and shapes."""
     import torch
 
     digest = hashlib.sha256()

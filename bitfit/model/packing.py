@@ -6,7 +6,7 @@ the attention alone. This module has the layout, the attention and dropout; `pac
 a model with them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ def bucketed_attention(
     dropout: float = 0.0,
     *,
     layout: AttentionLayout,
-    **others: Any,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each row, (1, heads, N, d) -> (1, N, heads, d); for transformers' interface.
 

@@ -1,4 +1,4 @@
-"""Checks of a tokenizer against its model."""
+"""Check a tokenizer against its model, its vocabulary and its file."""
 
 import inspect
 import logging
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger("bitfit")
-# A tokenizer may leave rows of the embeddings unused: Phi-2's leaves 1.8 %, mDeBERTa-v3's 0.4 %.
+# Embeddings may have more rows than a tokenizer has tokens: 1.8 % in Phi-2, 0.4 % in mDeBERTa-v3.
 USUAL_VOCABULARY = 0.9
 SAMPLE = "The film isn't GOOD, in 2023: caf\u00e9, $9.95 (http://a.b/c-d_e)"
 
@@ -23,71 +23,75 @@ SAMPLE = "The film isn't GOOD, in 2023: caf\u00e9, $9.95 (http://a.b/c-d_e)"
 def check_tokenizer(
     tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", model_name: str | Path
 ) -> None:
-    """Compare a tokenizer with the model's embeddings, and its vocabulary with its lower-casing.
+    """Check a tokenizer against the model's embeddings, and its vocabulary against its casing.
 
     Raises:
-        UserError: it has no padding token, or tokens that the embeddings lack.
+        UserError: there is no padding token, or tokens have no embeddings.
     """
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
     tokens = tokenizer.get_vocab()
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    if not isinstance(rows, int):
+    size = getattr(config.get_text_config(), "vocab_size", None)  # rows of the embeddings
+    if not isinstance(size, int):
         return
-    beyond = [token for token in tokens if tokens[token] >= rows]
-    if beyond and not are_of_the_class(beyond, tokenizer, rows):
+    beyond = [token for token in tokens if tokens[token] >= size]
+    if beyond and not added_by_class(beyond, tokenizer, size):
         last = max(beyond, key=tokens.get)
-        what = f"the tokenizer of {model_name} goes up to token {tokens[last]} ({last!r}), but the "
-        what += f"model has embeddings for {rows} tokens, from 0 (vocab_size in config.json)"
-        raise UserError(f"{what}: give each model its own tokenizer, or save the model after "
-                        "`model.resize_token_embeddings(len(tokenizer))`")  # fmt: skip
-    if len(tokens) < USUAL_VOCABULARY * rows:
-        what = "tokens, and the model embeddings for %d: is it the tokenizer of this model?"
-        LOGGER.warning(f"the tokenizer of %s has %d {what}", model_name, len(tokens), rows)
+        raise UserError(
+            f"the tokenizer of {model_name} goes up to token {tokens[last]} ({last!r}), but the "
+            f"model has embeddings for {size} tokens, from 0 (vocab_size in config.json): give "
+            "each model its own tokenizer, or save the model after "
+            "`model.resize_token_embeddings(len(tokenizer))`"
+        )
+    if len(tokens) < USUAL_VOCABULARY * size:
+        LOGGER.warning(
+            "the tokenizer of %s has %d tokens, and the model embeddings for %d: is it the "
+            "tokenizer of this model?", model_name, len(tokens), size,
+        )  # fmt: skip
     warn_of_case(tokenizer, tokens, model_name)
 
 
-def are_of_the_class(beyond: list[str], tokenizer: "PreTrainedTokenizerBase", rows: int) -> bool:
-    """Whether transformers' class alone added tokens beyond the embeddings, which it never gives.
+def added_by_class(beyond: list[str], tokenizer: "PreTrainedTokenizerBase", size: int) -> bool:
+    """Return whether transformers' class added all tokens in `beyond`, and never uses them.
 
-    Qwen2's adds `<|endoftext|>` to every vocabulary, whatever the model's files hold.
+    The class of Qwen2 adds `<|endoftext|>` to every vocabulary, whatever the model's files hold.
     """
     parameters = inspect.signature(type(tokenizer).__init__).parameters.values()
     defaults = {str(parameter.default) for parameter in parameters}
     ids = tokenizer("a", "A \u2603 \ufdd0")["input_ids"]
-    return defaults.issuperset(beyond) and max(*ids, tokenizer.pad_token_id) < rows
+    return defaults.issuperset(beyond) and max(*ids, tokenizer.pad_token_id) < size
 
 
 def warn_of_case(
     tokenizer: "PreTrainedTokenizerBase", tokens: dict[str, int], model_name: str | Path
 ) -> None:
-    """Log that a vocabulary of cased texts is read in lower case, or the other way round."""
+    """Log a warning if a cased vocabulary is used in lower case, or the other way round."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     text = normalizer.normalize_str("A") if normalizer else "A"
     special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
     words = [token for token in tokens if token not in special]
     if any("\u0120" in word for word in words):
-        # Vocabularies of bytes write a space as this capital, and have all 256 bytes.
+        # Byte-level vocabularies write a space as this capital, and contain all 256 bytes.
         words = [word for word in (w.replace("\u0120", "") for w in words) if len(word) > 1]
     capitals = sum(word != word.lower() for word in words)
     if "a" in text and capitals > 0.02 * len(tokens):
-        what = f"lower-cases all texts, but {capitals} tokens of its vocabulary have capitals"
+        problem = f"lower-cases all texts, but {capitals} tokens of its vocabulary have capitals"
         advice = 'give it "do_lower_case": false in tokenizer_config.json'
     elif "A" in text and not capitals and unknown(tokenizer, "A"):
-        what = "keeps capitals, but no token of its vocabulary has any: they become unknown"
+        problem = "keeps capitals, but no token of its vocabulary has any: they become unknown"
         advice = 'give it "do_lower_case": true in tokenizer_config.json'
     else:
         return
-    LOGGER.warning("the tokenizer of %s %s: %s", model_name, what, advice)
+    LOGGER.warning("the tokenizer of %s %s: %s", model_name, problem, advice)
 
 
 def warn_of_file(
     tokenizer: "PreTrainedTokenizerBase", model_name: str | Path, revision: str | None = None
 ) -> None:
-    """Log that transformers reads texts otherwise than tokenizer.json describes.
+    """Log a warning if transformers tokenizes a text in another way than tokenizer.json describes.
 
-    Most of its classes take the vocabulary alone from the file. Where both normalize as BERT does,
-    tokenizer_config.json decides on lower-casing and accents.
+    Most classes of transformers read only the vocabulary from the file. If both normalize as BERT
+    does, tokenizer_config.json decides on lower-casing and accents.
     """
     path = hub.find_file(model_name, "tokenizer.json", revision)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -101,10 +105,12 @@ def warn_of_file(
     if file.encode(SAMPLE, add_special_tokens=False).ids != tokenizer.encode(
         SAMPLE, add_special_tokens=False
     ):
-        what = "takes the vocabulary alone from tokenizer.json of %s and reads texts otherwise than"
-        advice = 'the file says; with "tokenizer_class": "PreTrainedTokenizerFast" in '
-        advice += "tokenizer_config.json most models follow the file"
-        LOGGER.warning(f"transformers' %s {what} {advice}", type(tokenizer).__name__, model_name)
+        LOGGER.warning(
+            "transformers' %s takes the vocabulary alone from tokenizer.json of %s and reads texts "
+            'otherwise than the file says; with "tokenizer_class": "PreTrainedTokenizerFast" in '
+            "tokenizer_config.json most models follow the file",
+            type(tokenizer).__name__, model_name,
+        )  # fmt: skip
 
 
 def unknown(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
