@@ -346,7 +346,7 @@ class GLUEvaluator:
             folder.mkdir(parents=True, exist_ok=True)
         saver = saver or Saver()
         saver.load(state)
-        tracker.begin(state, folders)
+        tracker.open_runs(state, folders)
         try:
             with self.stack.patched(DTYPES[self.precision]), saver.held():
                 diverged = fit(state, lambda: self._note(state, folders), saver, tracker)

@@ -349,11 +349,11 @@ def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
     stack = SimpleNamespace(runs=[Run(1e-3, 0)], params=torch.zeros(1, 1))
     state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
     with Tracker(["kept"], tmp_path) as tracker:
-        tracker.begin(state, {stack.runs[0]: tmp_path})
+        tracker.open_runs(state, {stack.runs[0]: tmp_path})
         for step, seconds in ((2, 4.0), (6, 8.0)):
             state.step, state.seconds = step, seconds
-            tracker.watch(state, {0: 0.7})
-            tracker.told["kept"].result()
+            tracker.log_losses(state, {0: 0.7})
+            tracker.pending["kept"].result()
     assert told == [(2, 16 / 4), (6, 32 / 4)]
 
 
@@ -373,7 +373,7 @@ def test_mlflow_takes_parameters_of_any_length(tmp_path, caplog):
     output = tmp_path / "long"
     output.mkdir()
     with Tracker(["mlflow"], output, {"terms": "x" * 7000}) as tracker:
-        tracker.results("run", output, "a table")
+        tracker.log_results("run", output, "a table")
     assert caplog.records == []
     ((run_, *_),) = mlflow_runs(output).values()
     assert run_.data.params["terms"] == "x" * 6000
@@ -402,8 +402,8 @@ def test_so_is_one_that_fails_at_once_or_at_the_end(tmp_path, monkeypatch, caplo
         monkeypatch.setattr(services.TensorBoard, when, fail)
         caplog.clear()
         with Tracker(["tensorboard"], tmp_path) as tracker:
-            tracker.results("run", tmp_path, "a table")
-            tracker.results("other", tmp_path, "a table")
+            tracker.log_results("run", tmp_path, "a table")
+            tracker.log_results("other", tmp_path, "a table")
         assert warnings(caplog) == OVER
         monkeypatch.undo()
 

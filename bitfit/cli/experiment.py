@@ -58,7 +58,7 @@ def run(args: Namespace, signals: StopSignals, ranks: Ranks) -> None:
         ranks.run_on_rank0(
             lambda: task_files.check_data_files(args.task_file, args.task, args.data_dir)
         )
-    ranks.run_on_rank0(lambda: tracking.connect(args.report_to, output))
+    ranks.run_on_rank0(lambda: tracking.check_connections(args.report_to, output))
     all_local = has_files and Path(args.model_name).is_dir()
     hub.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
     if args.push_to_hub:
@@ -275,7 +275,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
         evaluator.plot_terms_changes(folder / "bias_term_changes")
     if writes:
         table = evaluator.score_table()
-        experiment.tracker.results(record.run.name, folder, table, record.diverged)
+        experiment.tracker.log_results(record.run.name, folder, table, record.diverged)
     if writes and kept and args.save_evaluator:
         evaluator.save(folder / "evaluator")
     if writes and kept and args.export_model:
@@ -303,6 +303,6 @@ def report(experiment: Experiment, folders: Folders) -> None:
         best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
         sweeps.remove_beaten_exports(folders, best)
     table = sweeps.write_report(output, evaluator.task, folders, evaluator.method_caption)
-    experiment.tracker.results("sweep", output, table)
+    experiment.tracker.log_results("sweep", output, table)
     run_folder.write_args(output, experiment.metadata, finished=True)
     utils.print_result(table)

@@ -1,8 +1,8 @@
-"""Live tracking: what a training measures, told to TensorBoard, W&B or MLflow while it runs.
+"""Live tracking: losses and scores of a training at TensorBoard, W&B or MLflow.
 
-`Tracker` has an open run there for each run here, under the run's name, and one for a sweep's
-report. What it tells is known anyway: it asks the device for nothing. Each of them is told in a
-thread of its own, so that a slow one keeps nobody waiting; one that fails is given up.
+A tracker has one run for each of ours, under the same name, and one for the report of a sweep. All
+values are known on the host, so that logging never waits for the device. Each tracker has a thread
+of its own, so that a slow one delays nobody. A tracker that fails is switched off.
 """
 
 import logging
@@ -34,8 +34,8 @@ class TrackedState(Protocol):
     seconds: float
 
 
-def connect(kinds: Sequence[str], output: Path) -> None:
-    """See whether all can be reached; UserError for one that cannot."""
+def check_connections(kinds: Sequence[str], output: Path) -> None:
+    """Raise a UserError for a tracker that cannot be reached."""
     for kind in kinds:
         with convert_errors(
             lambda error, kind=kind: UserError(f"--report-to {kind}: {first_line(error)}")
@@ -44,7 +44,7 @@ def connect(kinds: Sequence[str], output: Path) -> None:
 
 
 def peak_gib(device: "torch.device") -> float:
-    """The most memory this process has had: of a GPU, or of the machine."""
+    """Return the peak memory of this process in GiB: of a GPU, or of the machine."""
     if device.type == "cuda":
         import torch
 
@@ -55,7 +55,7 @@ def peak_gib(device: "torch.device") -> float:
 
 
 def examples_per_second(state: TrackedState, since: tuple[int, int, float] | None = None) -> float:
-    """Of each run, in this epoch since (epoch, step, seconds), or since its start."""
+    """Return the speed of each run in this epoch, since (epoch, step, seconds) or its start."""
     epoch, step, seconds = since or (None, 0, 0.0)
     if epoch != state.epoch:
         step, seconds = 0, 0.0
@@ -64,73 +64,78 @@ def examples_per_second(state: TrackedState, since: tuple[int, int, float] | Non
 
 
 class Tracker:
-    """{tracker: {run's name: its run there}} in `open`; without trackers it does nothing."""
+    """Sends losses, scores and results to trackers; without trackers it does nothing.
+
+    `open_trackers` is {tracker: {name of a run: the tracker's object for it}}.
+    """
 
     def __init__(
         self,
         kinds: Sequence[str] = (),
         output: str | Path | None = None,
-        facts: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
             kinds: some of `KINDS`.
             output: the command's output folder.
-            facts: {name: value} that each run shows beside its learning rate and seed.
+            metadata: {name: value} that each run shows beside its learning rate and seed.
         """
-        self.open: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-        self.output, self.facts = output and Path(output), facts or {}
+        self.open_trackers: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+        self.output, self.metadata = output and Path(output), metadata or {}
         self.threads = {kind: ThreadPoolExecutor(1) for kind in kinds}
-        self.told: dict[str, Future] = {}
-        self.step, self.before = 0, (0, 0, 0.0)
+        self.pending: dict[str, Future] = {}
+        self.step, self.previous = 0, (0, 0, 0.0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._tell(lambda runs: [run.close(failed=True) for run in runs.values()])
+        self._submit(lambda runs: [run.close(failed=True) for run in runs.values()])
         for thread in self.threads.values():
             thread.shutdown()
 
-    def begin(self, state: TrackedState, folders: dict["Run", Path]) -> None:
-        """Open the runs of a `bitfit.training.loop.State` that have a folder: {run: folder}."""
-        if self.open:
-            self._place(state)
+    def open_runs(self, state: TrackedState, folders: dict["Run", Path]) -> None:
+        """Open the runs of a training at the trackers; `folders` are {run: its folder}."""
+        if self.open_trackers:
+            self._set_step(state)
             for run, folder in folders.items():
                 self._open(run.name, folder, run._asdict())
 
-    def watch(self, state: TrackedState, losses: dict[int, float]) -> None:
-        """Within an epoch: {run's number: its loss in the last step}. Some looks may be left out,
-        where a tracker is slower than they come; so is that after the last step, for `note`."""
+    def log_losses(self, state: TrackedState, losses: dict[int, float]) -> None:
+        """Log {number of a run: its loss in the last step} within an epoch.
+
+        A slow tracker misses some losses. `log_scores` logs the end of an epoch.
+        """
         measured = {k: {"train/loss": loss} for k, loss in losses.items()}
         if state.step < state.plan.steps_per_epoch:
-            self._log(state, measured, since=self.before, skippable=True)
+            self._log(state, measured, since=self.previous, skippable=True)
 
-    def note(self, state: TrackedState, scores: list[tuple]) -> None:
-        """After an epoch: its mean losses, and the rows of scores there are."""
+    def log_scores(self, state: TrackedState, scores: list[tuple]) -> None:
+        """Log the mean losses of an epoch, and its scores if it was evaluated."""
         measured = {}
         for k, record in enumerate(state.records):
-            own = [row[2:] for row in scores if row[0] == record.run.name]
+            of_run = [row[2:] for row in scores if row[0] == record.run.name]
             if not record.diverged:
                 measured[k] = {"train/mean_loss": record.train_loss[-1]}
-                measured[k] |= {f"{split}/{metric}": value for split, metric, value in own}
+                measured[k] |= {f"{split}/{metric}": value for split, metric, value in of_run}
         self._log(state, measured)
 
-    def results(self, name: str, folder: Path, text: str, diverged: str | None = None) -> None:
-        """The end of a run, or of a sweep: the pictures in its folder, and a table as text."""
+    def log_results(self, name: str, folder: Path, text: str, diverged: str | None = None) -> None:
+        """Log the figures and the table of a run or a sweep, and close it at the trackers."""
         self._open(name, folder, {})
         step, pictures = self.step, sorted(folder.glob("*.png"))
         text = "\n".join(filter(None, (text, diverged)))
 
-        def tell(runs: dict[str, Any]) -> None:
+        def send(runs: dict[str, Any]) -> None:
             run = runs.pop(name)
             run.results(step, pictures, text)
             run.close(failed=bool(diverged))
 
-        self._tell(tell)
+        self._submit(send)
 
-    def _place(self, state: TrackedState) -> None:
-        self.before = state.epoch, state.step, state.seconds
+    def _set_step(self, state: TrackedState) -> None:
+        self.previous = state.epoch, state.step, state.seconds
         self.step = state.epoch * state.plan.steps_per_epoch + state.step
 
     def _log(
@@ -140,51 +145,56 @@ class Tracker:
         since: tuple[int, int, float] | None = None,
         skippable: bool = False,
     ) -> None:
-        """Tell what was measured of some runs, with what is known of all; the speed is that since
-        an earlier place in this epoch, or since its start."""
-        if not self.open:
+        """Log values of some runs, together with epoch, memory, speed and learning rate.
+
+        Args:
+            measured: {number of a run: {name: value}}.
+            since: (epoch, step, seconds) from which the speed is measured.
+            skippable: leave the values out where a tracker is busy.
+        """
+        if not self.open_trackers:
             return
-        self._place(state)
+        self._set_step(state)
         plan, step, factor = state.plan, self.step, state.plan.factors[self.step - 1]
         common = {"epoch": step / plan.steps_per_epoch}
         common |= {"peak_memory_gib": peak_gib(state.stack.params.device)}
         common |= {"train/examples_per_second": examples_per_second(state, since)}
         rows = {}
-        for k, own in measured.items():
+        for k, of_run in measured.items():
             run = state.stack.runs[k]
-            rows[run.name] = common | {"train/learning_rate": run.learning_rate * factor} | own
+            rows[run.name] = common | {"train/learning_rate": run.learning_rate * factor} | of_run
 
-        def tell(runs: dict[str, Any]) -> None:
+        def send(runs: dict[str, Any]) -> None:
             for name in rows.keys() & runs.keys():
                 runs[name].log(step, rows[name])
 
-        self._tell(tell, skippable)
+        self._submit(send, skippable)
 
-    def _open(self, name: str, folder: Path, facts: dict[str, Any]) -> None:
-        """Open a run, here and now, where it is not open."""
-        for kind, runs in list(self.open.items()):
+    def _open(self, name: str, folder: Path, metadata: dict[str, Any]) -> None:
+        """Open a run in this thread at the trackers where it is not open."""
+        for kind, runs in list(self.open_trackers.items()):
 
             def make(kind: str = kind, runs: dict[str, Any] = runs) -> None:
-                own = self.facts | facts
-                runs[name] = KINDS[kind](self.output, name, folder, own, self.step)
+                shown = self.metadata | metadata
+                runs[name] = KINDS[kind](self.output, name, folder, shown, self.step)
 
             if name not in runs:
                 self._try(kind, make)
 
-    def _tell(self, work: Callable, skippable: bool = False) -> None:
-        """Do `work(the open runs)` for every tracker in its thread; or not, if that is busy."""
-        for kind, runs in list(self.open.items()):
-            if not skippable or kind not in self.told or self.told[kind].done():
-                self.told[kind] = self.threads[kind].submit(self._try, kind, partial(work, runs))
+    def _submit(self, work: Callable, skippable: bool = False) -> None:
+        """Call `work` with the open runs in the thread of every tracker, or of every idle one."""
+        for kind, runs in list(self.open_trackers.items()):
+            if not skippable or kind not in self.pending or self.pending[kind].done():
+                self.pending[kind] = self.threads[kind].submit(self._try, kind, partial(work, runs))
 
     def _try(self, kind: str, work: Callable[[], object]) -> None:
         try:
-            if kind in self.open:
+            if kind in self.open_trackers:
                 work()
         except Exception as error:
-            self.open.pop(kind, None)
-            what = f"{type(error).__name__}: {first_line(error)}"
-            LOGGER.warning("--report-to %s failed and is off; training goes on: %s", kind, what)
+            self.open_trackers.pop(kind, None)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            LOGGER.warning("--report-to %s failed and is off; training goes on: %s", kind, reason)
 
 
 OFF = Tracker()

@@ -239,7 +239,7 @@ def train_epoch(state, saver, progress, tracker=OFF):
             progress.looked = progress.clock()
         state.seconds += time.perf_counter() - begin
         if look:
-            tracker.watch(state, dict(zip(good.tolist(), seen.tolist(), strict=True)))
+            tracker.log_losses(state, dict(zip(good.tolist(), seen.tolist(), strict=True)))
         saver.after_step(state)
         begin = time.perf_counter()
     # A last step may have been finite, and what it led to not.
@@ -276,7 +276,7 @@ def fit(state, write, saver, tracker=OFF):
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
             scores = evaluate(state, saver) if due else []
             note(state, scores)
-            tracker.note(state, scores)
+            tracker.log_scores(state, scores)
             state.loss_sum.zero_()
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:
