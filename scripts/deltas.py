@@ -117,7 +117,7 @@ def load(args: argparse.Namespace, member: "SavedEvaluator") -> "GLUEvaluator":
     """Load a saved evaluator with its base model."""
     model = args.model_name or member.metadata["model_name"]
     data, device = getattr(args, "data_dir", None), getattr(args, "gpu_device", "cpu")
-    local = Path(model).is_dir() and (data or member.metadata["data_dir"])
+    local = hub.is_local(model) and (data or member.metadata["data_dir"])
     hub.use_local_copies_when_offline(needs_hub=not local)
     from glue_evaluator import GLUEvaluator
 

@@ -151,7 +151,7 @@ def plan(args: argparse.Namespace) -> int:
     from bitfit.study import cost, plan
 
     output_paths.check_writable(args.output_path)
-    local = args.data_dir and all(Path(model).is_dir() for model in args.models or ["the Hub's"])
+    local = args.data_dir and all(hub.is_local(model) for model in args.models or ["the Hub's"])
     hub.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan_study(args.output_path, args)
     device = utils.choose_device(utils.resolve_gpu(args.gpu_device))

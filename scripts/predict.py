@@ -22,7 +22,6 @@ import logging
 import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import BinaryIO
 
 import utils
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         from bitfit.tools import answers, multi_task
 
         found = multi_task.read_evaluators(args.evaluators, args.model_name)
-        local = Path(found[0][1]["model_name"]).is_dir()
+        local = hub.is_local(found[0][1]["model_name"])
         hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
 

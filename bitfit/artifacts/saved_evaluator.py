@@ -14,7 +14,7 @@ import torch
 from bitfit.data import task_files
 from bitfit.files import atomic_file
 from bitfit.model import fingerprints as models
-from bitfit.model import trainable
+from bitfit.model import hub, trainable
 from bitfit.model.fingerprints import describe_change
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.results.scores import scores_frame
@@ -92,7 +92,7 @@ def files(folder, model_name=None):
         warn_unverified(folder)
     elif facts["model_sha256"]:
         check_files(folder, facts)
-    moved = model_name or Path(facts["model_name"]).is_dir()
+    moved = model_name or hub.is_local(facts["model_name"])
     facts["model_revision"] = None if moved else commit
     return facts, tensors
 

@@ -59,7 +59,7 @@ def run(args: Namespace, signals: StopSignals, ranks: Ranks) -> None:
             lambda: task_files.check_data_files(args.task_file, args.task, args.data_dir)
         )
     ranks.run_on_rank0(lambda: tracking.check_connections(args.report_to, output))
-    all_local = has_files and Path(args.model_name).is_dir()
+    all_local = has_files and hub.is_local(args.model_name)
     hub.use_local_copies_when_offline(needs_hub=not all_local or args.push_to_hub)
     if args.push_to_hub:
         from bitfit.artifacts import hub as push_hub

@@ -9,6 +9,7 @@ import pandas as pd
 from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, Task
 from bitfit.files import write_text
+from bitfit.model import hub
 from bitfit.model.loading import cannot_load, load_config, load_tokenizer
 from bitfit.study import cell_states, cost
 from bitfit.study.cells import Cell, Study
@@ -43,7 +44,7 @@ def check_study(study: Study) -> None:
 def is_local(model: str) -> bool:
     """Return whether a model name can only be a local folder."""
     marked = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
-    return marked or Path(model).is_dir()
+    return marked or hub.is_local(model)
 
 
 def check_model(model: str) -> None:
