@@ -13,7 +13,7 @@ import transformers
 from conftest import GLUE, ROOT, TINY_BERT
 from scipy.special import softmax
 
-from bitfit.data.splits import tsv_names
+from bitfit.data.glue_files import tsv_names
 from bitfit.data.tasks import TASKS
 from bitfit.model import fingerprints, loading
 from bitfit.model.run_stack import RunStack

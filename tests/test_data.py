@@ -75,7 +75,7 @@ def test_a_blank_text_for_a_tokenizer_that_adds_no_tokens(tokenizer):
         1,
         1,
     ]
-    with pytest.raises(UserError, match="the text of row 1, counted from 0, has no tokens, not"):
+    with pytest.raises(UserError, match="the text of example 2 has no tokens, not"):
         tokenize(TextColumns((["a", " ", "b"],), None), tokenizer, 8)
 
 

@@ -74,9 +74,12 @@ def test_tabs_inside_parquet_text(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("1\ta\n0\tb\n", "test.tsv:2: 'index' is '1' in row 0, but predictions are numbered as"),
-        ("0\ta\n1\tb\n3\tc\n", "test.tsv:4: 'index' is '3' in row 2"),
-        ("1\ta\n2\tb\n", "test.tsv:2: 'index' is '1' in row 0"),
+        (
+            "1\ta\n0\tb\n",
+            "test.tsv:2: 'index' is '1', but 0 is expected: predictions number the rows",
+        ),
+        ("0\ta\n1\tb\n3\tc\n", "test.tsv:4: 'index' is '3', but 2 is expected"),
+        ("1\ta\n2\tb\n", "test.tsv:2: 'index' is '1', but 0 is expected"),
     ],
 )
 def test_rows_that_are_numbered_otherwise_are_not_predicted(tmp_path, rows, message):
@@ -96,7 +99,7 @@ def test_the_numbers_of_rows_go_on_from_file_to_file(tmp_path):
         return read_split(TASKS["cola"], "test", tmp_path)
 
     assert read([[0, 1], [2]]).columns == (["a"] * 3,)
-    with pytest.raises(UserError, match="row index 0: 'idx' is 0 in row 2, but"):
+    with pytest.raises(UserError, match="row index 0: 'idx' is 0, but 2 is expected"):
         read([[0, 1], [0]])
 
 

@@ -97,7 +97,6 @@ def normalize_letters(word: str) -> str:
 
 
 def code_points(letters: str) -> str:
-    """Return the code points of a text, as U+0061."""
     return " ".join(f"U+{ord(c):04X}" for c in letters) or "nothing"
 
 
@@ -264,8 +263,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """Read columns of a Parquet file, the optional ones if they exist."""
-
     def unreadable(error: Exception) -> UserError:
         return UserError(f"{path}: not a readable Parquet file: {first_line(error)}")
 
@@ -282,7 +279,6 @@ def read_parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] = ()
 
 
 def arrow_table(source: object, table: "pyarrow.Table", wanted: Sequence[str]) -> Table:
-    """Return some columns of an Arrow table as a `Table`."""
     columns = {name: table[name].to_pylist() for name in wanted}
     return Table(str(source), columns, range(table.num_rows), has_lines=False)
 

@@ -17,6 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from bitfit.data import readers
+from bitfit.data.glue_files import (
+    AX_FILES,
+    FIRST_TRAIN_FILE,
+    find_shards,
+    read_mrpc_train_without_dev,
+    tsv_names,
+)
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
 from utils import UserError
@@ -25,14 +32,7 @@ LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
 HALVES = re.compile("[\ud800-\udfff]")
 BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # nothing that has a width
-AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
-FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # which holds the rows of dev too
-OTHER_NAMES = {  # MRPC is also shipped under its first names
-    "MRPC/train.tsv": FIRST_TRAIN_FILE,
-    "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
-}
-NUMBERS = ("index", "idx", "id")  # of the rows of test splits, in GLUE's files and nyu-mll/glue
-MRPC_IDS = ["#1 ID", "#2 ID"]  # of MRPC's rows
+NUMBERS = ("index", "idx", "id")  # columns of row numbers in GLUE's files and nyu-mll/glue
 
 
 class TextColumns(NamedTuple):
@@ -45,22 +45,23 @@ class TextColumns(NamedTuple):
         return len(self.columns[0])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "TextColumns":
-        """The given rows, in that order."""
+        """Return the given rows in the given order."""
         columns = tuple([column[i] for i in rows] for column in self.columns)
         return TextColumns(columns, None if self.labels is None else self.labels[rows])
 
 
 def is_labelled(split: str) -> bool:
+    """Return whether rows of a split have labels."""
     return split == "train" or split.startswith("validation")
 
 
 def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns | None:
-    """The texts of one split of a task; None where the optional split "ax" is not there.
+    """Return the texts and labels of one split; None if the optional split "ax" does not exist.
 
     Args:
         data_dir: a folder in GLUE's own layout (`RTE/train.tsv`) or in that of `nyu-mll/glue`
-            (`rte/train-00000-of-00001.parquet`); None asks the Hub. Of a task of one's own, the
-            folder that its files lie in; None: the current one.
+            (`rte/train-00000-of-00001.parquet`); None loads from the Hub. For a custom task, the
+            folder of its files; None is the current folder.
 
     Raises:
         UserError: a missing file or split, broken rows, unknown labels, no network.
@@ -84,39 +85,42 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
 
 
 def column_names(task: Task, split: str, numbered: bool = False) -> list[str]:
-    """The names of the columns to read: one text or two and, where there are labels, the label.
+    """Return the names of the columns to read: one or two texts, and the label if there is one.
 
     Args:
-        numbered: whether they are those of `nyu-mll/glue`, where labels are numbers.
+        numbered: whether the columns are those of `nyu-mll/glue`, where labels are numbers.
     """
     texts, label = (task.texts, "label") if numbered else (task.tsv_columns, task.tsv_label)
     return [*texts, label] if is_labelled(split) else [*texts]
 
 
 def row_number_columns(split: str) -> Sequence[str]:
-    """The names of columns that may number the rows of a split of GLUE's, where it is predicted."""
+    """Return the names of columns that may number the rows of an unlabelled GLUE split."""
     return () if is_labelled(split) else NUMBERS
 
 
 def drop_row_numbers(table: readers.Table, begin: int) -> readers.Table:
-    """A table without its column of row numbers; UserError where they are not those of the rows.
+    """Return a table without its column of row numbers.
 
     Args:
-        begin: how many rows come before these: of a split in several files.
+        begin: the number of rows in earlier files of the same split.
+
+    Raises:
+        UserError: a number is not the position of its row, counted from 0.
     """
     for name in table.columns.keys() & NUMBERS:
         for row, value in enumerate(table.columns[name], begin):
             if str(value) != str(row):
-                what = f"{readers.quote_value(name)} is {readers.quote_value(value)} in row {row}"
-                what += ", but predictions are numbered as the rows are, from 0"
-                advice = "give all rows, in their order, or take that column out"
-                raise UserError(f"{table.place(row - begin)}: {what}: {advice}")
+                message = f"{readers.quote_value(name)} is {readers.quote_value(value)}"
+                message += f", but {row} is expected: predictions number the rows from 0"
+                advice = "give all rows in their order, or remove that column"
+                raise UserError(f"{table.place(row - begin)}: {message}: {advice}")
     columns = {name: values for name, values in table.columns.items() if name not in NUMBERS}
     return table._replace(columns=columns)
 
 
 def read_hub(task: Task, split: str) -> list[readers.Table]:
-    """[table], or [] for an optional split that is not there."""
+    """Return [table], or [] for an optional split that does not exist."""
     config, name = ("ax", "test") if split == "ax" else (task.name, split)
     copies = "give local copies: --data-dir <folder> and --model-name <folder>"
     wanted = column_names(task, split, numbered=True)
@@ -130,7 +134,7 @@ def read_hub(task: Task, split: str) -> list[readers.Table]:
 
 
 def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Table], bool]:
-    """(tables of a split in a folder, whether they are those of `nyu-mll/glue`)"""
+    """Return the tables of a split in a folder, and whether they are those of nyu-mll/glue."""
     if not os.path.isdir(data_dir):  # Path's own raises where a name is too long
         raise UserError(f"there is no data folder {data_dir}: check --data-dir")
     config, stem = ("ax", "test") if split == "ax" else (task.name, split)
@@ -150,37 +154,8 @@ def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Tab
     raise UserError(f"no {split} split of {task.name} in {data_dir}: expected {expected}")
 
 
-def find_shards(folder: Path, stem: str) -> list[Path]:
-    """The Parquet files of a split, in order; UserError where one is missing or there twice."""
-    found: dict[tuple[int, int], Path] = {}  # {(its number, of how many): file}
-    for path in sorted(folder.glob(f"{stem}-*.parquet")):
-        match = readers.SHARD.fullmatch(path.name.removeprefix(f"{stem}-"))
-        if not match:
-            raise UserError(f"{path}: a split's files are named {stem}-00000-of-00001.parquet")
-        other = found.setdefault((int(match[1]), int(match[2])), path)
-        if other != path:
-            raise UserError(f"{other} and {path.name} are the same part of {stem}: take one out")
-    counts = sorted({count for _, count in found})
-    if len(counts) > 1:
-        what = f"{folder}: some files of {stem} are of {counts[0]}, others of {counts[1]}"
-        raise UserError(f"{what}: take those of one set out")
-    count, numbers = max(counts, default=0), {number for number, _ in found}
-    for number in range(count):
-        if number not in numbers:
-            name = f"{stem}-{number:05}-of-{count:05}.parquet"
-            raise UserError(f"{folder / name} is missing: {len(found)} of {count} files are there")
-    if len(found) > count:
-        raise UserError(f"{found[max(found)]}: its number is too high: take it out")
-    return [found[key] for key in sorted(found)]
-
-
-def tsv_names(task: Task, split: str) -> tuple[str, ...]:
-    name = f"{task.folder}/{task.splits.get(split, split)}.tsv"
-    return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
-
-
 def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.Table:
-    """The table of a file of GLUE's own."""
+    """Return the table of a TSV file of GLUE."""
     path, wanted = data_dir / name, column_names(task, split)
     if name == FIRST_TRAIN_FILE:
         return read_mrpc_train_without_dev(path, wanted)
@@ -189,40 +164,8 @@ def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.
     return readers.read_tsv(path, wanted, names, skips, row_number_columns(split))
 
 
-def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
-    """MRPC's first training file without the rows of dev.tsv; UserError where any is not in it."""
-    dev = path.with_name("dev.tsv")
-    if not dev.is_file():
-        what = f"{path} holds the validation rows too, and without {dev} nothing tells which"
-        raise UserError(f"{what}: give that file, or train.tsv")
-    table, dev_table = (readers.read_tsv(file, [*MRPC_IDS, *wanted]) for file in (path, dev))
-    found = matching_rows(table, dev_table)
-    if not all(found):
-        what = f"{found.count([])} rows of {dev} are not in {path} by their IDs"
-        raise UserError(f"{what}, and may be by others: give train.tsv")
-    dropped, rows = {row for same in found for row in same}, range(len(table.numbers))
-    what = f"{len(dropped)} rows, those of dev.tsv, are left out of {len(rows)}"
-    LOGGER.warning("%s: %s", path, what)
-    table = table.take([row for row in rows if row not in dropped])
-    return table._replace(columns={name: table.columns[name] for name in wanted})
-
-
-def matching_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
-    """[[row of `table`]] for each row of `others`: by the two IDs, or by all where they are not
-    those of one row alone."""
-    rows = list(zip(*table.columns.values(), strict=True))
-    by_ids: dict[tuple, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_ids.setdefault(row[:2], []).append(number)
-    found = []
-    for other in zip(*others.columns.values(), strict=True):
-        same = by_ids.get(other[:2], [])
-        found.append(same if len(same) == 1 else [n for n in same if rows[n] == other])
-    return found
-
-
 def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
-    """The table of a split of a task that has a record."""
+    """Return the table of a split of a custom task."""
     wanted, record = column_names(task, split), task.record or {}
     if "files" in record:
         return readers.read_file(data_file(folder, record["files"][split]), wanted)
@@ -238,7 +181,7 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
 
 
 def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
-    """A table's texts and, where there are, labels.
+    """Return a table's texts and, if the split has them, labels.
 
     Args:
         numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
@@ -252,14 +195,14 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
 
 
 def concatenate_texts(parts: list[TextColumns]) -> TextColumns:
-    """Several `TextColumns` as one."""
+    """Return several `TextColumns` as one."""
     columns = zip(*(part.columns for part in parts), strict=True)
     labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
     return TextColumns(tuple(list(chain.from_iterable(column)) for column in columns), labels)
 
 
 def drop_unlabelled_rows(task: Task, table: readers.Table) -> readers.Table:
-    """A table without the rows that the task's record excludes; a line tells how many."""
+    """Return a table without the rows whose labels the task file excludes; log how many."""
     if not task.excluded_labels:
         return table
     labels = list(map(label_text, table.columns[task.tsv_label]))
@@ -270,7 +213,7 @@ def drop_unlabelled_rows(task: Task, table: readers.Table) -> readers.Table:
 
 
 def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
-    """Some columns of texts: a missing one is an error, a blank one is a text, and counted."""
+    """Return columns of texts; a missing text is an error, blank texts are logged."""
     columns = [table.columns[name] for name in names]
     blank: dict[int, str] = {}
     for name, column in zip(names, columns, strict=True):
@@ -289,17 +232,17 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a word that UTF-8 can hold: JSON can name halves of letters."""
+    """Return whether a value is a text without surrogates, which JSON can contain."""
     return isinstance(value, str) and HALVES.search(value) is None
 
 
 def decode_labels(
     task: Task, values: list, place: Callable[[int], str], numbered: bool
 ) -> np.ndarray:
-    """Labels as files hold them -> numbers, float32 for a regression.
+    """Return labels as in a file as class numbers (rows,) int64, or scores (rows,) float32.
 
     Args:
-        place: row number -> where that row stands.
+        place: returns the position of a row for messages.
         numbered: as in `make_text_columns`.
     """
     number, read = (real, lambda value: value) if numbered else (float_of, label_text)
@@ -321,13 +264,14 @@ def decode_labels(
 
 
 def real(value: object) -> float:
+    """Return a real number; raise TypeError for other values."""
     if not isinstance(value, numbers.Real):
         raise TypeError
     return float(value)
 
 
 def float_of(word: str | None) -> float:
-    """The number that a word is; Python's own float takes 1_0 for one too."""
+    """Return the number that a word spells; unlike `float`, reject 1_0."""
     if word is None or "_" in word:
         raise ValueError
     return float(word)

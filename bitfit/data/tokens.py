@@ -1,7 +1,4 @@
-"""Token arrays, made once, and the batches cut from them by length.
-
-All tokens of a split lie in one flat array with offsets; a batch is a gather on the device.
-"""
+"""Tokenized splits: all tokens of a split are one flat array with offsets."""
 
 import logging
 from pathlib import Path
@@ -19,12 +16,12 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("bitfit")
 # Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
-# No validation split is left short: the largest has 40,430 rows.
-MOST_ROWS_SCORED = 50_000
+# All rows of validation splits are scored: the largest has 40,430.
+MAX_ROWS_SCORED = 50_000
 
 
 class TokenizedSplit(NamedTuple):
-    """The tokenized rows of one split; tensors on the device, arrays on the host."""
+    """The tokenized examples (rows) of one split; tensors on the device, arrays on the host."""
 
     ids: torch.Tensor  # (all tokens,) int32
     types: torch.Tensor | None  # (all tokens,) int32, for models that take token types
@@ -40,7 +37,7 @@ class TokenizedSplit(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Rows to train on, or to score."""
+    """A tokenized split and the rows of it that each seed trains on or scores."""
 
     tokens: TokenizedSplit
     rows_of_seed: dict[int, np.ndarray]  # {seed: its rows of `tokens`, as many for each}
@@ -64,7 +61,7 @@ def tokenize(
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
     if not lengths.all():
         row = int(np.flatnonzero(lengths == 0)[0])
-        message = f"the text of row {row}, counted from 0, has no tokens, not even special ones"
+        message = f"the text of example {row + 1} has no tokens, not even special ones"
         raise UserError(f"{message}: give it a text, or another --model-name")
     cut = int((lengths >= max_length).sum())
     if cut:
@@ -96,7 +93,7 @@ def flat(rows: list[list[int]]) -> torch.Tensor:
 
 
 class Dataset:
-    """The splits of one task, read and tokenized when they are first needed."""
+    """The splits of one task, read and tokenized when they are first used."""
 
     def __init__(
         self,
@@ -110,8 +107,8 @@ class Dataset:
     ) -> None:
         """
         Args:
-            data_dir, max_length: as in `sources.read_split` and `tokenize`.
-            train_size: each of the seeds trains on so many rows of its own; None: on all.
+            data_dir, max_length: as in `splits.read_split` and `tokenize`.
+            train_size: the number of rows that each seed draws to train on; None is all.
         """
         self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
         self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
@@ -120,7 +117,7 @@ class Dataset:
         self.row_hashes: dict[str, np.ndarray] = {}  # {split: (rows,) int64 of each row's texts}
 
     def split(self, name: str) -> Split:
-        """A `Split`; its tokens are None for an optional one that is not there."""
+        """Return a `Split`; its tokens are None if an optional split does not exist."""
         if name not in self.splits:
             texts = read_split(self.task, name, self.data_dir)
             rows = np.arange(len(texts or ()))
@@ -149,7 +146,7 @@ class Dataset:
             LOGGER.info("no training row occurs in %s", " or ".join(others))
 
     def scored(self) -> dict[str, Split]:
-        """{name: Split} of those with labels, of a large training set some rows."""
+        """Return {name: Split} of the labelled splits, with a sample of a large training set."""
         tokens, rows = self.split("train")
         train = Split(tokens, {seed: subsample_evenly(own) for seed, own in rows.items()})
         return {"train": train} | {name: self.split(name) for name in self.task.validation_splits}
@@ -158,10 +155,10 @@ class Dataset:
 def sample_training_rows(
     seeds: list[int], total: int, size: int
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Each seed's own `size` of `total` rows.
+    """Draw `size` of `total` rows for each seed.
 
     Returns:
-        (kept, rows): the rows that any seed has, and {seed: its rows, numbered among those}.
+        (kept, rows): the rows that any seed has drawn, and {seed: positions of its rows in `kept`}.
     """
     drawn = {s: make_generator(s, "training rows").permutation(total)[:size] for s in seeds}
     kept = np.unique(np.concatenate([*drawn.values()]))
@@ -169,6 +166,6 @@ def sample_training_rows(
 
 
 def subsample_evenly(rows: np.ndarray) -> np.ndarray:
-    """At most 50,000 of some rows, evenly spaced."""
-    picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS_SCORED))
+    """Return at most MAX_ROWS_SCORED of the given rows, evenly spaced."""
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS_SCORED))
     return rows[picked.astype(np.int64)]

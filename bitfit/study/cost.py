@@ -16,7 +16,7 @@ import torch
 
 from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, Task
-from bitfit.data.tokens import MOST_ROWS_SCORED, Split, tokenize
+from bitfit.data.tokens import MAX_ROWS_SCORED, Split, tokenize
 from bitfit.files import write_text
 from bitfit.model import forward as models_forward
 from bitfit.model import loading
@@ -82,7 +82,7 @@ def operations(cell: Cell, sizes: Sizes) -> float:
     args, task, row = cell.args, TASKS[cell.task], ROWS[cell.row]
     examples = min(args["train_size"] or sizes.rows["train"], sizes.rows["train"])
     training = OPERATIONS[row.fine_tune_type] * args["epochs"] * examples * sizes.tokens["train"]
-    scored = min(examples, MOST_ROWS_SCORED) * sizes.tokens["train"]
+    scored = min(examples, MAX_ROWS_SCORED) * sizes.tokens["train"]
     scored += sum(sizes.rows[s] * sizes.tokens[s] for s in task.validation_splits)
     tests = sum(sizes.rows[s] * sizes.tokens[s] for s in task.server_files if s in sizes.rows)
     scoring = 2 * (args["epochs"] * scored + args["predict_test"] * tests)

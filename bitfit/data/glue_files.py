@@ -1,0 +1,85 @@
+"""The files of GLUE's own folders and of the Parquet layout of `nyu-mll/glue`."""
+
+import logging
+from pathlib import Path
+
+from bitfit.data import readers
+from bitfit.data.tasks import Task
+from utils import UserError
+
+LOGGER = logging.getLogger("bitfit")
+AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
+FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # it has the rows of dev.tsv too
+MRPC_IDS = ["#1 ID", "#2 ID"]  # the columns that identify MRPC's rows
+OTHER_NAMES = {  # MRPC is also distributed under its original names
+    "MRPC/train.tsv": FIRST_TRAIN_FILE,
+    "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
+}
+
+
+def find_shards(folder: Path, stem: str) -> list[Path]:
+    """Return the Parquet files of a split in order; raise UserError for missing and double ones."""
+    found: dict[tuple[int, int], Path] = {}  # {(its number, of how many): file}
+    for path in sorted(folder.glob(f"{stem}-*.parquet")):
+        match = readers.SHARD.fullmatch(path.name.removeprefix(f"{stem}-"))
+        if not match:
+            raise UserError(f"{path}: a split's files are named {stem}-00000-of-00001.parquet")
+        other = found.setdefault((int(match[1]), int(match[2])), path)
+        if other != path:
+            raise UserError(f"{other} and {path.name} are the same part of {stem}: take one out")
+    counts = sorted({count for _, count in found})
+    if len(counts) > 1:
+        what = f"{folder}: some files of {stem} are of {counts[0]}, others of {counts[1]}"
+        raise UserError(f"{what}: take those of one set out")
+    count, numbers = max(counts, default=0), {number for number, _ in found}
+    for number in range(count):
+        if number not in numbers:
+            name = f"{stem}-{number:05}-of-{count:05}.parquet"
+            raise UserError(f"{folder / name} is missing: {len(found)} of {count} files are there")
+    if len(found) > count:
+        raise UserError(f"{found[max(found)]}: its number is too high: take it out")
+    return [found[key] for key in sorted(found)]
+
+
+def tsv_names(task: Task, split: str) -> tuple[str, ...]:
+    """Return the names that the TSV file of a split may have in GLUE\'s folder."""
+    name = f"{task.folder}/{task.splits.get(split, split)}.tsv"
+    return (name, OTHER_NAMES[name]) if name in OTHER_NAMES else (name,)
+
+
+def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
+    """Read MRPC's original training file without the rows of dev.tsv.
+
+    Raises:
+        UserError: there is no dev.tsv, or the file does not hold all its rows.
+    """
+    dev = path.with_name("dev.tsv")
+    if not dev.is_file():
+        what = f"{path} holds the validation rows too, and without {dev} nothing tells which"
+        raise UserError(f"{what}: give that file, or train.tsv")
+    table, dev_table = (readers.read_tsv(file, [*MRPC_IDS, *wanted]) for file in (path, dev))
+    found = matching_rows(table, dev_table)
+    if not all(found):
+        what = f"{found.count([])} rows of {dev} are not in {path} by their IDs"
+        raise UserError(f"{what}, and may be by others: give train.tsv")
+    dropped, rows = {row for same in found for row in same}, range(len(table.numbers))
+    what = f"{len(dropped)} rows, those of dev.tsv, are left out of {len(rows)}"
+    LOGGER.warning("%s: %s", path, what)
+    table = table.take([row for row in rows if row not in dropped])
+    return table._replace(columns={name: table.columns[name] for name in wanted})
+
+
+def matching_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
+    """Return, for each row of `others`, the equal rows of `table`.
+
+    Rows are equal by their two IDs, or by all columns if several rows have the same IDs.
+    """
+    rows = list(zip(*table.columns.values(), strict=True))
+    by_ids: dict[tuple, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_ids.setdefault(row[:2], []).append(number)
+    found = []
+    for other in zip(*others.columns.values(), strict=True):
+        same = by_ids.get(other[:2], [])
+        found.append(same if len(same) == 1 else [n for n in same if rows[n] == other])
+    return found
