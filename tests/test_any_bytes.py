@@ -179,7 +179,7 @@ def test_resuming_with_any_facts(a_run, tmp_path, data, finished):
         try:
             state = run_folder.folder_state(tmp_path, known)
             assert bool(state.message) == (state.kind == "foreign")
-            assert_one_line(state.message)
+            assert_one_line(UserError(state.message))
         except UserError as error:
             assert_one_line(error)
 
