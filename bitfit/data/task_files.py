@@ -45,7 +45,7 @@ def resolve_task(task: str | Path | Record, data_dir: str | None = None) -> tupl
 
 
 def task_of(record: Record) -> Task:
-    """The `Task` of a record that has been checked."""
+    """Return the `Task` of a validated record (the content of a task file)."""
     splits = record["files"] if "files" in record else record["hub"]["splits"]
     return Task(
         name=record["name"], folder=record["name"], texts=tuple(record["texts"]),
@@ -58,7 +58,7 @@ def task_of(record: Record) -> Task:
 
 
 def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
-    """The checked record of a task file.
+    """Return the validated content of a task file (its record).
 
     Args:
         data_dir: where its data files lie; None: beside it.
@@ -79,7 +79,7 @@ def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
 
 
 def check_data_files(path: str | Path, record: Record, data_dir: str | None = None) -> None:
-    """UserError where a data file of the record in a task file is not there."""
+    """Raise a UserError if a data file that the task file names does not exist."""
     for split, name in record.get("files", {}).items():
         try:
             data_file(data_dir or default_data_dir(path), name)
@@ -112,7 +112,7 @@ def validate_record(record: Record, where: object) -> Record:
     """A record with its defaults, its labels as words, its splits by name.
 
     Raises:
-        UserError: it begins with `where`, then names the key.
+        UserError: the message begins with `where` and names the key.
     """
     try:
         require_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES, *OPTIONS))
@@ -139,7 +139,7 @@ def require(good: object, key: str, what: str) -> None:
 def require_keys(
     value: object, required: Sequence[str], optional: Sequence[str] = (), inside: str = ""
 ) -> None:
-    """UserError where a JSON value is no object with these keys."""
+    """Raise a UserError unless a JSON value is an object with these keys."""
     known = (*required, *optional)
     if not isinstance(value, dict):
         raise UserError(f"{inside}give an object, {{...}}, with the keys {', '.join(known)}")
@@ -162,7 +162,7 @@ def matches(pattern: str, word: Json) -> bool:
 
 
 def are_distinct(words: Json, least: int, most: float = math.inf) -> bool:
-    """Whether a JSON value is a list of so many words, none empty, each once."""
+    """Return whether a JSON value is a list of `least` to `most` distinct words."""
     if not isinstance(words, list) or not all(matches(WORD, word) for word in words):
         return False
     return least <= len(words) <= most and len(set(words)) == len(words)
@@ -210,7 +210,7 @@ def parse_excluded_labels(labels: Json) -> list[str | None]:
 def check_excluded(
     labels: Sequence[str], scores: Sequence[float], exclude_labels: Sequence[str | None]
 ) -> None:
-    """UserError where a label is both one of the task's and one of rows that are left out."""
+    """Raise a UserError if an excluded label is also one of the task's labels or scores."""
     for word in exclude_labels:
         require(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
         try:
@@ -245,7 +245,7 @@ def check_metrics(metrics: Json, labels: list[str] | None) -> None:
 
 
 def parse_splits(splits: Json, key: str) -> dict[str, str]:
-    """{split: where it is}, sorted, so that their order in the file means nothing."""
+    """Return {split: file or Hub split}, sorted, so that the order in the file has no effect."""
     require(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
     for split, where in splits.items():
         what = "name the splits train, validation, test, validation_... or test_..."

@@ -24,7 +24,7 @@ METRICS = {  # by what is predicted; F1 is that of the second of two labels
 
 @dataclass(frozen=True)
 class Task:
-    """What is known about one task; nothing else in the project tests a task's name."""
+    """Everything that is specific to one task; no other code depends on task names."""
 
     name: str
     folder: str  # GLUE's own folder, and the stem of the server's file
@@ -114,7 +114,7 @@ TASKS = {task.name: task for task in RECORDS}
 
 
 def label_text(value: object) -> str | None:
-    """A label as a record writes it: words as they stand, true and false, 1 for 1.0; else None."""
+    """Return a label as task files write it: words, true or false, 1 for 1.0; None for others."""
     if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
     if isinstance(value, numbers.Integral):
@@ -126,7 +126,7 @@ def label_text(value: object) -> str | None:
 
 
 def row_losses(task: Task, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-    """The loss of each row: cross-entropy, or squared error. (B, C), (B,) -> (B,)"""
+    """Return the cross-entropy or squared error of each row, (B, C), (B,) -> (B,)."""
     import torch.nn.functional as F
 
     if task.is_regression:
@@ -135,7 +135,7 @@ def row_losses(task: Task, logits: "torch.Tensor", labels: "torch.Tensor") -> "t
 
 
 def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Label numbers, or scores clipped to the task's range. (rows, C) -> (rows,)"""
+    """Return label numbers, or scores clipped to the task's range, (rows, C) -> (rows,)."""
     if task.is_regression:
         return np.clip(logits[:, 0], *task.score_range)
     return logits.argmax(axis=1)
