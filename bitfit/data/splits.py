@@ -219,8 +219,9 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     for name, column in zip(names, columns, strict=True):
         for row, text in enumerate(column):
             if not is_text(text):
-                what = f"no text in column {readers.quote_value(name)}, but {readers.quote_value(text)}"
-                raise UserError(f"{table.place(row)}: {what}")
+                column_name, value = readers.quote_value(name), readers.quote_value(text)
+                message = f"no text in column {column_name}, but {value}"
+                raise UserError(f"{table.place(row)}: {message}")
             if BLANK.fullmatch(text):
                 blank.setdefault(row, name)
     if blank:
