@@ -353,8 +353,8 @@ def test_submission_of_the_winners(study, server, tmp_path):
     [
         (lambda lines: lines[:-1], "predictions, not"),
         (lambda lines: ["nothing", *lines[1:]], "no header"),
-        (lambda lines: [*lines[:-1], lines[-1].split("\t")[0] + "\tyes"], "says 'yes'"),
-        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "not numbered"),
+        (lambda lines: [*lines[:-1], lines[-1].split("\t")[0] + "\tyes"], "has 'yes'"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "does not count from 0"),
     ],
 )
 def test_what_the_server_would_refuse(study, server, tmp_path, damage, message):
