@@ -153,7 +153,7 @@ def test_the_demo(checkout):
     assert len(printed) == 5
     assert "--epochs 1 --train-size 16" in printed[0]
     table = result.stdout.split(printed[-1])[1].split()
-    assert table.count("cola") == 4
+    assert table.count("CoLA") == 4
     assert (checkout / "out/demo/methods.png").stat().st_size > 10_000
     assert not (checkout / ".venv").exists()  # the active environment was used
 
