@@ -1,4 +1,4 @@
-"""GLUEvaluator: one GLUE task x one BERT-family model x one way to fine-tune it.
+"""GLUEvaluator: fine-tune and score one BERT-family model on one task.
 
 set_seed(0)
 evaluator = GLUEvaluator("rte", "bert-base-cased", device=0)
@@ -7,296 +7,239 @@ terms = GLUEvaluator.convert_to_actual_components(["query", "intermediate"])
 evaluator.training_preparation(1e-3, "adamw", False, terms)
 evaluator.train_and_evaluate(16, "out")
 
-With several seeds, or several learning rates, it holds a run for each pair.
+With several seeds or learning rates it trains one run for each pair of them.
 """
 
 import logging
-from functools import partial
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from bitfit.artifacts import run_folder, saved_evaluator
-from bitfit.data import task_files
-from bitfit.data.tasks import predictions, score
-from bitfit.data.tokens import Dataset, concatenate
-from bitfit.distributed import SINGLE_PROCESS
-from bitfit.model import fingerprints as models_fingerprints
-from bitfit.model import forward as models_forward
-from bitfit.model import hub, loading, predict, run_stack, trainable, zero_gradients
-from bitfit.model.batching import MAX_TOKENS
-from bitfit.model.precision import DTYPES, cast_parameters
-from bitfit.model.run_stack import Run, RunStack
-from bitfit.model.token_budget import TokenBudget
+from bitfit.artifacts import metrics_files, run_folder, saved_evaluator
+from bitfit.data.tasks import Task, predictions, score
+from bitfit.data.tokens import TokenizedSplit
+from bitfit.distributed import SINGLE_PROCESS, Group
+from bitfit.model import loading, predict, trainable
+from bitfit.model.precision import cast_parameters
+from bitfit.model.run_stack import Run
 from bitfit.results import plots
 from bitfit.results import scores as reports
-from bitfit.tracking.tracker import OFF
+from bitfit.tracking.tracker import OFF, Tracker
 from bitfit.training.checkpoints import Saver
-from bitfit.training.loop import Record, fit, start
-from bitfit.training.plan import Plan
-from utils import (
-    Diverged,
-    UserError,
-    as_list,
-    choose_device,
-    choose_precision,
-    make_generator,
-    print_result,
-)  # fmt: skip
+from bitfit.training.loop import Record, TrainState
+from bitfit.training.plan import TrainOptions
+from bitfit.training.prepare import (
+    PreparedModel,
+    TrainingResult,
+    new_result,
+    new_training,
+    prepare_model,
+    select_trainable,
+)
+from bitfit.training.setup import LoadedData, Method, load_data, make_setup
+from utils import Diverged, UserError, as_list, make_generator
 from utils import set_seed as set_seed  # a name of the released code
 
 LOGGER = logging.getLogger("bitfit")
 
 
 class GLUEvaluator:
-    """Fine-tunes and scores one model on one task; every method raises UserError for bad input.
+    """Fine-tune and score one model on one task; every method raises UserError for bad input.
 
-    It holds K >= 1 runs. What it predicts, saves and plots is that of one of them: the first,
-    until `select` chooses another.
+    It holds K >= 1 runs. Predictions, saved files and plots belong to the selected run: the first
+    one, until `select` chooses another.
 
     Attributes:
-        model: the plain Hugging Face classifier.
-        model_commit: the hash of the commit that a model on the Hub is at; None for a folder.
-        scores: one table of all runs' scores; `records`: what else each of them measured.
-        zero_gradient: {name: [[start, stop], ...]} of the biases that bitfit leaves as they are.
+        setup: the task, the base model and the machine.
+        loaded: the tokenized data; None before `preprocess_dataset`.
+        prepared: the model and what trains; None before `training_preparation` or `prepare`.
+        result: trained values, scores and records; None before `train_and_evaluate`.
+        group: the processes that train and predict together.
     """
 
     def __init__(
-        self, task_name, model_name, device,
-        seed=None, data_dir=None, precision=None, random_encoder=False, max_tokens=None,
-        model_revision=None,
-    ):  # fmt: skip
+        self,
+        task_name: str | dict[str, Any],
+        model_name: str,
+        device: int | None,
+        seed: int | Sequence[int] | None = None,
+        data_dir: str | Path | None = None,
+        precision: str | None = None,
+        random_encoder: bool = False,
+        max_tokens: int | None = None,
+        model_revision: str | None = None,
+    ) -> None:
         """
         Args:
-            task_name: a key of `bitfit.data.tasks.TASKS`, the path of a task file, or its record.
+            task_name: a name in `bitfit.data.tasks.TASKS`, the path or the content of a task file.
             model_name: a name on the Hub, or a folder.
             device: GPU number; None for the CPU.
-            seed: draws classifier, data order, dropout, masks; None: set_seed's; a list: many runs.
+            seed: of classifier, data order, dropout and masks; a list: one run for each; None:
+                the seed of `set_seed`.
             data_dir: GLUE's TSV folders or Parquet files; None: the Hub, or beside the task file.
-            precision: "fp32" or "bf16"; None: bf16 on a GPU that has it, else fp32.
+            precision: "fp32" or "bf16"; None: bf16 on a GPU that supports it, else fp32.
             random_encoder: draw the encoder's weights at random (a control).
-            max_tokens: the most tokens in one pass; None: the device's default.
-            model_revision: of a model on the Hub a tag, branch or commit; None: its main branch.
+            max_tokens: in one forward pass; None: the default of the device.
+            model_revision: tag, branch or commit of a model on the Hub; None: its main branch.
         """
-        if precision not in (None, *DTYPES):
-            raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-        self.task, data_dir = task_files.resolve_task(task_name, data_dir)
-        self.task_name = self.task.name
-        self.num_labels = self.task.num_labels
-        self.model_name, self.data_dir, self.random_encoder = model_name, data_dir, random_encoder
-        self.revision, self.model_commit = hub.resolve_revision(model_name, model_revision)
-        self.torch_device = choose_device(device)
-        self.base_name = Path(model_name).name  # for captions
-        self.seeds = as_list(torch.initial_seed() if seed is None else seed)
-        self.precision = choose_precision(precision, self.torch_device)
-        self.max_tokens = max_tokens or MAX_TOKENS[self.torch_device.type]
-        self.zero_gradient = {}  # as from `zero_gradients.find_zero_gradients`
-        self.averaged = []  # of an average, each member: see `bitfit.tools.deltas.average`
-        self.group = (
-            SINGLE_PROCESS  # the `bitfit.distributed.Group` that trains and predicts together
-        )
+        self.setup = make_setup(
+            task_name, model_name, device, seed=seed, data_dir=data_dir, precision=precision,
+            random_encoder=random_encoder, max_tokens=max_tokens, model_revision=model_revision,
+        )  # fmt: skip
+        self.loaded: LoadedData | None = None
+        self.prepared: PreparedModel | None = None
+        self.result: TrainingResult | None = None
+        self.group: Group = SINGLE_PROCESS
 
-    def _need(self, attribute, call):
-        if not hasattr(self, attribute):
-            raise UserError(f"call {call} first")
+    def with_parts(self, **parts: Any) -> "GLUEvaluator":
+        """Return a copy with other values of setup, loaded, prepared, result or group."""
+        other = copy(self)
+        for name, value in parts.items():
+            setattr(other, name, value)
+        return other
+
+    convert_to_actual_components = staticmethod(trainable.terms_to_components)
+
+    # ------------------------------------------------------------------------------------ data
 
     def preprocess_dataset(
-        self, padding, max_sequence_len, batch_size, train_size=None, test_splits=False
-    ):
-        """Read and tokenize the train and validation splits.
+        self,
+        padding: str | bool,
+        max_sequence_len: int,
+        batch_size: int,
+        train_size: int | None = None,
+        test_splits: bool = False,
+    ) -> None:
+        """Read and tokenize the training and validation splits.
 
         Args:
-            padding: "longest" or "max_length", as in the released code; either way rows are packed
-                without padding where the model can, which gives the same results.
-            max_sequence_len: rows are cut to so many tokens.
-            batch_size: rows per optimizer step.
-            train_size: train on so many rows, drawn by the run's seed; None: all.
+            padding: "longest" or "max_length", as in the released code; the results are the same,
+                because examples are packed without padding if the model can.
+            max_sequence_len: in tokens; longer examples are cut.
+            batch_size: examples in an optimizer step.
+            train_size: training examples drawn by each seed; None: all.
             test_splits: read the test splits now, not when they are first needed.
         """
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        loading.check_max_length(self.model_name, self.task, max_sequence_len, self.revision)
-        self._set_data(max_sequence_len, batch_size, train_size)
+        setup = self.setup
+        loading.check_max_length(setup.model_name, setup.task, max_sequence_len, setup.revision)
+        self.loaded = load_data(setup, max_sequence_len, batch_size, train_size)
         tests = self._test_files() if test_splits else ()
-        for split in ("train", *self.task.validation_splits, *tests):
-            self.tokens(split)
-        self.data.report_overlap()
+        for split in ("train", *setup.task.validation_splits, *tests):
+            self.loaded.tokens(split)
+        self.loaded.dataset.report_overlap()
 
-    def _test_files(self):
-        if not self.task.server_files:
-            raise UserError(f"the record of {self.task_name} names no test split to predict")
-        return self.task.server_files
+    def tokens(self, split: str) -> TokenizedSplit | None:
+        """Return the tokens of a split, or None for an optional split that does not exist."""
+        return self._need_loaded().tokens(split)
 
-    def _set_data(self, max_sequence_len, batch_size, train_size):
-        self.max_sequence_len, self.batch_size = max_sequence_len, batch_size
-        self.train_size = train_size
-        self.tokenizer = loading.load_tokenizer(self.model_name, self.revision)
-        self.base_fingerprints = loading.base_fingerprints(
-            self.model_name, self.task, self.tokenizer, self.revision
-        )
-        self.data = Dataset(self.task, self.data_dir, self.tokenizer, max_sequence_len, self.seeds,
-                            train_size, self.torch_device)  # fmt: skip
+    def fingerprints(self) -> dict[str, Any]:
+        """Return the hashes of the data, the base model and the trainable parameters."""
+        prepared, loaded = self._need_prepared(), self._need_loaded()
+        hashes = loaded.hashes() | {"encoder_sha256": prepared.encoder_sha256}
+        hashes |= {"chosen_sha256": prepared.trainable_sha256(), **loaded.base_fingerprints}
+        zero = prepared.zero_gradient
+        return hashes | ({"zero_gradient": zero} if zero else {})
 
-    def tokens(self, split):
-        """Return the `TokenizedSplit` of a split, read once; None for an absent optional split."""
-        self._need("data", "preprocess_dataset")
-        return self.data.split(split).tokens
-
-    convert_to_actual_components = staticmethod(trainable.terms_to_components)
+    # ----------------------------------------------------------------------- what and how to train
 
     def training_preparation(
-        self, learning_rate, optimizer, encoder_trainable, trainable_components=None, verbose=True,
-        seed=None,
-    ):  # fmt: skip
-        """`prepare` in the released code's words.
+        self,
+        learning_rate: float | Sequence[float],
+        optimizer: str,
+        encoder_trainable: bool,
+        trainable_components: Sequence[str] | None = None,
+        verbose: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        """Call `prepare` with the released code's arguments.
 
         Args:
             encoder_trainable: True for full fine-tuning, and before a random mask is set.
-            trainable_components: for BitFit; with none the classifier alone trains.
+            trainable_components: for BitFit; if empty, only the classifier trains.
             seed: one of the evaluator's seeds; None: all of them.
         """
         if encoder_trainable and trainable_components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
         kind = "full_ft" if encoder_trainable else "bitfit" if trainable_components else "frozen"
-        terms = trainable_components or ()
         if seed is not None and seed not in self.seeds:
             raise UserError(f"seed {seed} is none of this evaluator's: {self.seeds}")
-        own = [Run(float(rate), seed) for rate in as_list(learning_rate) if seed is not None]
-        self.prepare(kind, learning_rate, optimizer, terms, None, verbose, own or None)
+        runs = [Run(float(rate), seed) for rate in as_list(learning_rate) if seed is not None]
+        components = trainable_components or ()
+        self.prepare(kind, learning_rate, optimizer, components, verbose=verbose, only=runs or None)
 
     def prepare(
-        self, fine_tune_type, learning_rate, optimizer="adamw", components=(), mask_size=None,
-        verbose=True, only=None,
-    ):  # fmt: skip
-        """Load the model and choose what trains.
+        self,
+        fine_tune_type: str,
+        learning_rate: float | Sequence[float],
+        optimizer: str = "adamw",
+        components: Sequence[str] = (),
+        mask_size: int | None = None,
+        verbose: bool = True,
+        only: Sequence[Run] | None = None,
+    ) -> None:
+        """Load the model and select the trainable parameters.
 
         Args:
             fine_tune_type: one of `options.FINE_TUNE_TYPES`.
-            learning_rate: of the optimizer, before any schedule; a list: runs for each.
-            components: for bitfit, what `convert_to_actual_components` gives.
+            learning_rate: before any schedule; a list: one run for each.
+            components: for bitfit, the result of `convert_to_actual_components`.
             mask_size: for rand_uniform; None: the paper's for its models, else as many as bitfit.
             verbose: print the trained tensors.
-            only: some of the runs, pairs of a learning rate and a seed; None: all.
+            only: some of the runs; None: all pairs of a learning rate and a seed.
         """
         if optimizer not in ("adamw", "adam"):
             raise UserError(f"unknown optimizer {optimizer!r}; known: adamw, adam")
-        self._need("data", "preprocess_dataset")
-        pairs = [Run(float(rate), seed) for rate in as_list(learning_rate) for seed in self.seeds]
-        if len(set(pairs)) < len(pairs):
+        self._need_loaded()
+        runs = [Run(float(rate), seed) for rate in as_list(learning_rate) for seed in self.seeds]
+        if len(set(runs)) < len(runs):
             raise UserError("a learning rate or seed is given twice: give each once")
-        pairs = pairs if only is None else list(only)
-        self._load_model(self.random_encoder, report=not hasattr(self, "model"))
-        self.runs, self.optimizer, self.verbose = pairs, optimizer, verbose
-        self.components, self.selected = list(components), 0
-        self.records, self.scores = [Record(run) for run in pairs], reports.scores_frame([])
-        self._choose(fine_tune_type, mask_size)
-        self._forward("train")
-        self.zero_gradient = self._find_zero_gradient()
+        method = Method(fine_tune_type, tuple(components), mask_size, optimizer)
+        self.prepare_runs(runs if only is None else list(only), method, verbose)
 
-    def _load_model(self, random_encoder, report=False):
-        self.model, initialized = loading.load_model(
-            self.model_name, self.task, random_encoder, self.revision, report
-        )
-        self._draw = partial(loading.init_head, names=initialized) if initialized else None
-        self.encoder_sha256 = models_fingerprints.fingerprint(self.model)
-        self.model.to(self.torch_device)
-        self.token_budget = TokenBudget(self.max_tokens, self.torch_device)
-        for outdated in ("stack", "trainable", "_found", "_longest_tried"):
-            vars(self).pop(outdated, None)
+    def prepare_runs(
+        self, runs: list[Run], method: Method | None = None, verbose: bool = False
+    ) -> None:
+        """Load the model again for some runs; method None: as it was prepared before."""
+        before, method = self.prepared, method or self._need_prepared().method
+        self.prepared, self.result = None, None
+        data = self._need_loaded()
+        self.prepared = prepare_model(self.setup, data, runs, method, before, verbose)
 
-    def _forward(self, split):
-        """The model's `Forward`, found on rows of all splits read so far.
-
-        It is found again for a split that is read later and has longer rows.
-        """
-        longest = self.tokens(split).lengths.max()
-        if longest > vars(self).get("_longest_tried", 0):
-            parts = [own.tokens for own in self.data.splits.values() if own.tokens]
-            tokens, dtype = concatenate(parts), DTYPES[self.precision]
-            self._found = models_forward.select_forward(self.model, self.model_name, tokens, dtype)
-            self._longest_tried = tokens.lengths.max()
-        else:
-            models_forward.check_ids(self.model, self.model_name, self.tokens(split))
-        return self._found
-
-    @property
-    def row_batching(self):
-        """How rows share a pass: "packed", "padded" or "equal length"."""
-        self._need("model", "training_preparation")
-        return self._forward("train").batching_kind
-
-    def _find_zero_gradient(self):
-        """The biases whose gradient is zero; a line says which, unless an earlier one did."""
-        if not self.trains_only_biases:
-            return {}
-        found = zero_gradients.find_zero_gradients(self.model, self.trainable, self.tokens("train"))
-        if found and found != self.zero_gradient:
-            LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
-                        "%s", zero_gradients.format_zero_gradients(found, self.model))  # fmt: skip
-        return found
-
-    def _choose(self, fine_tune_type, mask_size=None):
-        rng = make_generator(self.runs[0].seed, "mask")
-        self.trainable = trainable.select_trainable(
-            self.model, fine_tune_type, self.components, mask_size, rng
-        )
-        self.fine_tune_type = fine_tune_type
-        vars(self).pop("_reason", None)
-        if self.verbose:
-            print_result(trainable.trainable_table(self.model, self.trainable))
-
-    def set_uniform_mask(self, mask_size=None):
-        """Train so many parameters drawn uniformly from the encoder, and the classifier."""
+    def set_uniform_mask(self, mask_size: int | None = None) -> None:
+        """Train parameters drawn uniformly from the encoder, and the classifier."""
         self._set_mask("rand_uniform", mask_size)
 
-    def set_row_and_column_random_mask(self):
-        """Train one random column, or as many rows, of each matrix, and the classifier."""
-        self._set_mask("rand_row_col")
+    def set_row_and_column_random_mask(self) -> None:
+        """Train one random column or some rows of each matrix, and the classifier."""
+        self._set_mask("rand_row_col", None)
 
-    def _set_mask(self, fine_tune_type, mask_size=None):
-        self._need("trainable", "training_preparation")
-        if hasattr(self, "stack") or not trainable.trains_matrices(self.model, self.trainable):
+    def _set_mask(self, fine_tune_type: str, mask_size: int | None) -> None:
+        before = self._need_prepared()
+        if self.result or not trainable.trains_matrices(before.model, before.trainable):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
-        self._choose(fine_tune_type, mask_size)
+        method = replace(before.method, fine_tune_type=fine_tune_type, mask_size=mask_size)
+        selected = select_trainable(before.model, method, before.runs, before.verbose)
+        self.prepared = replace(before, method=method, trainable=selected, stackable_checked=False)
 
-    def fingerprints(self):
-        """What results depend on beside flags: hashes of the data, the base model, what trains."""
-        scored = self.data.scored()
-        tests = [split for name, split in self.data.splits.items() if name not in scored]
-        return {
-            "data_sha256": hash_of_splits(scored.values()),
-            "test_sha256": hash_of_splits(split for split in tests if split.tokens),
-            "encoder_sha256": self.encoder_sha256,
-            "chosen_sha256": self.trainable_sha256(),
-            **self.base_fingerprints,
-            **({"zero_gradient": self.zero_gradient} if self.zero_gradient else {}),
-        }
+    # -------------------------------------------------------------------------------- training
 
-    def trainable_sha256(self):
-        """Return the hash of the names and positions that train."""
-        return models_fingerprints.sha256(v for item in self.trainable.items() for v in item)
+    def reason_not_stackable(self) -> str | None:
+        """Return why several runs cannot train in one pass, or None if they can."""
+        prepared = self._need_prepared()
+        return prepared.reason_not_stackable(self.tokens("train")) if len(self.runs) > 1 else None
 
-    @property
-    def masks(self):
-        """{parameter name: bool tensor of its shape}, True where a random mask trains."""
-        self._need("trainable", "training_preparation")
-        return trainable.dense_masks(self.model, self.trainable)
-
-    def reason_not_stackable(self):
-        """Why several runs cannot be trained in one pass, or None if they can."""
-        self._need("trainable", "training_preparation")
-        if len(self.runs) > 1 and not hasattr(self, "_reason"):
-            tokens = self.tokens("train")
-            self._reason = run_stack.reason_not_stackable(
-                self._forward("train"), self.trainable, tokens
-            )
-        return self._reason if len(self.runs) > 1 else None
-
-    def passes(self, share=None):
-        """[[run, ...]]: all together, or one after the other where they cannot share a pass.
+    def passes(self, share: list[Run] | None = None) -> list[list[Run]]:
+        """Return the runs that train together: all, or one at a time if they cannot share a pass.
 
         Args:
-            share: some of the runs, for those alone.
+            share: some of the runs; None: all.
         """
         share = self.runs if share is None else share
         reason = self.reason_not_stackable()
@@ -305,117 +248,100 @@ class GLUEvaluator:
             LOGGER.info("%d runs %s", len(share), how)
         return [[run] for run in share] if reason else [share]
 
+    def join_group(self, group: Group) -> None:
+        """Train and predict together with other processes from now on."""
+        self.group = group
+
     def train_and_evaluate(
-        self, num_epochs, output_path=None, evaluation_frequency=1,
-        lr_schedule="constant", warmup_ratio=0.0, keep="last", saver=None,
-        tracker=OFF, curves=True,
-    ):  # fmt: skip
-        """Train all runs together, score them, write their metrics and learning curves.
+        self,
+        num_epochs: int,
+        output_path: str | Path | dict[Run, Path] | None = None,
+        evaluation_frequency: int = 1,
+        lr_schedule: str = "constant",
+        warmup_ratio: float = 0.0,
+        keep: str = "last",
+        saver: Saver | None = None,
+        tracker: Tracker = OFF,
+        curves: bool = True,
+    ) -> None:
+        """Train all runs together, evaluate them, write metrics and learning curves.
 
         Args:
-            output_path: folder for metrics and curves; with several runs each has a folder in it,
-                named `Run.name`. Or {run: its folder}, of some runs: the others write nothing.
-            evaluation_frequency, lr_schedule, warmup_ratio: as in `bitfit.training.plan.Plan`.
-            keep: "last", or "best": keep of each run the values of its best evaluation.
-            saver: a `bitfit.training.checkpoints.Saver`, to write checkpoints and go on from one.
-            tracker: a `bitfit.tracking.tracker.Tracker`, to be told what is measured while it is.
+            output_path: folder for metrics and curves; each of several runs has a folder in it,
+                named `Run.name`. Or {run: its folder} for some runs: the others write nothing.
+            evaluation_frequency, lr_schedule, warmup_ratio, keep: see `TrainOptions`.
+            saver: writes checkpoints and resumes from them.
+            tracker: reports losses and scores to experiment trackers.
             curves: plot the learning curves.
 
         Raises:
-            Diverged: in every run a loss or gradient was not finite. Each holds its last good
-                values (with `keep` its best), and what was measured is kept and written.
+            Diverged: every run had a loss or gradient that was not finite. Each run keeps its
+                last good values (with `keep` its best), and its scores are written.
         """
-        if lr_schedule not in ("constant", "linear") or keep not in ("last", "best"):
-            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
-        if min(num_epochs, evaluation_frequency) < 1:
-            raise UserError("num_epochs and evaluation_frequency are at least 1")
-        reason = self.reason_not_stackable()
-        if hasattr(self, "stack"):
-            raise UserError("this evaluator has been trained: prepare it again to train again")
-        if reason:
-            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
-                            "prepare and train one after the other")  # fmt: skip
+        self._need_prepared()
+        options = TrainOptions(
+            self._need_loaded().batch_size, num_epochs, lr_schedule, warmup_ratio,
+            evaluation_frequency, keep,
+        )  # fmt: skip
+        state = self._new_training(options)
         folders = run_folder.run_folders(output_path, self.runs)
-        plan = Plan(self.task, self._forward("train"), self.data.split("train"),
-                    self.data.scored(), self.token_budget, self.batch_size, num_epochs, lr_schedule,
-                    warmup_ratio, evaluation_frequency, self.group)  # fmt: skip
-        set_seed(self._dropout_seed())
-        self.stack = RunStack(self.model, self.trainable, self.runs, self._draw, self.zero_gradient)
-        state = start(plan, self.stack, self.optimizer, keep)
-        for folder in folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
-        saver = saver or Saver()
-        saver.load(state)
-        tracker.open_runs(state, folders)
-        try:
-            with self.stack.patched(DTYPES[self.precision]), saver.held():
-                diverged = fit(state, lambda: self._note(state, folders), saver, tracker)
-        finally:
-            if state.best is not None:
-                self.stack.set_params(state.best)
-            self._note(state)
-        self._note(state, folders)
+        diverged = metrics_files.train(
+            state, self.result, dtype=self.setup.dtype, saver=saver or Saver(), tracker=tracker,
+            folders=folders, metadata=reports.metrics_metadata(self),
+        )  # fmt: skip
         for run, folder in folders.items() if curves else ():
-            if len(self._scores_of(run)):
+            if len(self.result.scores_of(run)):
                 self.plot_learning_curves(folder, run)
         if diverged:
             raise Diverged(diverged)
 
-    def _dropout_seed(self):
-        """The run's own; several ranks each draw for their rows."""
+    def _new_training(self, options: TrainOptions) -> TrainState:
+        """Return the state of a new training; from now on the evaluator has a result."""
+        options.check()
+        reason = self.reason_not_stackable()
+        if self.result:
+            raise UserError("this evaluator has been trained: prepare it again to train again")
+        if reason:
+            raise UserError(f"{len(self.runs)} runs cannot train in one pass, {reason}: "
+                            "prepare and train one after the other")  # fmt: skip
         seed, rank = self.runs[0].seed, self.group.rank
-        return (
-            int(make_generator(seed, f"dropout of rank {rank}").integers(2**63)) if rank else seed
+        if rank:  # each rank draws the dropout of its own rows
+            seed = int(make_generator(seed, f"dropout of rank {rank}").integers(2**63))
+        set_seed(seed)
+        data = self.loaded.dataset
+        state = new_training(
+            self.prepared, self.task, data.split("train"), data.scored(), options, self.group
         )
+        self.result = new_result(state.stack)
+        return state
 
-    def _note(self, state, folders=None):
-        """Take what a training has measured so far, and write it."""
-        self.records, self.scores = state.records, reports.scores_frame(state.scores)
-        for k, record in enumerate(state.records):
-            if not folders or record.run not in folders:
-                continue
-            folder, scores = folders[record.run], self._scores_of(record.run)
-            reports.write_metrics(folder, self.task, record, scores, reports.metrics_metadata(self))
-            saved_evaluator.write_logits(folder, state, k)
-
-    def select(self, run):
-        """Let the model and all results below be those of run number `run`, counted from 0."""
-        self._need("stack", "train_and_evaluate")
+    def select(self, run: int) -> None:
+        """Let the model and all results below be those of a run, counted from 0."""
+        result = self._need_result()
         if not 0 <= run < len(self.runs):
             raise UserError(f"there is no run {run}: there are {len(self.runs)}, counted from 0")
-        self.stack.load_run(run)
-        self.selected = run
+        result.stack.load_run(run)
+        result.selected = run
 
-    @property
-    def record(self):
-        self._need("records", "training_preparation")
-        return self.records[self.selected]
+    # --------------------------------------------------------------------- predictions and scores
 
-    @property
-    def evaluations(self):
-        """{split: {metric: [value per evaluated epoch]}}"""
-        return reports.scores_by_split(self._scores_of(self.record.run))
+    def predict(self, split: str) -> np.ndarray:
+        """Return the logits of all rows of a split, (rows, C) float32."""
+        prepared, tokens = self._need_prepared(), self.tokens(split)
+        forward = prepared.forward_for(tokens, self.loaded.all_tokens)
+        with cast_parameters(prepared.model, prepared.dtype):
+            return predict.predict(forward, tokens, prepared.token_budget, group=self.group)
 
-    def _scores_of(self, run):
-        return self.scores[self.scores["run"] == run.name]
-
-    def predict(self, split):
-        """Logits of a split, (rows, C) float32, in the order of its rows."""
-        self._need("model", "training_preparation")
-        forward = self._forward(split)
-        with cast_parameters(self.model, DTYPES[self.precision]):
-            return predict.predict(forward, self.tokens(split), self.token_budget, group=self.group)
-
-    def evaluate(self, split):
-        """{metric: value} of a split with labels, all its rows."""
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return {metric: value} of all rows of a split with labels."""
         if split not in ("train", *self.task.validation_splits):
             raise UserError(f"{split!r} has no labels: give train or a validation split")
         return score(self.task, self.predict(split), self.tokens(split).labels.cpu().numpy())
 
-    def export_model_test_set_predictions(self, output_path):
-        """Write the test predictions as files for the GLUE server; returns their paths.
+    def export_model_test_set_predictions(self, output_path: str | Path) -> list[Path]:
+        """Write the test predictions as files for the GLUE server, and return their paths.
 
-        The ranks of a group predict together; one of them writes.
+        The processes of a group predict together, and the first of them writes.
         """
         Path(output_path).mkdir(parents=True, exist_ok=True)
         written = []
@@ -424,60 +350,43 @@ class GLUEvaluator:
                 LOGGER.info("there is no %s set: %s is not written", split, name)
                 continue
             written.append(Path(output_path) / name)
-            own = predictions(self.task, self.predict(split))
+            predicted = predictions(self.task, self.predict(split))
             if self.group.rank == 0:
-                reports.write_predictions(written[-1], self.task, own)
+                reports.write_predictions(written[-1], self.task, predicted)
         return written
 
-    def export_model(self, output_path):
-        """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
-        self._need("model", "training_preparation")
-        loading.write_model(self.model, self.tokenizer, output_path)
+    def _test_files(self) -> dict[str, str]:
+        if not self.task.server_files:
+            raise UserError(f"the record of {self.task.name} names no test split to predict")
+        return self.task.server_files
 
-    @property
-    def method_caption(self):
-        """One line that says what was run, whatever the run."""
-        model = self.base_name + (" (random encoder)" if self.random_encoder else "")
-        terms = ", ".join(trainable.components_to_terms(self.components))
-        method = f"bitfit ({terms})" if terms else self.fine_tune_type
-        return f"{self.task.folder}, {model}, {method}"
+    def score_table(self) -> str:
+        """Return the last and best scores as text."""
+        scores = self._need_result().scores_of(self.record.run)
+        return f"{self.caption}\n{reports.score_table(scores, self.task)}"
 
-    @property
-    def caption(self):
-        """One line that says what the selected run was."""
-        of = f"average of {len(self.averaged)}" if self.averaged else self.record.run.caption
-        return f"{self.method_caption}, {of}"
-
-    def score_table(self):
-        """The last and best scores as text."""
-        table = reports.score_table(self._scores_of(self.record.run), self.task)
-        return f"{self.caption}\n{table}"
-
-    def plot_learning_curves(self, output_path=None, run=None):
-        """{metric: figure}; in the folder `output_path` each as learning_curves_<metric>.png."""
-        run = run or self.record.run
-        scores, caption = self._scores_of(run), f"{self.method_caption}, {run.caption}"
+    def plot_learning_curves(
+        self, output_path: str | Path | None = None, run: Run | None = None
+    ) -> dict[str, Any]:
+        """Return {metric: figure}, and save learning_curves_<metric>.png in a folder if given."""
+        result = self._need_result()
+        run = run or result.record.run
+        scores, caption = result.scores_of(run), f"{self.method_caption}, {run.caption}"
         if scores.empty:
             raise UserError("call train_and_evaluate first: there are no scores to plot")
         return plots.learning_curves(scores, self.task, caption, output_path)
 
-    @property
-    def trains_only_biases(self):
-        """Whether there are bias terms whose change can be plotted: so it is with bitfit."""
-        return trainable.trains_only_biases(self.model, self.trainable)
-
-    def terms_changes(self):
-        """(names, changes): how far each bias term moved, per layer; see `plots.bias_changes`."""
-        self._need("stack", "train_and_evaluate")
+    def terms_changes(self) -> tuple[list[str], Any]:
+        """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
+        result = self._need_result()
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
-        before = self.stack.named_params(self.selected, self.stack.initial_params)
-        after = self.stack.named_params(self.selected)
-        return plots.bias_changes(before, after, self.zero_gradient)
+        before = result.stack.named_params(result.selected, result.stack.initial_params)
+        after = result.stack.named_params(result.selected)
+        return plots.bias_changes(before, after, self.prepared.zero_gradient)
 
-    def plot_terms_changes(self, output_path=None):
-        """The paper's figure 1, how far each bias term moved; its numbers too are saved to
-        `output_path`, with the endings .png and .csv."""
+    def plot_terms_changes(self, output_path: str | Path | None = None) -> Any:
+        """Return the paper's figure 1, and save it with its numbers as .png and .csv."""
         names, changes = self.terms_changes()
         figure = plots.bias_heatmap(names, changes, self.caption)
         if output_path:
@@ -485,17 +394,104 @@ class GLUEvaluator:
             plots.write_changes(names, changes, Path(output_path).with_suffix(".csv"))
         return figure
 
-    def save(self, output_path):
-        """Write the selected run: facts, and what trained (if all did, the whole model)."""
-        self._need("stack", "train_and_evaluate")
+    # ---------------------------------------------------------------------------------- files
+
+    def export_model(self, output_path: str | Path) -> None:
+        """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
+        loading.write_model(self.model, self._need_loaded().tokenizer, output_path)
+
+    def save(self, output_path: str | Path) -> None:
+        """Write the selected run: metadata and trained values (the whole model if all trained)."""
+        self._need_result()
         saved_evaluator.write(self, Path(output_path))
 
     @staticmethod
-    def load(path, gpu_device, model_name=None, data_dir=None):
-        """As it was saved; `model_name`, `data_dir`: where base model and data are now."""
-        return saved_evaluator.read(GLUEvaluator, Path(path), gpu_device, model_name, data_dir)
+    def load(
+        path: str | Path,
+        gpu_device: int | None,
+        model_name: str | None = None,
+        data_dir: str | Path | None = None,
+    ) -> "GLUEvaluator":
+        """Return a saved evaluator; model_name and data_dir: where base model and data are now."""
+        arguments, saved = saved_evaluator.read(Path(path), model_name, data_dir)
+        evaluator = GLUEvaluator(device=gpu_device, **arguments)
+        return evaluator.with_parts(**saved_evaluator.restore(evaluator.setup, Path(path), *saved))
+
+    # ------------------------------------------------------------------------- views of the state
+
+    def _need_loaded(self) -> LoadedData:
+        return need(self.loaded, "preprocess_dataset")
+
+    def _need_prepared(self) -> PreparedModel:
+        return need(self.prepared, "training_preparation")
+
+    def _need_result(self) -> TrainingResult:
+        return need(self.result, "train_and_evaluate")
+
+    @property
+    def task(self) -> Task:
+        return self.setup.task
+
+    @property
+    def num_labels(self) -> int:
+        return self.setup.task.num_labels
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.setup.seeds
+
+    @property
+    def model(self) -> Any:
+        """Return the plain Hugging Face classifier."""
+        return self._need_prepared().model
+
+    @property
+    def runs(self) -> list[Run]:
+        return self._need_prepared().runs
+
+    @property
+    def record(self) -> Record:
+        """Return what the selected run measured beside its scores."""
+        return self._need_result().record
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, list[float]]]:
+        """Return {split: {metric: [value at each evaluated epoch]}} of the selected run."""
+        return reports.scores_by_split(self._need_result().scores_of(self.record.run))
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Return {parameter: bool tensor of its shape}, True where a random mask trains."""
+        prepared = self._need_prepared()
+        return trainable.dense_masks(prepared.model, prepared.trainable)
+
+    @property
+    def trains_only_biases(self) -> bool:
+        """Return whether bitfit trains, so that there are bias changes to plot."""
+        prepared = self._need_prepared()
+        return trainable.trains_only_biases(prepared.model, prepared.trainable)
+
+    @property
+    def method_caption(self) -> str:
+        """Return one line with task, model and method."""
+        method, setup = self._need_prepared().method, self.setup
+        model = setup.base_name + (" (random encoder)" if setup.random_encoder else "")
+        terms = ", ".join(trainable.components_to_terms(method.components))
+        kind = f"bitfit ({terms})" if terms else method.fine_tune_type
+        return f"{setup.task.folder}, {model}, {kind}"
+
+    @property
+    def caption(self) -> str:
+        """Return one line with task, model, method and the selected run."""
+        result = self._need_result()
+        count = len(result.averaged)
+        return (
+            f"{self.method_caption}, {f'average of {count}' if count else self.record.run.caption}"
+        )
 
 
-def hash_of_splits(splits):
-    """Return one hash of the tokens and labels of some splits."""
-    return models_fingerprints.sha256(array for split in splits for array in split.tokens[:5])
+def need(value: Any, call: str) -> Any:
+    """Return a value, or raise UserError if the call that creates it is missing."""
+    if value is None:
+        raise UserError(f"call {call} first")
+    return value

@@ -29,14 +29,13 @@ from bitfit.data.tokens import (  # noqa: E402
 )
 from bitfit.model import forward as models_forward  # noqa: E402
 from bitfit.model import loading  # noqa: E402
-from bitfit.model.batching import MAX_TOKENS  # noqa: E402
 from bitfit.model.precision import DTYPES  # noqa: E402
-from bitfit.model.run_stack import Run, RunStack  # noqa: E402
-from bitfit.model.token_budget import TokenBudget  # noqa: E402
+from bitfit.model.run_stack import Run  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select_trainable  # noqa: E402
 from bitfit.training.checkpoints import Saver  # noqa: E402
-from bitfit.training.loop import start, step_graphs, train_epoch  # noqa: E402
-from bitfit.training.plan import Plan  # noqa: E402
+from bitfit.training.loop import init_state, step_graphs, train_epoch  # noqa: E402
+from bitfit.training.plan import Plan, TrainOptions  # noqa: E402
+from bitfit.training.prepare import assemble, new_training  # noqa: E402
 from bitfit.training.progress import Progress  # noqa: E402
 
 LENGTH = 128
@@ -156,14 +155,16 @@ class Ours:
     ) -> None:
         self.device = tokens.ids.device
         grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
-        forward = models_forward.Forward(model)
-        rows = dict.fromkeys(range(runs), np.arange(len(tokens.lengths)))
-        budget = TokenBudget(max_tokens or MAX_TOKENS[self.device.type], self.device)
-        self.plan = Plan(task, forward, Split(tokens, rows), {}, budget, batch_size, epochs=1)
-        self.plans: dict[torch.dtype, Plan] = {}
         components = ["bias"] if method == "bitfit" else []
         trainable = select_trainable(model, method, components, None, np.random.default_rng(0))
-        self.stack = RunStack(model, trainable, grid, loading.init_head)
+        prepared = assemble(
+            model, "the model", trainable, grid, dtype=torch.float32, max_tokens=max_tokens,
+            init_head=loading.init_head, forward=models_forward.Forward(model),
+        )  # fmt: skip
+        train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(tokens.lengths))))
+        state = new_training(prepared, task, train, {}, TrainOptions(batch_size, epochs=1))
+        self.plan, self.stack = state.plan, state.stack
+        self.plans: dict[torch.dtype, Plan] = {}
 
     def plan_in(self, dtype: torch.dtype) -> Plan:
         """Return a plan with the fastest forward pass in a precision."""
@@ -178,7 +179,7 @@ class Ours:
         self.stack.params.copy_(self.stack.initial_params)
         self.stack.bad_step.fill_(-1)
         plan = self.plan_in(DTYPES[precision])
-        state = start(plan, self.stack)
+        state = init_state(plan, self.stack)
         with self.stack.patched(DTYPES[precision]):
             state.graphs = step_graphs(state)
             progress = Progress(plan, shows=False)

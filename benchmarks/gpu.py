@@ -50,7 +50,7 @@ from bitfit.model.loading import load_tokenizer
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.tracking.tracker import peak_gib
 from bitfit.training.checkpoints import capture, restore
-from bitfit.training.loop import State, start, step_graphs, take_step
+from bitfit.training.loop import TrainState, init_state, step_graphs, take_step
 from utils import set_seed
 
 Outcome = tuple[bool, str]  # whether a check passed, and its message
@@ -97,16 +97,16 @@ def make_runs(
 
 
 @contextmanager
-def training(ours: Ours, dtype: torch.dtype, graphs: bool = True) -> Iterator[State]:
-    """Yield the `State` of a training, for `steps`."""
-    state = start(ours.plan_in(dtype), ours.stack)
+def training(ours: Ours, dtype: torch.dtype, graphs: bool = True) -> Iterator[TrainState]:
+    """Yield the `TrainState` of a training, for `steps`."""
+    state = init_state(ours.plan_in(dtype), ours.stack)
     ours.plan.forward.model.train()
     with ours.stack.patched(dtype):
         state.graphs = step_graphs(state) if graphs else None
         yield state
 
 
-def steps(state: State, count: int) -> None:
+def steps(state: TrainState, count: int) -> None:
     """Take `count` steps; two calls continue as one longer call would."""
     plan, runs = state.plan, state.stack.runs
     orders = np.stack([plan.order(run, 0) for run in runs])
@@ -116,8 +116,8 @@ def steps(state: State, count: int) -> None:
         state.step = (state.step + 1) % plan.steps_per_epoch
 
 
-def trained(ours: Ours, dtype: torch.dtype, count: int, graphs: bool = True) -> State:
-    """Return the `State` after so many steps."""
+def trained(ours: Ours, dtype: torch.dtype, count: int, graphs: bool = True) -> TrainState:
+    """The `TrainState` after so many steps."""
     with training(ours, dtype, graphs) as state:
         steps(state, count)
     return state

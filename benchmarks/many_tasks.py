@@ -35,8 +35,8 @@ from common import (
 )
 
 from bitfit.data.tasks import TASKS
-from bitfit.model.run_stack import RunStack
 from bitfit.tools import answers, multi_task
+from bitfit.training.prepare import new_result
 from glue_evaluator import GLUEvaluator
 
 
@@ -64,11 +64,10 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
         evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
         evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
-        evaluator.stack = RunStack(
-            evaluator.model, evaluator.trainable, evaluator.runs, loading.init_head
-        )
+        stack = evaluator.prepared.new_stack()
+        evaluator = evaluator.with_parts(result=new_result(stack))
         for own in folders[first :: len(tasks)]:
-            evaluator.stack.params += 0.02 * torch.randn_like(evaluator.stack.params)
+            stack.params += 0.02 * torch.randn_like(stack.params)
             evaluator.save(own)
     return folders
 

@@ -170,7 +170,8 @@ def average(args: argparse.Namespace) -> None:
     saved_evaluators.check_same_task(found)
     saved_evaluators.check_same_trainable(found)
     evaluator = load(args, found[0])
-    table = deltas.average_evaluators(found, args.weights or [1] * len(found), evaluator)
+    weights = args.weights or [1] * len(found)
+    evaluator, table = deltas.average_evaluators(found, weights, evaluator)
     with atomic_folder(args.output_path) as folder:
         write_text(folder / "members.csv", table.to_csv(index=False))
         evaluator.save(folder)

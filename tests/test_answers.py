@@ -16,8 +16,8 @@ from scipy.special import softmax
 from bitfit.data.glue_files import tsv_names
 from bitfit.data.tasks import TASKS
 from bitfit.model import fingerprints, loading
-from bitfit.model.run_stack import RunStack
 from bitfit.tools import answers, multi_task
+from bitfit.training.prepare import new_result
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -40,13 +40,11 @@ def save(folder, task, model=TINY_BERT, kind=BITFIT, length=64, **options):
     evaluator = GLUEvaluator(task, str(model), None, 0, GLUE, **options)
     evaluator.preprocess_dataset("longest", length, 8, train_size=8)
     evaluator.prepare(kind[0], 1e-3, components=kind[1], verbose=False)
-    evaluator.stack = RunStack(
-        evaluator.model, evaluator.trainable, evaluator.runs, loading.init_head
-    )
+    stack = evaluator.prepared.new_stack()
     noise = torch.Generator().manual_seed(len(str(folder)) + len(task))
-    evaluator.stack.params += 0.2 * torch.randn(evaluator.stack.params.shape, generator=noise)
-    evaluator.stack.load_run(0)
-    evaluator.save(folder)
+    stack.params += 0.2 * torch.randn(stack.params.shape, generator=noise)
+    stack.load_run(0)
+    evaluator.with_parts(result=new_result(stack)).save(folder)
     return str(folder)
 
 
@@ -213,7 +211,7 @@ def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
     monkeypatch.setattr(
-        multi_task, "reason_not_stackable", lambda *args: "it goes around its modules"
+        "bitfit.model.run_stack.reason_not_stackable", lambda *args: "it goes around its modules"
     )
     load(saved["cola"])
     with pytest.raises(UserError, match="cannot answer together: it goes around its modules; give"):

@@ -155,7 +155,7 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
     losses = []
     for cap in (1, 2048):
         evaluator = prepared(model, few_rows, 0, cap)
-        assert evaluator.row_batching == kind
+        assert evaluator.prepared.forward.batching_kind == kind
         evaluator.train_and_evaluate(1)
         losses += evaluator.record.train_loss
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -163,7 +163,7 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
     evaluator.save(tmp_path / "evaluator")
     loaded = GLUEvaluator.load(tmp_path / "evaluator", None)
     for cap in (1, 2048):
-        loaded.token_budget.max_tokens = cap
+        loaded.prepared.token_budget.max_tokens = cap
         logits.append(loaded.predict("validation"))
     bound = 1e-3 * logits[0].std(0).max()
     assert np.abs(logits[0] - logits[1]).max() < bound

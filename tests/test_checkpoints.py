@@ -11,16 +11,17 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.training.checkpoints import Saver, capture, found, restore
-from bitfit.training.loop import move, start
-from bitfit.training.plan import Plan
+from bitfit.training.loop import init_state, move
+from bitfit.training.plan import Plan, TrainOptions
 from utils import CorruptFile
 
 
 def new_state(runs, model, keep="last"):
     stack = RunStack(model, select_trainable(model, "bitfit", ["bias"]), runs)
     rows = {run.seed: [0] for run in runs}
-    return start(
-        Plan(TASKS["rte"], None, Split(None, rows), {}, TokenBudget(9), 8, 2), stack, keep=keep
+    options = TrainOptions(8, 2, keep=keep)
+    return init_state(
+        Plan(TASKS["rte"], None, Split(None, rows), {}, TokenBudget(9), options), stack
     )
 
 

@@ -145,7 +145,7 @@ def test_known_directions(here):
     """A delta beside its double, its opposite and none at all."""
     (member,) = saved_evaluators.read_evaluators(SEEDS[:1])
     evaluator = GLUEvaluator.load(member.folder, None)
-    start = evaluator.stack.named_params(0, evaluator.stack.initial_params)
+    start = evaluator.result.stack.named_params(0, evaluator.result.stack.initial_params)
     scaled = [
         member._replace(
             name=str(factor),
@@ -201,10 +201,10 @@ def test_an_average_is_an_evaluator_with_the_mean(here, capsys):
     )
     assert json.loads(Path("soup/evaluator.json").read_text())["train_loss"] == []  # of none
     loaded.save(here / "again")
-    assert GLUEvaluator.load(here / "again", None).averaged == loaded.averaged
-    assert [own["weight"] for own in loaded.averaged] == pytest.approx([1 / 3] * 3)
+    assert GLUEvaluator.load(here / "again", None).result.averaged == loaded.result.averaged
+    assert [own["weight"] for own in loaded.result.averaged] == pytest.approx([1 / 3] * 3)
     assert [Path(own["folder"]).samefile(f"{f}/evaluator") for own, f in zip(
-        loaded.averaged, SEEDS, strict=True)] == [True] * 3  # fmt: skip
+        loaded.result.averaged, SEEDS, strict=True)] == [True] * 3  # fmt: skip
 
 
 def test_an_average_with_one_whose_key_moved(here):
@@ -212,10 +212,10 @@ def test_an_average_with_one_whose_key_moved(here):
     found = saved_evaluators.read_evaluators(SEEDS[:2])
     old = found[1]._replace(metadata={k: v for k, v in found[1].metadata.items() if k != ZERO})
     evaluator = GLUEvaluator.load(found[0].folder, None)
-    deltas.average_evaluators(found, [1, 1], evaluator)
-    assert len(evaluator.zero_gradient) == 3
-    deltas.average_evaluators([found[0], old], [1, 1], evaluator)
-    assert evaluator.zero_gradient == {}
+    average, _ = deltas.average_evaluators(found, [1, 1], evaluator)
+    assert len(average.prepared.zero_gradient) == 3
+    average, _ = deltas.average_evaluators([found[0], old], [1, 1], evaluator)
+    assert average.prepared.zero_gradient == {}
 
 
 def test_the_order_of_bias_terms_is_no_difference():

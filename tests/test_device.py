@@ -27,7 +27,7 @@ from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
 from bitfit.training.graphs import USES_BEFORE_CAPTURE
-from bitfit.training.plan import Plan
+from bitfit.training.plan import Plan, TrainOptions
 from glue_evaluator import GLUEvaluator
 
 COLA = TASKS["cola"]
@@ -53,7 +53,8 @@ def new_state(method, count, dtype, packed):
         model, trainable, [Run(1e-3, seed) for seed in range(count)], loading.init_head
     )
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
-    return loop.start(Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), 8, 9), stack)
+    plan = Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), TrainOptions(8, 9))
+    return loop.init_state(plan, stack)
 
 
 def take_steps(state, count):

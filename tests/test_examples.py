@@ -31,7 +31,7 @@ def matthews(method):
         evaluator.preprocess_dataset("longest", 128, 8)
         evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
         evaluator.train_and_evaluate(epochs, evaluation_frequency=epochs)
-        scores += main_scores(evaluator.scores, evaluator.task).iloc[-1].tolist()
+        scores += main_scores(evaluator.result.scores, evaluator.task).iloc[-1].tolist()
     return np.array(scores)
 
 

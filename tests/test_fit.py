@@ -7,7 +7,7 @@ from moments import at_step
 from safetensors.numpy import load_file
 from scipy.stats import ks_2samp
 
-from bitfit.artifacts.saved_evaluator import LOGITS
+from bitfit.artifacts.metrics_files import LOGITS
 from bitfit.data.tasks import score
 from bitfit.model import forward as models
 from bitfit.results.scores import main_scores
@@ -29,8 +29,8 @@ def trained(seeds, rates=3e-3, epochs=6, dropout=None, rows=150, components=("bi
 
 def loss_and_score(evaluator):
     """(runs, 2)"""
-    losses = [record.train_loss[-1] for record in evaluator.records]
-    return np.column_stack([losses, main_scores(evaluator.scores, evaluator.task).iloc[-1]])
+    losses = [record.train_loss[-1] for record in evaluator.result.records]
+    return np.column_stack([losses, main_scores(evaluator.result.scores, evaluator.task).iloc[-1]])
 
 
 def test_with_dropout_a_stack_has_the_distribution_of_single_runs():
@@ -117,9 +117,9 @@ def test_memory_does_not_grow_with_the_runs(monkeypatch):
 
     monkeypatch.setattr(models.Forward, "__call__", watched)
     evaluator = trained(list(range(64)), epochs=1, rows=16)
-    assert max(sizes) <= evaluator.token_budget.max_tokens == 2048
+    assert max(sizes) <= evaluator.prepared.token_budget.max_tokens == 2048
     assert sum(sizes) > 2 * 2048
-    assert len({tuple(values.tolist()) for values in evaluator.stack.params[:, -2:]}) == 64
+    assert len({tuple(values.tolist()) for values in evaluator.result.stack.params[:, -2:]}) == 64
 
 
 def test_all_diverged_is_one_error_and_keeps_the_last_good_values():

@@ -74,13 +74,13 @@ def test_a_delta_is_small_and_stays_with_its_base(tmp_path, tiny_bert):
     evaluator = prepared(tiny_bert)
     evaluator.train_and_evaluate(1)
     evaluator.save(tmp_path / "e")
-    trained = sum(len(v.flatten()) for v in evaluator.stack.named_params().values())
+    trained = sum(len(v.flatten()) for v in evaluator.result.stack.named_params().values())
     assert (tmp_path / "e/delta.safetensors").stat().st_size < 4 * trained + 8000
     model = transformers.BertModel.from_pretrained(tiny_bert)
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight[0, 0] += 1e-3
     model.save_pretrained(tmp_path / "other")
-    evaluator.tokenizer.save_pretrained(tmp_path / "other")
+    evaluator.loaded.tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="was trained on another base model"):
         GLUEvaluator.load(tmp_path / "e", None, model_name=tmp_path / "other")
 
@@ -102,7 +102,9 @@ def test_how_often_is_evaluated_changes_nothing_trained(tiny_bert, kind):
         evaluator = prepared(tiny_bert, kind)
         evaluator.train_and_evaluate(3, evaluation_frequency=frequency)
         runs[frequency] = evaluator
-    epochs = {f: evaluator.scores["epoch"].unique().tolist() for f, evaluator in runs.items()}
+    epochs = {
+        f: evaluator.result.scores["epoch"].unique().tolist() for f, evaluator in runs.items()
+    }
     assert epochs == {1: [1, 2, 3], 2: [2, 3], 5: [3]}  # the last is never skipped
     assert equal(trained_values(runs[1]), trained_values(runs[5]))
     assert equal(trained_values(runs[1]), trained_values(runs[2]))
@@ -115,7 +117,7 @@ def test_seeds_matter_and_set_seed_is_the_default(tiny_bert):
     for evaluator in (first, second, third):
         evaluator.train_and_evaluate(1)
     assert equal(trained_values(first), trained_values(second))
-    assert not torch.equal(first.stack.params, third.stack.params)
+    assert not torch.equal(first.result.stack.params, third.result.stack.params)
     assert first.seeds == second.seeds == [1]
 
 
@@ -125,16 +127,18 @@ def test_keep_best(tiny_bert, monkeypatch):
 
     def score(task, logits, labels):
         value = {"Accuracy": next(scores)} if len(labels) != 40 else {"Accuracy": 0.0}
-        values.append(evaluator.stack.params.clone())
+        values.append(evaluator.result.stack.params.clone())
         return value
 
     monkeypatch.setattr("bitfit.training.loop.score", score)
     evaluator = prepared(tiny_bert)
     evaluator.train_and_evaluate(3, keep="best")
-    assert torch.equal(evaluator.stack.params, values[3])  # after the second epoch
-    assert not torch.equal(evaluator.stack.params, values[5])
+    assert torch.equal(evaluator.result.stack.params, values[3])  # after the second epoch
+    assert not torch.equal(evaluator.result.stack.params, values[5])
     name = "classifier.weight"
-    assert torch.equal(evaluator.stack.named_params()[name], evaluator.model.classifier.weight)
+    assert torch.equal(
+        evaluator.result.stack.named_params()[name], evaluator.model.classifier.weight
+    )
 
 
 def test_exported_model_is_plain(tmp_path, tiny_bert):
@@ -175,7 +179,7 @@ def test_padding_as_the_released_code_did_gives_the_same_logits(tiny_bert):
     """There every row was padded to the full length; here to the longest of its batch."""
     evaluator = prepared(tiny_bert)
     texts = splits.read_split(TASKS["rte"], "validation", GLUE)
-    inputs = evaluator.tokenizer(*texts.columns, padding="max_length", truncation=True,
+    inputs = evaluator.loaded.tokenizer(*texts.columns, padding="max_length", truncation=True,
                                  max_length=64, return_tensors="pt")  # fmt: skip
     with torch.no_grad():
         logits = evaluator.model.eval()(**inputs).logits.numpy()
@@ -202,7 +206,7 @@ def test_a_wrong_order_of_calls_is_one_clear_error(tiny_bert):
         (lambda: evaluator.set_uniform_mask(5), "training_preparation"),
         (lambda: evaluator.predict("test"), "training_preparation"),
         (lambda: evaluator.save("x"), "train_and_evaluate"),
-        (evaluator.plot_learning_curves, "training_preparation"),
+        (evaluator.plot_learning_curves, "train_and_evaluate"),
     ]:
         with pytest.raises(UserError, match=f"call {first} first"):
             call()
@@ -274,7 +278,9 @@ def test_a_mask_that_meets_every_parameter_is_saved_too(tmp_path, tiny_bert):
     evaluator = prepared(tiny_bert)
     evaluator.training_preparation(1e-3, "adamw", True, verbose=False)
     evaluator.set_uniform_mask(20_000)
-    assert all(name in evaluator.trainable for name, _ in evaluator.model.named_parameters())
+    assert all(
+        name in evaluator.prepared.trainable for name, _ in evaluator.model.named_parameters()
+    )
     evaluator.train_and_evaluate(1)
     evaluator.save(tmp_path)
     loaded = GLUEvaluator.load(tmp_path, None)

@@ -95,8 +95,8 @@ def test_the_files_are_of_one_commit_though_the_name_moves(hub, tmp_path, monkey
     (moving / "models--org--tiny/refs/v1").write_text(COMMITS["main"])
     evaluator.preprocess_dataset("longest", 12, 8, train_size=16)
     evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
-    assert facts_of(evaluator.model, evaluator.tokenizer) == plain(hub, COMMITS["v1"])
-    assert evaluator.model_commit == COMMITS["v1"]
+    assert facts_of(evaluator.model, evaluator.loaded.tokenizer) == plain(hub, COMMITS["v1"])
+    assert evaluator.setup.model_commit == COMMITS["v1"]
     assert resolve_revision("org/tiny", "v1")[1] == COMMITS["main"]
 
 
@@ -109,19 +109,19 @@ def test_the_commit_is_kept_and_a_saved_evaluator_goes_back_to_it(hub, tmp_path)
         assert args["model_commit"] == commit
         assert metrics["model_commit"] == commit
         again = GLUEvaluator.load(tmp_path / name / "evaluator", None)
-        assert again.model_commit == commit
+        assert again.setup.model_commit == commit
         assert again.evaluate("validation") == pytest.approx(metrics["last"]["validation"])
     pinned = tmp_path / "pinned/evaluator"
     folder = hub / "models--org--tiny/snapshots" / COMMITS["v1"]
-    assert GLUEvaluator.load(pinned, None, model_name=folder).model_commit == COMMITS["v1"]
+    assert GLUEvaluator.load(pinned, None, model_name=folder).setup.model_commit == COMMITS["v1"]
     with pytest.raises(UserError, match="was trained on another base model than org/tiny"):
         GLUEvaluator.load(pinned, None, model_name="org/tiny")  # its main branch
     GLUEvaluator.load(pinned, None, model_name=folder).save(tmp_path / "moved")
-    assert GLUEvaluator.load(tmp_path / "moved", None).model_name == str(folder)
+    assert GLUEvaluator.load(tmp_path / "moved", None).setup.model_name == str(folder)
     facts, tensors = store.read(pinned / "evaluator.json")
     del facts["model_commit"]  # as it was saved before commits were kept
     store.write(pinned / "evaluator.json", facts, tensors, "delta.safetensors")
-    assert GLUEvaluator.load(pinned, None, model_name=folder).model_commit is None
+    assert GLUEvaluator.load(pinned, None, model_name=folder).setup.model_commit is None
 
 
 def test_full_fine_tuning_keeps_its_own_model(hub, tmp_path):

@@ -246,8 +246,8 @@ def test_a_token_beyond_the_embeddings_is_refused_in_later_texts(folder, tmp_pat
     evaluator.train_and_evaluate(1)
     evaluator.save(tmp_path / "evaluator")
     text = TextColumns((["film <|endoftext|>"],), None)
-    tokens = tokenize(text, evaluator.tokenizer, 32)
-    evaluator.data.splits["test"] = Split(tokens, {})
+    tokens = tokenize(text, evaluator.loaded.tokenizer, 32)
+    evaluator.loaded.dataset.splits["test"] = Split(tokens, {})
     message = f"a text has token 345, but the model {folder} has embeddings for 345"
     with pytest.raises(UserError, match=message):
         evaluator.predict("test")

@@ -20,7 +20,7 @@ from bitfit.distributed import SINGLE_PROCESS
 from bitfit.model.trainable import select_trainable
 from bitfit.training import loop, progress
 from bitfit.training.checkpoints import Saver
-from bitfit.training.plan import Plan
+from bitfit.training.plan import Plan, TrainOptions
 
 FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "-s", "0", "1",
          "--epochs", "2", "--train-size", "24", "--gpu-device", "cpu"]  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, shows):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     split = SimpleNamespace(rows_of_seed={0: range(50)})
-    plan = Plan(TASKS["rte"], None, split, {}, None, batch_size=10, epochs=4, group=SINGLE_PROCESS)
+    plan = Plan(TASKS["rte"], None, split, {}, None, TrainOptions(10, 4), group=SINGLE_PROCESS)
     scores = [("a", 1, "validation", "Accuracy", 0.5), ("b", 1, "validation", "Accuracy", 0.625),
               ("b", 1, "train", "Accuracy", 0.9)]  # fmt: skip
     state = SimpleNamespace(plan=plan, epoch=1, step=2, scores=scores)

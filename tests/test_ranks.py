@@ -49,12 +49,12 @@ def train_all_types(folder, model, memory=None):
         evaluator.preprocess_dataset("longest", 64, 8, train_size=17)
         terms = evaluator.convert_to_actual_components(["all"] if kind == "bitfit" else [])
         evaluator.prepare(kind, RATES.get(kind, 1e-3), "adamw", terms, 50, verbose=False)
-        evaluator.group = group
+        evaluator.join_group(group)
         evaluator.train_and_evaluate(3, folder / kind if group.rank == 0 else {})
         predicted = evaluator.export_model_test_set_predictions(folder / kind)
         logits = torch.from_numpy(evaluator.predict("test"))
-        limit = torch.tensor([evaluator.token_budget.max_tokens])
-        save_file({"logits": logits, "values": evaluator.stack.params, "limit": limit},
+        limit = torch.tensor([evaluator.prepared.token_budget.max_tokens])
+        save_file({"logits": logits, "values": evaluator.result.stack.params, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted
     ranks.shutdown()

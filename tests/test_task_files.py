@@ -491,7 +491,7 @@ def test_from_python(superglue, monkeypatch, tmp_path):
         evaluator = GLUEvaluator(task, str(TINY_BERT), None)
         evaluator.preprocess_dataset("longest", 64, 8)
         rows.append(evaluator.tokens("train").ids)
-        assert evaluator.task_name == "cb"
+        assert evaluator.task.name == "cb"
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
     with pytest.raises(UserError, match=r"^the task's record: \"name\": rte is a task of GLUE"):
         GLUEvaluator(CB | {"name": "rte"}, str(TINY_BERT), None)

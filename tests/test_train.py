@@ -19,8 +19,8 @@ from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.checkpoints import Saver
-from bitfit.training.loop import start, train_epoch
-from bitfit.training.plan import Plan, schedule
+from bitfit.training.loop import init_state, train_epoch
+from bitfit.training.plan import Plan, TrainOptions, learning_rate_factors
 from bitfit.training.progress import Progress
 from utils import make_generator
 
@@ -51,8 +51,9 @@ def new_state(model, tokens, trainable, runs=ONE, optimizer="adamw", task=COLA,
     stack = RunStack(model, trainable, list(runs), draw)
     rows = dict.fromkeys((run.seed for run in runs), np.arange(len(tokens.lengths)))
     forward = forward_of(model, packed)
-    plan = Plan(task, forward, Split(tokens, rows), {}, token_budget, 16, **{"epochs": 9} | options)
-    return start(plan, stack, optimizer)
+    train_options = TrainOptions(16, **{"epochs": 9} | options)
+    plan = Plan(task, forward, Split(tokens, rows), {}, token_budget, train_options)
+    return init_state(plan, stack, optimizer)
 
 
 def next_epoch(state, precision="fp32"):
@@ -150,7 +151,7 @@ def test_the_schedule_is_the_plain_one(tiny_bert):
 
 def test_the_order_of_the_rows_is_the_runs_own():
     rows = dict.fromkeys((0, 1), np.arange(50))
-    plan = Plan(COLA, None, Split(None, rows), {}, BUDGET, 16, 2)
+    plan = Plan(COLA, None, Split(None, rows), {}, BUDGET, TrainOptions(16, 2))
     orders = [plan.order(Run(1.0, s), e) for s in (0, 1) for e in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -235,9 +236,15 @@ def test_predictions_come_in_the_order_of_the_rows(folder):
 
 
 def test_schedules():
-    assert schedule("constant", 2, 10)[[0, 1, 2, 9]].tolist() == [0.5, 1.0, 1.0, 1.0]
-    assert schedule("linear", 2, 10)[[0, 1, 2, 6, 9]].tolist() == [0.5, 1.0, 1.0, 0.5, 0.125]
-    assert schedule("linear", 0, 4).tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate_factors("constant", 2, 10)[[0, 1, 2, 9]].tolist() == [0.5, 1.0, 1.0, 1.0]
+    assert learning_rate_factors("linear", 2, 10)[[0, 1, 2, 6, 9]].tolist() == [
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.125,
+    ]
+    assert learning_rate_factors("linear", 0, 4).tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, monkeypatch):

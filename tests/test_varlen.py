@@ -23,7 +23,7 @@ from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
-from bitfit.training.plan import Plan
+from bitfit.training.plan import Plan, TrainOptions
 
 LENGTHS = (9, 4, 40, 17, 6, 16)
 ROWS = np.arange(len(LENGTHS))
@@ -115,8 +115,8 @@ def new_state(graphs):
     trainable = select_trainable(model, "bitfit", ["bias"])
     stack = RunStack(model, trainable, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
-    plan = Plan(TASKS["cola"], forward, split, {}, TokenBudget(1000), 3, 20, "linear")
-    state = loop.start(plan, stack)
+    plan = Plan(TASKS["cola"], forward, split, {}, TokenBudget(1000), TrainOptions(3, 20, "linear"))
+    state = loop.init_state(plan, stack)
     if graphs:  # what CUDA repeats is the same work on the same tensors
         state.graphs = StepGraphs(
             lambda step: loop.whole_step(state, step), torch.device("cpu"), fake_capture

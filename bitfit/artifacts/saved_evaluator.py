@@ -1,75 +1,81 @@
-"""A trained evaluator on disk: evaluator.json, and what trained in delta.safetensors; the logits
-that a training keeps.
+"""A trained evaluator on disk: evaluator.json, and what trained in delta.safetensors.
 
 The delta holds only the values that trained (about 0.4 MB for BitFit on bert-base). The hash of
 the base model's encoder guards it: it is never put on another one. Where everything trained, the
 whole model is kept instead, in `model/`.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bitfit.data import task_files
-from bitfit.files import atomic_file
 from bitfit.model import fingerprints as models
 from bitfit.model import hub, trainable
 from bitfit.model.fingerprints import describe_change
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
-from bitfit.training.loop import Record, evaluations
+from bitfit.training.loop import Record
+from bitfit.training.prepare import Trainable, TrainingResult, assemble, load_base
+from bitfit.training.setup import Method, Setup, load_data
 from utils import LOGGER, CorruptFile, UserError
 
+if TYPE_CHECKING:
+    from glue_evaluator import GLUEvaluator
+
+Tensors = dict[str, torch.Tensor]
+
 FACTS = "evaluator.json"
-LOGITS = "validation_logits.safetensors"
 POSITIONS = ":positions"  # suffix of the tensor that says which entries a random mask chose
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 DATA = ("max_sequence_len", "batch_size", "train_size")
 READ = (".json", ".txt", ".model", ".jinja")  # endings of what transformers reads beside weights
-SETTINGS = ("base_name", "fine_tune_type", "components", "model_commit")
 
 
-def write_logits(folder, state, k):
-    """validation_logits.safetensors of run number k: what selection and tests need later.
-
-    For each validation split its logits (evaluations, rows, C) and `<split>.labels` (rows,).
-    """
-    tensors, done = {}, evaluations(state)
-    for split, logits in state.logits.items() if done else ():
-        tensors[split] = torch.from_numpy(logits[:done, k].copy())
-        tensors[f"{split}.labels"] = state.plan.scored[split].tokens.labels.cpu()
-    if tensors:
-        with atomic_file(folder / LOGITS) as temporary:
-            store.save(tensors, temporary)
-
-
-def write(evaluator, folder):
-    """Write the selected run; the folder is an evaluator when its facts are there."""
+def write(evaluator: "GLUEvaluator", folder: Path) -> None:
+    """Write the selected run; evaluator.json is written last and makes the folder complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = evaluator.record.run
-    names = ("encoder_sha256", *DATA, *SETTINGS, *(name for name in BUILT_FROM if name != "seed"))
-    facts = {name: getattr(evaluator, name) for name in names}
-    for name in ("model_name", "data_dir"):
-        if facts[name] is not None and Path(facts[name]).is_dir():
-            facts[name] = str(Path(facts[name]).resolve())
-    facts |= {"task": evaluator.task.record} if evaluator.task.record else {}
-    facts |= run._asdict() | {"train_loss": evaluator.record.train_loss}
-    scores = evaluator.scores[evaluator.scores["run"] == run.name]
-    facts |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
-    facts |= {n: v for n in ("averaged", "zero_gradient") if (v := getattr(evaluator, n))}
+    setup, loaded = evaluator.setup, evaluator.loaded
+    prepared, result = evaluator.prepared, evaluator.result
+    run = result.record.run
+    metadata: dict[str, Any] = {"encoder_sha256": prepared.encoder_sha256}
+    metadata |= {name: getattr(loaded, name) for name in DATA}
+    metadata |= {
+        "base_name": setup.base_name,
+        "fine_tune_type": prepared.method.fine_tune_type,
+        "components": list(prepared.method.components),
+        "model_commit": setup.model_commit,
+        "task_name": setup.task.name,
+        "model_name": resolved_folder(setup.model_name),
+        "data_dir": resolved_folder(setup.data_dir),
+        "precision": setup.precision,
+        "random_encoder": setup.random_encoder,
+    }
+    metadata |= {"task": setup.task.record} if setup.task.record else {}
+    metadata |= run._asdict() | {"train_loss": result.record.train_loss}
+    metadata |= {"scores": result.scores_of(run).to_numpy().tolist(), "model_sha256": None}
+    metadata |= {"averaged": result.averaged} if result.averaged else {}
+    metadata |= {"zero_gradient": prepared.zero_gradient} if prepared.zero_gradient else {}
     tensors = {}
-    if trainable.trains_all(evaluator.model, evaluator.trainable):
+    if trainable.trains_all(prepared.model, prepared.trainable):
         evaluator.export_model(folder / "model")
-        facts["model_sha256"] = models.fingerprint(evaluator.model, head=True)
-        facts["model_files"] = file_hashes(folder / "model")
+        metadata["model_sha256"] = models.fingerprint(prepared.model, head=True)
+        metadata["model_files"] = file_hashes(folder / "model")
     else:
-        facts |= evaluator.base_fingerprints
-        values = evaluator.stack.named_params(evaluator.selected)
-        tensors = {name: value.cpu().contiguous() for name, value in values.items()}
-        tensors |= {n + POSITIONS: p.cpu() for n, p in evaluator.stack.positions.items()}
-    store.write(folder / FACTS, facts, tensors, "delta.safetensors")
+        metadata |= loaded.base_fingerprints
+        params = result.stack.named_params(result.selected)
+        tensors = {name: value.cpu().contiguous() for name, value in params.items()}
+        tensors |= {n + POSITIONS: p.cpu() for n, p in result.stack.positions.items()}
+    store.write(folder / FACTS, metadata, tensors, "delta.safetensors")
+
+
+def resolved_folder(path: str | Path | None) -> str | Path | None:
+    """Return the absolute path of a folder; other values, such as names on the Hub, unchanged."""
+    return str(Path(path).resolve()) if path is not None and Path(path).is_dir() else path
 
 
 def files(folder, model_name=None):
@@ -140,39 +146,61 @@ def task_of(facts):
     return task_files.resolve_task(facts.get("task", facts["task_name"]))[0]
 
 
-def read(make, folder, gpu_device, model_name=None, data_dir=None):
-    """What `GLUEvaluator.load` does; `make` is that class.
+def read(
+    folder: Path, model_name: str | None = None, data_dir: str | Path | None = None
+) -> tuple[dict[str, Any], tuple[dict[str, Any], Tensors]]:
+    """Return the arguments of `GLUEvaluator` and what `restore` needs, from a saved evaluator.
 
     Raises:
-        UserError: damaged files, or a base model that is not the one of the delta.
+        UserError: the files are damaged.
     """
     facts, tensors = files(folder, model_name)
     facts["data_dir"] = data_dir or facts["data_dir"]
-    built = {name: facts[name] for name in (*BUILT_FROM, "model_revision")}
-    built["task_name"] = facts.get("task", facts["task_name"])  # the record of a task of one's own
-    evaluator = make(device=gpu_device, **built)
-    evaluator._set_data(*(facts[name] for name in DATA))
-    for name in SETTINGS:
-        setattr(evaluator, name, facts[name])
-    evaluator.runs = [Run(facts["learning_rate"], facts["seed"])]
-    evaluator.records, evaluator.selected = [Record(evaluator.runs[0], facts["train_loss"])], 0
-    evaluator.scores = scores_frame(facts["scores"])
-    evaluator.averaged = facts.get("averaged", [])
-    check_base(folder, facts, evaluator.base_fingerprints)
-    evaluator.zero_gradient = facts.get("zero_gradient", {})
-    evaluator._load_model(facts["random_encoder"] and not facts["model_sha256"])
-    evaluator.trainable = read_trainable(
-        evaluator.model, evaluator.encoder_sha256, facts, tensors, folder
+    arguments = {name: facts[name] for name in BUILT_FROM}
+    arguments["task_name"] = facts.get("task", facts["task_name"])  # or the task file's content
+    return arguments | {"model_revision": facts["model_revision"]}, (facts, tensors)
+
+
+def restore(setup: Setup, folder: Path, facts: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """Return setup, data, prepared model and result of a saved evaluator.
+
+    Raises:
+        UserError: the base model is not the one of the delta.
+    """
+    setup = replace(setup, base_name=facts["base_name"], model_commit=facts["model_commit"])
+    loaded = load_data(setup, *(facts[name] for name in DATA))
+    check_base(folder, facts, loaded.base_fingerprints)
+    run = Run(facts["learning_rate"], facts["seed"])
+    random_encoder = facts["random_encoder"] and not facts["model_sha256"]
+    model, fields = load_base(setup, random_encoder)
+    prepared = assemble(
+        model,
+        setup.model_name,
+        read_trainable(model, fields["encoder_sha256"], facts, tensors, folder),
+        [run],
+        dtype=setup.dtype,
+        max_tokens=setup.max_tokens,
+        method=Method(facts["fine_tune_type"], tuple(facts["components"])),
+        zero_gradient=facts.get("zero_gradient", {}),
+        encoder_sha256=fields["encoder_sha256"],
     )
-    evaluator.stack = RunStack(evaluator.model, evaluator.trainable, evaluator.runs)
-    for name, (a, b) in evaluator.stack.slices.items() if tensors else ():
-        evaluator.stack.params[0, a:b] = tensors[name].flatten()
-    evaluator.stack.load_run(0)
-    return evaluator
+    stack = RunStack(model, prepared.trainable, [run])
+    for name, (a, b) in stack.slices.items() if tensors else ():
+        stack.params[0, a:b] = tensors[name].flatten()
+    stack.load_run(0)
+    result = TrainingResult(
+        stack=stack,
+        records=[Record(run, facts["train_loss"])],
+        scores=scores_frame(facts["scores"]),
+        averaged=facts.get("averaged", []),
+    )
+    return {"setup": setup, "loaded": loaded, "prepared": prepared, "result": result}
 
 
-def read_trainable(model, encoder_sha256, facts, tensors, folder):
-    """What trained, as for `RunStack`; the model must be the one that it trained on."""
+def read_trainable(
+    model: Any, encoder_sha256: str, facts: dict[str, Any], tensors: Tensors, folder: Path
+) -> Trainable:
+    """Return what trained, as for `RunStack`; UserError if it trained on another model."""
     if facts["model_sha256"]:
         if models.fingerprint(model, head=True) != facts["model_sha256"]:
             what = f"{folder / 'model'} is not as it was written: train and save it again"

@@ -78,8 +78,9 @@ def fine_tune(args: Namespace, output: Path, signals: StopSignals, ranks: Ranks)
     if not args.no_tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     evaluator = ranks.raise_together(lambda: prepare_evaluator(args, ranks))
-    metadata = run_metadata(args, evaluator) | {"ranks": ranks.size}
-    ranks.require_equal("data or base model", evaluator.fingerprints())
+    fingerprints = evaluator.fingerprints()
+    metadata = run_metadata(args, evaluator, fingerprints) | {"ranks": ranks.size}
+    ranks.require_equal("data or base model", fingerprints)
     with ExitStack() as resources:
 
         def begin() -> bool:
@@ -126,17 +127,6 @@ def prepare_evaluator(args: Namespace, ranks: Ranks) -> "GLUEvaluator":
         train_size=args.train_size,
         test_splits=args.predict_test,
     )
-    select_trainable(evaluator, args, verbose=args.verbose and ranks.rank == 0)
-    return evaluator
-
-
-def select_trainable(
-    evaluator: "GLUEvaluator",
-    args: Namespace,
-    runs: list["Run"] | None = None,
-    verbose: bool = False,
-) -> None:
-    """Load the model and select what trains, for all runs or some of them."""
     terms = (args.bias_terms or ["all"]) if args.fine_tune_type == "bitfit" else []
     evaluator.prepare(
         args.fine_tune_type,
@@ -144,9 +134,9 @@ def select_trainable(
         optimizer=args.optimizer,
         components=evaluator.convert_to_actual_components(terms),
         mask_size=args.mask_size,
-        verbose=verbose,
-        only=runs,
+        verbose=args.verbose and ranks.rank == 0,
     )
+    return evaluator
 
 
 def train_all_runs(experiment: Experiment) -> None:
@@ -154,17 +144,17 @@ def train_all_runs(experiment: Experiment) -> None:
     args, evaluator, ranks = experiment.args, experiment.evaluator, experiment.ranks
     folders = run_folder.run_folders(experiment.output, evaluator.runs)
     has_own_gpu = ranks.size == 1 or (
-        evaluator.torch_device.type == "cuda" and args.gpu_device is None
+        evaluator.setup.device.type == "cuda" and args.gpu_device is None
     )
     if ranks.rank > 0:
         utils.LOGGER.setLevel(logging.WARNING)  # rank 0 logs what is the same on all ranks
     share, group = ranks.make_group(evaluator.runs, on_own_gpus=has_own_gpu)
-    evaluator.group = group._replace(shows_progress=group.shows_progress and not args.quiet)
+    evaluator.join_group(group._replace(shows_progress=group.shows_progress and not args.quiet))
     for runs in evaluator.passes(share):
         home = experiment.output if len(runs) == len(folders) else folders[runs[0]]
         unfinished = unfinished_runs(runs, folders, evaluator.group)
         if unfinished and evaluator.runs != runs:
-            select_trainable(evaluator, args, runs)
+            evaluator.prepare_runs(runs)
         if unfinished:
             train(experiment, unfinished, home, single=len(folders) == 1)
             export_runs(experiment, unfinished, {run: folders[run] for run in share})
@@ -240,7 +230,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
     metadata = experiment.metadata | {
-        "chosen_sha256": evaluator.trainable_sha256(),
+        "chosen_sha256": evaluator.prepared.trainable_sha256(),
         "trained_by": list(evaluator.group.ranks),
     }
     # The best run is first, so that it is complete if a signal interrupts the others.

@@ -43,22 +43,24 @@ def is_finished(
     return state.kind == "finished"
 
 
-def run_metadata(args: Namespace, evaluator: "GLUEvaluator") -> dict[str, Any]:
+def run_metadata(
+    args: Namespace, evaluator: "GLUEvaluator", fingerprints: dict[str, Any]
+) -> dict[str, Any]:
     """Return the content of args.json: all flags, and what else the numbers depend on."""
     import torch
 
-    on_gpu = evaluator.torch_device.type == "cuda"
+    on_gpu = evaluator.setup.device.type == "cuda"
     packages = ("torch", "transformers", "datasets")
     return vars(args) | {
         "format": FORMAT,
-        "model_commit": evaluator.model_commit,
-        "precision": evaluator.precision,
-        "max_tokens": evaluator.token_budget.max_tokens,
-        "rows": evaluator.row_batching,
-        "device": torch.cuda.get_device_name(evaluator.torch_device) if on_gpu else "cpu",
+        "model_commit": evaluator.setup.model_commit,
+        "precision": evaluator.setup.precision,
+        "max_tokens": evaluator.prepared.token_budget.max_tokens,
+        "rows": evaluator.prepared.forward.batching_kind,
+        "device": torch.cuda.get_device_name(evaluator.setup.device) if on_gpu else "cpu",
         **{package: installed_version(package) for package in packages},
         "python": sys.version.split()[0],
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
-        **evaluator.fingerprints(),
+        **fingerprints,
     }

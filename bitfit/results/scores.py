@@ -66,19 +66,19 @@ def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]
 def metrics_metadata(evaluator: Any) -> dict[str, Any]:
     """What metrics.json says of every run beside what it measured."""
     return {
-        "task": evaluator.task_name,
-        "model": str(evaluator.model_name),
-        "model_commit": evaluator.model_commit,
-        "random_encoder": evaluator.random_encoder,
-        "fine_tune_type": evaluator.fine_tune_type,
-        "bias_terms": components_to_terms(evaluator.components),
+        "task": evaluator.task.name,
+        "model": str(evaluator.setup.model_name),
+        "model_commit": evaluator.setup.model_commit,
+        "random_encoder": evaluator.setup.random_encoder,
+        "fine_tune_type": evaluator.prepared.method.fine_tune_type,
+        "bias_terms": components_to_terms(evaluator.prepared.method.components),
         "validation_rows": {
             split: len(evaluator.tokens(split).lengths)
             for split in evaluator.task.validation_splits
         },
         "runs_in_one_pass": len(evaluator.runs),
-        "trained_parameters": count_trainable(evaluator.model, evaluator.trainable),
-        "zero_gradient": evaluator.zero_gradient,
+        "trained_parameters": count_trainable(evaluator.model, evaluator.prepared.trainable),
+        "zero_gradient": evaluator.prepared.zero_gradient,
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
     }
 

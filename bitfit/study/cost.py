@@ -18,18 +18,16 @@ from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS, Task
 from bitfit.data.tokens import MAX_ROWS_SCORED, Split, tokenize
 from bitfit.files import write_text
-from bitfit.model import forward as models_forward
 from bitfit.model import loading
-from bitfit.model.batching import MAX_TOKENS
-from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
-from bitfit.model.token_budget import TokenBudget
+from bitfit.model.run_stack import Run
 from bitfit.model.trainable import matrix_weights, select_trainable
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states
 from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
-from bitfit.training.loop import start, take_step
-from bitfit.training.plan import Plan
+from bitfit.training.loop import take_step
+from bitfit.training.plan import TrainOptions
+from bitfit.training.prepare import assemble, new_training
 from utils import UserError, convert_errors, first_line
 
 RATES = "rates.json"
@@ -206,17 +204,22 @@ def measure_rate(
     tokenizer = loading.load_tokenizer(cell.model)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
     model, _ = loading.load_model(cell.model, task)
-    forward = models_forward.select_forward(model.to(device), cell.model, tokens, dtype)
-    trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [])
-    if runs > 1 and reason_not_stackable(forward, trainable, tokens):
+    prepared = assemble(
+        model.to(device),
+        cell.model,
+        select_trainable(model, method, ["bias"] if method == "bitfit" else []),
+        [Run(1e-5, seed) for seed in range(runs)],
+        dtype=dtype,
+        tokens=tokens,
+        init_head=loading.init_head,
+    )
+    if runs > 1 and prepared.reason_not_stackable(tokens):
         return measure_rate(cell, method, 1, device=device, dtype=dtype)
-    rows = dict.fromkeys(range(runs), np.arange(len(picked)))
-    budget = TokenBudget(MAX_TOKENS[device.type], device)
-    plan = Plan(task, forward, Split(tokens, rows), {}, budget, size, epochs=1)
-    stack = RunStack(model, trainable, [Run(1e-5, seed) for seed in range(runs)], loading.init_head)
-    state, alive = start(plan, stack), np.arange(runs)
+    train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(picked))))
+    state = new_training(prepared, task, train, {}, TrainOptions(batch_size=size, epochs=1))
+    alive = np.arange(runs)
     model.train()
-    with stack.patched(dtype):
+    with state.stack.patched(dtype):
         steps = [
             tokens_per_second(state, alive, np.arange(i * size, (i + 1) * size)) for i in range(5)
         ]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from bitfit.artifacts.saved_evaluator import LOGITS
+from bitfit.artifacts.metrics_files import LOGITS
 from bitfit.data.tasks import TASKS, Task
 from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states, statistics

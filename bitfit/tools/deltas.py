@@ -5,6 +5,7 @@ model. The functions take saved evaluators and one of them loaded, which has the
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from bitfit.model.trainable import components_to_terms, in_encoder, layer_and_name
 from bitfit.results import escape, plots, scores
 from bitfit.tools.saved_evaluators import SavedEvaluator
+from bitfit.training.loop import Record
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -34,7 +36,7 @@ def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np
     table = plots.changes_table(components_to_terms(names), changes)
     table["mean"] = table.mean(axis=1)
     fixed = [f"{term} {plots.FIXED}" for term in table.index[table["mean"].isna()]]
-    stack = evaluator.stack
+    stack = evaluator.result.stack
     start, end = stack.named_params(0, stack.initial_params), stack.named_params()
     outside = [n for n in encoder_names(evaluator) if layer_and_name(n)[0] is None]
     return "\n".join([
@@ -47,7 +49,7 @@ def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np
 
 def encoder_names(evaluator: GLUEvaluator) -> list[str]:
     """Return the names of the trained parameters of the encoder."""
-    return [name for name in evaluator.stack.slices if in_encoder(evaluator.model, name)]
+    return [name for name in evaluator.result.stack.slices if in_encoder(evaluator.model, name)]
 
 
 def flatten(named: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
@@ -62,7 +64,9 @@ def compare_deltas(evaluators: Sequence[SavedEvaluator], evaluator: GLUEvaluator
         evaluator: one of them, loaded, which has the values of the base model.
     """
     names = encoder_names(evaluator)
-    base = flatten(evaluator.stack.named_params(0, evaluator.stack.initial_params), names)
+    base = flatten(
+        evaluator.result.stack.named_params(0, evaluator.result.stack.initial_params), names
+    )
     deltas = torch.stack([flatten(saved.tensors, names) - base for saved in evaluators])
     norms = deltas.norm(dim=1)
     cosine = (deltas @ deltas.T / norms.outer(norms)).clamp(-1, 1)
@@ -133,19 +137,21 @@ def comparison_heatmap(comparison: Comparison, caption: str) -> "Figure":
 
 def average_evaluators(
     evaluators: Sequence[SavedEvaluator], weights: Sequence[float], evaluator: GLUEvaluator
-) -> pd.DataFrame:
-    """Put the weighted mean of all trained values, classifier included, into an evaluator.
+) -> tuple[GLUEvaluator, pd.DataFrame]:
+    """Return an evaluator with the weighted mean of all trained values, classifier included.
 
     Args:
         evaluators: evaluators of one task that trained the same parameters.
         weights: one number >= 0 per evaluator; they are divided by their sum.
-        evaluator: the first of them, loaded. It becomes the average and gets its scores.
+        evaluator: the first of them, loaded.
 
     Returns:
-        A table with one line per evaluator and one for the average: weights and scores on the
-        validation splits, all computed here in the same way.
+        The average with its scores; and a table with one line per evaluator and one for the
+        average: weights and scores on the validation splits, all computed here in the same way.
     """
-    values = torch.stack([flatten(saved.tensors, evaluator.stack.slices) for saved in evaluators])
+    values = torch.stack(
+        [flatten(saved.tensors, evaluator.result.stack.slices) for saved in evaluators]
+    )
     shares = torch.tensor(weights, dtype=torch.float64)
     shares /= shares.sum()
     rows = [
@@ -153,19 +159,25 @@ def average_evaluators(
         for saved, weight, params in zip(evaluators, shares.tolist(), values, strict=True)
     ]
     last = score_params(evaluator, shares @ values)
-    evaluator.averaged = [
+    averaged = [
         {"folder": str(saved.folder.resolve()), "weight": weight}
         for saved, weight in zip(evaluators, shares.tolist(), strict=True)
     ]
-    if any(e.metadata.get("zero_gradient", {}) != evaluator.zero_gradient for e in evaluators):
-        evaluator.zero_gradient = {}  # Earlier versions trained these biases.
-    evaluator.record.train_loss.clear()  # This loss and these scores are the first member's.
-    run = evaluator.record.run.name
-    evaluator.scores = scores.scores_frame([(run, 0, *of, value) for of, value in last.items()])
+    prepared, result, run = evaluator.prepared, evaluator.result, evaluator.record.run
+    assert prepared and result
+    if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
+        prepared = replace(prepared, zero_gradient={})  # Earlier versions trained these biases.
+    result = replace(
+        result,
+        records=[Record(run)],
+        scores=scores.scores_frame([(run.name, 0, *of, value) for of, value in last.items()]),
+        averaged=averaged,
+    )
     table = pd.DataFrame(
         [*rows, {"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last]
     )
-    return table.rename(columns={of: " ".join(of) for of in last})
+    table = table.rename(columns={of: " ".join(of) for of in last})
+    return evaluator.with_parts(prepared=prepared, result=result), table
 
 
 def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
@@ -178,7 +190,7 @@ def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
 
 def score_params(evaluator: GLUEvaluator, params: torch.Tensor) -> dict[tuple[str, str], float]:
     """Set the trained parameters (n,) and return {(split, metric): score} of validation splits."""
-    evaluator.stack.set_params(params[None])
+    evaluator.result.stack.set_params(params[None])
     return {
         (split, metric): value
         for split in evaluator.task.validation_splits
@@ -207,11 +219,11 @@ def scale_delta(evaluator: GLUEvaluator, factor: float) -> None:
     Raises:
         UserError: a value would not be finite.
     """
-    values, start = evaluator.stack.params.clone(), evaluator.stack.initial_params
+    values, start = evaluator.result.stack.params.clone(), evaluator.result.stack.initial_params
     limit = torch.finfo(values.dtype).max
     for name in encoder_names(evaluator):
-        a, b = evaluator.stack.slices[name]
+        a, b = evaluator.result.stack.slices[name]
         values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], min(factor, limit))
     if factor > limit or not values.isfinite().all():
         raise UserError(f"--scale {factor:g}: the result is not finite: give a lower factor")
-    evaluator.stack.set_params(values)
+    evaluator.result.stack.set_params(values)

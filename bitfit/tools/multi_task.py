@@ -19,11 +19,12 @@ from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
-from bitfit.model.batching import MAX_TOKENS, split_into_micro_batches, to_device
+from bitfit.model.batching import split_into_micro_batches, to_device
 from bitfit.model.predict import predict
-from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.tools.saved_evaluators import evaluator_folders
+from bitfit.training.prepare import assemble
 from utils import UserError
 
 TRIAL = tuple(
@@ -95,17 +96,20 @@ def load_predictor(
     name = found[0][1]["model_name"]
     model.to(device)
     trial = tokenize(TextColumns((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
-    forward = models_forward.select_forward(model, name, trial, dtype)
-    reason = reason_not_stackable(forward, trainable, trial) if len(found) > 1 else None
+    runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
+    prepared = assemble(
+        model, name, trainable, runs, dtype=dtype, max_tokens=max_tokens, tokens=trial
+    )
+    reason = prepared.reason_not_stackable(trial) if len(found) > 1 else None
     if reason:
         raise UserError(f"these evaluators cannot answer together: {reason}; give one at a time")
-    runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
-    stack = RunStack(model, trainable, runs)
+    stack = prepared.new_stack()
     for row, (_, _, tensors) in zip(stack.params, found, strict=True):
         copy_delta(row, stack, tensors)
-    budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
     names = answer_names([folder for folder, *_ in found], tasks)
-    return MultiTaskPredictor(names, tasks, lengths, tokenizer, forward, stack, budget)
+    return MultiTaskPredictor(
+        names, tasks, lengths, tokenizer, prepared.forward, stack, prepared.token_budget
+    )
 
 
 def load_base(

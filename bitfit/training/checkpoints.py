@@ -18,7 +18,7 @@ from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import random_state, set_random_state
 from bitfit.signals import Stopped, StopSignals
 from bitfit.training import store
-from bitfit.training.loop import Record, State, evaluations
+from bitfit.training.loop import Record, TrainState, evaluations
 from utils import CorruptFile, as_list
 
 LOGGER = logging.getLogger("bitfit")
@@ -52,13 +52,13 @@ class Saver:
         """Within: a signal waits for `after_step`, or does not."""
         return self.signals.deferred(waits)
 
-    def after_step(self, state: State) -> None:
+    def after_step(self, state: TrainState) -> None:
         self.visit(state, self.minutes and time.monotonic() - self.written > 60 * self.minutes)
 
-    def after_epoch(self, state: State, last: bool) -> None:
+    def after_epoch(self, state: TrainState, last: bool) -> None:
         self.visit(state, self.every and (last or state.epoch % self.every == 0))
 
-    def visit(self, state: State, due: object) -> None:
+    def visit(self, state: TrainState, due: object) -> None:
         """Write a checkpoint that is due; on a signal write one anyway, and raise Stopped."""
         due, stops = self.group.all_reduce_max(due, self.signals.received)
         if due or (stops and self.saved != (state.epoch, state.step)):
@@ -66,7 +66,7 @@ class Saver:
         if stops:
             raise Stopped(int(stops))
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainState) -> None:
         if not self.folder:
             return
         begin = time.perf_counter()
@@ -81,7 +81,7 @@ class Saver:
         for record in state.records:
             record.seconds["checkpoints"] += (time.perf_counter() - begin) / len(state.records)
 
-    def load(self, state: State) -> None:
+    def load(self, state: TrainState) -> None:
         """Put the newest good checkpoint into `state`; CorruptFile if there are some, none good."""
         numbers = found(self.folder) if self.folder and self.folder.is_dir() else []
         for number in reversed(numbers):
@@ -115,8 +115,8 @@ def drop_older(folder: Path) -> None:
             path.unlink()
 
 
-def capture(state: State) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(facts, tensors on the host): all of a `State` that changes, and the random generators."""
+def capture(state: TrainState) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return (facts, tensors on the host): the state that changes and the random generators."""
     tensors = {"values": state.stack.params, "bad_step": state.stack.bad_step}
     tensors["loss_sum"] = state.loss_sum
     if state.best is not None:
@@ -134,7 +134,7 @@ def capture(state: State) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return facts, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def restore(state: State, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def restore(state: TrainState, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Put a checkpoint into a state of the same runs on the same model; else CorruptFile."""
     stack, device = state.stack, state.stack.params.device
     records = [Record(**record | {"run": Run(*record["run"])}) for record in facts["records"]]

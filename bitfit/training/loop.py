@@ -1,7 +1,7 @@
 """The loop, in reading order: state, optimizer, step, epoch, all epochs.
 
-A training is one `State`: its plan says what it works on, the rest is all that changes on the way.
-Every function here takes it and leaves it one step, or epoch, further; a checkpoint writes it.
+A training is one `TrainState`: its plan does not change, everything else does. Every function
+here takes the state and leaves it one step or epoch further; a checkpoint writes it.
 """
 
 import logging
@@ -46,7 +46,7 @@ class Record:
 
 
 @dataclass
-class State:
+class TrainState:
     """One training: what it works on, and all that changes on the way."""
 
     plan: Plan
@@ -65,8 +65,8 @@ class State:
     graphs: StepGraphs | None = None  # whole steps as CUDA graphs
 
 
-def start(plan, stack, optimizer="adamw", keep="last"):
-    """A `State` before its first step.
+def init_state(plan, stack, optimizer="adamw"):
+    """A `TrainState` before its first step.
 
     AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had. One
     kernel moves all runs, but knows one learning rate. Without decay a step is proportional to it:
@@ -82,7 +82,7 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         "adam": (torch.optim.Adam, {}),
     }[optimizer]
     settings["capturable"] = moved.is_cuda
-    return State(
+    return TrainState(
         plan=plan,
         stack=stack,
         optimizer=make([moved], lr=rates[0] if one else 1.0, fused=True, **settings),
@@ -90,8 +90,8 @@ def start(plan, stack, optimizer="adamw", keep="last"):
         update=None if one else moved.detach(),
         records=[Record(run) for run in stack.runs],
         scores=[],
-        logits=plan.room_for_logits(len(stack.runs)),
-        best=stack.params.clone() if keep == "best" else None,
+        logits=plan.empty_logits(len(stack.runs)),
+        best=stack.params.clone() if plan.options.keep == "best" else None,
         loss_sum=torch.zeros_like(stack.params[:, 0]),
     )
 
@@ -332,9 +332,9 @@ def count_kept_bytes(model):
 
 
 def evaluate(state, saver):
-    """The scores of the runs that are alive, as they stand: rows like those of `State.scores`.
+    """The scores of the runs that are alive, as they stand: rows like those of `TrainState.scores`.
 
-    Their logits on validation splits go to `State.logits`.
+    Their logits on validation splits go to `TrainState.logits`.
 
     A signal is not kept waiting: the checkpoint it leaves is that before the evaluation.
     """

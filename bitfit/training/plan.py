@@ -1,4 +1,4 @@
-"""What one training works on, and how: all that does not change while it runs."""
+"""The plan of one training: everything that does not change while it runs."""
 
 import math
 from dataclasses import dataclass
@@ -10,41 +10,71 @@ from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split
 from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model.forward import Forward
+from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import TokenBudget
-from utils import make_generator
+from utils import UserError, make_generator
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long and how to train, how often to evaluate, and which epoch to keep."""
+
+    batch_size: int  # training examples of each run in a step
+    epochs: int
+    lr_schedule: str = "constant"  # or "linear" down to 0
+    warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
+    evaluation_frequency: int = 1  # in epochs; the last epoch is always evaluated
+    keep: str = "last"  # or "best": each run ends with the values of its best evaluation
+
+    def check(self) -> None:
+        """Raise UserError if a value is not allowed."""
+        if self.lr_schedule not in ("constant", "linear") or self.keep not in ("last", "best"):
+            raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
+        if min(self.epochs, self.evaluation_frequency) < 1:
+            raise UserError("num_epochs and evaluation_frequency are at least 1")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training works on, and how."""
+    """Everything about one training that does not change while it runs."""
 
     task: Task
     forward: Forward
     train: Split
-    scored: dict  # {split: Split}
+    scored: dict[str, Split]
     token_budget: TokenBudget
-    batch_size: int  # rows of each run in a step
-    epochs: int
-    lr_schedule: str = "constant"  # or "linear" down to 0
-    warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
-    evaluation_frequency: int = 1  # score every so many epochs, and after the last
+    options: TrainOptions
     group: Group = SINGLE_PROCESS  # the processes that train together
 
     @property
-    def rows_per_run(self):
+    def batch_size(self) -> int:
+        return self.options.batch_size
+
+    @property
+    def epochs(self) -> int:
+        return self.options.epochs
+
+    @property
+    def evaluation_frequency(self) -> int:
+        return self.options.evaluation_frequency
+
+    @property
+    def rows_per_run(self) -> int:
         return len(next(iter(self.train.rows_of_seed.values())))
 
     @property
-    def steps_per_epoch(self):
+    def steps_per_epoch(self) -> int:
         return math.ceil(self.rows_per_run / self.batch_size)
 
     @cached_property
-    def factors(self):
-        steps = self.epochs * self.steps_per_epoch
-        return schedule(self.lr_schedule, round(self.warmup_ratio * steps), steps)
+    def factors(self) -> np.ndarray:
+        """Return the learning rate's factor at each step, (all steps,) float64."""
+        steps, options = self.epochs * self.steps_per_epoch, self.options
+        warmup_steps = round(options.warmup_ratio * steps)
+        return learning_rate_factors(options.lr_schedule, warmup_steps, steps)
 
-    def room_for_logits(self, runs):
-        """What `State.logits` is before the first evaluation."""
+    def empty_logits(self, runs: int) -> dict[str, np.ndarray]:
+        """Return {validation split: (evaluations, K, rows, C)}, NaN until a run is evaluated."""
         count = math.ceil(self.epochs / self.evaluation_frequency)
         dtype = np.float32 if self.task.is_regression else np.float16
         return {
@@ -55,14 +85,17 @@ class Plan:
             if name != "train"
         }
 
-    def order(self, run, epoch):
-        """A run's own order of its rows in an epoch, the same whatever else happens."""
+    def order(self, run: Run, epoch: int) -> np.ndarray:
+        """Return the rows of a run in their order in an epoch, (rows,) int64.
+
+        It depends on nothing but the run's seed and the epoch.
+        """
         rows = self.train.rows_of_seed[run.seed]
         return rows[make_generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
 
 
-def schedule(kind, warmup_steps, total_steps):
-    """The learning rate's factor at each step, (total_steps,): warm-up, then constant or linear."""
+def learning_rate_factors(kind: str, warmup_steps: int, total_steps: int) -> np.ndarray:
+    """Return factors (total_steps,) float64: a linear warm-up, then constant or linear to 0."""
     step = np.arange(total_steps, dtype=np.float64)
     falling = (total_steps - step) / max(1, total_steps - warmup_steps)
     factor = falling if kind == "linear" else np.ones(total_steps)

@@ -12,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from bitfit.training.plan import Plan
 
 if TYPE_CHECKING:
-    from bitfit.training.loop import State
+    from bitfit.training.loop import TrainState
 
 LOGGER = logging.getLogger("bitfit")
 TELL_SECONDS = 120  # between two lines, where there is no bar
@@ -53,7 +53,7 @@ class Progress:
         self.done += rows
         self.bar.update(rows)
 
-    def look(self, state: "State", loss: float) -> None:
+    def look(self, state: "TrainState", loss: float) -> None:
         """Show what there is to see.
 
         Args:
@@ -72,7 +72,7 @@ class Progress:
             LOGGER.info("%s  %.0f ex/s  %s left", words, rate, left)
 
 
-def best_score(state: "State") -> float | None:
+def best_score(state: "TrainState") -> float | None:
     """The best main score of all runs so far, or None."""
     task = state.plan.task
     main = task.validation_splits[0], task.metrics[0]

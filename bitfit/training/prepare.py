@@ -1,0 +1,229 @@
+"""A model prepared for training and prediction, and the result of its training.
+
+`assemble` puts forward pass, token budget and run stack together for all programs;
+`new_training` adds the plan and the state.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bitfit.data.tasks import Task
+from bitfit.data.tokens import Split, TokenizedSplit
+from bitfit.distributed import SINGLE_PROCESS, Group
+from bitfit.model import fingerprints, loading, run_stack, trainable, zero_gradients
+from bitfit.model.batching import MAX_TOKENS
+from bitfit.model.forward import Forward, check_ids, select_forward
+from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.token_budget import TokenBudget
+from bitfit.results import scores as reports
+from bitfit.training.loop import Record, TrainState, init_state
+from bitfit.training.plan import Plan, TrainOptions
+from bitfit.training.setup import LoadedData, Method, Setup
+from utils import make_generator, print_result
+
+LOGGER = logging.getLogger("bitfit")
+Trainable = dict[str, np.ndarray | None]  # parameter name -> flat positions; None: all of it
+
+
+@dataclass
+class PreparedModel:
+    """A model, what trains of it, and how it computes.
+
+    The forward pass is None until a split is given to `forward_for`: saved evaluators are loaded
+    without data.
+    """
+
+    model: Any  # a Hugging Face classifier
+    model_name: str
+    runs: list[Run]
+    trainable: Trainable
+    dtype: torch.dtype
+    token_budget: TokenBudget
+    forward: Forward | None = None
+    max_length_tried: int = 0
+    method: Method = field(default_factory=Method)
+    encoder_sha256: str = ""
+    init_head: Callable | None = None  # (model, seed) -> None; None: the head is not random
+    zero_gradient: dict[str, list] = field(default_factory=dict)  # name: ranges
+    verbose: bool = False  # print the trained tensors
+    stackable_checked: bool = False
+    not_stackable: str | None = None
+
+    def forward_for(self, tokens: TokenizedSplit, known: Callable[[], TokenizedSplit]) -> Forward:
+        """Return the forward pass for a split, tried again if its rows are the longest so far.
+
+        Args:
+            known: returns the tokens to try it on: those of all splits read so far.
+        """
+        if self.forward is None or tokens.lengths.max() > self.max_length_tried:
+            return self.select_forward(known())
+        check_ids(self.model, self.model_name, tokens)
+        return self.forward
+
+    def select_forward(self, tokens: TokenizedSplit) -> Forward:
+        """Choose the fastest forward pass that gives the right logits on some rows."""
+        self.forward = select_forward(self.model, self.model_name, tokens, self.dtype)
+        self.max_length_tried = tokens.lengths.max()
+        return self.forward
+
+    def reason_not_stackable(self, tokens: TokenizedSplit) -> str | None:
+        """Return why several runs cannot train in one pass, or None if they can."""
+        if not self.stackable_checked:
+            reason = run_stack.reason_not_stackable(self.forward, self.trainable, tokens)
+            self.not_stackable, self.stackable_checked = reason, True
+        return self.not_stackable
+
+    def trainable_sha256(self) -> str:
+        """Return the hash of the names and positions that train."""
+        return fingerprints.sha256(v for item in self.trainable.items() for v in item)
+
+    def new_stack(self) -> RunStack:
+        """Return the stack of all runs at their initial values."""
+        return RunStack(self.model, self.trainable, self.runs, self.init_head, self.zero_gradient)
+
+
+def assemble(
+    model: Any,
+    model_name: str,
+    trainable: Trainable,
+    runs: list[Run],
+    *,
+    dtype: torch.dtype,
+    max_tokens: int | None = None,
+    tokens: TokenizedSplit | None = None,
+    **more: Any,
+) -> PreparedModel:
+    """Put together what a model on a device needs to train and to predict.
+
+    Args:
+        max_tokens: in one forward pass; None: the default of the device.
+        tokens: rows to find the forward pass on; None: `forward_for` finds it later.
+        more: other fields of `PreparedModel`.
+    """
+    device = next(model.parameters()).device
+    budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
+    prepared = PreparedModel(
+        model=model, model_name=model_name, runs=runs, trainable=trainable, dtype=dtype,
+        token_budget=budget, **more,
+    )  # fmt: skip
+    if tokens is not None:
+        prepared.select_forward(tokens)
+    return prepared
+
+
+def load_base(
+    setup: Setup, random_encoder: bool, report: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Return the base model on its device, and the fields of `PreparedModel` that follow from it.
+
+    Args:
+        report: log what is unusual about the weights.
+    """
+    model, initialized = loading.load_model(
+        setup.model_name, setup.task, random_encoder, setup.revision, report
+    )
+    draw = partial(loading.init_head, names=initialized) if initialized else None
+    fields = {"encoder_sha256": fingerprints.fingerprint(model), "init_head": draw}
+    return model.to(setup.device), fields
+
+
+def prepare_model(
+    setup: Setup,
+    data: LoadedData,
+    runs: list[Run],
+    method: Method,
+    before: PreparedModel | None = None,
+    verbose: bool = False,
+) -> PreparedModel:
+    """Load the base model, select what trains, and find how to compute.
+
+    Args:
+        before: an earlier model of the evaluator: what it has logged is not logged again.
+        verbose: print the trained tensors.
+    """
+    model, fields = load_base(setup, setup.random_encoder, report=before is None)
+    selected = select_trainable(model, method, runs, verbose)
+    prepared = assemble(
+        model,
+        setup.model_name,
+        selected,
+        runs,
+        dtype=setup.dtype,
+        max_tokens=setup.max_tokens,
+        method=method,
+        verbose=verbose,
+        **fields,
+    )
+    tokens = data.tokens("train")
+    prepared.forward_for(tokens, data.all_tokens)
+    if trainable.trains_only_biases(model, prepared.trainable):
+        found = zero_gradients.find_zero_gradients(model, prepared.trainable, tokens)
+        prepared.zero_gradient = found
+        if found and (before is None or found != before.zero_gradient):
+            LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
+                        "%s", zero_gradients.format_zero_gradients(found, model))  # fmt: skip
+    return prepared
+
+
+def select_trainable(model: Any, method: Method, runs: list[Run], verbose: bool) -> Trainable:
+    """Return what trains; the seed of the first run draws a random mask."""
+    rng = make_generator(runs[0].seed, "mask")
+    chosen = trainable.select_trainable(
+        model, method.fine_tune_type, method.components, method.mask_size, rng
+    )
+    if verbose:
+        print_result(trainable.trainable_table(model, chosen))
+    return chosen
+
+
+def new_training(
+    prepared: PreparedModel,
+    task: Task,
+    train: Split,
+    scored: dict[str, Split],
+    options: TrainOptions,
+    group: Group = SINGLE_PROCESS,
+) -> TrainState:
+    """Return the state of a training before its first step.
+
+    Args:
+        scored: the splits to evaluate on; empty: none.
+        group: the processes that train together.
+    """
+    plan = Plan(
+        task=task, forward=prepared.forward, train=train, scored=scored,
+        token_budget=prepared.token_budget, options=options, group=group,
+    )  # fmt: skip
+    return init_state(plan, prepared.new_stack(), prepared.method.optimizer)
+
+
+@dataclass
+class TrainingResult:
+    """The trained values, scores and records of all runs."""
+
+    stack: RunStack
+    records: list[Record]
+    scores: pd.DataFrame  # one row for each (run, epoch, split, metric), see `results.scores`
+    averaged: list[dict[str, Any]] = field(default_factory=list)  # members of an average
+    selected: int = 0  # the run that the model and all results belong to
+
+    @property
+    def record(self) -> Record:
+        """Return the record of the selected run."""
+        return self.records[self.selected]
+
+    def scores_of(self, run: Run) -> pd.DataFrame:
+        """Return the scores of one run."""
+        return self.scores[self.scores["run"] == run.name]
+
+
+def new_result(stack: RunStack) -> TrainingResult:
+    """Return the result of runs that have not trained yet."""
+    return TrainingResult(stack, [Record(run) for run in stack.runs], reports.scores_frame([]))
