@@ -182,6 +182,7 @@ def process_of_rank(torchrun, rank):
     return None
 
 
+@pytest.mark.pictures  # torchrun's ranks draw real pictures, too
 def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, tmp_path):
     """SIGKILL to one of two ranks, each with a run of its own that cannot be stacked."""
     more = ["--fine-tune-type", "rand_uniform", "--seed", "0", "1", "--epochs", "12", "--resume"]
@@ -197,6 +198,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, tmp_path)
         assert left(killed / name) == left(tmp_path / "plain" / name)
 
 
+@pytest.mark.pictures  # torchrun's ranks draw real pictures, too
 def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_path, capsys):
     """SIGUSR1 to torchrun. Each rank draws dropout of its own: the checkpoint has both."""
     output = tmp_path / "out"
