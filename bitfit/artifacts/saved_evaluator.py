@@ -8,7 +8,7 @@ whole model is kept instead, in `model/`.
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,6 @@ from bitfit.training.prepare import Trainable, TrainingResult, assemble, load_ba
 from bitfit.training.setup import Method, Setup, load_data
 from utils import LOGGER, CorruptFile, UserError
 
-if TYPE_CHECKING:
-    from glue_evaluator import GLUEvaluator
-
 Tensors = dict[str, torch.Tensor]
 
 FACTS = "evaluator.json"
@@ -36,7 +33,7 @@ DATA = ("max_sequence_len", "batch_size", "train_size")
 READ = (".json", ".txt", ".model", ".jinja")  # endings of what transformers reads beside weights
 
 
-def write(evaluator: "GLUEvaluator", folder: Path) -> None:
+def write(evaluator: Any, folder: Path) -> None:
     """Write the selected run; evaluator.json is written last and makes the folder complete."""
     folder.mkdir(parents=True, exist_ok=True)
     setup, loaded = evaluator.setup, evaluator.loaded

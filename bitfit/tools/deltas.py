@@ -163,21 +163,30 @@ def average_evaluators(
         {"folder": str(saved.folder.resolve()), "weight": weight}
         for saved, weight in zip(evaluators, shares.tolist(), strict=True)
     ]
-    prepared, result, run = evaluator.prepared, evaluator.result, evaluator.record.run
-    assert prepared and result
-    if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
-        prepared = replace(prepared, zero_gradient={})  # Earlier versions trained these biases.
-    result = replace(
-        result,
-        records=[Record(run)],
-        scores=scores.scores_frame([(run.name, 0, *of, value) for of, value in last.items()]),
-        averaged=averaged,
-    )
+    average = with_average(evaluator, evaluators, averaged, last)
     table = pd.DataFrame(
         [*rows, {"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last]
     )
     table = table.rename(columns={of: " ".join(of) for of in last})
-    return evaluator.with_parts(prepared=prepared, result=result), table
+    return average, table
+
+
+def with_average(
+    evaluator: GLUEvaluator,
+    evaluators: Sequence[SavedEvaluator],
+    averaged: list[dict[str, Any]],
+    last: dict[tuple[str, str], float],
+) -> GLUEvaluator:
+    """Return the evaluator as the average of some others, with its scores."""
+    prepared, result, run = evaluator.prepared, evaluator.result, evaluator.record.run
+    assert prepared and result
+    if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
+        prepared = replace(prepared, zero_gradient={})  # Earlier versions trained these biases.
+    rows = [(run.name, 0, *of, value) for of, value in last.items()]
+    result = replace(
+        result, records=[Record(run)], scores=scores.scores_frame(rows), averaged=averaged
+    )
+    return evaluator.with_parts(prepared=prepared, result=result)
 
 
 def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
