@@ -1,4 +1,7 @@
-"""Checks of the paths that a command will write to, and the lock of an output folder."""
+"""Checks of the paths that a command will write to, and the lock of an output folder.
+
+The functions return or raise the messages that name a path's problem.
+"""
 
 import errno
 import fcntl

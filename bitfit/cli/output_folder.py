@@ -1,4 +1,4 @@
-"""Decisions about the output folder of a command, and the content of its args.json."""
+"""Whether a command starts, resumes or has nothing to do, and the content of its args.json."""
 
 import sys
 from argparse import Namespace

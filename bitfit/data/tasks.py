@@ -1,8 +1,8 @@
-"""One `Task` each, and everything that follows from it: loss, predictions, scores.
+"""The tasks, and what follows from a task: loss, predictions, scores, the form of saved logits.
 
-GLUE's stand here: columns, label order and metrics are those of the `nyu-mll/glue` data set and of
-the released BitFit code; the TSV columns and server files are those of gluebenchmark.com. A task of
-one's own is made by `bitfit.data.task_files` of a JSON record.
+This file lists the GLUE tasks. Columns, label order and metrics are those of the data set
+`nyu-mll/glue` and of the released BitFit code. TSV columns and server files are those of
+gluebenchmark.com. `bitfit.data.task_files` makes a `Task` from a user's task file.
 """
 
 import math
@@ -142,8 +142,10 @@ def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def compact(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Logits (rows, C) as they are kept: in half precision, each row's largest made 0, so that
-    rounding does not change which it is; but scores, whose ranks need all digits, in full.
+    """Return logits (examples, C) in the form in which they are saved: half precision.
+
+    The largest logit of each example becomes 0, so that rounding does not change which is largest.
+    The scores of a regression keep full precision, because their ranks need all digits.
     """
     if task.is_regression:
         return logits

@@ -1,6 +1,7 @@
-"""The forward pass, and the selection of the fastest way to batch rows.
+"""The forward pass, and trials of a model on a few examples before training.
 
-A way to batch is used only if it gives each row the logits that the row has alone.
+The trials select the fastest way to batch: packed, padded or equal length. A way is used only if it
+gives each example the logits that the example has alone. Models that fail are refused.
 """
 
 import logging

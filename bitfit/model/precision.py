@@ -1,4 +1,4 @@
-"""The precision in which a model computes."""
+"""The precision in which a model computes: float32, with or without TF32, or bfloat16."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

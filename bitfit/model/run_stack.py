@@ -6,6 +6,7 @@ flat rows, whatever the fine-tune type.
 
 With one run, the model's parameters are views of the row. With several runs, all share the frozen
 matrices: a batch holds rows of all runs, and `run_routing` computes each with its run's parameters.
+A trial with two runs finds out whether a model allows this.
 """
 
 from collections.abc import Callable, Iterator, Sequence
