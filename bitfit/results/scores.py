@@ -1,6 +1,6 @@
-"""What people look at: metrics files, tables, learning curves, the bias-change heatmap.
+"""Scores as one long table, the files of scores and predictions, and the printed tables.
 
-Scores are one long table, a row for each (run, epoch, split, metric); all that is shown of them is
+The table has one row per (run, epoch, split, metric). Everything that is printed or written is
 grouped and pivoted from it.
 """
 

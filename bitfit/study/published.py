@@ -1,6 +1,7 @@
 """The numbers of the paper's Tables 2 and 3 (validation sets, × 100), to be shown beside ours.
 
-They were transcribed by hand, most of them from memory. NOTE is shown wherever they are.
+They were transcribed by hand, most of them from memory. The report shows NOTE beside them.
+`average` computes the column Avg of the tables.
 """
 
 NOTE = (
