@@ -308,7 +308,7 @@ def test_a_moved_base_model_and_moved_data(here):
         ("show torn", "torn/evaluator.json is damaged: the checksum of delta.safetensors is wrong"),
         ("show out/full", "out/full/evaluator trained everything (full_ft), so it has no delta"),
         ("show out/frozen/seed0", "seed0 is frozen: only bitfit has bias terms to show"),
-        ("show out/rte/seed0 --plot x.bmp", "argument --plot: 'x.bmp' is not a .png, .pdf or .svg "),
+        ("show out/rte/seed0 --plot x.bmp", "argument --plot: 'x.bmp' is not a .png, .pdf or "),
         ("show out/rte/seed0 --csv no/x.csv", "argument --csv: 'no/x.csv' is not a .csv file in a"),
         ("show out/rte/seed0 -m used", "used has no config.json; it hides a model of that name"),
         ("compare out/rte/seed0", "give two folders or more"),
