@@ -1,4 +1,4 @@
-"""Checks of a study's models and data before it runs, and the tables that `paper.py plan` and `run` print."""
+"""Checks of a study's models and data, and the tables that `paper.py plan` and `run` print."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
