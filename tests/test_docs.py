@@ -245,6 +245,7 @@ def test_the_benchmarks(command, checkout):
         ],
         "gpu": ["--runs", "1", "--steps", "2", "--processes", "1", "--only-times"],
         "many_tasks": ["--rows", "2", "--rounds", "1", "--tasks", "2", "--size", "tiny"],
+        "ranks": [],
     }
     more = small[re.search(r"benchmarks/(\w+)\.py", command)[1]]
     script, *words = command.split()[1:]
