@@ -218,7 +218,7 @@ def test_an_exception_while_packing_is_named(tmp_path, monkeypatch, caplog):
 def test_pairs_for_a_model_of_one_token_type_are_refused(tmp_path, capsys):
     assert run(tmp_path, folder_of(tmp_path / "model", "bert", type_vocab_size=1)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "a row has token type 1, but the model" in last
+    assert "an example has token type 1, but the model" in last
     assert "has embeddings for 1 (type_vocab_size in config.json), from 0" in last
     assert not (tmp_path / "out").exists()
 

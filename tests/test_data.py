@@ -106,16 +106,16 @@ def test_training_rows_that_occur_elsewhere_are_counted(tokenizer, monkeypatch, 
         "test_matched": [("a", "b"), ("a", "b"), ("c", "d"), ("ab", "")],
     }
     data_of(tokenizer, splits, monkeypatch)
-    what = "of 4 training rows 2 also occur in validation_matched, 4 also occur in test_matched"
+    what = "of 4 training examples 2 also occur in validation_matched, 4 also occur in test_matched"
     assert caplog.messages == [what]
     caplog.clear()
     data_of(tokenizer, splits | {"train": [("b", "b")]}, monkeypatch)
     others = "validation_matched or validation_mismatched or test_matched"
-    assert caplog.messages == [f"no training row occurs in {others}"]
+    assert caplog.messages == [f"no training example occurs in {others}"]
     caplog.clear()
     drawn = {"train": [("a", str(i)) for i in range(50)], "validation_matched": [("a", "7")]}
     data_of(tokenizer, drawn, monkeypatch, train_size=50, seeds=(0, 1))
-    assert caplog.messages == ["of 50 training rows 1 also occur in validation_matched"]
+    assert caplog.messages == ["of 50 training examples 1 also occur in validation_matched"]
 
 
 @pytest.mark.parametrize("packed", [True, False])

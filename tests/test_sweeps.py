@@ -54,7 +54,7 @@ def test_report(tmp_path):
         "0.0001 2 52.0 ± 1.4 52.5 ± 0.7 53.0 (seed 1, epoch 6)",
         "0.001 2 65.0 ± 1.4 67.5 ± 3.5 70.0 (seed 0, epoch 4)",
         "0.01 1 (1 diverged) 50.0 50.0 50.0 (seed 0, epoch 2)",
-        "best of 6 trials: 70.0 (lr0.001_seed0, epoch 4); chosen on the rows it is scored on, "
+        "best of 6 trials: 70.0 (lr0.001_seed0, epoch 4); chosen on the examples it is scored on, "
         "so it is optimistic",
     ]
     table = pd.read_csv(tmp_path / "results.csv").set_index("run")

@@ -637,7 +637,7 @@ def test_a_command_tells_what_it_leaves_out_and_what_leaks(tmp_path, caplog, end
     said = caplog.text
     assert f"train.{ending}: 1 of 11 rows have no gold label and are left out" in said
     assert f"validation.{ending}: 1 of 6 rows have no gold label and are left out" in said
-    assert "of 10 training rows 2 also occur in validation, 1 also occur in test" in said
+    assert "of 10 training examples 2 also occur in validation, 1 also occur in test" in said
     assert len(predicted(tmp_path / "out/own.tsv")) == 4
 
 

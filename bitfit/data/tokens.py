@@ -141,9 +141,9 @@ class Dataset:
             f"{count} also occur in {name}" for name, count in counts.items() if count
         )
         if found:
-            LOGGER.warning("of %d training rows %s", len(train), found)
+            LOGGER.warning("of %d training examples %s", len(train), found)
         else:
-            LOGGER.info("no training row occurs in %s", " or ".join(others))
+            LOGGER.info("no training example occurs in %s", " or ".join(others))
 
     def scored(self) -> dict[str, Split]:
         """Return {name: Split} of the labelled splits, with a sample of a large training set."""

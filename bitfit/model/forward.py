@@ -140,7 +140,7 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
         raise UserError(f"{problem} tokens, from 0: give a model that fits its tokenizer")
     types = token_types(model)
     if tokens.types is not None and types and tokens.types.max() >= types:
-        problem = f"a row has token type {tokens.types.max()}, but the model {model_name} has "
+        problem = f"an example has token type {tokens.types.max()}, but the model {model_name} has "
         raise UserError(
             f"{problem}embeddings for {types} (type_vocab_size in config.json), from 0: "
             "give a model for pairs, or the tokenizer of this model"

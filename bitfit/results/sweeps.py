@@ -195,7 +195,7 @@ def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: 
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} × 100",
         learning_rate_table(facts, groups),
         f"best of {len(facts)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
-        "chosen on the rows it is scored on, so it is optimistic",
+        "chosen on the examples it is scored on, so it is optimistic",
         *(f"warning: {text}" for text in warnings),
     ]
     return "\n".join(lines)
