@@ -117,7 +117,7 @@ def steps(state: TrainState, count: int) -> None:
 
 
 def trained(ours: Ours, dtype: torch.dtype, count: int, graphs: bool = True) -> TrainState:
-    """The `TrainState` after so many steps."""
+    """Return the `TrainState` after so many steps."""
     with training(ours, dtype, graphs) as state:
         steps(state, count)
     return state

@@ -169,7 +169,7 @@ def make_parser(description: str) -> OneLineParser:
 
 
 def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; exits with status 2 and one line where one is wrong."""
+    """Return the flags, or exit with status 2 and one line if a flag is wrong."""
     parser = make_parser(description)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how a word could go on
         import argcomplete

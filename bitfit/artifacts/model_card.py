@@ -62,7 +62,7 @@ def write_model_card(folder: Path, task: Task, facts: Metadata) -> None:
 
 
 def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
-    """The `ModelCardData`: what the Hub searches and shows. The licence is left to the author."""
+    """Return the card's metadata for the Hub. The license is left to the author."""
     from huggingface_hub import EvalResult, ModelCardData
 
     glues, scores = is_glue(task, metrics), scores_of(metrics, facts)
@@ -95,17 +95,17 @@ def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
 
 
 def hub_metric(metric: str) -> str:
-    """The Hub's name of a metric."""
+    """Return the name of a metric on the Hub."""
     return HUB_METRICS.get(metric, metric.lower())
 
 
 def is_glue(task: Task, metrics: Metadata) -> bool:
-    """Whether the scored rows are GLUE's, as far as their number tells."""
+    """Return whether the number of scored examples is that of GLUE."""
     return tuple(metrics["validation_rows"].values()) == task.validation_rows
 
 
 def scores_of(metrics: Metadata, facts: Metadata) -> list[tuple[str, str, float]]:
-    """[(validation split, metric, value)] of the exported weights; a run that diverged has none."""
+    """Return [(split, metric, value)] of the exported weights; none for a diverged run."""
     scores = {} if metrics["diverged"] else metrics[facts["keep"]]
     return [
         (split, metric, value)
@@ -120,7 +120,7 @@ def title(metrics: Metadata, facts: Metadata) -> str:
 
 
 def without_path(value: str) -> str:
-    """Of what lies on this machine its name alone."""
+    """Return the name of a local path without its folders."""
     there = isinstance(value, str) and os.path.exists(value)
     return os.path.basename(os.path.abspath(value)) if there else value
 
@@ -128,7 +128,7 @@ def without_path(value: str) -> str:
 def paragraphs(
     task: Task, metrics: Metadata, facts: Metadata, pictures: list[str]
 ) -> Iterator[str]:
-    """The paragraphs below the metadata."""
+    """Yield the paragraphs below the metadata."""
     yield f"# {escape.markdown(title(metrics, facts))}"
     yield " ".join(sentences(task, metrics, facts))
     rows = [
@@ -149,7 +149,7 @@ def paragraphs(
 
 
 def sentences(task: Task, metrics: Metadata, facts: Metadata) -> Iterator[str]:
-    """What it is: base model, data, what trained."""
+    """Return sentences about the base model, the data and the trained parameters."""
     base, commit = without_path(facts["model_name"]), facts["model_commit"]
     link = f"[{base}](https://huggingface.co/{base}) (commit {commit})"
     yield link if commit else f"{escape.markdown_code(base)}, a local folder,"
@@ -169,7 +169,7 @@ def sentences(task: Task, metrics: Metadata, facts: Metadata) -> Iterator[str]:
 
 
 def which_weights(metrics: Metadata, facts: Metadata) -> str:
-    """Which epoch and run the scores are of, and what was chosen on the rows that they are of."""
+    """Return a sentence about the epoch and run of the scores, and how they were selected."""
     if metrics["diverged"]:
         return f"The training diverged: {metrics['diverged']}. These weights have no scores."
     scored, epochs = metrics[facts["keep"]]["epoch"], facts["epochs"]
@@ -199,7 +199,7 @@ def example(task: Task) -> str:
 
 
 def command(facts: Metadata) -> str:
-    """The command that made it: what results depend on, folders by their names, the commit."""
+    """Return the command with the flags that results depend on, and the commit."""
     ranks, words = facts["ranks"], []
     facts = facts | {"model_revision": facts["model_commit"]}
     left_out = HARMLESS - BY_NAME - {"output_path", "task_file"}

@@ -27,7 +27,7 @@ SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
 def resolve_task(task: str | Path | Record, data_dir: str | None = None) -> tuple[Task, str | None]:
-    """(Task, data_dir) of a GLUE task's name, a record, or the path of a file that holds one.
+    """Return (Task, data_dir) for the name of a GLUE task, a task file's path, or its content.
 
     Raises:
         UserError: an unknown name, or a record with a fault.
@@ -88,7 +88,7 @@ def check_data_files(path: str | Path, record: Record, data_dir: str | None = No
 
 
 def data_file(folder: str | Path, name: str) -> Path:
-    """The path of a data file that a record names; UserError where it cannot be read as a split.
+    """Return the path of a data file of a task file; UserError if it is no readable file.
 
     A name outside the folder would be the same file whatever --data-dir is.
     """
@@ -104,12 +104,12 @@ def data_file(folder: str | Path, name: str) -> Path:
 
 
 def default_data_dir(path: str | Path) -> str:
-    """The folder that the data files of a task file lie in, if nobody says otherwise."""
+    """Return the default folder of the data files of a task file."""
     return str(Path(path).parent)
 
 
 def validate_record(record: Record, where: object) -> Record:
-    """A record with its defaults, its labels as words, its splits by name.
+    """Return the content of a task file with defaults, labels as text, and splits by name.
 
     Raises:
         UserError: the message begins with `where` and names the key.
@@ -191,13 +191,13 @@ def parse_labels(labels: Json) -> list[str]:
 
 
 def normalize_label(word: str) -> str:
-    """What can be seen of a word: accents composed, no characters without width, single blanks."""
+    """Return a label as it looks: composed accents, no zero-width characters, single blanks."""
     letters = [c for c in unicodedata.normalize("NFC", word) if unicodedata.category(c) != "Cf"]
     return " ".join("".join(letters).split())
 
 
 def parse_excluded_labels(labels: Json) -> list[str | None]:
-    """The labels of rows that are left out, as `label_text` has them; None: there is none."""
+    """Return the labels of excluded examples as text; None stands for a missing label."""
     what = "give a list of labels, or null for a missing one, each once"
     require(isinstance(labels, list) and labels, "exclude_labels", what)
     words = [label_text(label) for label in labels]

@@ -157,7 +157,7 @@ def compact(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """{metric: value} of float logits (rows, C) against labels (rows,).
+    """Return {metric: value} of float logits (rows, C) against labels (rows,).
 
     A correlation with a constant is 0, as scikit-learn has it for Matthews', and no warning.
     """

@@ -62,7 +62,7 @@ class PackedEncoder(NamedTuple):
 
 
 def select_first_tokens(first_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(1, N, d) -> (R, 1, d): the first token of each row."""
+    """Return (1, N, d) -> (R, 1, d): the first token of each row."""
     return x.squeeze(0).index_select(0, first_token)[:, None]
 
 

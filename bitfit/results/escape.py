@@ -18,7 +18,7 @@ def markdown(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """The same in the type of code."""
+    """Return text as Markdown code."""
     plain = re.fullmatch(r"[\w./ -]+", text)
     return f"`{text}`" if plain else f"<code>{markdown(text)}</code>"
 

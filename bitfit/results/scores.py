@@ -19,12 +19,12 @@ from bitfit.model.trainable import components_to_terms, count_trainable
 
 
 def scores_frame(scores: Iterable[Sequence]) -> pd.DataFrame:
-    """The long table of rows (run's name, epoch, split, metric, value)."""
+    """Return the long table of scores (run, epoch, split, metric, value)."""
     return pd.DataFrame(scores, columns=["run", "epoch", "split", "metric", "value"])
 
 
 def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
-    """{split: {metric: [value per scored epoch]}} of one run."""
+    """Return {split: {metric: [value per scored epoch]}} of one run."""
     return {
         split: {
             metric: list(values) for metric, values in of.groupby("metric", sort=False)["value"]
@@ -34,23 +34,23 @@ def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
 
 
 def main_rows(scores: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """The rows of the main metric of the first validation split."""
+    """Return the rows of the main metric of the first validation split."""
     main = (scores["split"] == task.validation_splits[0]) & (scores["metric"] == task.metrics[0])
     return scores[main]
 
 
 def main_scores(scores: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """The same, (epochs, runs)."""
+    """Return the main scores as a table (epochs, runs)."""
     return main_rows(scores, task).pivot(index="epoch", columns="run", values="value")
 
 
 def best_epochs(scores: pd.DataFrame, task: Task) -> pd.Series:
-    """{run: the epoch with its highest main score, the earliest of equals}"""
+    """Return {run: epoch of its highest main score, the earliest of equal ones}."""
     return main_scores(scores, task).fillna(-np.inf).idxmax()
 
 
 def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
-    """The last and the best evaluation of one run: {"last"|"best": {"epoch", split: {...}}}"""
+    """Return the last and the best evaluation of a run: {"last": {"epoch", split: {...}}, ...}."""
     if scores.empty:
         return {}
     epochs = {"last": scores["epoch"].iloc[-1], "best": best_epochs(scores, task).iloc[0]}
@@ -64,7 +64,7 @@ def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]
 
 
 def metrics_metadata(evaluator: Any) -> dict[str, Any]:
-    """What metrics.json says of every run beside what it measured."""
+    """Return the content of metrics.json that all runs share."""
     return {
         "task": evaluator.task.name,
         "model": str(evaluator.setup.model_name),
@@ -100,8 +100,11 @@ def write_metrics(
 
 
 def read_metrics(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """(metrics.json, the table metrics.csv) of a run; OSError, ValueError and others where there
-    is none, or they were edited."""
+    """Return the content of metrics.json and the table of metrics.csv of a run.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: a file is missing or was edited.
+    """
     content = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
     for name, kind in (("seconds", dict), ("train_loss", list), ("diverged", str)):
         if content.get(name) is not None and not isinstance(content[name], kind):
@@ -111,7 +114,7 @@ def read_metrics(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
 
 
 def score_table(scores: pd.DataFrame, task: Task) -> str:
-    """The scores of one run as text, x 100 as the paper prints them: a row per split and metric."""
+    """Return the scores of one run as text, × 100, one line per split and metric."""
     if scores.empty:
         return "nothing was evaluated"
     table = last_and_best(scores, task)
@@ -126,7 +129,7 @@ def score_table(scores: pd.DataFrame, task: Task) -> str:
 
 
 def format_epoch_scores(scores: pd.DataFrame, task: Task, loss: float) -> str:
-    """One evaluation, for the log: all scores of one run, or the main ones of many."""
+    """Return the scores of an epoch for the log: all of one run, or the main ones of many."""
     shown = 100 * scores["value"]
     runs = scores["run"].nunique()
     if runs == 1:
@@ -142,7 +145,7 @@ def format_epoch_scores(scores: pd.DataFrame, task: Task, loss: float) -> str:
 
 
 def write_predictions(path: Path, task: Task, predicted: np.ndarray) -> None:
-    """A file for the GLUE server: `index<TAB>prediction`, in the order of the test rows.
+    """Write a file for the GLUE server: `index<TAB>prediction`, in the order of the test set.
 
     Raises:
         OSError: what the disk holds is not a line per prediction.

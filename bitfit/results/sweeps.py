@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(facts, scores) of the runs that have metrics files: a row per run, a row per score.
+    """Return the metadata (one line per run) and scores of the runs with metrics files.
 
     Args:
         folders: {run: its folder}
@@ -49,12 +49,12 @@ def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def without_diverged(facts: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """The scores that count: a run that diverged has no last epoch to report."""
+    """Return the scores of runs that did not diverge."""
     return scores[scores["run"].isin(facts.loc[facts["diverged"] == "", "run"])]
 
 
 def best_run(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
-    """The name of the run with the best score of any epoch, the first of equals, or None."""
+    """Return the name of the run with the best score of any epoch, or None."""
     scores = without_diverged(facts, scores)
     if scores.empty:
         return None
@@ -63,7 +63,7 @@ def best_run(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | Non
 
 
 def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
-    """The rows of results.csv, one per run, scores × 100."""
+    """Return the rows of results.csv, one per run, scores × 100."""
     rows, main = [], main_rows(scores, task)
     for fact in facts.to_dict("records"):
         own = 100 * main[main["run"] == fact["run"]].set_index("epoch")["value"]
@@ -80,7 +80,7 @@ def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[
 def scores_by_learning_rate(
     facts: pd.DataFrame, scores: pd.DataFrame, task: Task
 ) -> dict[float, pd.DataFrame]:
-    """{learning rate: the main scores × 100 of its runs that count, (epochs, runs)}, rising."""
+    """Return {learning rate: main scores × 100 (epochs, runs)} in rising order."""
     main = 100 * main_scores(without_diverged(facts, scores), task)
     return {
         rate: main[[run for run in of["run"] if run in main]]
@@ -89,7 +89,7 @@ def scores_by_learning_rate(
 
 
 def learning_rate_table(facts: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
-    """A row per learning rate: mean ± standard deviation over its seeds, × 100."""
+    """Return one line per learning rate: mean ± standard deviation over seeds, × 100."""
     rows, seeds = [], facts.set_index("run")["seed"]
     for rate, scores in groups.items():
         tried, ended = (facts["learning_rate"] == rate).sum(), scores.shape[1]
@@ -107,13 +107,13 @@ def learning_rate_table(facts: pd.DataFrame, groups: dict[float, pd.DataFrame]) 
 
 
 def format_mean_std(values: np.ndarray) -> str:
-    """The sample standard deviation; one value has none."""
+    """Return the mean and the sample standard deviation; a single value has none."""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
 
 def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
-    """The two ways to go wrong unnoticed: a grid too narrow, a training too short."""
+    """Return warnings about a grid of learning rates that is too narrow, or too few epochs."""
     tried, warnings = list(groups), []
     means = {rate: of.mean(axis=1, skipna=False) for rate, of in groups.items() if of.shape[1]}
     curves = pd.DataFrame(means).fillna(-np.inf)
@@ -138,7 +138,7 @@ def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
 def sweep_curves(
     facts: pd.DataFrame, scores: pd.DataFrame, task: Task, caption: str
 ) -> dict[str, "Figure"]:
-    """{metric: figure}: a line per learning rate, the mean over its seeds, with their range."""
+    """Return {metric: figure} with the mean and the range over seeds of each learning rate."""
     scores = without_diverged(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)

@@ -44,19 +44,19 @@ class Difference(NamedTuple):
 
 
 def main_scores(task: Task, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The task's main metric, NaN where a logit is NaN: (..., rows, C), (rows,) -> (...)"""
+    """Return the main metric of logits (..., rows, C) and labels (rows,), NaN if a logit is NaN."""
     return resampled(task, logits, labels, np.ones((1, len(labels)), int))[0]
 
 
 def resampled(task: Task, logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The main metric, each row so often: (..., rows, C), (rows,), (B, rows) -> (B, ...)"""
+    """Return the main metric (B, ...) with examples counted by `counts` (B, rows)."""
     values = METRICS[task.metrics[0]](logits, labels, counts)  # (..., B)
     diverged = np.isnan(logits).any(axis=(-2, -1))
     return np.moveaxis(np.where(diverged[..., None], np.nan, values), -1, 0)
 
 
 def total(true: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """How many of the rows drawn are true: (..., rows), (B, rows) -> (..., B)"""
+    """Return the number of resampled examples that are true: (..., rows), (B, rows) -> (..., B)."""
     # whole numbers below 2 ** 24 are exact in float32, and multiply fastest there
     return (true.astype(np.float32) @ counts.T.astype(np.float32)).astype(float)
 
@@ -77,7 +77,7 @@ def f1(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray
 
 
 def matthews(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Of two classes: CoLA, the one task scored so, has no more."""
+    """Return Matthews correlation for two classes; CoLA, its only task, has two."""
     predicted, true = logits.argmax(-1) == 1, labels == 1
     n, p, t = counts.sum(axis=1), total(predicted, counts), total(true, counts)
     covariance = n * total(predicted & true, counts) - p * t
@@ -90,7 +90,7 @@ def spearman(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.n
 
 
 def rank_correlation(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(..., rows), (rows,) -> (...)"""
+    """Return the rank correlation (...) of predictions (..., rows) with labels (rows,)."""
     x, y = (stats.rankdata(v, axis=-1) - (len(labels) + 1) / 2 for v in (predicted, labels))
     return ratio(x @ y, np.sqrt((x * x).sum(axis=-1) * (y @ y)))
 
@@ -104,7 +104,7 @@ def counted(scores: np.ndarray) -> np.ndarray:
 
 
 def best_mean(values: np.ndarray) -> tuple:
-    """The index (...) at which values (..., S) have the best mean over seeds, the first of equals.
+    """Return the index (...) with the best mean over seeds of values (..., S), the first if equal.
 
     One with a seed missing counts, by the seeds that it has, only if none has all.
     """
@@ -116,17 +116,17 @@ def best_mean(values: np.ndarray) -> tuple:
 
 
 def select_last(scores: np.ndarray, rows: int) -> Selected:
-    """The last epoch of scores (L, S, E) on so many rows, at the best learning rate there."""
+    """Select the last epoch of scores (L, S, E), at the best learning rate."""
     return select_epochs(scores, np.full(scores.shape[:2], scores.shape[2] - 1), rows)
 
 
 def select_best(scores: np.ndarray, rows: int) -> Selected:
-    """The best epoch of each run, at the best learning rate there: optimistic."""
+    """Select the best epoch of each run, at the best learning rate: optimistic."""
     return select_epochs(scores, scores.argmax(axis=-1), rows)
 
 
 def select_epochs(scores: np.ndarray, epochs: np.ndarray, rows: int) -> Selected:
-    """One epoch of each run, (L, S), at the learning rate with the best mean over seeds there."""
+    """Select the given epoch of each run (L, S), at the learning rate with the best mean."""
     values = np.take_along_axis(counted(scores), epochs[..., None], axis=-1)[..., 0]
     if np.isnan(values).all():
         return Selected(np.full(values.shape[1], np.nan), [])
@@ -135,7 +135,7 @@ def select_epochs(scores: np.ndarray, epochs: np.ndarray, rows: int) -> Selected
 
 
 def halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint halves of so many rows, drawn at random: sorted indices."""
+    """Return two random disjoint halves of the indices of examples, sorted."""
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[: rows // 2]), np.sort(order[rows // 2 :])
 
@@ -163,7 +163,7 @@ def select_split(task: Task, logits: np.ndarray, labels: np.ndarray, seed: int =
 
 
 def mean_std(values: np.ndarray) -> tuple[float, float, int]:
-    """(mean, sample standard deviation, n) of the values not NaN; NaN where they are too few."""
+    """Return (mean, sample standard deviation, n) of the values that are not NaN."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     mean = float(values.mean()) if len(values) else np.nan
@@ -188,12 +188,12 @@ def pairs(a: Selected, b: Selected) -> np.ndarray:
 
 
 def differences(a: Selected, b: Selected) -> np.ndarray:
-    """Of two `Selected`, a - b for each seed that both have: (n,)"""
+    """Return a - b (n,) of two `Selected`, for the seeds that both have."""
     return (a.values - b.values)[pairs(a, b)]
 
 
 def draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
-    """How often each of n is drawn when n are drawn with replacement: (size, n)"""
+    """Return how often each of n items is drawn, for n draws with replacement: (size, n)."""
     drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
     return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
 
@@ -231,7 +231,7 @@ def bootstrap_differences(
 def row_bootstrap(
     task: Task, logits: np.ndarray, labels: np.ndarray, rng: np.random.Generator, resamples: int
 ) -> np.ndarray:
-    """The main metric on rows drawn with replacement: (..., rows, C), (rows,) -> (B, ...)"""
+    """Return the main metric (B, ...) on examples resampled with replacement."""
     sizes = (min(BLOCK, resamples - done) for done in range(0, resamples, BLOCK))
     counts = (draws(rng, len(labels), size) for size in sizes)
     return np.concatenate([resampled(task, logits, labels, of) for of in counts])
@@ -240,7 +240,7 @@ def row_bootstrap(
 def difference(
     columns: Sequence[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator
 ) -> Difference:
-    """The `Difference` of two methods in one column of a table, or the mean of several.
+    """Return the `Difference` of two methods in one column of a table, or the mean of several.
 
     Its interval is for other rows and other seeds; its p, of flipping the signs of the seeds'
     differences, for other seeds on these rows, so that the two may disagree.
@@ -256,7 +256,7 @@ def difference(
 def pooled(
     columns: Sequence[Sequence[float] | np.ndarray], rng: np.random.Generator
 ) -> tuple[float, float]:
-    """(mean, p) of the `differences` in several columns of a table, which weigh the same.
+    """Return (mean, p) of the differences in several columns of a table, with equal weights.
 
     p is two-sided, of flipping the signs of all; NaN for one. Both are NaN if a column has none.
     """
@@ -273,7 +273,7 @@ def pooled(
 
 
 def interval(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """The 95 % interval (low, high) of the mean over columns, as in `difference`; NaN for n < 2.
+    """Return the 95 % interval (low, high) of the mean over columns; NaN for n < 2.
 
     A bootstrap over n seeds sees (n - 1) / n of their variance, and takes it for known: with five
     seeds its percentiles cover the truth in 84 of 100 cases. So they are widened, by that and by
@@ -301,12 +301,12 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def least_p(n: int) -> float:
-    """The least two-sided p that flipping the signs of n differences can give, as `pooled` does."""
+    """Return the smallest two-sided p of the sign-flip test of n differences, as in `pooled`."""
     return min(1.0, max(2.0 / 2**n, 2.0 / (SIGN_FLIPS + 1) if 2**n > SIGN_FLIPS else 0.0))
 
 
 def expected_best(scores: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """The expected best of n of these trials, for each n of the budgets: (N,), (K,) -> (K,)
+    """Return the expected best of n of these trials, for each n of the budgets: (N,), (K,) -> (K,)
 
     The unbiased estimator of Tang et al. (2020): the mean over all sets of n different trials.
     A trial that diverged, NaN, counts as the worst of those that did not. NaN where n > N.

@@ -24,7 +24,7 @@ LONGEST_PARAMETER = 6000  # letters, MLflow's own limit
 
 
 def kept_id(folder: Path, kind: str, make: Callable[[], str]) -> str:
-    """A run's id at a tracker, made once: a run that is resumed goes on under it."""
+    """Return the id of a run at a tracker. A resumed run keeps its id."""
     path = folder / "tracking.json"
     ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kind not in ids:
