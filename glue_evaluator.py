@@ -30,8 +30,7 @@ from bitfit.model.run_stack import Run
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import OFF, Tracker
-from bitfit.training.checkpoints import Saver
-from bitfit.training.loop import Record, TrainState
+from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.plan import TrainOptions
 from bitfit.training.prepare import (
     PreparedModel,
@@ -42,6 +41,7 @@ from bitfit.training.prepare import (
     select_trainable,
 )
 from bitfit.training.setup import LoadedData, Method, load_data, make_setup
+from bitfit.training.state import Record, TrainState
 from utils import Diverged, UserError, as_list, make_generator
 from utils import set_seed as set_seed  # a name of the released code
 
@@ -260,7 +260,7 @@ class GLUEvaluator:
         lr_schedule: str = "constant",
         warmup_ratio: float = 0.0,
         keep: str = "last",
-        saver: Saver | None = None,
+        saver: CheckpointManager | None = None,
         tracker: Tracker = OFF,
         curves: bool = True,
     ) -> None:
@@ -286,7 +286,8 @@ class GLUEvaluator:
         state = self._new_training(options)
         folders = run_folder.run_folders(output_path, self.runs)
         diverged = metrics_files.train(
-            state, self.result, dtype=self.setup.dtype, saver=saver or Saver(), tracker=tracker,
+            state, self.result, dtype=self.setup.dtype,
+            saver=saver or CheckpointManager(), tracker=tracker,
             folders=folders, metadata=reports.metrics_metadata(self),
         )  # fmt: skip
         for run, folder in folders.items() if curves else ():

@@ -32,11 +32,12 @@ from bitfit.model import loading  # noqa: E402
 from bitfit.model.precision import DTYPES  # noqa: E402
 from bitfit.model.run_stack import Run  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select_trainable  # noqa: E402
-from bitfit.training.checkpoints import Saver  # noqa: E402
-from bitfit.training.loop import init_state, step_graphs, train_epoch  # noqa: E402
+from bitfit.training.checkpoints import CheckpointManager  # noqa: E402
+from bitfit.training.loop import step_graphs, train_epoch  # noqa: E402
 from bitfit.training.plan import Plan, TrainOptions  # noqa: E402
 from bitfit.training.prepare import assemble, new_training  # noqa: E402
 from bitfit.training.progress import Progress  # noqa: E402
+from bitfit.training.state import init_state  # noqa: E402
 
 LENGTH = 128
 SIZES = {  # hidden size, layers, heads, intermediate size
@@ -183,7 +184,7 @@ class Ours:
         with self.stack.patched(DTYPES[precision]):
             state.graphs = step_graphs(state)
             progress = Progress(plan, shows=False)
-            return seconds(lambda: train_epoch(state, Saver(), progress), self.device)
+            return seconds(lambda: train_epoch(state, CheckpointManager(), progress), self.device)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

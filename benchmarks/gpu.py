@@ -49,8 +49,8 @@ from bitfit.model import attention
 from bitfit.model.loading import load_tokenizer
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.tracking.tracker import peak_gib
-from bitfit.training.checkpoints import capture, restore
-from bitfit.training.loop import TrainState, init_state, step_graphs, take_step
+from bitfit.training.loop import step_graphs, train_step
+from bitfit.training.state import TrainState, init_state
 from utils import set_seed
 
 Outcome = tuple[bool, str]  # whether a check passed, and its message
@@ -112,7 +112,7 @@ def steps(state: TrainState, count: int) -> None:
     orders = np.stack([plan.order(run, 0) for run in runs])
     for _ in range(count):
         first = state.step * plan.batch_size
-        take_step(state, np.arange(len(runs)), orders[:, first : first + plan.batch_size])
+        train_step(state, np.arange(len(runs)), orders[:, first : first + plan.batch_size])
         state.step = (state.step + 1) % plan.steps_per_epoch
 
 
@@ -335,10 +335,10 @@ def check_resume(args: argparse.Namespace, device: torch.device) -> Outcome:
     set_seed(0)
     expected = trained(whole, dtype, 20).stack.params
     set_seed(0)
-    facts, tensors = capture(trained(first, dtype, 12))
+    metadata, tensors = trained(first, dtype, 12).state_dict()
     set_seed(1)
     with training(second, dtype) as state:
-        restore(state, facts, {name: tensor.clone() for name, tensor in tensors.items()})
+        state.load_state_dict(metadata, {name: tensor.clone() for name, tensor in tensors.items()})
         second.stack.sync_to_model()
         steps(state, 8)
     found = second.stack.params

@@ -142,7 +142,7 @@ def test_checkpoint_and_args(tmp_path, content):
     (tmp_path / "000001.json").write_bytes(content)
     (tmp_path / "000001.safetensors").write_bytes(content)
     with pytest.raises(CorruptFile) as error:
-        store.read(tmp_path / "000001.json")
+        store.read_entry(tmp_path / "000001.json")
     assert "\n" not in str(error.value)
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(UserError):

@@ -10,9 +10,10 @@ from bitfit.data.tokens import Split
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
-from bitfit.training.checkpoints import Saver, capture, found, restore
-from bitfit.training.loop import init_state, move
+from bitfit.training.checkpoints import CheckpointManager, list_checkpoints
+from bitfit.training.loop import optimizer_step
 from bitfit.training.plan import Plan, TrainOptions
+from bitfit.training.state import init_state
 from utils import CorruptFile
 
 
@@ -30,7 +31,7 @@ def some_steps(state):
     state.rates.fill_(1e-3)
     state.stack.grads.normal_()
     with state.stack.patched():
-        move(state)
+        optimizer_step(state)
     state.best.normal_()
     state.stack.bad_step[1] = 3
     state.loss_sum += 0.5
@@ -46,12 +47,12 @@ def test_all_that_changes_comes_back():
     state, fresh = (new_state(runs, load_model(TINY_BERT, TASKS["rte"]), "best") for _ in range(2))
     some_steps(state)
     torch.manual_seed(5)
-    facts, tensors = capture(state)
+    metadata, tensors = state.state_dict()
     expected = torch.rand(3)
-    restore(fresh, facts, {name: tensor.clone() for name, tensor in tensors.items()})
+    fresh.load_state_dict(metadata, {name: tensor.clone() for name, tensor in tensors.items()})
     assert torch.equal(torch.rand(3), expected)
-    again, again_tensors = capture(fresh)
-    assert again == facts
+    again, again_tensors = fresh.state_dict()
+    assert again == metadata
     for name in tensors.keys() - {"random.0"}:
         assert torch.equal(again_tensors[name], tensors[name]), name
     assert sum(name.startswith("optimizer.") for name in tensors) == 3
@@ -60,16 +61,16 @@ def test_all_that_changes_comes_back():
         one.stack.grads.fill_(0.1)
         one.rates.fill_(1e-3)
         with one.stack.patched():
-            move(one)
+            optimizer_step(one)
     assert not torch.equal(state.stack.params, before)
     assert torch.equal(state.stack.params, fresh.stack.params)
 
 
 def test_other_runs_are_refused():
     model = load_model(TINY_BERT, TASKS["rte"])
-    facts, tensors = capture(new_state([Run(1e-3, 0), Run(1e-3, 1)], model))
+    metadata, tensors = new_state([Run(1e-3, 0), Run(1e-3, 1)], model).state_dict()
     with pytest.raises(CorruptFile, match="it is of other runs or another model"):
-        restore(new_state([Run(1e-3, 0), Run(2e-3, 1)], model), facts, tensors)
+        new_state([Run(1e-3, 0), Run(2e-3, 1)], model).load_state_dict(metadata, tensors)
 
 
 def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
@@ -78,8 +79,8 @@ def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
     model = transformers.BertForSequenceClassification(config)
     state = new_state([Run(1e-3, seed) for seed in range(20)], model)
     with state.stack.patched():
-        move(state)
-    Saver(tmp_path).save(state)
+        optimizer_step(state)
+    CheckpointManager(tmp_path).save(state)
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 3 * 20 * 4 * 104_450 < size < 30e6
 
@@ -87,11 +88,12 @@ def test_twenty_runs_of_bert_base_fit_in_30_megabytes(tmp_path):
 def test_after_so_many_minutes_one_checkpoint_is_written(tmp_path):
     """And not another one after each step from then on."""
     state = new_state([Run(1e-3, 0)], load_model(TINY_BERT, TASKS["rte"]))
-    saver = Saver(tmp_path / "checkpoints", every=0, minutes=1)
+    now, folder = [0.0], tmp_path / "checkpoints"
+    manager = CheckpointManager(folder, every=0, minutes=1, clock=lambda: now[0])
     written = []
     for waited in (0, 59, 2, 0, 59, 2):
-        saver.written -= waited  # as if it were longer ago
+        now[0] += waited
         state.step += 1
-        saver.after_step(state)
-        written.append(found(tmp_path / "checkpoints") if saver.folder.exists() else [])
+        manager.after_step(state)
+        written.append(list_checkpoints(folder) if folder.exists() else [])
     assert written == [[], [], [1], [1], [1], [1, 2]]

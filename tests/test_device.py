@@ -24,10 +24,11 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
-from bitfit.training import loop
-from bitfit.training.checkpoints import Saver
+from bitfit.training import loop, memory
+from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.graphs import USES_BEFORE_CAPTURE
 from bitfit.training.plan import Plan, TrainOptions
+from bitfit.training.state import init_state
 from glue_evaluator import GLUEvaluator
 
 COLA = TASKS["cola"]
@@ -54,13 +55,13 @@ def new_state(method, count, dtype, packed):
     )
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
     plan = Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), TrainOptions(8, 9))
-    return loop.init_state(plan, stack)
+    return init_state(plan, stack)
 
 
-def take_steps(state, count):
+def train_steps(state, count):
     rows = np.stack([np.arange(8) + k for k in range(len(state.stack.runs))])
     for _ in range(count):
-        loop.take_step(state, np.arange(len(rows)), rows)
+        loop.train_step(state, np.arange(len(rows)), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,15 +79,15 @@ def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype
         with state.stack.patched(dtype):
             state.graphs = loop.step_graphs(state)
             assert bool(state.graphs) == state.plan.forward.uses_varlen
-            take_steps(state, 1)  # makes the optimizer's state
+            train_steps(state, 1)  # makes the optimizer's state
             gpu.clear()
-            take_steps(state, USES_BEFORE_CAPTURE - 1)
+            train_steps(state, USES_BEFORE_CAPTURE - 1)
             assert not gpu.waits
             assert len(gpu.copies) == USES_BEFORE_CAPTURE - 1
             if state.graphs:
-                take_steps(state, 1)  # copies once to capture a graph, and once to use it
+                train_steps(state, 1)  # copies once to capture a graph, and once to use it
                 gpu.clear()
-                take_steps(state, 1)
+                train_steps(state, 1)
                 assert len(state.graphs.graphs) == 1 and not gpu.waits and len(gpu.copies) == 1
             rows = {k: np.arange(5) for k in range(count)}
             found = dict(predict_runs(state.plan.forward, state.stack, state.plan.train.tokens,
@@ -130,9 +131,9 @@ def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)
         with state.stack.patched(torch.bfloat16):
-            loop.fit_limit_to_memory(state, 2**33)
+            memory.fit_token_budget_to_memory(state, 2**33)
             assert "--max-tokens" not in caplog.text
-            loop.fit_limit_to_memory(state, 2**21)
+            memory.fit_token_budget_to_memory(state, 2**21)
     assert state.plan.token_budget.max_tokens < 2000
     assert f"--max-tokens {state.plan.token_budget.max_tokens}: more does not fit" in caplog.text
 
@@ -151,7 +152,7 @@ def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
 
             forward_backward = loop.forward_backward
             monkeypatch.setattr(loop, "forward_backward", pass_or_fail)
-            take_steps(state, 1)
+            train_steps(state, 1)
         assert state.graphs is None and state.plan.token_budget.max_tokens == 1000
 
 
@@ -161,7 +162,7 @@ def test_padded_steps(count):
         state = new_state("bitfit", count, torch.bfloat16, packed=False)
         with state.stack.patched(torch.bfloat16):
             assert loop.step_graphs(state) is None
-            take_steps(state, 2)
+            train_steps(state, 2)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +186,13 @@ def test_a_sweep_stopped_and_resumed(tmp_path, capsys, monkeypatch):
     flags = ["-f", "bitfit", "-l", "1e-3", "2e-3", "--keep", "best"]
     with simulated_gpu():
         with monkeypatch.context() as patch:
-            after = Saver.after_epoch
+            after = CheckpointManager.after_epoch
 
             def stop(self, state, last):
                 os.kill(os.getpid(), signal.SIGTERM)
                 after(self, state, last)
 
-            patch.setattr(Saver, "after_epoch", stop)
+            patch.setattr(CheckpointManager, "after_epoch", stop)
             assert command(tmp_path / "out", *flags) == 128 + signal.SIGTERM
         assert command(tmp_path / "out", *flags, "--resume") == 0
     found = sorted((tmp_path / "out").rglob("metrics.json"))
@@ -222,13 +223,13 @@ def test_what_cuda_rejects_is_found(monkeypatch):
         monkeypatch.setattr(loop, "to_device", left_on_the_host)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         with state.stack.patched(torch.bfloat16):
-            take_steps(state, 1)
+            train_steps(state, 1)
     monkeypatch.undo()
     with simulated_gpu() as gpu:
         monkeypatch.setattr(loop, "clip_grad_norms_", clipped_with_a_look)
         state = new_state("bitfit", 3, torch.bfloat16, packed=True)
         with state.stack.patched(torch.bfloat16):
             gpu.clear()
-            take_steps(state, 1)
+            train_steps(state, 1)
         assert any("item" in wait for wait in gpu.waits)
     assert run_stack.clip_grad_norms_ is not loop.clip_grad_norms_

@@ -143,10 +143,10 @@ def test_a_file_added_to_a_whole_model(whole, tmp_path):
 def as_before(folder, copy):
     """A copy as earlier versions of this program wrote it: the same format, fewer facts."""
     shutil.copytree(folder, copy)
-    facts, tensors = store.read(copy / saved_evaluator.FACTS)
+    facts, tensors = store.read_entry(copy / saved_evaluator.FACTS)
     for name in ("model_config", "tokenizer", "model_files"):
         facts.pop(name, None)
-    store.write(copy / saved_evaluator.FACTS, facts, tensors, "delta.safetensors")
+    store.write_entry(copy / saved_evaluator.FACTS, facts, tensors, "delta.safetensors")
     return copy
 
 

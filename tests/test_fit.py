@@ -129,7 +129,7 @@ def test_all_diverged_is_one_error_and_keeps_the_last_good_values():
 
 def test_when_all_have_diverged_an_epoch_is_not_finished(monkeypatch):
     """Off a terminal too, where the bar does not draw."""
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "READ_LOSS_SECONDS", 0.0)
     steps = []
     with pytest.raises(Diverged), at_step(5, lambda: steps.append(5)):
         trained([0, 1], rates=1e38, epochs=1, rows=150)  # 19 steps

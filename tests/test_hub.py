@@ -118,9 +118,9 @@ def test_the_commit_is_kept_and_a_saved_evaluator_goes_back_to_it(hub, tmp_path)
         GLUEvaluator.load(pinned, None, model_name="org/tiny")  # its main branch
     GLUEvaluator.load(pinned, None, model_name=folder).save(tmp_path / "moved")
     assert GLUEvaluator.load(tmp_path / "moved", None).setup.model_name == str(folder)
-    facts, tensors = store.read(pinned / "evaluator.json")
+    facts, tensors = store.read_entry(pinned / "evaluator.json")
     del facts["model_commit"]  # as it was saved before commits were kept
-    store.write(pinned / "evaluator.json", facts, tensors, "delta.safetensors")
+    store.write_entry(pinned / "evaluator.json", facts, tensors, "delta.safetensors")
     assert GLUEvaluator.load(pinned, None, model_name=folder).setup.model_commit is None
 
 

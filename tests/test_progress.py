@@ -19,7 +19,7 @@ from bitfit.data.tasks import TASKS
 from bitfit.distributed import SINGLE_PROCESS
 from bitfit.model.trainable import select_trainable
 from bitfit.training import loop, progress
-from bitfit.training.checkpoints import Saver
+from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.plan import Plan, TrainOptions
 
 FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "-s", "0", "1",
@@ -28,8 +28,8 @@ FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GL
 
 def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog, capfd):
     """Standard error is no terminal here: no bar, and nothing that only a terminal understands."""
-    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    monkeypatch.setattr(loop, "READ_LOSS_SECONDS", 0)
     with caplog.at_level("INFO", "bitfit"):
         assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS]) == 0
     lines = [text for text in caplog.messages if " left" in text]
@@ -59,16 +59,16 @@ def test_short_epochs_are_looked_at_too(tiny_bert):
     bar = progress.Progress(state.plan, shows=False, clock=SlowClock())
     looks = []
     for _ in range(8):
-        before = bar.looked
+        before = bar.read_at
         with state.stack.patched():
-            loop.train_epoch(state, Saver(), bar)
+            loop.train_epoch(state, CheckpointManager(), bar)
         state.epoch, state.step = state.epoch + 1, 0
-        looks.append(bar.looked > before)
+        looks.append(bar.read_at > before)
     assert any(looks) and not all(looks)
 
 
 def test_lines_are_minutes_apart(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "READ_LOSS_SECONDS", 0)
     with caplog.at_level("INFO", "bitfit"):
         assert run_glue.main(["-o", str(tmp_path / "out"), *FLAGS]) == 0
     assert not [text for text in caplog.messages if " left" in text]
@@ -90,7 +90,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, shows):
     state = SimpleNamespace(plan=plan, epoch=1, step=2, scores=scores)
     bar = progress.Progress(plan, runs=3, done=150, shows=shows)
     with bar.shown():
-        bar.look(state, loss=0.25)
+        bar.show(state, loss=0.25)
         bar.update(60)
         bar.bar.refresh()
     last = terminal.getvalue().split("\r")[-1]

@@ -8,7 +8,7 @@ import torch
 from bitfit.data.tasks import TASKS
 from bitfit.model.run_stack import Run
 from bitfit.results import plots, scores
-from bitfit.training.loop import Record
+from bitfit.training.state import Record
 
 pytestmark = pytest.mark.pictures
 MRPC = TASKS["mrpc"]

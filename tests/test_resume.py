@@ -26,7 +26,7 @@ from bitfit import options as flags_of_program
 from bitfit.cli import experiment
 from bitfit.model import forward
 from bitfit.signals import Stopped, StopSignals
-from bitfit.training.checkpoints import found
+from bitfit.training.checkpoints import list_checkpoints
 
 BASE = [
     "-t", "cola", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "--gpu-device", "cpu", "-e", "3",
@@ -585,7 +585,9 @@ def test_a_folder_that_is_not_ours(tmp_path, content, capsys):
 def test_when_checkpoints_are_written(tmp_path, monkeypatch, every, minutes, numbers):
     """Every so many epochs and after the last; by minutes within one; two are kept."""
     kept = []
-    monkeypatch.setattr("shutil.rmtree", lambda path, **options: kept.append(found(path)))
+    monkeypatch.setattr(
+        "shutil.rmtree", lambda path, **options: kept.append(list_checkpoints(path))
+    )
     more = ["--checkpoint-every", str(every)]
     more += ["--checkpoint-minutes", str(minutes or 1e9)]
     assert run_glue.main([*flags(tmp_path / "out", "bitfit"), *more]) == 0

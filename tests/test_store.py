@@ -15,24 +15,24 @@ FACTS = {"name": "é\u2028", "numbers": [1, 0.1, 1e-300, None], "inner": {"a": T
 @pytest.fixture
 def entry(tmp_path):
     tensors = {"a": torch.randn(30, 4), "b": torch.arange(7)}
-    store.write(tmp_path / "entry.json", FACTS, tensors)
+    store.write_entry(tmp_path / "entry.json", FACTS, tensors)
     return tmp_path / "entry.json", tensors
 
 
 def test_what_is_read_is_what_was_written(entry):
     path, tensors = entry
-    facts, found = store.read(path)
+    facts, found = store.read_entry(path)
     assert facts == {"format": store.FORMAT} | FACTS
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_the_tensors_may_have_a_name_of_their_own_or_be_none(tmp_path):
-    store.write(tmp_path / "facts.json", FACTS, {"a": torch.ones(2)}, "delta.safetensors")
+    store.write_entry(tmp_path / "facts.json", FACTS, {"a": torch.ones(2)}, "delta.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta.safetensors", "facts.json"]
-    assert torch.equal(store.read(tmp_path / "facts.json")[1]["a"], torch.ones(2))
-    store.write(tmp_path / "alone.json", FACTS, {})
-    assert store.read(tmp_path / "alone.json") == ({"format": store.FORMAT} | FACTS, {})
+    assert torch.equal(store.read_entry(tmp_path / "facts.json")[1]["a"], torch.ones(2))
+    store.write_entry(tmp_path / "alone.json", FACTS, {})
+    assert store.read_entry(tmp_path / "alone.json") == ({"format": store.FORMAT} | FACTS, {})
 
 
 def damages(data):
@@ -53,10 +53,10 @@ def test_nothing_damaged_is_accepted(entry, suffix):
     for damaged in damages(file.read_bytes()):
         file.write_bytes(damaged)
         with pytest.raises(CorruptFile, match=r"entry\.json is damaged: "):
-            store.read(path)
+            store.read_entry(path)
     file.unlink()
     with pytest.raises(CorruptFile):
-        store.read(path)
+        store.read_entry(path)
 
 
 def test_another_format_says_so(entry):
@@ -65,7 +65,7 @@ def test_another_format_says_so(entry):
     with pytest.raises(
         CorruptFile, match=rf"another version of this program \(format 1, not {store.FORMAT}\)"
     ):
-        store.read(path)
+        store.read_entry(path)
 
 
 def test_what_was_there_stays_when_there_is_no_room(entry, monkeypatch):
@@ -73,10 +73,10 @@ def test_what_was_there_stays_when_there_is_no_room(entry, monkeypatch):
     path, tensors = entry
     monkeypatch.setattr(store, "dump", lambda facts: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError):
-        store.write(path, {"name": "new"}, {"a": torch.zeros(3)})
+        store.write_entry(path, {"name": "new"}, {"a": torch.zeros(3)})
     monkeypatch.undo()
-    assert store.read(path)[0]["name"] == FACTS["name"]
-    assert torch.equal(store.read(path)[1]["a"], tensors["a"])
+    assert store.read_entry(path)[0]["name"] == FACTS["name"]
+    assert torch.equal(store.read_entry(path)[1]["a"], tensors["a"])
     assert not list(path.parent.glob(".*"))
 
 

@@ -116,7 +116,6 @@ def line_limit(path):
 WRONG_IMPORTS: list[str] = []
 LONG_FILES = [
     "benchmarks/gpu.py",
-    "bitfit/training/loop.py",
     "glue_evaluator.py",
     "tests/test_docs.py",
     "tests/test_loading.py",

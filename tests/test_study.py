@@ -626,7 +626,7 @@ def test_the_tokens_of_all_runs_count(monkeypatch):
         clock[0] += 2
         return torch.zeros(rows.shape)
 
-    monkeypatch.setattr(cost, "take_step", step)
+    monkeypatch.setattr(cost, "train_step", step)
     tokens = SimpleNamespace(lengths=np.array([5, 7, 9]))
     state = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(tokens=tokens)))
     found = cost.tokens_per_second(state, np.arange(4), np.array([0, 2]), clock=lambda: clock[0])

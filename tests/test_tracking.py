@@ -52,7 +52,7 @@ def offline(tmp_path_factory):
             patch.setenv(name, value)
         patch.chdir(folder)  # for MLflow's pictures
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", without_waiting)
-        patch.setattr(loop, "LOOK_SECONDS", 0)  # a look after each step
+        patch.setattr(loop, "READ_LOSS_SECONDS", 0)  # a look after each step
         yield
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", without_waiting)
 
@@ -284,7 +284,7 @@ def test_a_single_run_that_diverges_has_failed(tmp_path):
 
 def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
     """A fault in step 13; it goes on from the checkpoint after step 10."""
-    output, steps, plain = tmp_path / "resumed", [], loop.take_step
+    output, steps, plain = tmp_path / "resumed", [], loop.train_step
 
     def fault(*given):
         steps.append(1)
@@ -292,11 +292,11 @@ def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
             raise OSError("no space")
         return plain(*given)
 
-    monkeypatch.setattr(loop, "take_step", fault)
+    monkeypatch.setattr(loop, "train_step", fault)
     assert run(output, "--report-to", *ALL) == 1
     ids = (output / "tracking.json").read_bytes()
     assert mlflow_runs(output)["lr0.001_seed0"][0].info.status == "FAILED"
-    monkeypatch.setattr(loop, "take_step", plain)
+    monkeypatch.setattr(loop, "train_step", plain)
     assert run(output, "--resume", "--report-to", *reversed(ALL)) == 0  # they may be others
     assert (output / "tracking.json").read_bytes() == ids
     shutil.copytree(output, output / "lr0.001_seed0", ignore=shutil.ignore_patterns("wandb"))

@@ -17,11 +17,12 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
-from bitfit.training import loop
-from bitfit.training.checkpoints import Saver
-from bitfit.training.loop import init_state, train_epoch
+from bitfit.training import loop, memory
+from bitfit.training.checkpoints import CheckpointManager
+from bitfit.training.loop import train_epoch
 from bitfit.training.plan import Plan, TrainOptions, learning_rate_factors
 from bitfit.training.progress import Progress
+from bitfit.training.state import init_state
 from utils import make_generator
 
 COLA = TASKS["cola"]
@@ -59,7 +60,7 @@ def new_state(model, tokens, trainable, runs=ONE, optimizer="adamw", task=COLA,
 def next_epoch(state, precision="fp32"):
     """Train an epoch; the mean losses of the runs, NaN where one is bad."""
     with state.stack.patched(DTYPES[precision]):
-        train_epoch(state, Saver(), Progress(state.plan, shows=False))
+        train_epoch(state, CheckpointManager(), Progress(state.plan, shows=False))
     losses = state.loss_sum / state.plan.rows_per_run
     state.loss_sum = torch.zeros_like(losses)
     state.epoch, state.step = state.epoch + 1, 0
@@ -479,17 +480,17 @@ def test_nothing_in_a_step_waits_for_the_device(folder, method, runs, dtype, mon
     grid = [Run(1e-3, seed) for seed in range(runs if method in ("bitfit", "frozen") else 1)]
     options = {"lr_schedule": "linear", "token_budget": TokenBudget(100)}
     state = new_state(model, tokens_of(folder), trainable, grid, **options)
-    assert len(loop.plan_step(state, state.stack.finite_runs(), np.arange(16)[None]).parts) > 1
+    assert len(loop.prepare_step(state, state.stack.finite_runs(), np.arange(16)[None]).parts) > 1
     model.train()
     alive = state.stack.finite_runs()
     rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
     with state.stack.patched(dtype):
-        loop.take_step(state, alive, rows)
+        loop.train_step(state, alive, rows)
         state.step += 1
         before = state.stack.params.clone()
         with monkeypatch.context() as patch, NoWaiting() as mode:
             forbid(patch, "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__")
-            loop.take_step(state, alive, rows)
+            loop.train_step(state, alive, rows)
     assert mode.calls > 100
     assert (state.stack.params != before).any(dim=1).all()
 
@@ -533,9 +534,9 @@ def kernels_of_a_step(runs, dtype):
     model.train()
     rows = np.stack([np.random.default_rng(k).permutation(6)[:4] for k in range(runs)])
     with state.stack.patched(dtype):
-        loop.take_step(state, np.arange(runs), rows)
+        loop.train_step(state, np.arange(runs), rows)
         with Kernels() as mode:
-            loop.take_step(state, np.arange(runs), rows)
+            loop.train_step(state, np.arange(runs), rows)
     return mode.names
 
 
@@ -554,7 +555,7 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     options = {"token_budget": budget, "packed": packed}
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, **options)
     rows = np.stack([np.arange(16) + k for k in range(4)])
-    step = loop.plan_step(state, np.arange(4), rows)
+    step = loop.prepare_step(state, np.arange(4), rows)
 
     def leaves(value):
         if isinstance(value, (tuple, list)):
@@ -583,7 +584,7 @@ def test_without_a_gradient_nothing_moves(tiny_bert, optimizer):
     state = new_state(model, tokens_of(tiny_bert), choose(model, "bitfit"), GRID, optimizer)
     state.rates.fill_(1.0)
     with state.stack.patched():
-        loop.move(state)
+        loop.optimizer_step(state)
     assert torch.equal(state.stack.params, state.stack.initial_params)
 
 
@@ -602,7 +603,7 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
         state.rates.copy_(torch.from_numpy(rates))
         state.stack.grads.copy_(torch.from_numpy(step * grad))
         with state.stack.patched():
-            loop.move(state)
+            loop.optimizer_step(state)
         first = 0.9 * first + 0.1 * step * grad
         second = 0.999 * second + 0.001 * (step * grad) ** 2
         root = np.sqrt(second / (1 - 0.999**step)) + eps
@@ -616,7 +617,7 @@ def test_what_autograd_keeps_is_counted():
     """A Linear keeps its input and a GELU its own; weights are not counted, nor a storage twice."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
     x = torch.randn(3, 4)
-    with loop.count_kept_bytes(model) as kept:
+    with memory.count_kept_bytes(model) as kept:
         model(x).sum()
     assert sum(kept.values()) == 4 * 3 * (4 + 8 + 8)
     assert len(kept) == 3
@@ -633,11 +634,11 @@ def test_the_limit_fits_into_memory(tiny_bert, method):
     before = torch.get_rng_state()
     with state.stack.patched():
         for free in (2**30, 2**28, 2**20):
-            loop.fit_limit_to_memory(state, free)
+            memory.fit_token_budget_to_memory(state, free)
             limits[free] = state.plan.token_budget.max_tokens
         assert torch.equal(torch.get_rng_state(), before)
         state.plan.token_budget.max_tokens = 100
-        loop.fit_limit_to_memory(state, 2**30)  # what the user gave is not raised
+        memory.fit_token_budget_to_memory(state, 2**30)  # what the user gave is not raised
     assert limits[2**30] == 4 * limits[2**28] and limits[2**30].bit_count() == 1
     assert state.plan.token_budget.max_tokens == 100
     # Each layer keeps at least the inputs of two LayerNorms (128) and of GELU (256), in float32.

@@ -24,6 +24,7 @@ from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop
 from bitfit.training.graphs import USES_BEFORE_CAPTURE, StepGraphs
 from bitfit.training.plan import Plan, TrainOptions
+from bitfit.training.state import init_state
 
 LENGTHS = (9, 4, 40, 17, 6, 16)
 ROWS = np.arange(len(LENGTHS))
@@ -116,7 +117,7 @@ def new_state(graphs):
     stack = RunStack(model, trainable, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
     plan = Plan(TASKS["cola"], forward, split, {}, TokenBudget(1000), TrainOptions(3, 20, "linear"))
-    state = loop.init_state(plan, stack)
+    state = init_state(plan, stack)
     if graphs:  # what CUDA repeats is the same work on the same tensors
         state.graphs = StepGraphs(
             lambda step: loop.whole_step(state, step), torch.device("cpu"), fake_capture
@@ -139,7 +140,7 @@ def test_steps_from_graphs_are_the_steps_without(monkeypatch):
             for step in range(12):
                 state.epoch, state.step = divmod(step, 2)
                 rows = np.stack([orders.permutation(6)[:3] for _ in range(2)])
-                losses.append(loop.take_step(state, np.arange(2), rows).tolist())
+                losses.append(loop.train_step(state, np.arange(2), rows).tolist())
         return state, losses
 
     plain, expected = train_epochs(graphs=False)

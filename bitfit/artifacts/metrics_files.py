@@ -10,9 +10,10 @@ from bitfit.model.run_stack import Run
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import Tracker
 from bitfit.training import store
-from bitfit.training.checkpoints import Saver
-from bitfit.training.loop import TrainState, evaluations, fit
+from bitfit.training.checkpoints import CheckpointManager
+from bitfit.training.loop import fit
 from bitfit.training.prepare import TrainingResult
+from bitfit.training.state import TrainState
 
 LOGITS = "validation_logits.safetensors"
 
@@ -22,7 +23,7 @@ def train(
     result: TrainingResult,
     *,
     dtype: torch.dtype,
-    saver: Saver,
+    saver: CheckpointManager,
     tracker: Tracker,
     folders: dict[Run, Path],
     metadata: dict[str, Any],
@@ -47,7 +48,7 @@ def train(
         write_metrics(state, result, folders, metadata)
 
     try:
-        with state.stack.patched(dtype), saver.held():
+        with state.stack.patched(dtype), saver.defer_signals():
             diverged = fit(state, write, saver, tracker)
     finally:
         if state.best is not None:
@@ -79,10 +80,10 @@ def write_logits(folder: Path, state: TrainState, k: int) -> None:
     It has, for each validation split, the logits (evaluations, rows, C) and `<split>.labels`
     (rows,).
     """
-    tensors, done = {}, evaluations(state)
+    tensors, done = {}, state.evaluation_count
     for split, logits in state.logits.items() if done else ():
         tensors[split] = torch.from_numpy(logits[:done, k].copy())
         tensors[f"{split}.labels"] = state.plan.scored[split].tokens.labels.cpu()
     if tensors:
         with atomic_file(folder / LOGITS) as temporary:
-            store.save(tensors, temporary)
+            store.save_tensors(tensors, temporary)

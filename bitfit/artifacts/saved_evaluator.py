@@ -19,9 +19,9 @@ from bitfit.model.fingerprints import describe_change
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
-from bitfit.training.loop import Record
 from bitfit.training.prepare import Trainable, TrainingResult, assemble, load_base
 from bitfit.training.setup import Method, Setup, load_data
+from bitfit.training.state import Record
 from utils import LOGGER, CorruptFile, UserError
 
 Tensors = dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ def write(evaluator: Any, folder: Path) -> None:
         params = result.stack.named_params(result.selected)
         tensors = {name: value.cpu().contiguous() for name, value in params.items()}
         tensors |= {n + POSITIONS: p.cpu() for n, p in result.stack.positions.items()}
-    store.write(folder / FACTS, metadata, tensors, "delta.safetensors")
+    store.write_entry(folder / FACTS, metadata, tensors, "delta.safetensors")
 
 
 def resolved_folder(path: str | Path | None) -> str | Path | None:
@@ -84,7 +84,7 @@ def files(folder, model_name=None):
     if not (folder / FACTS).exists():
         raise UserError(f"there is no saved evaluator in {folder}: {FACTS} is missing")
     try:
-        facts, tensors = store.read(folder / FACTS)
+        facts, tensors = store.read_entry(folder / FACTS)
     except CorruptFile as error:
         raise UserError(f"{error}; train and save it again") from None
     commit = facts.setdefault("model_commit", None)  # the first of these files did not say it

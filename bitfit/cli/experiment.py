@@ -183,10 +183,10 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
     Raises:
         Diverged: the only run of the command diverged.
     """
-    from bitfit.training.checkpoints import Saver
+    from bitfit.training.checkpoints import CheckpointManager
 
     args, evaluator, group = experiment.args, experiment.evaluator, experiment.evaluator.group
-    saver = Saver(
+    saver = CheckpointManager(
         home / run_folder.CHECKPOINTS,
         every=args.checkpoint_every,
         minutes=args.checkpoint_minutes,

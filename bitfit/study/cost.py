@@ -25,7 +25,7 @@ from bitfit.results.scores import read_metrics
 from bitfit.study import cell_states
 from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
-from bitfit.training.loop import take_step
+from bitfit.training.loop import train_step
 from bitfit.training.plan import TrainOptions
 from bitfit.training.prepare import assemble, new_training
 from utils import UserError, convert_errors, first_line
@@ -231,6 +231,6 @@ def tokens_per_second(
 ) -> float:
     """Return the tokens per second of one step in which all runs have the same rows (B,)."""
     begin = clock()
-    take_step(state, alive, np.tile(rows, (len(alive), 1))).sum().item()
+    train_step(state, alive, np.tile(rows, (len(alive), 1))).sum().item()
     tokens = int(state.plan.train.tokens.lengths[rows].sum()) * len(alive)
     return tokens / (clock() - begin)

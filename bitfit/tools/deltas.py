@@ -15,7 +15,7 @@ import torch
 from bitfit.model.trainable import components_to_terms, in_encoder, layer_and_name
 from bitfit.results import escape, plots, scores
 from bitfit.tools.saved_evaluators import SavedEvaluator
-from bitfit.training.loop import Record
+from bitfit.training.state import Record
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 

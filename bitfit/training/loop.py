@@ -1,102 +1,43 @@
-"""The loop, in reading order: state, optimizer, step, epoch, all epochs.
+"""The training loop, in reading order: step, epoch, all epochs.
 
-A training is one `TrainState`: its plan does not change, everything else does. Every function
-here takes the state and leaves it one step or epoch further; a checkpoint writes it.
+Every function takes a `TrainState` and advances it by a step or an epoch.
 """
 
 import logging
-import math
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from statistics import mean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from bitfit.data.tasks import compact, row_losses, score
-from bitfit.model.batching import split_into_micro_batches, to_device
+from bitfit.model.batching import Batch, split_into_micro_batches, to_device
 from bitfit.model.predict import predict_runs
-from bitfit.model.run_stack import Run, RunStack, clip_grad_norms_
-from bitfit.model.token_budget import free_gpu_bytes, preserve_random_state
+from bitfit.model.run_routing import RunRouting
+from bitfit.model.run_stack import RunStack, clip_grad_norms_
+from bitfit.model.token_budget import free_gpu_bytes
 from bitfit.results.scores import best_epochs, format_epoch_scores, scores_frame
 from bitfit.signals import Stopped
-from bitfit.tracking.tracker import OFF
+from bitfit.tracking.tracker import OFF, Tracker
 from bitfit.training.graphs import StepGraphs
+from bitfit.training.memory import fit_token_budget_to_memory
 from bitfit.training.plan import Plan
 from bitfit.training.progress import Progress
+from bitfit.training.state import TrainState
 from utils import CorruptFile
+
+if TYPE_CHECKING:
+    from bitfit.training.checkpoints import CheckpointManager
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
-LOOK_SECONDS = 0.5  # how often the loss is read, for which the host waits for the device
-SPENT = ("training", "evaluation", "checkpoints")
+READ_LOSS_SECONDS = 0.5  # between two readings of the loss: the host waits for the device
 
 
-@dataclass
-class Record:
-    """What one run measured beside its scores."""
-
-    run: Run
-    train_loss: list = field(default_factory=list)  # per epoch
-    seconds: dict = field(default_factory=lambda: dict.fromkeys(SPENT, 0.0))  # its share
-    diverged: str | None = None  # where the loss or gradient was not finite
-
-
-@dataclass
-class TrainState:
-    """One training: what it works on, and all that changes on the way."""
-
-    plan: Plan
-    stack: RunStack  # what trains: values, gradients, which runs went bad
-    optimizer: torch.optim.Optimizer
-    rates: torch.Tensor  # (K,) the learning rates of this step
-    update: torch.Tensor | None  # (K, n) what the optimizer moves in place of many runs' values
-    records: list  # of each run
-    scores: list  # rows (run's name, epoch, split, metric, value) of the one table of scores
-    logits: dict  # {validation split: (evaluations, K, rows, C)}, NaN where there are none
-    best: torch.Tensor | None  # (K, n) values at each run's best evaluation, if those are kept
-    loss_sum: torch.Tensor  # (K,) over the rows of this epoch
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done of the next one
-    seconds: float = 0.0  # of training in this epoch
-    graphs: StepGraphs | None = None  # whole steps as CUDA graphs
-
-
-def init_state(plan, stack, optimizer="adamw"):
-    """A `TrainState` before its first step.
-
-    AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had. One
-    kernel moves all runs, but knows one learning rate. Without decay a step is proportional to it:
-    so zeros are moved at rate 1, and each run's values then go its own rate times as far.
-    """
-    one, rates = len(stack.runs) == 1, torch.zeros_like(stack.params[:, 0])
-    # On a CPU the optimizer multiplies by a tensor in float64; on a GPU it reads float32 alone.
-    rates = rates.double() if rates.device.type == "cpu" else rates
-    moved = torch.nn.Parameter(stack.params if one else torch.zeros_like(stack.params))
-    moved.grad = stack.grads
-    make, settings = {
-        "adamw": (torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-6}),
-        "adam": (torch.optim.Adam, {}),
-    }[optimizer]
-    settings["capturable"] = moved.is_cuda
-    return TrainState(
-        plan=plan,
-        stack=stack,
-        optimizer=make([moved], lr=rates[0] if one else 1.0, fused=True, **settings),
-        rates=rates,
-        update=None if one else moved.detach(),
-        records=[Record(run) for run in stack.runs],
-        scores=[],
-        logits=plan.empty_logits(len(stack.runs)),
-        best=stack.params.clone() if plan.options.keep == "best" else None,
-        loss_sum=torch.zeros_like(stack.params[:, 0]),
-    )
-
-
-def step_graphs(state):
+def step_graphs(state: TrainState) -> StepGraphs | None:
     """Return the `StepGraphs` of a training within `RunStack.patched`, or None if it has none.
 
     Graphs compute in memory of the patched stack: do not use them after `patched` ends.
@@ -107,62 +48,67 @@ def step_graphs(state):
     return StepGraphs(partial(whole_step, state), device)
 
 
-def whole_step(state, step):
-    """Do one `Step` of tensors, wait for nothing, and return the losses (K,)."""
+def whole_step(state: TrainState, step: "Step") -> torch.Tensor:
+    """Do one `Step` of tensors without waiting for the device, and return the losses (K,)."""
     return update(state, step, forward_backward(state.plan, state.stack, step))
 
 
-def evaluations(state):
-    """How many there have been."""
-    return len({epoch for _, epoch, *_ in state.scores})
-
-
 class Step(NamedTuple):
-    """All of a step that changes from one to the next: arrays of the host, then tensors."""
+    """The data of one step: NumPy arrays on the host; after `to_device`, tensors."""
 
-    parts: tuple  # its passes, each (Batch, RunRouting)
-    number: np.ndarray  # () int64, counted over all epochs
-    count: np.ndarray  # () float32, rows of each run
-    rates: np.ndarray  # (K,) float64, the schedule's
+    parts: tuple[tuple[Batch, RunRouting], ...]  # the micro-batches
+    number: np.ndarray | torch.Tensor  # () int64, counted over all epochs
+    count: np.ndarray | torch.Tensor  # () float32, training examples of each run
+    rates: np.ndarray | torch.Tensor  # (K,) float64, learning rates
 
 
-def plan_step(state, alive, rows):
-    """The host's share of a step of the runs `alive` (R,): their `rows` (R, B) in passes."""
-    plan, runs = state.plan, state.stack.runs
-    owner, flat = np.repeat(alive, rows.shape[1]), rows.ravel()
-    own = plan.group.shard_rows(plan.train.tokens.lengths[flat])
-    owner, flat = owner[own], flat[own]
-    lengths = plan.train.tokens.lengths[flat]
-    number = state.epoch * plan.steps_per_epoch + state.step
-    packed, parts = plan.forward.packed_encoder is not None, []
-    equal = plan.forward.equal_length
-    for part in (
-        split_into_micro_batches(lengths, plan.token_budget.max_tokens, packed, equal)
+def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Step:
+    """Return the arrays of one step, split into micro-batches.
+
+    Args:
+        active: (R,) indices of the runs that train.
+        rows: (R, B) their training examples.
+    """
+    plan, runs, tokens = state.plan, state.stack.runs, state.plan.train.tokens
+    run_ids, flat = np.repeat(active, rows.shape[1]), rows.ravel()
+    shard = plan.group.shard_rows(tokens.lengths[flat])
+    run_ids, flat = run_ids[shard], flat[shard]
+    packed, equal = plan.forward.packed_encoder is not None, plan.forward.equal_length
+    max_tokens = plan.token_budget.max_tokens
+    micro_batches = (
+        split_into_micro_batches(tokens.lengths[flat], max_tokens, packed, equal)
         if len(flat)
         else ()
-    ):
-        tokens = plan.train.tokens
-        parts.append(plan.forward.make_routed_batch(tokens, flat[part], owner[part], len(runs)))
+    )
+    parts = tuple(
+        plan.forward.make_routed_batch(tokens, flat[part], run_ids[part], len(runs))
+        for part in micro_batches
+    )
+    number = state.epoch * plan.steps_per_epoch + state.step
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
-    return Step(tuple(parts), np.array(number), np.array(rows.shape[1], np.float32), rates)
+    return Step(parts, np.array(number), np.array(rows.shape[1], np.float32), rates)
 
 
-def take_step(state, alive, rows):
-    """One step of all runs: forward, backward, clip, step.
+def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Train all active runs for one step and return the losses (K,).
 
-    On packed rows nothing in it waits for the device; on padded ones transformers asks once a pass
-    whether there is padding.
+    With packed rows the host never waits for the device; with padded ones transformers asks once a
+    micro-batch whether there is padding.
 
-    A run whose loss or gradient is not finite is held at its last good values from then on, and
-    `stack.bad_step` says since which step.
+    A run whose loss or gradient is not finite keeps its last finite values from then on, and
+    `stack.bad_step` holds the number of the step.
+
+    Args:
+        active: (R,) indices of the runs that train.
+        rows: (R, B) their training examples.
     """
     stack, device, budget = state.stack, state.stack.params.device, state.plan.token_budget
     tokens = budget.max_tokens
 
-    def attempt():
+    def attempt() -> tuple[Step | None, torch.Tensor]:
         if budget.max_tokens < tokens:
             state.graphs = None  # the device is out of memory, of which they hold some
-        planned = plan_step(state, alive, rows)
+        planned = prepare_step(state, active, rows)
         if state.graphs and (run := state.graphs.find(planned)):
             return None, run()
         step = to_device(planned, device)
@@ -172,24 +118,24 @@ def take_step(state, alive, rows):
     return losses if step is None else update(state, step, losses)
 
 
-def update(state, step, losses):
-    """Clip the gradients of one `Step` of tensors, move the values, and return the losses (K,)."""
+def update(state: TrainState, step: Step, losses: torch.Tensor) -> torch.Tensor:
+    """Clip the gradients, update the trained values, and return the losses (K,)."""
     stack = state.stack
     state.plan.group.all_reduce_sum_(stack.grads, losses)
     norms = clip_grad_norms_(stack.grads, MAX_GRAD_NORM)
     stack.mark_diverged(~(norms + losses).isfinite(), step.number)
-    bad = stack.bad_step >= 0
+    bad = stack.bad_step >= 0  # (K,)
     mask = stack.zero_gradient_mask
-    still = bad[:, None] if mask is None else bad[:, None] | mask
-    stack.grads.masked_fill_(still, 0.0)
+    fixed = bad[:, None] if mask is None else bad[:, None] | mask
+    stack.grads.masked_fill_(fixed, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
-    move(state)
+    optimizer_step(state)
     state.loss_sum += losses * step.count
     return losses
 
 
-def move(state):
-    """One step of the optimizer, at `state.rates`."""
+def optimizer_step(state: TrainState) -> None:
+    """Update the trained values by one step of the optimizer at the rates `state.rates`."""
     values = state.stack.params
     state.optimizer.step()
     if state.update is not None:
@@ -198,74 +144,82 @@ def move(state):
     state.stack.sync_to_model()
 
 
-def forward_backward(plan, stack, step):
-    """The losses of one `Step` of tensors, (K,), and in `stack.grads` their gradients."""
+def forward_backward(plan: Plan, stack: RunStack, step: Step) -> torch.Tensor:
+    """Return the losses (K,) of one `Step` of tensors; `stack.grads` gets their gradients."""
     stack.zero_grad()
     losses = torch.zeros_like(stack.params[:, 0])
-    for batch, rows in step.parts:
-        with stack.routing(rows):
+    for batch, routing in step.parts:
+        with stack.routing(routing):
             logits = plan.forward(plan.train.tokens, batch)
-        each = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
-        # On a GPU `index_add` sums in any order.
-        owner = (rows.rows.run_ids,)
-        part_losses = torch.zeros_like(losses).index_put(owner, each / step.count, accumulate=True)
+        per_row = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
+        # On a GPU `index_add` sums in an order that varies.
+        run_ids = (routing.rows.run_ids,)
+        part_losses = torch.zeros_like(losses).index_put(
+            run_ids, per_row / step.count, accumulate=True
+        )
         part_losses.sum().backward()
         stack.accumulate_grads()
         losses += part_losses.detach()
     return losses
 
 
-def train_epoch(state, saver, progress, tracker=OFF):
-    """The steps that are left of an epoch. A run that went bad is left out from the next one on."""
+def train_epoch(
+    state: TrainState, saver: "CheckpointManager", progress: Progress, tracker: Tracker = OFF
+) -> None:
+    """Train the remaining steps of an epoch. A run that diverges does not train in the next one."""
     plan, stack = state.plan, state.stack
     plan.forward.model.train()
     steps = plan.steps_per_epoch
-    alive = stack.finite_runs(state.epoch * steps)
-    orders = np.stack([plan.order(stack.runs[k], state.epoch) for k in alive])  # (R, rows)
+    active = stack.finite_runs(state.epoch * steps)
+    orders = np.stack([plan.order(stack.runs[k], state.epoch) for k in active])  # (R, rows)
     begin = time.perf_counter()
     while state.step < steps:
         first = state.step * plan.batch_size
-        rows = orders[:, first : first + plan.batch_size]  # the last are fewer
-        losses = take_step(state, alive, rows)
+        rows = orders[:, first : first + plan.batch_size]  # fewer in the last step
+        losses = train_step(state, active, rows)
         state.step += 1
         progress.update(rows.size)
-        look = progress.clock() - progress.looked > LOOK_SECONDS
-        if look:
-            good = stack.finite_runs()
-            if plan.group.size == 1 and not len(good):
-                break  # ranks look at different times
-            seen = losses.cpu()[good]
-            progress.look(state, seen.mean())
-            progress.looked = progress.clock()
+        reads_loss = progress.clock() - progress.read_at > READ_LOSS_SECONDS
+        if reads_loss:
+            finite = stack.finite_runs()
+            if plan.group.size == 1 and not len(finite):
+                break  # ranks read it at different times
+            read = losses.cpu()[finite]
+            progress.show(state, read.mean())
+            progress.read_at = progress.clock()
         state.seconds += time.perf_counter() - begin
-        if look:
-            tracker.log_losses(state, dict(zip(good.tolist(), seen.tolist(), strict=True)))
+        if reads_loss:
+            tracker.log_losses(state, dict(zip(finite.tolist(), read.tolist(), strict=True)))
         saver.after_step(state)
         begin = time.perf_counter()
-    # A last step may have been finite, and what it led to not.
+    # The last step may have been finite, but not the values after it.
     last = torch.full_like(stack.bad_step[0], (state.epoch + 1) * steps - 1)
     stack.mark_diverged(~stack.params.isfinite().all(1), last)
-    stack.finite_runs()  # waits for the device: its work is training too
+    stack.finite_runs()  # wait for the device, so that all training is timed
     state.seconds += time.perf_counter() - begin
 
 
-def fit(state, write, saver, tracker=OFF):
-    """Train the epochs that are left; score those that are due, and the last.
+def fit(
+    state: TrainState,
+    write: Callable[[], None],
+    saver: "CheckpointManager",
+    tracker: Tracker = OFF,
+) -> str | None:
+    """Train the remaining epochs, and evaluate after those that are due and after the last.
 
     Args:
         write: called after each evaluation.
-        saver: writes the checkpoints, and raises Stopped where a signal asks for it.
-        tracker: is told what there is to see.
+        saver: writes the checkpoints, and raises Stopped after a signal.
+        tracker: gets losses and scores.
 
     Returns:
-        None, or what to say when no run is left whose losses and gradients are finite.
+        None, or a message if all runs have diverged.
     """
     plan, runs = state.plan, len(state.records)
-    each = plan.rows_per_run
-    done = runs * (state.epoch * each + min(each, state.step * plan.batch_size))
+    done = runs * plan.examples_before(state.epoch, state.step)
     progress = Progress(plan, runs, done, plan.group.shows_progress)
     if plan.token_budget.device.type == "cuda":
-        fit_limit_to_memory(state, free_gpu_bytes(plan.token_budget.device))
+        fit_token_budget_to_memory(state, free_gpu_bytes(plan.token_budget.device))
     state.graphs = step_graphs(state)
     with progress.shown():
         while state.epoch < plan.epochs:
@@ -275,76 +229,40 @@ def fit(state, write, saver, tracker=OFF):
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
             scores = evaluate(state, saver) if due else []
-            note(state, scores)
+            record_epoch(state, scores)
             tracker.log_scores(state, scores)
             state.loss_sum.zero_()
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:
                 write()
             if not len(state.stack.finite_runs()):
-                what = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
-                return (f"{what}; training stopped there: try a lower --learning-rate, or "
-                        "--lr-schedule linear with --warmup-ratio")  # fmt: skip
+                return divergence_message(state)
             saver.after_epoch(state, last=ended == plan.epochs)
     return None
 
 
-def fit_limit_to_memory(state, free):
-    """Lower the limit of tokens in one pass to a power of two that fits into `free` bytes.
-
-    A trial pass of the longest row counts what autograd keeps for the backward pass. Twice as much
-    is left for gradients and for the grouped attention of `packing`, whose weights are not counted.
-    """
-    plan, stack = state.plan, state.stack
-    tokens = plan.train.tokens
-    row = np.array([tokens.lengths.argmax()])
-    step = plan.forward.make_routed_batch(tokens, row, np.zeros(1, np.int64), len(stack.runs))
-    batch, rows = to_device(step, stack.params.device)
-    plan.forward.model.train()
-    with (
-        preserve_random_state(plan.token_budget.device),
-        count_kept_bytes(plan.forward.model) as kept,
-        stack.routing(rows),
-    ):
-        plan.forward(tokens, batch)
-    most = free / 3 / (sum(kept.values()) / batch.token_index.numel())
-    fitting = max(64, 2 ** int(math.log2(most)))
-    if fitting < plan.token_budget.max_tokens:
-        plan.token_budget.max_tokens = fitting
-        LOGGER.info("--max-tokens %d: more does not fit into %.1f GiB of free memory", fitting,
-                    free / 2**30)  # fmt: skip
+def divergence_message(state: TrainState) -> str:
+    """Return the message for a training whose runs have all diverged."""
+    runs = len(state.records)
+    message = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
+    return (f"{message}; training stopped there: try a lower --learning-rate, or "
+            "--lr-schedule linear with --warmup-ratio")  # fmt: skip
 
 
-@contextmanager
-def count_kept_bytes(model):
-    """Yield {storage: bytes} of what autograd keeps for the backward pass, without weights."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its own graph alive
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield kept
-
-
-def evaluate(state, saver):
-    """The scores of the runs that are alive, as they stand: rows like those of `TrainState.scores`.
+def evaluate(state: TrainState, saver: "CheckpointManager") -> list[tuple]:
+    """Return the scores of the runs that have not diverged, as tuples like `TrainState.scores`.
 
     Their logits on validation splits go to `TrainState.logits`.
 
-    A signal is not kept waiting: the checkpoint it leaves is that before the evaluation.
+    A signal stops the evaluation at once. The checkpoint then holds the state before it.
     """
     plan, stack, scores = state.plan, state.stack, []
-    begin, alive = time.perf_counter(), stack.finite_runs()
+    begin, active = time.perf_counter(), stack.finite_runs()
     try:
-        with saver.held(waits=plan.group.size > 1):  # several ranks go through it together
-            for name, split in plan.scored.items() if len(alive) else ():
+        with saver.defer_signals(plan.group.size > 1):  # ranks evaluate together
+            for name, split in plan.scored.items() if len(active) else ():
                 labels = split.tokens.labels.cpu().numpy()
-                rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in alive}
+                rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in active}
                 for k, logits in predict_runs(
                     plan.forward, stack, split.tokens, plan.token_budget, rows, plan.group
                 ):
@@ -356,16 +274,16 @@ def evaluate(state, saver):
     except Stopped:
         saver.save(state)
         raise
-    for k in alive:
-        state.records[k].seconds["evaluation"] += (time.perf_counter() - begin) / len(alive)
+    for k in active:
+        state.records[k].seconds["evaluation"] += (time.perf_counter() - begin) / len(active)
     return scores
 
 
-def note(state, scores):
-    """What an epoch gave: each run's loss and time, whether it went bad, scores, best values."""
+def record_epoch(state: TrainState, scores: list[tuple]) -> None:
+    """Record the losses, times, scores and best values of an epoch, and which runs diverged."""
     stack, first = state.stack, state.epoch * state.plan.steps_per_epoch
     losses, bad_step = (state.loss_sum / state.plan.rows_per_run).tolist(), stack.bad_step.tolist()
-    trained, alive = stack.finite_runs(first), stack.finite_runs()
+    trained, active = stack.finite_runs(first), stack.finite_runs()
     for k in trained:
         record = state.records[k]
         record.seconds["training"] += state.seconds / len(trained)
@@ -380,9 +298,9 @@ def note(state, scores):
         return
     state.scores += scores
     best = best_epochs(scores_frame(state.scores), state.plan.task)
-    for k in alive if state.best is not None else ():
+    for k in active if state.best is not None else ():
         if best[stack.runs[k].name] == state.epoch + 1:
             state.best[k] = stack.params[k]
-    loss = mean(losses[k] for k in alive)
-    said = format_epoch_scores(scores_frame(scores), state.plan.task, loss)
-    LOGGER.info("epoch %d  %s", state.epoch + 1, said)
+    loss = mean(losses[k] for k in active)
+    message = format_epoch_scores(scores_frame(scores), state.plan.task, loss)
+    LOGGER.info("epoch %d  %s", state.epoch + 1, message)

@@ -66,6 +66,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.rows_per_run / self.batch_size)
 
+    def examples_before(self, epoch: int, step: int) -> int:
+        """Return how many training examples a run has seen before a step of an epoch."""
+        rows = self.rows_per_run
+        return epoch * rows + min(rows, step * self.batch_size)
+
     @cached_property
     def factors(self) -> np.ndarray:
         """Return the learning rate's factor at each step, (all steps,) float64."""

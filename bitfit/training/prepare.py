@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +23,13 @@ from bitfit.model.forward import Forward, check_ids, select_forward
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.results import scores as reports
-from bitfit.training.loop import Record, TrainState, init_state
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.setup import LoadedData, Method, Setup
+from bitfit.training.state import Record, TrainState, init_state
 from utils import make_generator, print_result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGGER = logging.getLogger("bitfit")
 Trainable = dict[str, np.ndarray | None]  # parameter name -> flat positions; None: all of it
@@ -40,7 +43,7 @@ class PreparedModel:
     without data.
     """
 
-    model: Any  # a Hugging Face classifier
+    model: "PreTrainedModel"
     model_name: str
     runs: list[Run]
     trainable: Trainable
@@ -90,7 +93,7 @@ class PreparedModel:
 
 
 def assemble(
-    model: Any,
+    model: "PreTrainedModel",
     model_name: str,
     trainable: Trainable,
     runs: list[Run],
@@ -98,20 +101,20 @@ def assemble(
     dtype: torch.dtype,
     max_tokens: int | None = None,
     tokens: TokenizedSplit | None = None,
-    **more: Any,
+    **fields: object,
 ) -> PreparedModel:
     """Put together what a model on a device needs to train and to predict.
 
     Args:
         max_tokens: in one forward pass; None: the default of the device.
         tokens: rows to find the forward pass on; None: `forward_for` finds it later.
-        more: other fields of `PreparedModel`.
+        fields: other fields of `PreparedModel`.
     """
     device = next(model.parameters()).device
     budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
     prepared = PreparedModel(
         model=model, model_name=model_name, runs=runs, trainable=trainable, dtype=dtype,
-        token_budget=budget, **more,
+        token_budget=budget, **fields,
     )  # fmt: skip
     if tokens is not None:
         prepared.select_forward(tokens)
@@ -120,7 +123,7 @@ def assemble(
 
 def load_base(
     setup: Setup, random_encoder: bool, report: bool = False
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple["PreTrainedModel", dict[str, Any]]:
     """Return the base model on its device, and the fields of `PreparedModel` that follow from it.
 
     Args:
@@ -172,7 +175,9 @@ def prepare_model(
     return prepared
 
 
-def select_trainable(model: Any, method: Method, runs: list[Run], verbose: bool) -> Trainable:
+def select_trainable(
+    model: "PreTrainedModel", method: Method, runs: list[Run], verbose: bool
+) -> Trainable:
     """Return what trains; the seed of the first run draws a random mask."""
     rng = make_generator(runs[0].seed, "mask")
     chosen = trainable.select_trainable(

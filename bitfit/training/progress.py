@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, a line every few minutes in a log file."""
+"""Progress of a training: a bar on a terminal, a line every few minutes in a log file."""
 
 import logging
 import time
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from bitfit.training.loop import TrainState
 
 LOGGER = logging.getLogger("bitfit")
-TELL_SECONDS = 120  # between two lines, where there is no bar
+LOG_SECONDS = 120  # between two lines if there is no bar
 
 
 class Progress:
-    """Of all runs of a `bitfit.training.plan.Plan` together, in rows."""
+    """The progress of all runs of a plan together, in training examples."""
 
     def __init__(
         self, plan: Plan, runs: int = 1, done: int = 0, shows: bool = True,
@@ -27,53 +27,54 @@ class Progress:
     ) -> None:  # fmt: skip
         """
         Args:
-            runs: how many train together.
-            done: rows that were trained before.
-            shows: whether there is anybody to look.
+            runs: number of runs that train together.
+            done: training examples of steps before this process.
+            shows: show the bar or log lines; only one rank does.
             clock: returns the seconds that decide when the loss is read.
         """
         self.plan, self.runs, self.done = plan, runs, done
         self.total = plan.epochs * plan.rows_per_run * runs
-        what = f"{plan.task.name}, {runs} runs" if runs > 1 else plan.task.name
-        self.bar = tqdm(total=self.total, initial=done, unit="ex", desc=what,
+        title = f"{plan.task.name}, {runs} runs" if runs > 1 else plan.task.name
+        self.bar = tqdm(total=self.total, initial=done, unit="ex", desc=title,
                         disable=None if shows else True)  # fmt: skip
-        self.tells = shows and self.bar.disable  # standard error is no terminal
+        self.logs = shows and self.bar.disable  # standard error is not a terminal
         self.first, self.begin = done, time.monotonic()
-        self.told = self.begin
+        self.logged_at = self.begin
         self.clock = clock
-        self.looked = clock()  # epochs may be shorter than the time between two looks
+        self.read_at = clock()  # epochs may be shorter than the time between two readings
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Within: log lines do not break the bar."""
+        """Show the bar, and write log lines above it."""
         with logging_redirect_tqdm(), self.bar:
             yield
 
     def update(self, rows: int) -> None:
+        """Count training examples of a finished step."""
         self.done += rows
         self.bar.update(rows)
 
-    def look(self, state: "TrainState", loss: float) -> None:
-        """Show what there is to see.
+    def show(self, state: "TrainState", loss: float) -> None:
+        """Show epoch, loss and best score; log them if it is time to.
 
         Args:
-            loss: the mean of the last step.
+            loss: mean loss of the last step.
         """
         best = best_score(state)
-        said = {"epoch": f"{state.epoch + 1}/{self.plan.epochs}", "loss": f"{loss:.3f}"}
-        said |= {"best": f"{100 * best:.1f}"} if best is not None else {}
-        self.bar.set_postfix(said, refresh=False)
-        if self.tells and time.monotonic() - self.told > TELL_SECONDS:
-            self.told = time.monotonic()
-            rate = (self.done - self.first) / (self.told - self.begin)
+        values = {"epoch": f"{state.epoch + 1}/{self.plan.epochs}", "loss": f"{loss:.3f}"}
+        values |= {"best": f"{100 * best:.1f}"} if best is not None else {}
+        self.bar.set_postfix(values, refresh=False)
+        if self.logs and time.monotonic() - self.logged_at > LOG_SECONDS:
+            self.logged_at = time.monotonic()
+            rate = (self.done - self.first) / (self.logged_at - self.begin)
             left = tqdm.format_interval((self.total - self.done) / rate)
-            said["step"] = f"{state.step}/{self.plan.steps_per_epoch}"
-            words = "  ".join(f"{name} {value}" for name, value in said.items())
-            LOGGER.info("%s  %.0f ex/s  %s left", words, rate, left)
+            values["step"] = f"{state.step}/{self.plan.steps_per_epoch}"
+            text = "  ".join(f"{name} {value}" for name, value in values.items())
+            LOGGER.info("%s  %.0f ex/s  %s left", text, rate, left)
 
 
 def best_score(state: "TrainState") -> float | None:
-    """The best main score of all runs so far, or None."""
+    """Return the best main score of all runs so far, or None before the first evaluation."""
     task = state.plan.task
     main = task.validation_splits[0], task.metrics[0]
     return max((value for *_, split, metric, value in state.scores if (split, metric) == main),

@@ -1,8 +1,9 @@
-"""Facts and tensors on disk, whole or absent: checkpoints and saved evaluators alike.
+"""Entries on disk: metadata and tensors, of checkpoints and of saved evaluators.
 
-The tensors are a safetensors file; the facts are JSON that a person can read, written after it,
-with the checksums of both. Each is written under a temporary name, flushed and renamed, so an entry
-is there when its facts are. A torn or edited file does not have its checksum and is refused.
+The tensors are a safetensors file. The metadata are a JSON file that is written after the tensors
+and holds the checksums of both. Each file is written under a temporary name, flushed and renamed,
+so an entry is complete if its JSON file exists. A torn or edited file does not have its checksum
+and is refused.
 """
 
 import hashlib
@@ -18,76 +19,80 @@ from bitfit.files import atomic_file
 from utils import FORMAT, CorruptFile
 
 
-def write(
+def write_entry(
     path: str | Path,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     tensors: dict[str, torch.Tensor],
-    beside: str | None = None,
+    tensors_name: str | None = None,
 ) -> None:
-    """Write {name: tensor on the host}, if there are any, and then the facts, to `path` (.json).
+    """Write an entry: the tensors, if there are any, and then the metadata.
 
     Args:
-        beside: the name of the tensors' file; None: that of `path`.
+        path: of the JSON file.
+        tensors: {name: tensor on the host}.
+        tensors_name: file name of the tensors; None: like `path`, with suffix .safetensors.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the entry could not be written.
     """
-    data = Path(path).with_name(beside or f"{Path(path).stem}.safetensors")
-    facts = {"format": FORMAT} | facts
-    with atomic_file(path) as new_facts:
+    data = Path(path).with_name(tensors_name or f"{Path(path).stem}.safetensors")
+    metadata = {"format": FORMAT} | metadata
+    with atomic_file(path) as new_metadata:
         if not tensors:
-            new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
+            new_metadata.write_text(dump(metadata | {"sha256": sha256(metadata)}), encoding="utf-8")
             return
         with atomic_file(data) as new_data:  # both are written before either gets its name
-            save(tensors, new_data)
-            facts |= {"tensors": data.name, "tensors_sha256": file_sha256(new_data)}
-            new_facts.write_text(dump(facts | {"sha256": sha256(facts)}), encoding="utf-8")
+            save_tensors(tensors, new_data)
+            metadata |= {"tensors": data.name, "tensors_sha256": file_sha256(new_data)}
+            new_metadata.write_text(dump(metadata | {"sha256": sha256(metadata)}), encoding="utf-8")
 
 
-def save(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """safetensors' own function, whose errors are OSError here."""
+def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Write a safetensors file; its errors become OSError."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(facts, tensors) as they were written.
+def read_entry(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the (metadata, tensors) of an entry.
 
     Raises:
-        CorruptFile: for any file that is not as it was written.
+        CorruptFile: a file is missing or differs from what was written.
     """
     path = Path(path)
     try:
         text = path.read_bytes()
-        facts = json.loads(text)
-        if facts["format"] != FORMAT:
-            other = f"(format {facts['format']}, not {FORMAT})"
+        metadata = json.loads(text)
+        if metadata["format"] != FORMAT:
+            other = f"(format {metadata['format']}, not {FORMAT})"
             raise CorruptFile(f"{path} was written by another version of this program {other}")
-        digest = facts.pop("sha256")
-        if digest != sha256(facts) or dump(facts | {"sha256": digest}).encode() != text:
+        digest = metadata.pop("sha256")
+        if digest != sha256(metadata) or dump(metadata | {"sha256": digest}).encode() != text:
             raise ValueError("its checksum is wrong")
-        if "tensors" not in facts:
-            return facts, {}
-        data = path.with_name(facts.pop("tensors"))
-        if facts.pop("tensors_sha256") != file_sha256(data):
+        if "tensors" not in metadata:
+            return metadata, {}
+        data = path.with_name(metadata.pop("tensors"))
+        if metadata.pop("tensors_sha256") != file_sha256(data):
             raise ValueError(f"the checksum of {data.name} is wrong")
-        return facts, load_file(data)
+        return metadata, load_file(data)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
             SafetensorError) as error:  # fmt: skip
         raise CorruptFile(f"{path} is damaged: {error}") from None
 
 
-def dump(facts: dict[str, Any]) -> str:
-    """The one way to write facts, so that no byte of them can change unseen."""
-    return json.dumps(facts, indent=2) + "\n"
+def dump(metadata: dict[str, Any]) -> str:
+    """Return metadata as JSON, always formatted alike: the checksum then covers every byte."""
+    return json.dumps(metadata, indent=2) + "\n"
 
 
-def sha256(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(dump(facts).encode()).hexdigest()
+def sha256(metadata: dict[str, Any]) -> str:
+    """Return the checksum of metadata."""
+    return hashlib.sha256(dump(metadata).encode()).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
+    """Return the checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
