@@ -260,7 +260,7 @@ class GLUEvaluator:
         lr_schedule: str = "constant",
         warmup_ratio: float = 0.0,
         keep: str = "last",
-        saver: CheckpointManager | None = None,
+        checkpoints: CheckpointManager | None = None,
         tracker: Tracker = OFF,
         curves: bool = True,
     ) -> None:
@@ -270,7 +270,7 @@ class GLUEvaluator:
             output_path: folder for metrics and curves; each of several runs has a folder in it,
                 named `Run.name`. Or {run: its folder} for some runs: the others write nothing.
             evaluation_frequency, lr_schedule, warmup_ratio, keep: see `TrainOptions`.
-            saver: writes checkpoints and resumes from them.
+            checkpoints: writes checkpoints and resumes from them.
             tracker: reports losses and scores to experiment trackers.
             curves: plot the learning curves.
 
@@ -287,7 +287,7 @@ class GLUEvaluator:
         folders = run_folder.run_folders(output_path, self.runs)
         diverged = metrics_files.train(
             state, self.result, dtype=self.setup.dtype,
-            saver=saver or CheckpointManager(), tracker=tracker,
+            checkpoints=checkpoints or CheckpointManager(), tracker=tracker,
             folders=folders, metadata=reports.metrics_metadata(self),
         )  # fmt: skip
         for run, folder in folders.items() if curves else ():

@@ -23,7 +23,7 @@ def train(
     result: TrainingResult,
     *,
     dtype: torch.dtype,
-    saver: CheckpointManager,
+    checkpoints: CheckpointManager,
     tracker: Tracker,
     folders: dict[Run, Path],
     metadata: dict[str, Any],
@@ -40,7 +40,7 @@ def train(
     """
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    saver.load(state)
+    checkpoints.load(state)
     tracker.open_runs(state, folders)
 
     def write() -> None:
@@ -48,8 +48,8 @@ def train(
         write_metrics(state, result, folders, metadata)
 
     try:
-        with state.stack.patched(dtype), saver.defer_signals():
-            diverged = fit(state, write, saver, tracker)
+        with state.stack.patched(dtype), checkpoints.defer_signals():
+            diverged = fit(state, write, checkpoints, tracker)
     finally:
         if state.best is not None:
             state.stack.set_params(state.best)

@@ -186,7 +186,7 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
     from bitfit.training.checkpoints import CheckpointManager
 
     args, evaluator, group = experiment.args, experiment.evaluator, experiment.evaluator.group
-    saver = CheckpointManager(
+    checkpoints = CheckpointManager(
         home / run_folder.CHECKPOINTS,
         every=args.checkpoint_every,
         minutes=args.checkpoint_minutes,
@@ -201,7 +201,7 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
             lr_schedule=args.lr_schedule,
             warmup_ratio=args.warmup_ratio,
             keep=args.keep,
-            saver=saver,
+            checkpoints=checkpoints,
             tracker=experiment.tracker,
             curves=False,
         )

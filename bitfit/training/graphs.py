@@ -18,13 +18,13 @@ from bitfit.model.batching import buffer_views, list_arrays, pack_into_buffer, r
 from utils import first_line, is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
-Graph = tuple[Callable[[], None], torch.Tensor]  # what replays it, and its result
+Graph = tuple[Callable[[], None], torch.Tensor]  # (function that replays it, its result)
 USES_BEFORE_CAPTURE = 3  # of a shape: capturing takes as long as some ten steps
 MAX_GRAPHS = 64
 
 
 class StepGraphs:
-    """The graphs of one training, captured once a shape has come often enough."""
+    """The graphs of one training, captured when a shape has occurred often enough."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ def capture_on_gpu(work: Callable[[], torch.Tensor], pool: object) -> Graph:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = work()
     except BaseException:
-        # What torch leaves behind: another stream, and a generator that waits for a graph's end.
+        # torch does not reset the stream, nor the generator that waits for the end of a graph.
         torch.cuda.set_stream(stream)
         generator = torch.cuda.default_generators[stream.device_index]
         generator.graphsafe_set_state(generator.clone_state())

@@ -164,7 +164,7 @@ def forward_backward(plan: Plan, stack: RunStack, step: Step) -> torch.Tensor:
 
 
 def train_epoch(
-    state: TrainState, saver: "CheckpointManager", progress: Progress, tracker: Tracker = OFF
+    state: TrainState, checkpoints: "CheckpointManager", progress: Progress, tracker: Tracker = OFF
 ) -> None:
     """Train the remaining steps of an epoch. A run that diverges does not train in the next one."""
     plan, stack = state.plan, state.stack
@@ -190,7 +190,7 @@ def train_epoch(
         state.seconds += time.perf_counter() - begin
         if reads_loss:
             tracker.log_losses(state, dict(zip(finite.tolist(), read.tolist(), strict=True)))
-        saver.after_step(state)
+        checkpoints.after_step(state)
         begin = time.perf_counter()
     # The last step may have been finite, but not the values after it.
     last = torch.full_like(stack.bad_step[0], (state.epoch + 1) * steps - 1)
@@ -202,14 +202,14 @@ def train_epoch(
 def fit(
     state: TrainState,
     write: Callable[[], None],
-    saver: "CheckpointManager",
+    checkpoints: "CheckpointManager",
     tracker: Tracker = OFF,
 ) -> str | None:
     """Train the remaining epochs, and evaluate after those that are due and after the last.
 
     Args:
         write: called after each evaluation.
-        saver: writes the checkpoints, and raises Stopped after a signal.
+        checkpoints: writes the checkpoints, and raises Stopped after a signal.
         tracker: gets losses and scores.
 
     Returns:
@@ -223,12 +223,12 @@ def fit(
     state.graphs = step_graphs(state)
     with progress.shown():
         while state.epoch < plan.epochs:
-            train_epoch(state, saver, progress, tracker)
+            train_epoch(state, checkpoints, progress, tracker)
             if not plan.group.replicas_equal(state.stack.params):
                 raise CorruptFile(f"ranks {plan.group.ranks} hold different values")
             ended = state.epoch + 1
             due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
-            scores = evaluate(state, saver) if due else []
+            scores = evaluate(state, checkpoints) if due else []
             record_epoch(state, scores)
             tracker.log_scores(state, scores)
             state.loss_sum.zero_()
@@ -237,7 +237,7 @@ def fit(
                 write()
             if not len(state.stack.finite_runs()):
                 return divergence_message(state)
-            saver.after_epoch(state, last=ended == plan.epochs)
+            checkpoints.after_epoch(state, last=ended == plan.epochs)
     return None
 
 
@@ -249,7 +249,7 @@ def divergence_message(state: TrainState) -> str:
             "--lr-schedule linear with --warmup-ratio")  # fmt: skip
 
 
-def evaluate(state: TrainState, saver: "CheckpointManager") -> list[tuple]:
+def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]:
     """Return the scores of the runs that have not diverged, as tuples like `TrainState.scores`.
 
     Their logits on validation splits go to `TrainState.logits`.
@@ -259,7 +259,7 @@ def evaluate(state: TrainState, saver: "CheckpointManager") -> list[tuple]:
     plan, stack, scores = state.plan, state.stack, []
     begin, active = time.perf_counter(), stack.finite_runs()
     try:
-        with saver.defer_signals(plan.group.size > 1):  # ranks evaluate together
+        with checkpoints.defer_signals(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
                 labels = split.tokens.labels.cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in active}
@@ -272,7 +272,7 @@ def evaluate(state: TrainState, saver: "CheckpointManager") -> list[tuple]:
                     for metric, value in score(plan.task, logits, labels[rows[k]]).items():
                         scores.append((stack.runs[k].name, state.epoch + 1, name, metric, value))
     except Stopped:
-        saver.save(state)
+        checkpoints.save(state)
         raise
     for k in active:
         state.records[k].seconds["evaluation"] += (time.perf_counter() - begin) / len(active)

@@ -91,9 +91,9 @@ class Plan:
         }
 
     def order(self, run: Run, epoch: int) -> np.ndarray:
-        """Return the rows of a run in their order in an epoch, (rows,) int64.
+        """Return the training examples of a run in the order of an epoch, (rows,) int64.
 
-        It depends on nothing but the run's seed and the epoch.
+        The order depends only on the seed of the run and on the epoch.
         """
         rows = self.train.rows_of_seed[run.seed]
         return rows[make_generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
