@@ -432,7 +432,7 @@ def test_a_file_system_without_locks(study, capsys, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", fails)
-    monkeypatch.setattr(worker, "run_cell", lambda *args: True)
+    monkeypatch.setattr(worker, "run_cell", lambda *args, **options: True)
     command = ["run", "-o", str(study.output), "--gpus", "cpu"]
     assert paper.main(command) == 2
     assert "divide the cells with --shard I/N" in capsys.readouterr().err
@@ -454,7 +454,7 @@ def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
     facts = json.loads(args.read_text())
     assert facts["finished"] and facts["ranks"] == 2
     args.write_text(json.dumps(facts | {"finished": False}))
-    monkeypatch.setattr(worker, "run_cell", lambda *words: seen.append(words[-1]))
+    monkeypatch.setattr(worker, "run_cell", lambda *args, ranks: seen.append(ranks))
     paper.main(command)
     assert seen == [2]  # what was begun by two goes on by two
 
@@ -468,7 +468,7 @@ def test_more_ranks_than_gpus_fail_no_cell(ranks, gpu, seen, refused, monkeypatc
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     if not refused:
         return worker.check_gpus_for_ranks(ranks, gpu)
-    with pytest.raises(UserError, match="needs as many GPUs, here are 4: leave --gpus out"):
+    with pytest.raises(UserError, match="GPUs, but this machine has 4: leave --gpus out"):
         worker.check_gpus_for_ranks(ranks, gpu)
 
 
@@ -527,7 +527,7 @@ def test_a_kill_in_the_first_moments_leaves_nothing_to_resume(study, monkeypatch
 def test_rates_that_cannot_be_read_are_none(study, content, capsys):
     (study.output / cost.RATES).write_text(content)
     assert paper.main(["plan", "-o", str(study.output)]) == 0
-    assert "plan again with --calibrate" in capsys.readouterr().out
+    assert "`plan --calibrate` estimates them" in capsys.readouterr().out
 
 
 def test_an_empty_config_is_one_line(tmp_path, capsys):
