@@ -679,7 +679,7 @@ def test_wrong_data_and_no_test_split(superglue, tmp_path, capsys):
     out, file = tmp_path / "out", superglue / "cb.json"
     files = {split: name for split, name in CB["files"].items() if split != "test"}
     file.write_text(json.dumps(CB | {"files": files}))
-    message = "the record of cb names no test split to predict"
+    message = "the task file of cb names no test split to predict"
     assert_one_line(flags(out, file, "--predict-test"), message, out, capsys)
     file.write_text(json.dumps(CB | {"label": "gold", "files": files}))
     message = "train.jsonl: no column 'gold' among premise, hypothesis, idx, label"

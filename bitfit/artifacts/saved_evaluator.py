@@ -19,8 +19,14 @@ from bitfit.model.fingerprints import describe_change
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
-from bitfit.training.prepare import Trainable, TrainingResult, assemble, load_base
-from bitfit.training.setup import Method, Setup, load_data
+from bitfit.training.prepare import (
+    PreparedModel,
+    Trainable,
+    TrainingResult,
+    assemble,
+    load_base,
+)
+from bitfit.training.setup import LoadedData, Method, Setup, load_data
 from bitfit.training.state import Record
 from utils import LOGGER, CorruptFile, UserError
 
@@ -158,7 +164,9 @@ def read(
     return arguments | {"model_revision": facts["model_revision"]}, (facts, tensors)
 
 
-def restore(setup: Setup, folder: Path, facts: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+def restore(
+    setup: Setup, folder: Path, facts: dict[str, Any], tensors: Tensors
+) -> tuple[Setup, LoadedData, PreparedModel, TrainingResult]:
     """Return setup, data, prepared model and result of a saved evaluator.
 
     Raises:
@@ -191,7 +199,7 @@ def restore(setup: Setup, folder: Path, facts: dict[str, Any], tensors: Tensors)
         scores=scores_frame(facts["scores"]),
         averaged=facts.get("averaged", []),
     )
-    return {"setup": setup, "loaded": loaded, "prepared": prepared, "result": result}
+    return setup, loaded, prepared, result
 
 
 def read_trainable(

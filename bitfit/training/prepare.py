@@ -6,7 +6,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,17 @@ import torch
 from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split, TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
-from bitfit.model import fingerprints, loading, run_stack, trainable, zero_gradients
+from bitfit.model import fingerprints, loading, predict, run_stack, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
 from bitfit.model.forward import Forward, check_ids, select_forward
+from bitfit.model.precision import cast_parameters
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.results import scores as reports
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.setup import LoadedData, Method, Setup
 from bitfit.training.state import Record, TrainState, init_state
-from utils import make_generator, print_result
+from utils import UserError, make_generator, print_result, set_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,39 @@ class PreparedModel:
             reason = run_stack.reason_not_stackable(self.forward, self.trainable, tokens)
             self.not_stackable, self.stackable_checked = reason, True
         return self.not_stackable
+
+    def with_mask(
+        self, fine_tune_type: str, mask_size: int | None, result: "TrainingResult | None"
+    ) -> "PreparedModel":
+        """Return a model in which a random mask trains; result: None unless it was trained."""
+        if result or not trainable.trains_matrices(self.model, self.trainable):
+            raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
+        method = replace(self.method, fine_tune_type=fine_tune_type, mask_size=mask_size)
+        selected = select_trainable(self.model, method, self.runs, self.verbose)
+        return replace(self, method=method, trainable=selected, stackable_checked=False)
+
+    def predict(self, data: LoadedData, split: str, group: Group) -> np.ndarray:
+        """Return the logits of all rows of a split, (rows, C) float32."""
+        tokens = data.tokens(split)
+        forward = self.forward_for(tokens, data.all_tokens)
+        with cast_parameters(self.model, self.dtype):
+            return predict.predict(forward, tokens, self.token_budget, group=group)
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Return {parameter: bool tensor of its shape}, True where a random mask trains."""
+        return trainable.dense_masks(self.model, self.trainable)
+
+    @property
+    def trains_only_biases(self) -> bool:
+        """Return whether bitfit trains."""
+        return trainable.trains_only_biases(self.model, self.trainable)
+
+    def fingerprints(self, data: LoadedData) -> dict[str, Any]:
+        """Return the hashes of the data, the base model and the trainable parameters."""
+        hashes = data.hashes() | {"encoder_sha256": self.encoder_sha256}
+        hashes |= {"chosen_sha256": self.trainable_sha256(), **data.base_fingerprints}
+        return hashes | ({"zero_gradient": self.zero_gradient} if self.zero_gradient else {})
 
     def trainable_sha256(self) -> str:
         """Return the hash of the names and positions that train."""
@@ -154,19 +188,12 @@ def prepare_model(
     model, fields = load_base(setup, setup.random_encoder, report=before is None)
     selected = select_trainable(model, method, runs, verbose)
     prepared = assemble(
-        model,
-        setup.model_name,
-        selected,
-        runs,
-        dtype=setup.dtype,
-        max_tokens=setup.max_tokens,
-        method=method,
-        verbose=verbose,
-        **fields,
-    )
+        model, setup.model_name, selected, runs, dtype=setup.dtype, max_tokens=setup.max_tokens,
+        method=method, verbose=verbose, **fields,
+    )  # fmt: skip
     tokens = data.tokens("train")
     prepared.forward_for(tokens, data.all_tokens)
-    if trainable.trains_only_biases(model, prepared.trainable):
+    if prepared.trains_only_biases:
         found = zero_gradients.find_zero_gradients(model, prepared.trainable, tokens)
         prepared.zero_gradient = found
         if found and (before is None or found != before.zero_gradient):
@@ -186,6 +213,27 @@ def select_trainable(
     if verbose:
         print_result(trainable.trainable_table(model, chosen))
     return chosen
+
+
+def make_runs(
+    learning_rates: list[float], seeds: list[int], only_seed: int | None = None
+) -> list[Run]:
+    """Return a run for each pair of a learning rate and a seed, or those of one of the seeds."""
+    if only_seed is not None and only_seed not in seeds:
+        raise UserError(f"seed {only_seed} is none of this evaluator's: {seeds}")
+    seeds = seeds if only_seed is None else [only_seed]
+    runs = [Run(float(rate), seed) for rate in learning_rates for seed in seeds]
+    if len(set(runs)) < len(runs):
+        raise UserError("a learning rate or seed is given twice: give each once")
+    return runs
+
+
+def split_into_passes(runs: list[Run], reason: str | None) -> list[list[Run]]:
+    """Return the runs that train together; reason: why they cannot share a pass, or None."""
+    if len(runs) > 1:
+        how = f"one after the other: {reason}" if reason else "in one pass"
+        LOGGER.info("%d runs %s", len(runs), how)
+    return [[run] for run in runs] if reason else [runs]
 
 
 def new_training(
@@ -209,6 +257,24 @@ def new_training(
     return init_state(plan, prepared.new_stack(), prepared.method.optimizer)
 
 
+def start_training(
+    prepared: PreparedModel, data: LoadedData, options: TrainOptions, group: Group
+) -> TrainState:
+    """Seed dropout and return the state before the first step; UserError if it cannot train."""
+    options.check()
+    train, runs = data.dataset.split("train"), prepared.runs
+    reason = prepared.reason_not_stackable(train.tokens) if len(runs) > 1 else None
+    if reason:
+        raise UserError(f"{len(runs)} runs cannot train in one pass, {reason}: "
+                        "prepare and train one after the other")  # fmt: skip
+    seed = runs[0].seed
+    if group.rank:  # each rank draws the dropout of its own rows
+        seed = int(make_generator(seed, f"dropout of rank {group.rank}").integers(2**63))
+    set_seed(seed)
+    scored = data.dataset.scored()
+    return new_training(prepared, data.dataset.task, train, scored, options, group)
+
+
 @dataclass
 class TrainingResult:
     """The trained values, scores and records of all runs."""
@@ -223,6 +289,25 @@ class TrainingResult:
     def record(self) -> Record:
         """Return the record of the selected run."""
         return self.records[self.selected]
+
+    @property
+    def caption(self) -> str:
+        """Return what the selected run is: its learning rate and seed, or an average of runs."""
+        count = len(self.averaged)
+        return f"average of {count}" if count else self.record.run.caption
+
+    def select(self, run: int) -> None:
+        """Select a run, counted from 0, and load it into the model."""
+        count = len(self.stack.runs)
+        if not 0 <= run < count:
+            raise UserError(f"there is no run {run}: there are {count}, counted from 0")
+        self.stack.load_run(run)
+        self.selected = run
+
+    def values_before_and_after(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the initial and the trained values of the selected run, {name: values}."""
+        before = self.stack.named_params(self.selected, self.stack.initial_params)
+        return before, self.stack.named_params(self.selected)
 
     def scores_of(self, run: Run) -> pd.DataFrame:
         """Return the scores of one run."""

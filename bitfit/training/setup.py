@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,7 +12,10 @@ from bitfit.data.tasks import Task
 from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate
 from bitfit.model import fingerprints, hub, loading
 from bitfit.model.precision import DTYPES
+from bitfit.model.trainable import components_to_terms
 from utils import UserError, as_list, choose_device, choose_precision
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Setup:
         """Return the type that the model computes in."""
         return DTYPES[self.precision]
 
+    def caption(self, method: "Method") -> str:
+        """Return one line with task, model and method."""
+        model = self.base_name + (" (random encoder)" if self.random_encoder else "")
+        terms = ", ".join(components_to_terms(method.components))
+        kind = f"bitfit ({terms})" if terms else method.fine_tune_type
+        return f"{self.task.folder}, {model}, {kind}"
+
 
 def make_setup(
     task_name: str | dict[str, Any],
@@ -49,25 +59,31 @@ def make_setup(
     max_tokens: int | None,
     model_revision: str | None,
 ) -> Setup:
-    """Return the setup of `GLUEvaluator`'s arguments; raise UserError if one is wrong."""
+    """Return the setup of `GLUEvaluator`'s arguments; raise UserError if one is wrong.
+
+    Args:
+        task_name: a name in `bitfit.data.tasks.TASKS`, the path or the content of a task file.
+        model_name: a name on the Hub, or a folder.
+        device: GPU number; None for the CPU.
+        seed: of classifier, data order, dropout and masks; a list: one run for each; None:
+            the seed of `set_seed`.
+        data_dir: GLUE's TSV folders or Parquet files; None: the Hub, or beside the task file.
+        precision: "fp32" or "bf16"; None: bf16 on a GPU that supports it, else fp32.
+        random_encoder: draw the encoder's weights at random (a control).
+        max_tokens: in one forward pass; None: the default of the device.
+        model_revision: tag, branch or commit of a model on the Hub; None: its main branch.
+    """
     if precision not in (None, *DTYPES):
         raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
     task, data_dir = task_files.resolve_task(task_name, data_dir)
     revision, commit = hub.resolve_revision(model_name, model_revision)
     torch_device = choose_device(device)
     return Setup(
-        task=task,
-        model_name=model_name,
-        revision=revision,
-        model_commit=commit,
-        base_name=Path(model_name).name,
-        data_dir=data_dir,
-        random_encoder=random_encoder,
-        device=torch_device,
-        seeds=as_list(torch.initial_seed() if seed is None else seed),
-        precision=choose_precision(precision, torch_device),
-        max_tokens=max_tokens,
-    )
+        task=task, model_name=model_name, revision=revision, model_commit=commit,
+        base_name=Path(model_name).name, data_dir=data_dir, random_encoder=random_encoder,
+        device=torch_device, seeds=as_list(torch.initial_seed() if seed is None else seed),
+        precision=choose_precision(precision, torch_device), max_tokens=max_tokens,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,9 +93,9 @@ class LoadedData:
     dataset: Dataset
     tokenizer: Any
     base_fingerprints: dict[str, Any]  # of the base model's config and tokenizer
-    max_sequence_len: int
-    batch_size: int
-    train_size: int | None
+    max_sequence_len: int  # in tokens; longer examples are cut
+    batch_size: int  # examples in an optimizer step
+    train_size: int | None  # training examples drawn by each seed; None: all
 
     def tokens(self, split: str) -> TokenizedSplit | None:
         """Return the tokens of a split, or None for an optional split that does not exist."""
@@ -88,6 +104,20 @@ class LoadedData:
     def all_tokens(self) -> TokenizedSplit:
         """Return the tokens of all splits read so far."""
         return concatenate([s.tokens for s in self.dataset.splits.values() if s.tokens])
+
+    def read_splits(self, test_splits: bool) -> None:
+        """Read the training and validation splits, and the test splits if asked to."""
+        tests = self.test_files() if test_splits else ()
+        for split in ("train", *self.dataset.task.validation_splits, *tests):
+            self.tokens(split)
+        self.dataset.report_overlap()
+
+    def test_files(self) -> dict[str, str]:
+        """Return {test split: name of its file of predictions}; UserError if there is none."""
+        task = self.dataset.task
+        if not task.server_files:
+            raise UserError(f"the task file of {task.name} names no test split to predict")
+        return task.server_files
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes of the scored splits and of the test splits read so far."""
@@ -107,7 +137,8 @@ def hash_splits(splits: Iterable[Split]) -> str:
 def load_data(
     setup: Setup, max_sequence_len: int, batch_size: int, train_size: int | None
 ) -> LoadedData:
-    """Load the tokenizer; no split is read yet."""
+    """Check the length and load the tokenizer; no split is read yet."""
+    loading.check_max_length(setup.model_name, setup.task, max_sequence_len, setup.revision)
     tokenizer = loading.load_tokenizer(setup.model_name, setup.revision)
     dataset = Dataset(
         task=setup.task,
@@ -134,7 +165,28 @@ def load_data(
 class Method:
     """How to fine-tune, as `GLUEvaluator.prepare` describes it."""
 
-    fine_tune_type: str = "bitfit"
+    fine_tune_type: str = "bitfit"  # one of `options.FINE_TUNE_TYPES`
     components: tuple[str, ...] = ()  # bias names relative to their layer
+    # The number of parameters of rand_uniform; None: the paper's for its models, else as many as
+    # bitfit trains.
     mask_size: int | None = None
     optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        """Raise UserError if the optimizer is unknown."""
+        if self.optimizer not in ("adamw", "adam"):
+            raise UserError(f"unknown optimizer {self.optimizer!r}; known: adamw, adam")
+
+    @staticmethod
+    def released_type(encoder_trainable: bool, components: Sequence[str] | None) -> str:
+        """Return the fine-tune type of the released arguments of `training_preparation`."""
+        if encoder_trainable and components:
+            raise UserError("encoder_trainable trains everything: give no trainable_components")
+        return "full_ft" if encoder_trainable else "bitfit" if components else "frozen"
+
+
+def need(value: T | None, call: str) -> T:
+    """Return a value, or raise UserError if the call that creates it is missing."""
+    if value is None:
+        raise UserError(f"call {call} first")
+    return value
