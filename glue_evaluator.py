@@ -229,7 +229,7 @@ class GLUEvaluator:
             raise UserError("only bitfit has bias terms to plot")
         return plots.bias_changes(*result.values_before_and_after(), self.prepared.zero_gradient)
 
-    def plot_terms_changes(self, output_path: str | Path | None = None) -> Any:
+    def plot_terms_changes(self, output_path: str | Path | None = None) -> "plots.Figure":
         """Return the paper's figure 1, and save it with its numbers as .png and .csv."""
         names, changes = self.terms_changes()
         figure = plots.bias_heatmap(names, changes, self.caption)
@@ -244,8 +244,8 @@ class GLUEvaluator:
 
     def save(self, output_path: str | Path) -> None:
         """Write the selected run: metadata and trained values (the whole model if all trained)."""
-        self._need_result()
-        saved_evaluator.write(self, Path(output_path))
+        parts = self.setup, self._need_loaded(), self._need_prepared(), self._need_result()
+        saved_evaluator.write_evaluator(*parts, folder=Path(output_path))
 
     @staticmethod
     def load(
@@ -253,9 +253,9 @@ class GLUEvaluator:
         data_dir: str | Path | None = None,
     ) -> "GLUEvaluator":  # fmt: skip
         """Return a saved evaluator; model_name and data_dir: where base model and data are now."""
-        arguments, saved = saved_evaluator.read(Path(path), model_name, data_dir)
+        arguments, saved = saved_evaluator.read_evaluator(Path(path), model_name, data_dir)
         new = GLUEvaluator(device=gpu_device, **arguments)
-        restored = saved_evaluator.restore(new.setup, Path(path), *saved)
+        restored = saved_evaluator.restore_evaluator(new.setup, Path(path), *saved)
         new.setup, new.loaded, new.prepared, new.result = restored
         return new
 
@@ -281,7 +281,7 @@ class GLUEvaluator:
         return self.setup.seeds
 
     @property
-    def model(self) -> Any:
+    def model(self) -> torch.nn.Module:
         """Return the plain Hugging Face classifier."""
         return self._need_prepared().model
 

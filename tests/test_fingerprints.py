@@ -107,7 +107,7 @@ def test_members_of_bases_that_differ_in_config_alone(trained, base, tmp_path):
 
 
 def test_another_version_of_transformers_may_know_other_keys(trained):
-    facts, _ = saved_evaluator.files(trained)
+    facts, _ = saved_evaluator.read_files(trained)
     other = {**facts["model_config"], "transformers_version": "9.9", "new_in_that_version": 1}
     del other["chunk_size_feed_forward"]
     assert describe_change(facts, facts | {"model_config": other}) is None
@@ -143,10 +143,10 @@ def test_a_file_added_to_a_whole_model(whole, tmp_path):
 def as_before(folder, copy):
     """A copy as earlier versions of this program wrote it: the same format, fewer facts."""
     shutil.copytree(folder, copy)
-    facts, tensors = store.read_entry(copy / saved_evaluator.FACTS)
+    facts, tensors = store.read_entry(copy / saved_evaluator.METADATA)
     for name in ("model_config", "tokenizer", "model_files"):
         facts.pop(name, None)
-    store.write_entry(copy / saved_evaluator.FACTS, facts, tensors, "delta.safetensors")
+    store.write_entry(copy / saved_evaluator.METADATA, facts, tensors, "delta.safetensors")
     return copy
 
 

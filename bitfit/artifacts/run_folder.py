@@ -171,7 +171,7 @@ def harmless_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[s
             yield f"resuming with another {name}: {new[name]}, was {old[name]}"
 
 
-def describe_difference(name: str, old: Any, new: Any) -> str:
+def describe_difference(name: str, old: Any, new: Any) -> str:  # noqa: ANN401 (JSON values)
     """Return one difference between two commands as text."""
     if name.endswith("_sha256"):
         return f"{NAMES[name.removesuffix('_sha256')]} changed"

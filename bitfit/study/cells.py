@@ -241,7 +241,7 @@ def describe_difference(old: Cell, new: Cell) -> str:
     )
 
 
-def join_words(value: Any) -> str:
+def join_words(value: object) -> str:
     return " ".join(map(str, as_list(value)))
 
 

@@ -28,6 +28,7 @@ from bitfit.study.protocol import ROWS
 from bitfit.training.loop import train_step
 from bitfit.training.plan import TrainOptions
 from bitfit.training.prepare import assemble, new_training
+from bitfit.training.state import TrainState
 from utils import UserError, convert_errors, first_line
 
 RATES = "rates.json"
@@ -227,7 +228,10 @@ def measure_rate(
 
 
 def tokens_per_second(
-    state: Any, alive: np.ndarray, rows: np.ndarray, clock: Callable[[], float] = time.perf_counter
+    state: TrainState,
+    alive: np.ndarray,
+    rows: np.ndarray,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Return the tokens per second of one step in which all runs have the same rows (B,)."""
     begin = clock()

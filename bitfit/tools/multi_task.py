@@ -54,7 +54,7 @@ def read_evaluators(folders: Iterable[str | Path], model_name: str | None = None
             changed the matrices of the encoder.
     """
     found = [
-        (folder, *saved_evaluator.files(folder, model_name))
+        (folder, *saved_evaluator.read_files(folder, model_name))
         for folder in evaluator_folders(folders)
     ]
     first, base, _ = found[0]

@@ -36,7 +36,7 @@ def read_evaluators(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
     """
     folders = evaluator_folders(folders)
     evaluators = [
-        SavedEvaluator(name, folder, *saved_evaluator.files(folder))
+        SavedEvaluator(name, folder, *saved_evaluator.read_files(folder))
         for name, folder in zip(short_names(folders), folders, strict=True)
     ]
     for evaluator in evaluators:
@@ -72,8 +72,8 @@ def evaluator_folder(folder: Path) -> Path:
     if (folder / "results.csv").exists():
         raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
     inner = folder / "evaluator"
-    inside = (inner / saved_evaluator.FACTS).exists() and not (
-        folder / saved_evaluator.FACTS
+    inside = (inner / saved_evaluator.METADATA).exists() and not (
+        folder / saved_evaluator.METADATA
     ).exists()
     return Path(os.path.normpath(inner if inside else folder))
 
