@@ -244,7 +244,7 @@ class GLUEvaluator:
 
     def save(self, output_path: str | Path) -> None:
         """Write the selected run: metadata and trained values (the whole model if all trained)."""
-        parts = self.setup, self._need_loaded(), self._need_prepared(), self._need_result()
+        parts = self._need_result(), self._need_prepared(), self._need_loaded(), self.setup
         saved_evaluator.write_evaluator(*parts, folder=Path(output_path))
 
     @staticmethod

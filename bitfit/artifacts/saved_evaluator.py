@@ -42,10 +42,10 @@ READ = (".json", ".txt", ".model", ".jinja")  # suffixes of files that transform
 
 
 def write_evaluator(
-    setup: Setup,
-    loaded: LoadedData,
-    prepared: PreparedModel,
     result: TrainingResult,
+    prepared: PreparedModel,
+    loaded: LoadedData,
+    setup: Setup,
     folder: Path,
 ) -> None:
     """Write the selected run; evaluator.json is written last and makes the folder complete."""
