@@ -39,13 +39,13 @@ LICENCE = (
 )
 
 
-def write_model_card(folder: Path, task: Task, facts: Metadata) -> None:
+def write_model_card(folder: Path, task: Task, metadata: Metadata) -> None:
     """Write the card of a run's exported model, `model/README.md`, and its pictures beside it.
 
     Args:
         folder: the run's, with metrics.json and pictures.
         task: its `Task`.
-        facts: of the command, as in args.json.
+        metadata: of the command, as in args.json.
     """
     from huggingface_hub import ModelCard
 
@@ -55,17 +55,17 @@ def write_model_card(folder: Path, task: Task, facts: Metadata) -> None:
     for picture in pictures:
         with atomic_file(folder / "model" / picture.name) as temporary:
             shutil.copyfile(picture, temporary)
-    lines = [LICENCE, *paragraphs(task, metrics, facts, [picture.name for picture in pictures])]
-    yaml, body = metadata(task, metrics, facts).to_yaml(), "\n\n".join(lines)
+    lines = [LICENCE, *paragraphs(task, metrics, metadata, [picture.name for picture in pictures])]
+    yaml, body = card_metadata(task, metrics, metadata).to_yaml(), "\n\n".join(lines)
     card = ModelCard(f"---\n{yaml}\n---\n\n{body}\n")
     write_text(folder / "model" / "README.md", str(card))
 
 
-def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
+def card_metadata(task: Task, metrics: Metadata, metadata: Metadata) -> "ModelCardData":
     """Return the card's metadata for the Hub. The license is left to the author."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    glues, scores = is_glue(task, metrics), scores_of(metrics, facts)
+    glues, scores = is_glue(task, metrics), scores_of(metrics, metadata)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -80,14 +80,14 @@ def metadata(task: Task, metrics: Metadata, facts: Metadata) -> "ModelCardData":
         for split, metric, value in scores
         if glues
     ]
-    from_hub = facts["model_commit"] and not metrics["random_encoder"]
+    from_hub = metadata["model_commit"] and not metrics["random_encoder"]
     return ModelCardData(
-        base_model=facts["model_name"] if from_hub else None,
+        base_model=metadata["model_name"] if from_hub else None,
         datasets=["nyu-mll/glue"] if glues else None,
         language="en" if glues else None,
         library_name="transformers",
         metrics=list(dict.fromkeys(hub_metric(metric) for metric in task.metrics)),
-        model_name=title(metrics, facts) if results else None,
+        model_name=title(metrics, metadata) if results else None,
         eval_results=results or None,
         pipeline_tag="text-classification",
         tags=["bitfit"] if metrics["fine_tune_type"] == "bitfit" else None,
@@ -104,9 +104,9 @@ def is_glue(task: Task, metrics: Metadata) -> bool:
     return tuple(metrics["validation_rows"].values()) == task.validation_rows
 
 
-def scores_of(metrics: Metadata, facts: Metadata) -> list[tuple[str, str, float]]:
+def scores_of(metrics: Metadata, metadata: Metadata) -> list[tuple[str, str, float]]:
     """Return [(split, metric, value)] of the exported weights; none for a diverged run."""
-    scores = {} if metrics["diverged"] else metrics[facts["keep"]]
+    scores = {} if metrics["diverged"] else metrics[metadata["keep"]]
     return [
         (split, metric, value)
         for split in metrics["validation_rows"]
@@ -114,8 +114,8 @@ def scores_of(metrics: Metadata, facts: Metadata) -> list[tuple[str, str, float]
     ]
 
 
-def title(metrics: Metadata, facts: Metadata) -> str:
-    base = Path(without_path(facts["model_name"])).name
+def title(metrics: Metadata, metadata: Metadata) -> str:
+    base = Path(without_path(metadata["model_name"])).name
     return f"{base}-{metrics['task']}-{metrics['fine_tune_type']}"
 
 
@@ -126,34 +126,34 @@ def without_path(value: str) -> str:
 
 
 def paragraphs(
-    task: Task, metrics: Metadata, facts: Metadata, pictures: list[str]
+    task: Task, metrics: Metadata, metadata: Metadata, pictures: list[str]
 ) -> Iterator[str]:
     """Yield the paragraphs below the metadata."""
-    yield f"# {escape.markdown(title(metrics, facts))}"
-    yield " ".join(sentences(task, metrics, facts))
+    yield f"# {escape.markdown(title(metrics, metadata))}"
+    yield " ".join(sentences(task, metrics, metadata))
     rows = [
         f"| {split} | {metrics['validation_rows'][split]:,} | {metric} | {100 * value:.1f} |"
-        for split, metric, value in scores_of(metrics, facts)
+        for split, metric, value in scores_of(metrics, metadata)
     ]
     if rows:
         yield "\n".join(["| split | rows | metric | × 100 |", "|---|---|---|---|", *rows])
-    yield which_weights(metrics, facts)
+    yield which_weights(metrics, metadata)
     yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
     yield f"## To load it\n\n```python\n{example(task)}\n```"
-    yield f"## How it was made\n\n```\n{command(facts)}\n```"
+    yield f"## How it was made\n\n```\n{command(metadata)}\n```"
     if task.record:
         yield f"The task file:\n\n```json\n{json.dumps(task.record, indent=2)}\n```"
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "python"))
+    versions = ", ".join(f"{name} {metadata[name]}" for name in ("torch", "transformers", "python"))
     made = f"Learning rate {metrics['learning_rate']:g}, seed {metrics['seed']}"
-    yield f"{made}, {facts['precision']} on {facts['device']}, {versions}."
+    yield f"{made}, {metadata['precision']} on {metadata['device']}, {versions}."
 
 
-def sentences(task: Task, metrics: Metadata, facts: Metadata) -> Iterator[str]:
+def sentences(task: Task, metrics: Metadata, metadata: Metadata) -> Iterator[str]:
     """Return sentences about the base model, the data and the trained parameters."""
-    base, commit = without_path(facts["model_name"]), facts["model_commit"]
+    base, commit = without_path(metadata["model_name"]), metadata["model_commit"]
     link = f"[{base}](https://huggingface.co/{base}) (commit {commit})"
     yield link if commit else f"{escape.markdown_code(base)}, a local folder,"
-    rows = f"{facts['train_size']:,} training rows of " if facts["train_size"] else ""
+    rows = f"{metadata['train_size']:,} training rows of " if metadata["train_size"] else ""
     yield f"fine-tuned on {rows}{escape.markdown(task.folder)}"
     if is_glue(task, metrics):
         yield "of [GLUE](https://huggingface.co/datasets/nyu-mll/glue)."
@@ -168,13 +168,13 @@ def sentences(task: Task, metrics: Metadata, facts: Metadata) -> Iterator[str]:
     yield f"{count:,} of {of:,} parameters ({count / of:.2%})."
 
 
-def which_weights(metrics: Metadata, facts: Metadata) -> str:
+def which_weights(metrics: Metadata, metadata: Metadata) -> str:
     """Return a sentence about the epoch and run of the scores, and how they were selected."""
     if metrics["diverged"]:
         return f"The training diverged: {metrics['diverged']}. These weights have no scores."
-    scored, epochs = metrics[facts["keep"]]["epoch"], facts["epochs"]
-    runs = len(facts["learning_rate"]) * len(facts["seed"])
-    if facts["keep"] == "last":
+    scored, epochs = metrics[metadata["keep"]]["epoch"], metadata["epochs"]
+    runs = len(metadata["learning_rate"]) * len(metadata["seed"])
+    if metadata["keep"] == "last":
         return f"The weights are those after the last epoch, {scored}."
     of_runs = f" and of {runs} runs" * (runs > 1)
     return (
@@ -198,13 +198,13 @@ def example(task: Task) -> str:
     ])  # fmt: skip
 
 
-def command(facts: Metadata) -> str:
+def command(metadata: Metadata) -> str:
     """Return the command with the flags that results depend on, and the commit."""
-    ranks, words = facts["ranks"], []
-    facts = facts | {"model_revision": facts["model_commit"]}
+    ranks, words = metadata["ranks"], []
+    metadata = metadata | {"model_revision": metadata["model_commit"]}
     left_out = HARMLESS - BY_NAME - {"output_path", "task_file"}
     for action in options.make_parser("")._actions:
-        value = facts.get(action.dest)
+        value = metadata.get(action.dest)
         if action.dest in left_out or value in (None, False, action.default):
             continue
         words.append(action.option_strings[0])

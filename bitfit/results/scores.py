@@ -84,10 +84,10 @@ def metrics_metadata(evaluator: Any) -> dict[str, Any]:
 
 
 def write_metrics(
-    folder: Path, task: Task, record: Any, scores: pd.DataFrame, facts: dict[str, Any]
+    folder: Path, task: Task, record: Any, scores: pd.DataFrame, metadata: dict[str, Any]
 ) -> None:
-    """metrics.json (facts, every score, last and best) and metrics.csv (one score a row)."""
-    content = facts | record.run._asdict()
+    """Write metrics.json (metadata and all scores) and metrics.csv (one score per line)."""
+    content = metadata | record.run._asdict()
     content |= {"diverged": record.diverged, "train_loss": record.train_loss}
     content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
     content |= {"epochs": scores["epoch"].unique().tolist()}

@@ -29,14 +29,14 @@ def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     Args:
         folders: {run: its folder}
     """
-    facts, scores = [], [scores_frame([])]
+    metadata, scores = [], [scores_frame([])]
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
             with convert_errors(
                 lambda e, f=folder: UserError(f"{f} cannot be read: {first_line(e)}")
             ):
                 content, table = read_metrics(folder)
-                facts.append({
+                metadata.append({
                     "run": run.name,
                     "learning_rate": run.learning_rate,
                     "seed": run.seed,
@@ -45,54 +45,54 @@ def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
                     "diverged": content["diverged"] or "",
                 })  # fmt: skip
             scores += [table.assign(run=run.name)] * bool(len(table))
-    return pd.DataFrame(facts), pd.concat(scores[1:] or scores)
+    return pd.DataFrame(metadata), pd.concat(scores[1:] or scores)
 
 
-def without_diverged(facts: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+def without_diverged(metadata: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Return the scores of runs that did not diverge."""
-    return scores[scores["run"].isin(facts.loc[facts["diverged"] == "", "run"])]
+    return scores[scores["run"].isin(metadata.loc[metadata["diverged"] == "", "run"])]
 
 
-def best_run(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
+def best_run(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
     """Return the name of the run with the best score of any epoch, or None."""
-    scores = without_diverged(facts, scores)
+    scores = without_diverged(metadata, scores)
     if scores.empty:
         return None
     best = main_scores(scores, task)[scores["run"].unique()].max()
     return best.fillna(-np.inf).idxmax()
 
 
-def results_rows(facts: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
+def results_rows(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
     """Return the rows of results.csv, one per run, scores × 100."""
     rows, main = [], main_rows(scores, task)
-    for fact in facts.to_dict("records"):
-        own = 100 * main[main["run"] == fact["run"]].set_index("epoch")["value"]
-        row = {name: fact[name] for name in ("run", "learning_rate", "seed")}
+    for entry in metadata.to_dict("records"):
+        own = 100 * main[main["run"] == entry["run"]].set_index("epoch")["value"]
+        row = {name: entry[name] for name in ("run", "learning_rate", "seed")}
         row |= {"metric": task.metrics[0]}
         row |= {"last_epoch": int(own.index[-1]) if len(own) else None}
         row |= {"last": round(own.iloc[-1], 2) if len(own) else np.nan}
         row |= {"best_epoch": int(own.fillna(-np.inf).idxmax()) if len(own) else None}
         row |= {"best": round(own.max(), 2)}
-        rows.append(row | {name: fact[name] for name in ("train_loss", "seconds", "diverged")})
+        rows.append(row | {name: entry[name] for name in ("train_loss", "seconds", "diverged")})
     return rows
 
 
 def scores_by_learning_rate(
-    facts: pd.DataFrame, scores: pd.DataFrame, task: Task
+    metadata: pd.DataFrame, scores: pd.DataFrame, task: Task
 ) -> dict[float, pd.DataFrame]:
     """Return {learning rate: main scores × 100 (epochs, runs)} in rising order."""
-    main = 100 * main_scores(without_diverged(facts, scores), task)
+    main = 100 * main_scores(without_diverged(metadata, scores), task)
     return {
         rate: main[[run for run in of["run"] if run in main]]
-        for rate, of in facts.groupby("learning_rate")
+        for rate, of in metadata.groupby("learning_rate")
     }
 
 
-def learning_rate_table(facts: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
+def learning_rate_table(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
     """Return one line per learning rate: mean ± standard deviation over seeds, × 100."""
-    rows, seeds = [], facts.set_index("run")["seed"]
+    rows, seeds = [], metadata.set_index("run")["seed"]
     for rate, scores in groups.items():
-        tried, ended = (facts["learning_rate"] == rate).sum(), scores.shape[1]
+        tried, ended = (metadata["learning_rate"] == rate).sum(), scores.shape[1]
         row = {"learning rate": f"{rate:g}", "seeds": str(ended)}
         if ended < tried:
             row["seeds"] += f" ({tried - ended} diverged)"
@@ -136,10 +136,10 @@ def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
 
 
 def sweep_curves(
-    facts: pd.DataFrame, scores: pd.DataFrame, task: Task, caption: str
+    metadata: pd.DataFrame, scores: pd.DataFrame, task: Task, caption: str
 ) -> dict[str, "Figure"]:
     """Return {metric: figure} with the mean and the range over seeds of each learning rate."""
-    scores = without_diverged(facts, scores).merge(facts[["run", "learning_rate"]], on="run")
+    scores = without_diverged(metadata, scores).merge(metadata[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
     return {metric: sweep_curve(of, task, metric, caption) for metric, of in by_metric}
@@ -178,23 +178,25 @@ def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: 
     Raises:
         Diverged: if there is no run to report.
     """
-    facts, scores = read_sweep(folders)
-    rows = results_rows(facts, scores, task)
+    metadata, scores = read_sweep(folders)
+    rows = results_rows(metadata, scores, task)
     write_text(output / "results.csv", pd.DataFrame(rows).to_csv(index=False))
-    best = best_run(facts, scores, task)
+    best = best_run(metadata, scores, task)
     if best is None:
-        raise Diverged(f"all {len(facts)} runs diverged: try a lower --learning-rate")
+        raise Diverged(f"all {len(metadata)} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
-    groups = scores_by_learning_rate(facts, scores, task)
+    groups = scores_by_learning_rate(metadata, scores, task)
     score = groups[row["learning_rate"]][best].max()  # that in `row` is rounded already
     warnings = sweep_warnings(groups)
-    content = {"trials": len(facts), "best": row, "warnings": warnings}
+    content = {"trials": len(metadata), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
-    plots.save_curves(sweep_curves(facts, scores, task, f"{caption}, {len(facts)} runs"), output)
+    plots.save_curves(
+        sweep_curves(metadata, scores, task, f"{caption}, {len(metadata)} runs"), output
+    )
     lines = [
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} × 100",
-        learning_rate_table(facts, groups),
-        f"best of {len(facts)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
+        learning_rate_table(metadata, groups),
+        f"best of {len(metadata)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
         "chosen on the examples it is scored on, so it is optimistic",
         *(f"warning: {text}" for text in warnings),
     ]

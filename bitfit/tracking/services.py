@@ -46,14 +46,14 @@ class TensorBoard:
         import torch.utils.tensorboard  # noqa: F401
 
     def __init__(
-        self, output: Path, name: str, folder: Path, facts: dict[str, Any], step: int
+        self, output: Path, name: str, folder: Path, metadata: dict[str, Any], step: int
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         where = output / "tensorboard" / name
         # What a killed process wrote after its last checkpoint is hidden: it comes again.
         self.writer = SummaryWriter(where, purge_step=step + 1, flush_secs=FLUSH_SECONDS)
-        self.writer.add_text("flags", indented(json.dumps(facts, indent=2)), step)
+        self.writer.add_text("flags", indented(json.dumps(metadata, indent=2)), step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -81,14 +81,14 @@ class WandB:
             wandb.login()
 
     def __init__(
-        self, output: Path, name: str, folder: Path, facts: dict[str, Any], step: int
+        self, output: Path, name: str, folder: Path, metadata: dict[str, Any], step: int
     ) -> None:
         import wandb
 
         group = os.environ.get("WANDB_RUN_GROUP", output.resolve().name)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "bitfit"), group=group, name=name,
-            id=kept_id(folder, "wandb", lambda: secrets.token_hex(4)), config=facts,
+            id=kept_id(folder, "wandb", lambda: secrets.token_hex(4)), config=metadata,
             dir=os.environ.get("WANDB_DIR", str(output)), resume="allow", reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
@@ -132,7 +132,7 @@ class MLflow:
         return found.experiment_id if there else client.create_experiment(name)
 
     def __init__(
-        self, output: Path, name: str, folder: Path, facts: dict[str, Any], step: int
+        self, output: Path, name: str, folder: Path, metadata: dict[str, Any], step: int
     ) -> None:
         from mlflow.entities import Param
 
@@ -145,7 +145,7 @@ class MLflow:
 
         self.id = kept_id(folder, "mlflow", make)
         if made:
-            pairs = [Param(name, str(fact)[:LONGEST_PARAMETER]) for name, fact in facts.items()]
+            pairs = [Param(name, str(fact)[:LONGEST_PARAMETER]) for name, fact in metadata.items()]
             client.log_batch(self.id, params=pairs)
         else:
             client.update_run(self.id, status="RUNNING")
