@@ -80,7 +80,11 @@ def size_curves(entries: Entries, name: str) -> Figures:
             if entry_column == column and size is not None:
                 of_row.setdefault(row, {})[size] = entry
         label = score_label(next(iter(next(iter(of_row.values())).values())))
-        figure, axes = curve_figure(f"{name}, {column}", "training rows", label)
+        figure, axes = curve_figure(
+            f"{name}, {column}",
+            "training examples (line: mean; band: ± standard deviation over seeds)",
+            label,
+        )
         for row in (row for row in METHOD_STYLES if row in of_row):
             sizes = sorted(of_row[row])
             stats = [
@@ -134,7 +138,12 @@ def learning_curves(entries: Entries, name: str) -> Figures:
         found = {row: curve for row, curve in curves.items() if curve is not None}
         epochs = [epoch for curve in found.values() for epoch in curve.index]
         label = score_label(next(iter(of_row.values())))
-        figure, axes = curve_figure(f"{name}, {column}", "epoch", label, epochs)
+        figure, axes = curve_figure(
+            f"{name}, {column}",
+            "epoch (line: mean; band: ± standard deviation over seeds)",
+            label,
+            epochs,
+        )
         for row, curve in found.items():
             spread = curve["std"].fillna(0)
             band = (curve["mean"] - spread, curve["mean"] + spread)
