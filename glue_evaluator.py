@@ -29,7 +29,8 @@ from bitfit.tracking.tracker import OFF, Tracker
 from bitfit.training import prepare
 from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.plan import TrainOptions
-from bitfit.training.prepare import PreparedModel, TrainingResult
+from bitfit.training.prepare import PreparedModel
+from bitfit.training.result import TrainingResult, new_result
 from bitfit.training.setup import LoadedData, Method, load_data, make_setup, need
 from bitfit.training.state import Record
 from utils import Diverged, UserError, as_list
@@ -102,7 +103,7 @@ class GLUEvaluator:
         A random mask needs encoder_trainable. seed: one of the evaluator's; None: all of them.
         """
         kind = Method.released_type(encoder_trainable, trainable_components)
-        runs = prepare.make_runs(as_list(learning_rate), self.seeds, only_seed=seed)
+        runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds, only_seed=seed)
         terms = trainable_components
         self.prepare(kind, learning_rate, optimizer, terms, verbose=verbose, only=runs)
 
@@ -118,7 +119,7 @@ class GLUEvaluator:
             verbose: print the trained tensors.
             only: some of the runs; None: all pairs of a learning rate and a seed.
         """
-        runs = prepare.make_runs(as_list(learning_rate), self.seeds)
+        runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds)
         method = Method(fine_tune_type, tuple(components or ()), mask_size, optimizer)
         self.prepare_runs(runs if only is None else list(only), method, verbose)
 
@@ -139,15 +140,9 @@ class GLUEvaluator:
         """Train one random column or some rows of each matrix, and the classifier."""
         self.prepared = self._need_prepared().with_mask("rand_row_col", None, self.result)
 
-    def reason_not_stackable(self) -> str | None:
-        """Return why several runs cannot train in one pass, or None if they can."""
-        prepared = self._need_prepared()
-        return prepared.reason_not_stackable(self.tokens("train")) if len(self.runs) > 1 else None
-
     def passes(self, share: list[Run] | None = None) -> list[list[Run]]:
         """Return the runs of a share (None: all) that train together: all, or each alone."""
-        reason = self.reason_not_stackable()
-        return prepare.split_into_passes(self.runs if share is None else share, reason)
+        return self._need_prepared().passes(self.tokens("train"), share)
 
     def join_group(self, group: Group) -> None:
         """Train and predict together with other processes from now on."""
@@ -176,7 +171,7 @@ class GLUEvaluator:
         if self.result:
             raise UserError("this evaluator has been trained: prepare it again to train again")
         state = prepare.start_training(prepared, data, options, self.group)
-        self.result = prepare.new_result(state.stack)
+        self.result = new_result(state.stack)
         folders = run_folder.run_folders(output_path, self.runs)
         diverged = metrics_files.train(
             state, self.result, dtype=self.setup.dtype, tracker=tracker, folders=folders,
@@ -216,27 +211,17 @@ class GLUEvaluator:
     ) -> dict[str, Any]:
         """Return {metric: figure}, and save learning_curves_<metric>.png in a folder if given."""
         run = run or self.record.run
-        scores = self._need_result().scores_of(run)
-        if scores.empty:
-            raise UserError("call train_and_evaluate first: there are no scores to plot")
-        caption = f"{self.method_caption}, {run.caption}"
-        return plots.learning_curves(scores, self.task, caption, output_path)
+        caption = f"{self.setup.caption(self._need_prepared().method)}, {run.caption}"
+        return self._need_result().plot_learning_curves(run, self.task, caption, output_path)
 
     def terms_changes(self) -> tuple[list[str], np.ndarray]:
         """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
-        result = self._need_result()
-        if not self.trains_only_biases:
-            raise UserError("only bitfit has bias terms to plot")
-        return plots.bias_changes(*result.values_before_and_after(), self.prepared.zero_gradient)
+        return self._need_prepared().bias_changes(self._need_result())
 
     def plot_terms_changes(self, output_path: str | Path | None = None) -> "plots.Figure":
         """Return the paper's figure 1, and save it with its numbers as .png and .csv."""
         names, changes = self.terms_changes()
-        figure = plots.bias_heatmap(names, changes, self.caption)
-        if output_path:
-            plots.save_figure(figure, Path(output_path).with_suffix(".png"))
-            plots.write_changes(names, changes, Path(output_path).with_suffix(".csv"))
-        return figure
+        return plots.plot_bias_changes(names, changes, self.caption, output_path)
 
     def export_model(self, output_path: str | Path) -> None:
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
@@ -277,10 +262,6 @@ class GLUEvaluator:
         return self.setup.task.num_labels
 
     @property
-    def seeds(self) -> list[int]:
-        return self.setup.seeds
-
-    @property
     def model(self) -> torch.nn.Module:
         """Return the plain Hugging Face classifier."""
         return self._need_prepared().model
@@ -305,16 +286,7 @@ class GLUEvaluator:
         return self._need_prepared().masks
 
     @property
-    def trains_only_biases(self) -> bool:
-        """Return whether bitfit trains, so that there are bias changes to plot."""
-        return self._need_prepared().trains_only_biases
-
-    @property
-    def method_caption(self) -> str:
-        """Return one line with task, model and method."""
-        return self.setup.caption(self._need_prepared().method)
-
-    @property
     def caption(self) -> str:
         """Return one line with task, model, method and the selected run."""
-        return f"{self.method_caption}, {self._need_result().caption}"
+        result = self._need_result()
+        return f"{self.setup.caption(self._need_prepared().method)}, {result.caption}"

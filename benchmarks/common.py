@@ -27,8 +27,9 @@ from bitfit.data.tokens import (  # noqa: E402
     TokenizedSplit,
     tokenize,
 )
-from bitfit.model import forward as models_forward  # noqa: E402
 from bitfit.model import loading  # noqa: E402
+from bitfit.model.forward import Forward  # noqa: E402
+from bitfit.model.forward_trials import select_forward  # noqa: E402
 from bitfit.model.precision import DTYPES  # noqa: E402
 from bitfit.model.run_stack import Run  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select_trainable  # noqa: E402
@@ -160,7 +161,7 @@ class Ours:
         trainable = select_trainable(model, method, components, None, np.random.default_rng(0))
         prepared = assemble(
             model, "the model", trainable, grid, dtype=torch.float32, max_tokens=max_tokens,
-            init_head=loading.init_head, forward=models_forward.Forward(model),
+            init_head=loading.init_head, forward=Forward(model),
         )  # fmt: skip
         train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(tokens.lengths))))
         state = new_training(prepared, task, train, {}, TrainOptions(batch_size, epochs=1))
@@ -171,7 +172,7 @@ class Ours:
         """Return a plan with the fastest forward pass in a precision."""
         if dtype not in self.plans:
             model, tokens = self.plan.forward.model, self.plan.train.tokens
-            forward = models_forward.select_forward(model, "the model", tokens, dtype)
+            forward = select_forward(model, "the model", tokens, dtype)
             self.plans[dtype] = dataclasses.replace(self.plan, forward=forward)
         return self.plans[dtype]
 

@@ -36,7 +36,7 @@ from common import (
 
 from bitfit.data.tasks import TASKS
 from bitfit.tools import answers, multi_task
-from bitfit.training.prepare import new_result
+from bitfit.training.result import new_result
 from glue_evaluator import GLUEvaluator
 
 

@@ -17,7 +17,7 @@ from bitfit.data.glue_files import tsv_names
 from bitfit.data.tasks import TASKS
 from bitfit.model import fingerprints, loading
 from bitfit.tools import answers, multi_task
-from bitfit.training.prepare import new_result
+from bitfit.training.result import new_result
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 

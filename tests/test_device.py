@@ -18,7 +18,7 @@ from bitfit.data import splits
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split, tokenize
 from bitfit.model import attention, batching, loading, run_stack
-from bitfit.model.forward import select_forward
+from bitfit.model.forward_trials import select_forward
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget

@@ -118,7 +118,7 @@ def test_seeds_matter_and_set_seed_is_the_default(tiny_bert):
         evaluator.train_and_evaluate(1)
     assert equal(trained_values(first), trained_values(second))
     assert not torch.equal(first.result.stack.params, third.result.stack.params)
-    assert first.seeds == second.seeds == [1]
+    assert first.setup.seeds == second.setup.seeds == [1]
 
 
 def test_keep_best(tiny_bert, monkeypatch):

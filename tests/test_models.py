@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.fingerprints import fingerprint, sha256
-from bitfit.model.forward import Forward, select_forward
+from bitfit.model.forward import Forward
+from bitfit.model.forward_trials import select_forward
 from bitfit.model.loading import check_max_length, init_head, load_tokenizer, position_limit
 from utils import UserError
 

@@ -9,7 +9,7 @@ from test_models import random_model, tokens
 from torch.nn import functional as F
 
 from bitfit.model.batching import to_device
-from bitfit.model.forward import select_forward
+from bitfit.model.forward_trials import select_forward
 from bitfit.model.packing import (
     MAX_BUCKET_PADDING,
     WIDTH_MULTIPLE,

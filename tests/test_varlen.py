@@ -15,7 +15,8 @@ from bitfit.data.tokens import Split
 from bitfit.model import attention
 from bitfit.model.attention import CHUNK, QUERY_BLOCK, pack_sequences, round_up_size
 from bitfit.model.batching import to_device
-from bitfit.model.forward import Forward, select_forward
+from bitfit.model.forward import Forward
+from bitfit.model.forward_trials import select_forward
 from bitfit.model.packed_encoder import packed_encoders
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget

@@ -12,7 +12,7 @@ from bitfit.tracking.tracker import Tracker
 from bitfit.training import store
 from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.loop import fit
-from bitfit.training.prepare import TrainingResult
+from bitfit.training.result import TrainingResult
 from bitfit.training.state import TrainState
 
 LOGITS = "validation_logits.safetensors"

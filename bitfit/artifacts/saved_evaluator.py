@@ -21,13 +21,8 @@ from bitfit.model.loading import write_model
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
-from bitfit.training.prepare import (
-    PreparedModel,
-    Trainable,
-    TrainingResult,
-    assemble,
-    load_base,
-)
+from bitfit.training.prepare import PreparedModel, Trainable, assemble, load_base
+from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, load_data
 from bitfit.training.state import Record
 from utils import LOGGER, CorruptFile, UserError

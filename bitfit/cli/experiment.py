@@ -1,45 +1,27 @@
-"""The work of `run_glue.py`: from its options to the files in the output folder.
+"""The work of `run_glue.py`: from its options to a prepared evaluator and a held output folder.
 
 Modules that import torch are imported in the functions, so that a finished folder and bad input
 are reported at once.
 """
 
-import logging
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import utils
 from bitfit import output_paths
 from bitfit.artifacts import run_folder
 from bitfit.cli.output_folder import is_finished, run_metadata
+from bitfit.cli.runs import Experiment, train_all_runs
 from bitfit.data import task_files
-from bitfit.distributed import Group, Ranks
+from bitfit.distributed import Ranks
 from bitfit.model import hub
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
-from utils import Diverged
 
 if TYPE_CHECKING:
-    from bitfit.model.run_stack import Run
     from glue_evaluator import GLUEvaluator
-
-Folders = dict["Run", Path]  # the folder of each run's files
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One command after its data and model have been loaded and its output folder is held."""
-
-    args: Namespace
-    evaluator: "GLUEvaluator"
-    output: Path
-    metadata: dict[str, Any]  # the content of args.json
-    signals: StopSignals
-    ranks: Ranks
-    tracker: tracking.Tracker
 
 
 def run(args: Namespace, signals: StopSignals, ranks: Ranks) -> None:
@@ -137,162 +119,3 @@ def prepare_evaluator(args: Namespace, ranks: Ranks) -> "GLUEvaluator":
         verbose=args.verbose and ranks.rank == 0,
     )
     return evaluator
-
-
-def train_all_runs(experiment: Experiment) -> None:
-    """Train all runs in one pass if they can share it, else one after the other; report them."""
-    args, evaluator, ranks = experiment.args, experiment.evaluator, experiment.ranks
-    folders = run_folder.run_folders(experiment.output, evaluator.runs)
-    has_own_gpu = ranks.size == 1 or (
-        evaluator.setup.device.type == "cuda" and args.gpu_device is None
-    )
-    if ranks.rank > 0:
-        utils.LOGGER.setLevel(logging.WARNING)  # rank 0 logs what is the same on all ranks
-    share, group = ranks.make_group(evaluator.runs, on_own_gpus=has_own_gpu)
-    evaluator.join_group(group._replace(shows_progress=group.shows_progress and not args.quiet))
-    for runs in evaluator.passes(share):
-        home = experiment.output if len(runs) == len(folders) else folders[runs[0]]
-        unfinished = unfinished_runs(runs, folders, evaluator.group)
-        if unfinished and evaluator.runs != runs:
-            evaluator.prepare_runs(runs)
-        if unfinished:
-            train(experiment, unfinished, home, single=len(folders) == 1)
-            export_runs(experiment, unfinished, {run: folders[run] for run in share})
-        if group.rank == 0:
-            run_folder.remove_checkpoints(home)
-    ranks.shutdown()
-    if ranks.rank == 0:
-        report(experiment, folders)
-
-
-def unfinished_runs(runs: list["Run"], folders: Folders, group: Group) -> Folders:
-    """Return the folders of the runs whose files are not complete, the same on all ranks."""
-    finished = [group.rank == 0 and run_folder.is_run_finished(folders[run]) for run in runs]
-    finished = group.all_reduce_max(*finished)
-    return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
-
-
-def train(experiment: Experiment, folders: Folders, home: Path, single: bool) -> None:
-    """Train some runs together and write their metrics.
-
-    Args:
-        folders: of the runs that write files.
-        home: the folder of their checkpoints.
-        single: whether the command has no other run.
-
-    Raises:
-        Diverged: the only run of the command diverged.
-    """
-    from bitfit.training.checkpoints import CheckpointManager
-
-    args, evaluator, group = experiment.args, experiment.evaluator, experiment.evaluator.group
-    checkpoints = CheckpointManager(
-        home / run_folder.CHECKPOINTS,
-        every=args.checkpoint_every,
-        minutes=args.checkpoint_minutes,
-        signals=experiment.signals,
-        group=group,
-    )
-    try:
-        evaluator.train_and_evaluate(
-            args.epochs,
-            folders if group.rank == 0 else {},
-            evaluation_frequency=args.evaluation_frequency,
-            lr_schedule=args.lr_schedule,
-            warmup_ratio=args.warmup_ratio,
-            keep=args.keep,
-            checkpoints=checkpoints,
-            tracker=experiment.tracker,
-            curves=False,
-        )
-    except Diverged as error:
-        if single and group.rank == 0:
-            plot_curves(evaluator, home)
-        if single:
-            raise
-        name = evaluator.runs[0].name if len(evaluator.runs) == 1 else "no run is left"
-        utils.LOGGER.warning("%s: %s", name, error)
-
-
-def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -> None:
-    """Write the files of trained runs beside their metrics, and mark each run as finished.
-
-    With --keep best only the best run so far has an evaluator, a model and predictions.
-
-    Args:
-        unfinished: of the runs just trained whose files are not complete.
-        folders: of all runs that this rank trains.
-    """
-    from bitfit.results import sweeps
-
-    args, evaluator = experiment.args, experiment.evaluator
-    evaluator.group.barrier()  # rank 0 has written the metrics, and writes the rest
-    writes = evaluator.group.rank == 0
-    best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
-    metadata = experiment.metadata | {
-        "chosen_sha256": evaluator.prepared.trainable_sha256(),
-        "trained_by": list(evaluator.group.ranks),
-    }
-    # The best run is first, so that it is complete if a signal interrupts the others.
-    for number, run in sorted(enumerate(evaluator.runs), key=lambda item: item[1].name != best):
-        if run not in unfinished:
-            continue
-        evaluator.select(number)
-        # Rank 0 decides for all ranks of the run, which may see different files.
-        (kept,) = evaluator.group.all_reduce_max(
-            writes and (args.keep != "best" or run.name == best)
-        )
-        export_run(experiment, folders[run], metadata, kept=bool(kept))
-        if writes and args.keep == "best":
-            sweeps.remove_beaten_exports(folders, best)
-        if writes:
-            run_folder.write_args(folders[run], metadata | run._asdict(), finished=True)
-
-
-def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], kept: bool) -> None:
-    """Write the files of the selected run: its ranks predict together, and rank 0 writes.
-
-    Args:
-        kept: whether to write the evaluator, the model and the predictions that were asked for.
-    """
-    from bitfit.artifacts import model_card
-
-    args, evaluator = experiment.args, experiment.evaluator
-    writes, record = evaluator.group.rank == 0, evaluator.record
-    if writes:
-        plot_curves(evaluator, folder)
-    if writes and evaluator.trains_only_biases:
-        evaluator.plot_terms_changes(folder / "bias_term_changes")
-    if writes:
-        table = evaluator.score_table()
-        experiment.tracker.log_results(record.run.name, folder, table, record.diverged)
-    if writes and kept and args.save_evaluator:
-        evaluator.save(folder / "evaluator")
-    if writes and kept and args.export_model:
-        evaluator.export_model(folder / "model")
-        model_card.write_model_card(folder, evaluator.task, metadata)
-    if kept and args.predict_test:
-        evaluator.export_model_test_set_predictions(folder)
-
-
-def plot_curves(evaluator: "GLUEvaluator", folder: Path) -> None:
-    """Plot the learning curves of the selected run, if it was scored before it diverged."""
-    if evaluator.evaluations:
-        evaluator.plot_learning_curves(folder)
-
-
-def report(experiment: Experiment, folders: Folders) -> None:
-    """Print the scores of the only run, or write and print the report of a sweep."""
-    from bitfit.results import sweeps
-
-    args, evaluator, output = experiment.args, experiment.evaluator, experiment.output
-    if output in folders.values():
-        utils.print_result(evaluator.score_table())
-        return
-    if args.keep == "best":
-        best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
-        sweeps.remove_beaten_exports(folders, best)
-    table = sweeps.write_report(output, evaluator.task, folders, evaluator.method_caption)
-    experiment.tracker.log_results("sweep", output, table)
-    run_folder.write_args(output, experiment.metadata, finished=True)
-    utils.print_result(table)

@@ -110,7 +110,7 @@ def size_step(count: int) -> int:
 
 
 def supports_flash_attention(head_size: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether FlashAttention can be tried; `forward.select_forward` checks its results."""
+    """Return whether FlashAttention can be tried; `select_forward` checks its results."""
     if device.type != "cuda" or dtype != torch.bfloat16 or head_size % 8 or head_size > 256:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -2,7 +2,7 @@
 
 The model's attention is replaced by `packing.bucketed_attention` or by FlashAttention. After the
 last attention only the first token of each row is computed, which is all that the classifiers of
-this family read. `forward.select_forward` compares the logits of a model with and without packing.
+this family read. `select_forward` compares the logits of a model with and without packing.
 A model that reads more tokens, or has an attention of its own, runs on padded rows.
 """
 

@@ -237,3 +237,14 @@ def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Fi
     axes.set_xlabel(r"layer $\ell$")
     axes.set_ylabel("")
     return figure
+
+
+def plot_bias_changes(
+    names: Sequence[str], changes: np.ndarray, caption: str, path: Path | str | None
+) -> "Figure":
+    """Return the heatmap of changes, and save it with its numbers as .png and .csv."""
+    figure = bias_heatmap(names, changes, caption)
+    if path:
+        save_figure(figure, Path(path).with_suffix(".png"))
+        write_changes(names, changes, Path(path).with_suffix(".csv"))
+    return figure

@@ -1,4 +1,4 @@
-"""A model prepared for training and prediction, and the result of its training.
+"""A model prepared for training and prediction.
 
 `assemble` puts forward pass, token budget and run stack together for all programs;
 `new_training` adds the plan and the state.
@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from bitfit.data.tasks import Task
@@ -19,14 +18,16 @@ from bitfit.data.tokens import Split, TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model import fingerprints, loading, predict, run_stack, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
-from bitfit.model.forward import Forward, check_ids, select_forward
+from bitfit.model.forward import Forward, check_ids
+from bitfit.model.forward_trials import select_forward
 from bitfit.model.precision import cast_parameters
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.results import scores as reports
+from bitfit.results import plots
 from bitfit.training.plan import Plan, TrainOptions
+from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup
-from bitfit.training.state import Record, TrainState, init_state
+from bitfit.training.state import TrainState, init_state
 from utils import UserError, make_generator, print_result, set_seed
 
 if TYPE_CHECKING:
@@ -84,8 +85,19 @@ class PreparedModel:
             self.not_stackable, self.stackable_checked = reason, True
         return self.not_stackable
 
+    def passes(self, tokens: TokenizedSplit, share: list[Run] | None = None) -> list[list[Run]]:
+        """Return the runs of a share (None: all) that train together: all, or each alone."""
+        reason = self.reason_not_stackable(tokens) if len(self.runs) > 1 else None
+        return split_into_passes(self.runs if share is None else share, reason)
+
+    def bias_changes(self, result: TrainingResult) -> tuple[list[str], np.ndarray]:
+        """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
+        if not self.trains_only_biases:
+            raise UserError("only bitfit has bias terms to plot")
+        return plots.bias_changes(*result.values_before_and_after(), self.zero_gradient)
+
     def with_mask(
-        self, fine_tune_type: str, mask_size: int | None, result: "TrainingResult | None"
+        self, fine_tune_type: str, mask_size: int | None, result: TrainingResult | None
     ) -> "PreparedModel":
         """Return a model in which a random mask trains; result: None unless it was trained."""
         if result or not trainable.trains_matrices(self.model, self.trainable):
@@ -273,47 +285,3 @@ def start_training(
     set_seed(seed)
     scored = data.dataset.scored()
     return new_training(prepared, data.dataset.task, train, scored, options, group)
-
-
-@dataclass
-class TrainingResult:
-    """The trained values, scores and records of all runs."""
-
-    stack: RunStack
-    records: list[Record]
-    scores: pd.DataFrame  # one row for each (run, epoch, split, metric), see `results.scores`
-    averaged: list[dict[str, Any]] = field(default_factory=list)  # members of an average
-    selected: int = 0  # the run that the model and all results belong to
-
-    @property
-    def record(self) -> Record:
-        """Return the record of the selected run."""
-        return self.records[self.selected]
-
-    @property
-    def caption(self) -> str:
-        """Return what the selected run is: its learning rate and seed, or an average of runs."""
-        count = len(self.averaged)
-        return f"average of {count}" if count else self.record.run.caption
-
-    def select(self, run: int) -> None:
-        """Select a run, counted from 0, and load it into the model."""
-        count = len(self.stack.runs)
-        if not 0 <= run < count:
-            raise UserError(f"there is no run {run}: there are {count}, counted from 0")
-        self.stack.load_run(run)
-        self.selected = run
-
-    def values_before_and_after(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the initial and the trained values of the selected run, {name: values}."""
-        before = self.stack.named_params(self.selected, self.stack.initial_params)
-        return before, self.stack.named_params(self.selected)
-
-    def scores_of(self, run: Run) -> pd.DataFrame:
-        """Return the scores of one run."""
-        return self.scores[self.scores["run"] == run.name]
-
-
-def new_result(stack: RunStack) -> TrainingResult:
-    """Return the result of runs that have not trained yet."""
-    return TrainingResult(stack, [Record(run) for run in stack.runs], reports.scores_frame([]))

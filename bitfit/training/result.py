@@ -1,0 +1,68 @@
+"""The result of a training: the trained values, scores and records of all runs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bitfit.data.tasks import Task
+from bitfit.model.run_stack import Run, RunStack
+from bitfit.results import plots
+from bitfit.results import scores as reports
+from bitfit.training.state import Record
+from utils import UserError
+
+
+@dataclass
+class TrainingResult:
+    """The trained values, scores and records of all runs."""
+
+    stack: RunStack
+    records: list[Record]
+    scores: pd.DataFrame  # one row for each (run, epoch, split, metric), see `results.scores`
+    averaged: list[dict[str, Any]] = field(default_factory=list)  # members of an average
+    selected: int = 0  # the run that the model and all results belong to
+
+    @property
+    def record(self) -> Record:
+        """Return the record of the selected run."""
+        return self.records[self.selected]
+
+    @property
+    def caption(self) -> str:
+        """Return what the selected run is: its learning rate and seed, or an average of runs."""
+        count = len(self.averaged)
+        return f"average of {count}" if count else self.record.run.caption
+
+    def select(self, run: int) -> None:
+        """Select a run, counted from 0, and load it into the model."""
+        count = len(self.stack.runs)
+        if not 0 <= run < count:
+            raise UserError(f"there is no run {run}: there are {count}, counted from 0")
+        self.stack.load_run(run)
+        self.selected = run
+
+    def values_before_and_after(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the initial and the trained values of the selected run, {name: values}."""
+        before = self.stack.named_params(self.selected, self.stack.initial_params)
+        return before, self.stack.named_params(self.selected)
+
+    def scores_of(self, run: Run) -> pd.DataFrame:
+        """Return the scores of one run."""
+        return self.scores[self.scores["run"] == run.name]
+
+    def plot_learning_curves(
+        self, run: Run, task: Task, caption: str, folder: str | Path | None
+    ) -> dict[str, Any]:
+        """Return {metric: figure} of one run; see `plots.learning_curves`."""
+        scores = self.scores_of(run)
+        if scores.empty:
+            raise UserError("call train_and_evaluate first: there are no scores to plot")
+        return plots.learning_curves(scores, task, caption, folder)
+
+
+def new_result(stack: RunStack) -> TrainingResult:
+    """Return the result of runs that have not trained yet."""
+    return TrainingResult(stack, [Record(run) for run in stack.runs], reports.scores_frame([]))
