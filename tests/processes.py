@@ -25,7 +25,7 @@ def start_process(work, *args):
     """Start a process that calls `work(*args)`, and return it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts")))
     with chdir(ROOT), mock.patch.dict(os.environ, {"PYTHONPATH": path}):
         forkserver.ensure_running()  # the server finds the modules of PRELOADED there
     process = context.Process(target=work, args=args)

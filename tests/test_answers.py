@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import predict
 import pytest
 import torch
 import transformers
@@ -20,9 +21,6 @@ from bitfit.tools import answers, multi_task
 from bitfit.training.result import new_result
 from glue_evaluator import GLUEvaluator
 from utils import UserError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import predict
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -6,11 +6,11 @@ tables and random JSON in place of their files.
 
 import json
 import shutil
-import sys
 
+import compare
 import numpy as np
 import pytest
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, TINY_BERT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +25,6 @@ from bitfit.results import sweeps
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import CorruptFile, UserError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import compare
 
 many = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, TINY_BERT
+from deltas import main
 from interruption import output_contents
 from pictures import real_pictures
 from processes import start_process
@@ -20,9 +21,6 @@ from safetensors.numpy import load_file
 
 from bitfit.tools import deltas, saved_evaluators
 from glue_evaluator import GLUEvaluator
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from deltas import main
 
 KINDS = {  # folder: (task, seeds, fine-tune type, components, random encoder)
     "rte": ("rte", [0, 1, 2], "bitfit", ["bias"], False),

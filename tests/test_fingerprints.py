@@ -2,11 +2,12 @@
 
 import json
 import shutil
-import sys
 
+import deltas
+import predict
 import pytest
 import transformers
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, TINY_BERT
 
 from bitfit.artifacts import saved_evaluator
 from bitfit.model.fingerprints import describe_change
@@ -14,10 +15,6 @@ from bitfit.tools import saved_evaluators
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import UserError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import deltas
-import predict
 
 CONFIG, TOKENIZER, SETTINGS = "config.json", "tokenizer.json", "tokenizer_config.json"
 VOCABULARY = json.loads((TINY_BERT / TOKENIZER).read_text())["model"]["vocab"]

@@ -8,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import GLUE, ROOT, TINY_BERT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import compare
 import deltas
 import paper
 import predict
+import pytest
+from conftest import GLUE, ROOT, TINY_BERT
 from pictures import real_pictures
 
 import run_glue

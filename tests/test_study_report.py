@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import paper
 import pytest
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, TINY_BERT
 
 import run_glue
 from bitfit.data.tasks import TASKS
@@ -27,18 +28,12 @@ from bitfit.study import (
 )
 from utils import UserError
 
-sys_path = str(ROOT / "scripts")
 MODEL = str(TINY_BERT)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Two rows on two tasks, one more row on one, and a train-size curve."""
-    import sys
-
-    sys.path.insert(0, sys_path)
-    import paper
-
     output = tmp_path_factory.mktemp("study") / "toy"
     common = ["--models", MODEL, "--data-dir", str(GLUE), "--epochs", "3", "--seeds", "0", "1",
               "2"]  # fmt: skip

@@ -1,69 +1,24 @@
-"""Each tracker is told by a real command, offline, and what it keeps is read back."""
+"""Trackers of a real command, offline: what they keep is read back."""
 
 import json
 import shutil
 import struct
-import sys
-import threading
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sqlalchemy
-import torch
-import wandb
-from conftest import GLUE, TINY_BERT
 from matplotlib.image import imread
 from pictures import real_pictures
+from tracked import ALL, OVER, RATES, TRACKED, fail, mlflow_runs, run, warnings
 
-import run_glue
-from bitfit.model.run_stack import Run
 from bitfit.tracking import services
 from bitfit.tracking import tracker as tracking
-from bitfit.tracking.tracker import Tracker
 from bitfit.training import loop
-from bitfit.versions import is_installed
-from glue_evaluator import GLUEvaluator
 
-ALL = ["tensorboard", "wandb", "mlflow"]
-FLAGS = ["-t", "rte", "-f", "bitfit", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "--epochs",
-         "3", "--train-size", "36", "--gpu-device", "cpu", "--lr-schedule", "linear"]  # fmt: skip
-RATES = ["--learning-rate", "1e-3", "3e-3"]
 RUNS = ["lr0.001_seed0", "lr0.003_seed0"]
+
 STEPS = 15  # of 36 rows in batches of 8, three times
 
-# The warning comes from MLflow's own call, with the newest SQLAlchemy.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-    pytest.mark.pictures,  # trackers read them
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "WANDB_MODE": "offline",
-            "MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false",
-            "HOME": str(folder),
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        patch.chdir(folder)  # for MLflow's pictures
-        sqlalchemy.event.listen(sqlalchemy.Engine, "connect", without_waiting)
-        patch.setattr(loop, "READ_LOSS_SECONDS", 0)  # a look after each step
-        yield
-        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", without_waiting)
-
-
-def without_waiting(connection, record):
-    """MLflow's new database is a hundred commits; a disk would be waited for after each."""
-    connection.execute("PRAGMA synchronous = OFF")
-
-
-def run(output, *more):
-    return run_glue.main(["-o", str(output), *FLAGS, *more])
+pytestmark = TRACKED
 
 
 def left(folder):
@@ -124,9 +79,6 @@ def test_tracking_changes_nothing(sweep, tmp_path, capsys):
     assert "best of 2 trials" in capsys.readouterr().out
 
 
-# TensorBoard
-
-
 def events(output, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -164,9 +116,6 @@ def test_tensorboard_of_the_sweep(sweep):
     found = events(sweep, "sweep")
     assert found.Tags()["images"] == ["learning_curves_accuracy"]
     assert "best of 2 trials" in text(found, "results")
-
-
-# Weights & Biases
 
 
 def records(path):
@@ -220,26 +169,6 @@ def test_wandb(sweep):
         assert f"learning rate {name[2:7]}, seed 0" in (folder / table).read_text()
 
 
-# MLflow
-
-
-def mlflow_runs(output):
-    """{name: (its run, {name: {step: [values]}}, {artifact: its content})}"""
-    client = services.MLflow.new_client()
-    (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
-    found = {}
-    for run in client.search_runs([experiment.experiment_id]):
-        own, points = run.info.run_id, {}
-        for name in run.data.metrics:
-            for metric in client.get_metric_history(own, name):
-                points.setdefault(name, {}).setdefault(metric.step, []).append(metric.value)
-        kept = [a.path for a in client.list_artifacts(own)]
-        files = {name: Path(client.download_artifacts(own, name)).read_bytes() for name in kept}
-        assert run.info.run_name not in found
-        found[run.info.run_name] = run, points, files
-    return found
-
-
 def once(points):
     """{name: {step: value}}, where each step has one."""
     return {name: {step: value for step, (value,) in own.items()} for name, own in points.items()}
@@ -257,9 +186,6 @@ def test_mlflow(sweep):
             assert files[picture] == (sweep / name / picture).read_bytes()
         assert f"learning rate {name[2:7]}, seed 0" in files["results.txt"].decode()
     assert "best of 2 trials" in runs["sweep"][2]["results.txt"].decode()
-
-
-# Diverged, resumed, failing, missing
 
 
 def test_a_diverged_run_has_failed_and_the_others_have_not(tmp_path):
@@ -320,166 +246,8 @@ def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
     assert len(wandb_runs(output)) == 2
 
 
-def test_the_speed_is_that_since_the_last_look():
-    """In examples of each run; of a look in an earlier epoch nothing counts."""
-    plan = SimpleNamespace(batch_size=8, rows_per_run=36, steps_per_epoch=5)
-    state = SimpleNamespace(plan=plan, epoch=1, step=4, seconds=3.0)
-    assert tracking.examples_per_second(state) == 32 / 3
-    assert tracking.examples_per_second(state, (1, 2, 1.0)) == 16 / 2
-    assert tracking.examples_per_second(state, (0, 2, 1.0)) == 32 / 3
-    state.step = 5  # the last batch has four
-    assert tracking.examples_per_second(state, (1, 4, 2.0)) == 4 / 1
-
-
-def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
-    told = []
-
-    class Kept:
-        def __init__(self, *given):
-            pass
-
-        def log(self, step, values):
-            told.append((step, values["train/examples_per_second"]))
-
-        def close(self, failed):
-            pass
-
-    monkeypatch.setitem(services.KINDS, "kept", Kept)
-    plan = SimpleNamespace(batch_size=8, rows_per_run=80, steps_per_epoch=10, factors=[1.0] * 10)
-    stack = SimpleNamespace(runs=[Run(1e-3, 0)], params=torch.zeros(1, 1))
-    state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
-    with Tracker(["kept"], tmp_path) as tracker:
-        tracker.open_runs(state, {stack.runs[0]: tmp_path})
-        for step, seconds in ((2, 4.0), (6, 8.0)):
-            state.step, state.seconds = step, seconds
-            tracker.log_losses(state, {0: 0.7})
-            tracker.pending["kept"].result()
-    assert told == [(2, 16 / 4), (6, 32 / 4)]
-
-
-def test_what_wandb_has_already_is_not_told_again():
-    """Its step would go back; results go behind the last."""
-    run, told = object.__new__(services.WandB), []
-    run.run = SimpleNamespace(log=lambda values, step: told.append((step, values)))
-    run.begins = 12
-    for step in (11, 12, 13):
-        run.log(step, {"a": step})
-    assert [step for step, _ in told] == [12, 13]
-    run.results(10, [], "a table")
-    assert told[-1][0] == 12
-
-
-def test_mlflow_takes_parameters_of_any_length(tmp_path, caplog):
-    output = tmp_path / "long"
-    output.mkdir()
-    with Tracker(["mlflow"], output, {"terms": "x" * 7000}) as tracker:
-        tracker.log_results("run", output, "a table")
-    assert caplog.records == []
-    ((run_, *_),) = mlflow_runs(output).values()
-    assert run_.data.params["terms"] == "x" * 6000
-
-
-def fail(*given, **named):
-    raise RuntimeError("the server\nis gone")
-
-
-def warnings(caplog):
-    return [r.getMessage() for r in caplog.records if "--report-to" in r.getMessage()]
-
-
-OVER = ["--report-to tensorboard failed and is off; training goes on: RuntimeError: the server"]
-
-
 def test_a_tracker_that_fails_is_a_warning(sweep, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(services.TensorBoard, "log", fail)
     assert run(tmp_path / "out", *RATES, "--report-to", "tensorboard") == 0
     assert left(tmp_path / "out") == left(sweep)
     assert warnings(caplog) == OVER
-
-
-def test_so_is_one_that_fails_at_once_or_at_the_end(tmp_path, monkeypatch, caplog):
-    for when in ("__init__", "results", "close"):
-        monkeypatch.setattr(services.TensorBoard, when, fail)
-        caplog.clear()
-        with Tracker(["tensorboard"], tmp_path) as tracker:
-            tracker.log_results("run", tmp_path, "a table")
-            tracker.log_results("other", tmp_path, "a table")
-        assert warnings(caplog) == OVER
-        monkeypatch.undo()
-
-
-def frozen_evaluator():
-    evaluator = GLUEvaluator("rte", str(TINY_BERT), None, 0, GLUE)
-    evaluator.preprocess_dataset("longest", 64, 8, train_size=36)
-    evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
-    return evaluator
-
-
-def test_a_slow_tracker_keeps_nobody_waiting(tmp_path, monkeypatch):
-    """It misses looks, but no score."""
-    go, told = threading.Event(), []
-
-    class Slow:
-        def __init__(self, *given):
-            pass
-
-        def log(self, step, values):
-            assert go.wait(60)
-            told.append((step, values))
-
-        def close(self, failed):
-            told.append(failed)
-
-    monkeypatch.setitem(services.KINDS, "slow", Slow)
-    evaluator = frozen_evaluator()
-    with Tracker(["slow"], tmp_path) as tracker:
-        evaluator.train_and_evaluate(3, tmp_path, tracker=tracker)  # would wait for ever
-        go.set()
-    *told, failed = told
-    assert failed  # nobody told it results
-    assert sorted({s for s, own in told if "validation/Accuracy" in own}) == [5, 10, 15]
-    assert len([s for s, own in told if "train/loss" in own]) < 3
-
-
-def test_only_runs_with_a_folder_are_told(tmp_path):
-    """So one rank of a group speaks."""
-    evaluator = frozen_evaluator()
-    with Tracker(["tensorboard"], tmp_path) as tracker:
-        evaluator.train_and_evaluate(1, {}, tracker=tracker)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_a_missing_library_is_one_line(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.setitem(sys.modules, kind, None)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "out", "--report-to", kind)
-    assert stop.value.code == 2
-    said = f"--report-to {kind} needs a package that is not there: pip install {kind}"
-    assert capsys.readouterr().err == f"run_glue.py: error: {said}\n"
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_is_no_library(tmp_path, monkeypatch):
-    """W&B leaves a folder of its name, which Python would import."""
-    (tmp_path / "somebodys").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert not is_installed("somebodys") and is_installed("wandb")
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "value", "said"),
-    [("mlflow", "MLFLOW_TRACKING_URI", "nowhere://x", "unsupported URI 'nowhere://x'"),
-     ("wandb", "WANDB_MODE", "online", "No API key configured.")],
-)  # fmt: skip
-def test_one_that_cannot_be_reached_is_one_line(
-    tmp_path, monkeypatch, capsys, kind, name, value, said
-):
-    monkeypatch.setenv(name, value)
-    wandb.teardown()  # it has read the environment
-    assert run(tmp_path / "out", "--report-to", kind) == 2
-    wandb.teardown()
-    error = capsys.readouterr().err
-    assert error.startswith(f"run_glue.py: error: --report-to {kind}: ") and said in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()

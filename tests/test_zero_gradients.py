@@ -1,13 +1,13 @@
 """Biases whose gradient is zero: found by what the model computes, and kept as they are."""
 
 import json
-import sys
 
+import deltas
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import GLUE, ROOT, TINY_BERT, load_model
+from conftest import GLUE, TINY_BERT, load_model
 from safetensors.torch import load_file
 from test_architectures import CANINE, folder_of
 
@@ -19,9 +19,6 @@ from bitfit.model import loading, zero_gradients
 from bitfit.model.trainable import ALL_BIASES, bitfit_names
 from bitfit.results.plots import bias_changes, bias_heatmap
 from glue_evaluator import GLUEvaluator
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import deltas
 
 TEXTS = (
     ["the small dog runs over the hills", "a", "the film is good . it is small"],

@@ -1,0 +1,174 @@
+"""The commands of scripts/ that README.md and docs/ show."""
+
+import glob
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import compare
+import deltas
+import pandas as pd
+import paper
+import predict
+import pytest
+from conftest import GLUE, ROOT, TINY_BERT
+from documentation import SMALL, TEXT, active_environment, plain
+from processes import run_script
+
+import run_glue
+from bitfit.options import TERMS
+
+
+def test_the_demo(checkout):
+    result = subprocess.run(
+        ["bash", "scripts/demo.sh", "--epochs", "1", "--train-size", "16"],
+        cwd=checkout, env=active_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = [line for line in result.stdout.splitlines() if line.startswith("$ python ")]
+    assert len(printed) == 5
+    assert "--epochs 1 --train-size 16" in printed[0]
+    table = result.stdout.split(printed[-1])[1].split()
+    assert table.count("CoLA") == 4
+    assert (checkout / "out/demo/methods.png").stat().st_size > 10_000
+    assert not (checkout / ".venv").exists()  # the active environment was used
+
+
+def test_the_test_command(checkout):
+    result = subprocess.run(
+        ["bash", "scripts/test.sh", "tests/test_tasks.py", "-n", "0"],
+        cwd=checkout, env=active_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+def test_the_sweep_script(checkout):
+    (command,) = plain("bash scripts/sweep_learning_rates.sh")
+    small = [*SMALL, "--model-name", str(TINY_BERT), "--learning-rate", "1e-3", "--seed", "0", "1"]
+    result = subprocess.run(
+        [*command.split(), *small], cwd=checkout, env=active_environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("$ python run_glue.py --task-name rte --output-path out/sweep-rte ")
+    assert "--learning-rate 1e-4 4e-4 7e-4 1e-3 --seed 0 1 2 3 4 --batch-size 16" in first
+    rows = (checkout / "out/sweep-rte/results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2
+    nothing = subprocess.run(
+        ["bash", "scripts/sweep_learning_rates.sh"], cwd=checkout, capture_output=True, text=True
+    )
+    assert nothing.returncode == 2
+    assert nothing.stderr.startswith("The paper's grid on one task: bash scripts/sweep")
+
+
+def test_compare(checkout, tmp_path, monkeypatch):
+    (command,) = plain("python scripts/compare.py ")
+    monkeypatch.chdir(ROOT)
+    for name, kind in (("rte-bitfit", "bitfit"), ("rte-full", "full_ft")):
+        argv = ["-o", str(tmp_path / "out" / name), "-t", "rte", "-f", kind, "-m", str(TINY_BERT)]
+        assert run_glue.main([*argv, *SMALL]) == 0
+    words = command.split()[2:]
+    result = run_script("scripts/compare.py", *words, cwd=tmp_path, draws=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("RTE ") == 2
+    assert (tmp_path / "out/methods.png").stat().st_size > 10_000
+
+
+def test_predict(tmp_path, monkeypatch, capsys):
+    (command,) = plain("python scripts/predict.py ")
+    for task in ("cola", "rte", "stsb"):
+        argv = ["-o", str(tmp_path / "out" / task), "-t", task, "-f", "bitfit", "--save-evaluator"]
+        assert run_glue.main([*argv, "-m", str(TINY_BERT), *SMALL]) == 0
+    (tmp_path / "texts.tsv").write_text("the glad wug grows\tthe happy wug swells\n")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert predict.main(shlex.split(command)[2:]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    shown = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1])
+    assert {name: list(answer) for name, answer in json.loads(line).items()} == {
+        name: list(answer) for name, answer in shown.items()
+    }
+
+
+def test_the_papers_commands(tmp_path, monkeypatch, capsys):
+    """One after the other, on one small cell each."""
+    small = ["--models", str(TINY_BERT), "--data-dir", str(GLUE), "--epochs", "1", "--tasks", "rte",
+             "--train-size", "16", "--learning-rates", "1e-3", "--seeds", "0", "1", "--rows",
+             "bitfit", "--sizes", "16"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    steps = ("plan", "run", "report", "submit")  # in this order, whichever page has them
+    for command in [line for step in steps for line in plain(f"python scripts/paper.py {step} ")]:
+        words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))[2:]
+        words = ["2" if word == "8" else word for word in words]  # ranks
+        more = {"plan": small, "run": ["--gpus", "cpu"]}.get(words[0], [])
+        status = paper.main([*words, *more])
+        assert status == (2 if words[0] == "submit" else 0), command
+        seen.append(words[0])
+    assert set(seen) == set(steps)
+    assert "no predictions for CoLA.tsv" in capsys.readouterr().err
+    assert (tmp_path / "out/small/report.html").exists()
+
+
+@pytest.mark.pictures
+def test_the_deltas_commands(tmp_path, monkeypatch):
+    """One after the other, on the evaluators of a small sweep."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["-o", "out/sst2", "-t", "sst2", "-f", "bitfit", "-m", str(TINY_BERT)]
+    argv += ["-l", "1e-3", "--seed", "0", "1", "--save-evaluator"]
+    assert run_glue.main([*argv, *SMALL]) == 0
+    for command in plain("python scripts/deltas.py "):
+        globs = (sorted(glob.glob(word)) or [word] for word in shlex.split(command)[2:])
+        assert deltas.main([word for words in globs for word in words]) == 0, command
+    assert (tmp_path / "out/deltas.png").stat().st_size > 10_000
+    assert (tmp_path / "out/soup-model/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere holds no scores of run_glue.py: FileNotFoundError: "),
+        (["sweep"], "sweep is a sweep without scored runs: give"),
+        (["empty"], "empty holds no scores of run_glue.py: KeyError: 'main_metric'"),
+        (["nowhere", "--plot", "x.pdf"], "nowhere holds no scores"),
+    ],
+)
+def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    for name, file in (("sweep", "results.csv"), ("empty", "metrics.csv")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("epoch,split,metric,value\n")
+    (tmp_path / "empty/metrics.json").write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith(f"compare.py: error: {message}")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.pictures
+def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
+    """Long names and 24 curves of two seeds: nothing is cut off (a warning would be an error)."""
+    facts = {
+        "task": "rte", "model": "bert", "main_metric": "Accuracy", "fine_tune_type": "bitfit",
+        "bias_terms": [*TERMS], "random_encoder": False, "learning_rate": 1e-3, "seconds": {},
+        "trained_parameters": 1, "all_parameters": 2, "finished": True,
+    }  # fmt: skip
+    rows = [(e, s, "Accuracy", e / 9) for e in (1, 2) for s in ("train", "validation")]
+    scores = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
+    figures = []
+    monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
+    runs = [(facts | {"seed": k % 2, "learning_rate": k // 2}, scores) for k in range(48)]
+    compare.plot_runs(runs, tmp_path / "x.png")
+    figures[0].canvas.draw()
+    drawn, canvas = figures[0].get_tightbbox(), figures[0].get_size_inches()
+    assert min(drawn.x0, drawn.y0) >= 0
+    assert drawn.x1 <= canvas[0]
+    assert drawn.y1 <= canvas[1]

@@ -1,0 +1,107 @@
+"""Estimated hours and sizes of a study's cells, and the hours a worker may take."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paper
+import pytest
+import torch
+from toy_study import TOY, plan
+
+from bitfit.study import cell_states, cells, cost
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"tiny_bert": 1}', '{"tiny_bert": {}}'])
+def test_rates_that_cannot_be_read_are_none(study, content, capsys):
+    (study.output / cost.RATES).write_text(content)
+    assert paper.main(["plan", "-o", str(study.output)]) == 0
+    assert "`plan --calibrate` estimates them" in capsys.readouterr().out
+
+
+def test_a_budget_takes_the_cheapest(study, capsys):
+    assert paper.main(["run", "-o", str(study.output), "--budget-hours", "1"]) == 2
+    assert "--calibrate" in capsys.readouterr().err
+    assert plan(study.output, "--rows", "bitfit", "--calibrate") == 0
+    costs = cost.Costs(study)
+    dear, cheap = sorted(study.cells, key=costs.seconds, reverse=True)
+    hours = str((costs.seconds(cheap) + costs.seconds(dear)) / 2 / 3600)
+    capsys.readouterr()
+    command = ["run", "-o", str(study.output), "--gpus", "cpu", "--budget-hours", hours]
+    assert paper.main(command) == 0
+    assert f"left, beyond --budget-hours: {dear.name}" in capsys.readouterr().out
+    assert cell_states.cell_state(study, cheap) == "done"
+    assert cell_states.cell_state(study, dear) == "missing"
+
+
+def test_operations_are_counted_from_the_sizes(study):
+    cell = study.cells[0]
+    sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10, "test": 7},
+                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 2)  # fmt: skip
+    training = 4 * 2 * 24 * 5  # operations, epochs, rows, tokens
+    scoring = 2 * (2 * (24 * 5 + 10 * 4) + 7 * 3)
+    assert cost.operations(cell, sizes) == 1000 * 2 * (training + scoring)  # two runs
+    assert cost.disk_bytes(cell, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 2 * 2 + 10 * 7)
+    few = sizes._replace(rows=sizes.rows | {"train": 20})  # fewer than --train-size, 24
+    training, scoring = 4 * 2 * 20 * 5, 2 * (2 * (20 * 5 + 10 * 4) + 7 * 3)
+    assert cost.operations(cell, few) == 1000 * 2 * (training + scoring)
+
+
+def cell_of(tmp_path, row, *more, task="rte"):
+    """One cell of two runs; "stsb" is the regression."""
+    words = ["plan", "-o", str(tmp_path / "one"), "--tables", "3", *TOY, "--tasks", task]
+    args = paper.parse_args([*words, "--rows", row, *more])
+    return cells.plan_study(tmp_path / "one", args).cells[0]
+
+
+def test_a_large_training_set_is_scored_in_part(tmp_path):
+    cell = cell_of(tmp_path, "bitfit", "--train-size", "70000")
+    sizes = cost.Sizes(1, 1, {"train": 80_000, "validation": 0}, {"train": 1.0, "validation": 0}, 2)
+    assert cost.operations(cell, sizes) == 2 * (4 * 2 * 70_000 + 2 * 2 * 50_000)
+
+
+def test_what_a_cell_has_on_disk(tmp_path):
+    sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10, "test": 7},
+                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 1)  # fmt: skip
+    regression = cell_of(tmp_path, "frozen", task="stsb")  # float32, and no test predictions
+    assert cost.disk_bytes(regression, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 4)
+    whole = cell_of(tmp_path, "full_ft", task="stsb")  # two checkpoints of values and moments
+    own = cost.RUN_BYTES + 2 * 10 * 4 + 10 * 7
+    assert cost.disk_bytes(whole, sizes) == 2 * own + 2 * 3 * 4 * 2000
+
+
+def test_hours_from_rates(study):
+    """Done cells of the row count before those of the kind, and all of them before --calibrate."""
+    costs, (stacked, single) = cost.Costs(study), study.cells
+    sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10}, {"train": 5.0,
+                       "validation": 4.0}, 2)  # fmt: skip
+    costs.cell_sizes = lambda cell: sizes
+    rates = {"stacked": 800.0, "single": 100.0, "full": 50.0}
+    costs.measured = {"tiny_bert": rates}
+    work_of = cost.operations(stacked, sizes)
+    assert costs.seconds(stacked) == work_of / 800 + 8 + 1
+    assert costs.seconds_one_by_one(stacked) == work_of / 100 + 2 * (8 + 1)
+    apart = cost.operations(single, sizes)
+    assert costs.seconds(single) == apart / 50 + 8 + 2 * 1  # a model for each run
+    assert costs.seconds_one_by_one(single) == apart / 50 + 2 * (8 + 1)
+    costs.done = [(stacked, 3000.0, 1.0), (stacked, 1000.0, 3.0)]
+    assert costs.rate(stacked) == 1000
+    assert costs.rate(stacked._replace(row="frozen")) == 1000  # of its kind
+    assert costs.rate(single) == 50
+    assert costs.rate(stacked._replace(model="other")) is None
+    costs.done += [(stacked._replace(row="frozen"), 10.0, 1.0)]
+    assert costs.rate(stacked._replace(row="frozen")) == 10
+    assert costs.seconds_one_by_one(stacked) == work_of / (1000 / 8) + 2 * (8 + 1)
+
+
+def test_the_tokens_of_all_runs_count(monkeypatch):
+    clock = [0.0]
+
+    def step(state, alive, rows):
+        clock[0] += 2
+        return torch.zeros(rows.shape)
+
+    monkeypatch.setattr(cost, "train_step", step)
+    tokens = SimpleNamespace(lengths=np.array([5, 7, 9]))
+    state = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(tokens=tokens)))
+    found = cost.tokens_per_second(state, np.arange(4), np.array([0, 2]), clock=lambda: clock[0])
+    assert found == 4 * 14 / 2

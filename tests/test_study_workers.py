@@ -1,0 +1,272 @@
+"""Workers of a study: shards, signals, kills, failures, ranks, and locks that are missing."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import paper
+import pytest
+from conftest import GLUE, ROOT
+from toy_study import plan, states
+
+from bitfit.study import cell_states, cells, worker
+from utils import UserError
+
+
+def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "glue"
+    shutil.copytree(GLUE / "RTE", data / "RTE")
+    shutil.copytree(GLUE / "CoLA", data / "CoLA")
+    output = tmp_path / "study"
+    more = ["--data-dir", str(data), "--tasks", "cola", "rte", "--rows", "bitfit"]
+    assert plan(output, *more) == 0
+    study = cells.read_study(output)
+    hidden = data / "CoLA" / "train.tsv"
+    text = hidden.read_bytes()
+    hidden.write_bytes(b"not a table\n")
+    capsys.readouterr()
+    command = ["run", "--output-path", str(output), "--gpus", "cpu"]
+    assert paper.main(command) == 1
+    assert states(study) == ["failed", "done"]
+    said = capsys.readouterr().out
+    assert "1 failed, 1 done" in said
+    assert "tiny_bert/bitfit/cola, status 2: run_glue.py: error:" in said
+    failure = cell_states.read_failure(study, study.cells[0])
+    assert failure["status"] == 2
+    assert "CoLA" in failure["line"]
+    assert "run_glue.py" in cell_states.sibling_file(study, study.cells[0], ".log").read_text()
+    hidden.write_bytes(text)
+    assert paper.main(command) == 1  # it is not tried again unasked
+    assert states(study) == ["failed", "done"]
+    begun = time.time()
+    assert paper.main([*command, "--retry-failed"]) == 0
+    assert states(study) == ["done", "done"]
+    done = cell_states.cell_folder(study, study.cells[1]) / "args.json"
+    assert done.stat().st_mtime < begun  # what is done is not done again
+
+
+RUNS = ["--rows", "bitfit", "rand_uniform", "full_ft", "b_q"]
+
+
+def results(study):
+    """{file: content} of all that must not depend on who worked, and when."""
+    found = {}
+    for cell in study.cells:
+        folder = cell_states.cell_folder(study, cell)
+        for path in sorted(folder.rglob("*")):
+            if path.name in ("metrics.csv", "validation_logits.safetensors", "RTE.tsv"):
+                found[str(path.relative_to(study.output))] = path.read_bytes()
+    return found
+
+
+def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rng, many, one = random.Random(0), tmp_path / "many", tmp_path / "one"
+    for output in (many, one):
+        assert plan(output, *RUNS) == 0
+    assert paper.main(["run", "--output-path", str(one), "--gpus", "cpu"]) == 0
+    command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(many)]
+
+    def begin():
+        return subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+
+    study, workers, kills = cells.read_study(many), [begin() for _ in range(4)], 0
+    deadline = time.monotonic() + 300
+    while states(study) != ["done"] * len(study.cells):
+        assert time.monotonic() < deadline
+        time.sleep(rng.uniform(0.5, 1.5))
+        if kills < 6:
+            # SIGKILL leaves the command behind; SIGTERM is passed on to it.
+            victim = rng.randrange(4)
+            workers[victim].send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            kills += 1
+        for i, process in enumerate(workers):
+            if process.poll() is not None:
+                workers[i] = begin()
+    assert kills >= 4
+    for process in workers:
+        process.wait()
+    assert results(study) == results(cells.read_study(one))
+    for cell in study.cells:
+        log = cell_states.sibling_file(study, cell, ".log").read_text()
+        assert "in use" not in log
+        assert log.count("nothing to resume") == 0
+
+
+def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(study, tmp_path):
+    command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(study.output)]
+    worker = subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.PIPE,
+                              text=True)  # fmt: skip
+    while states(study)[0] in ("missing", "running") and not list(study.output.rglob("args.json")):
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGINT)
+    assert "the same command goes on" in worker.communicate()[1]
+    assert worker.returncode == 130
+    assert "running" not in states(study)
+    assert paper.main(["run", "--output-path", str(study.output), "--gpus", "cpu"]) == 0
+    assert states(study) == ["done", "done"]
+
+
+KILLED = """
+import os, pathlib, sys
+left = pathlib.Path(os.environ["LEFT"])
+steps = left.read_text()
+left.write_text(steps[1:])
+if not steps:
+    os.execv(sys.executable, [sys.executable, PROGRAM, *sys.argv[1:]])
+if steps[0] == "e":
+    sys.exit("a fault")
+if steps[0] == "p":  # progress: one more checkpoint
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output-path") + 1]) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath(f"{len(steps):06}.json").touch()
+if steps[0] == "r":  # as torchrun ends where a rank was killed
+    print("  exitcode  : -9 (pid: 7)", flush=True)
+    sys.exit(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kills", "ranks", "expected"),
+    [
+        ("k", 1, ["missing", "done"]),
+        ("kk", 1, ["missing", "failed"]),
+        ("kpk", 1, ["missing", "missing", "failed"]),
+        ("pppp", 1, ["missing"] * 4),
+        ("kek", 1, ["missing", "failed", "missing", "done"]),
+        ("rr", 2, ["missing", "failed"]),
+        ("r", 1, ["failed"]),
+    ],
+)
+def test_a_killed_command_goes_on_until_it_gets_no_further(
+    study, tmp_path, monkeypatch, kills, ranks, expected
+):
+    """The kernel kills what takes too much memory; before args.json a cell counts as missing."""
+    program, left = tmp_path / "killed.py", tmp_path / "left"
+    program.write_text(KILLED.replace("PROGRAM", repr(str(worker.PROGRAM))))
+    left.write_text(kills)
+    monkeypatch.setattr(worker, "PROGRAM", program)
+    monkeypatch.setattr(worker, "launch_command", lambda ranks: [sys.executable])
+    monkeypatch.setenv("LEFT", str(left))
+    seen = []
+    for _ in expected:
+        worker.run_cells(
+            study, study.cells[:1], worker.states_to_run(retry_failed=True), "cpu", ranks=ranks
+        )
+        seen += states(study)[:1]
+    assert seen == expected
+    failure = cell_states.read_failure(study, study.cells[0])
+    assert "without progress" in failure["line"] if kills[-2:] in ("kk", "rr") else True
+    assert cell_states.sibling_file(study, study.cells[0], ".killed.json").exists() == (
+        kills == "pppp"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "environment", "part"),
+    [
+        ("3/8", {}, (2, 8)),
+        ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
+              "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
+        ("", {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2)),
+        ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
+              "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, (2, 4)),
+        ("9/8", {}, None), ("0/8", {}, None), ("3", {}, None), ("", {}, None),
+    ],
+)  # fmt: skip
+def test_shards(word, environment, part):
+    if part is None:
+        with pytest.raises(UserError, match="--shard I/N"):
+            worker.parse_shard(word, environment)
+    else:
+        assert worker.parse_shard(word, environment) == part
+
+
+def test_shards_are_the_whole(study, capsys):
+    for part in ("1/2", "2/2"):
+        command = ["run", "-o", str(study.output), "--gpus", "cpu", "--shard", part]
+        assert paper.main(command) == 0
+        assert "1 done" in capsys.readouterr().out
+    assert states(study) == ["done", "done"]
+
+
+def test_a_file_system_without_locks(study, capsys, monkeypatch):
+    def fails(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    monkeypatch.setattr(worker, "run_cell", lambda *args, **options: True)
+    command = ["run", "-o", str(study.output), "--gpus", "cpu"]
+    assert paper.main(command) == 2
+    assert "divide the cells with --shard I/N" in capsys.readouterr().err
+    assert paper.main([*command, "--shard", "1/1"]) == 0
+
+
+def test_a_worker_for_each_gpu(study, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 0
+    assert states(study) == ["done", "done"]
+
+
+def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
+    output, seen = tmp_path / "study", []
+    assert plan(output, "--rows", "bitfit") == 0
+    command = ["run", "-o", str(output), "--gpus", "cpu"]
+    assert paper.main([*command, "--nproc-per-node", "2"]) == 0
+    args = output / "tiny_bert/bitfit/rte/args.json"
+    facts = json.loads(args.read_text())
+    assert facts["finished"] and facts["ranks"] == 2
+    args.write_text(json.dumps(facts | {"finished": False}))
+    monkeypatch.setattr(worker, "run_cell", lambda *args, ranks: seen.append(ranks))
+    paper.main(command)
+    assert seen == [2]  # what was begun by two goes on by two
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpu", "seen", "refused"),
+    [(8, None, 4, True), (4, None, 4, False), (8, None, 0, False), (8, "cpu", 4, False),
+     (2, 0, 4, True), (1, 0, 4, False)],
+)  # fmt: skip
+def test_more_ranks_than_gpus_fail_no_cell(ranks, gpu, seen, refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    if not refused:
+        return worker.check_gpus_for_ranks(ranks, gpu)
+    with pytest.raises(UserError, match="GPUs, but this machine has 4: leave --gpus out"):
+        worker.check_gpus_for_ranks(ranks, gpu)
+
+
+def test_the_line_that_tells_a_failure(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("$ python a\nrun_glue.py: error: old\n$ python a\nmore\n\n")
+    assert worker.last_message(log) == "more"
+    log.write_text("$ python a\nrun_glue.py: error: bad\nTraceback of torchrun\n===\n")
+    assert worker.last_message(log) == "run_glue.py: error: bad"
+
+
+def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
+    assert paper.main(["run", "-o", str(study.output), "--gpus", "9"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert states(study) == ["missing", "missing"]
+
+
+def test_workers_that_are_killed_are_no_success(study, monkeypatch, capsys):
+    monkeypatch.setattr(worker, "run_workers", lambda commands: [-9, 0])
+    assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 1
+
+
+def test_workers_of_a_shard_divide_it(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(worker, "run_workers", lambda commands: seen.extend(commands) or [0])
+    words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
+    assert paper.main(words) == 0
+    shards = [command[command.index("--shard") + 1] for command in seen]
+    own = [list(range(60))[part::parts] for part, parts in map(worker.parse_shard, shards)]
+    assert sorted(own[0] + own[1]) == list(range(60))[1::3]
