@@ -11,6 +11,7 @@ LOGGER = logging.getLogger("bitfit")
 AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
 FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # it has the rows of dev.tsv too
 MRPC_IDS = ["#1 ID", "#2 ID"]  # the columns that identify MRPC's rows
+NUMBERS = ("index", "idx", "id")  # columns of row numbers, here and in nyu-mll/glue
 OTHER_NAMES = {  # MRPC is also distributed under its original names
     "MRPC/train.tsv": FIRST_TRAIN_FILE,
     "MRPC/test.tsv": "MRPC/msr_paraphrase_test.txt",
@@ -83,3 +84,23 @@ def matching_rows(table: readers.Table, others: readers.Table) -> list[list[int]
         same = by_ids.get(other[:2], [])
         found.append(same if len(same) == 1 else [n for n in same if rows[n] == other])
     return found
+
+
+def drop_row_numbers(table: readers.Table, begin: int) -> readers.Table:
+    """Return a table without its column of row numbers.
+
+    Args:
+        begin: the number of rows in earlier files of the same split.
+
+    Raises:
+        UserError: a number is not the position of its row, counted from 0.
+    """
+    for name in table.columns.keys() & NUMBERS:
+        for row, value in enumerate(table.columns[name], begin):
+            if str(value) != str(row):
+                message = f"{readers.quote_value(name)} is {readers.quote_value(value)}"
+                message += f", but {row} is expected: predictions number the rows from 0"
+                advice = "give all rows in their order, or remove that column"
+                raise UserError(f"{table.place(row - begin)}: {message}: {advice}")
+    columns = {name: values for name, values in table.columns.items() if name not in NUMBERS}
+    return table._replace(columns=columns)

@@ -43,6 +43,7 @@ class Table(NamedTuple):
     columns: dict[str, list]  # {name: [the value of each row]}
     numbers: Sequence[int]  # each row's first line from 1, or its index from 0
     has_lines: bool = True
+    word_lines: Sequence[Sequence[int]] | None = None  # of sentences with one word per line
 
     def place(self, row: int) -> str:
         """Return the source and the position of a row, for the beginning of error messages."""

@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,13 @@ from bitfit.data import readers
 from bitfit.data.glue_files import (
     AX_FILES,
     FIRST_TRAIN_FILE,
+    NUMBERS,
+    drop_row_numbers,
     find_shards,
     read_mrpc_train_without_dev,
     tsv_names,
 )
+from bitfit.data.tagged_files import check_tags, check_words, place_word, read_sentences
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
 from utils import UserError
@@ -32,14 +36,19 @@ LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
 HALVES = re.compile("[\ud800-\udfff]")
 BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # nothing that has a width
-NUMBERS = ("index", "idx", "id")  # columns of row numbers in GLUE's files and nyu-mll/glue
 
 
 class TextColumns(NamedTuple):
-    """One split: its sentence columns, and its labels as numbers (None for a test split)."""
+    """One split: its sentence columns, and its labels as numbers (None for a test split).
 
-    columns: tuple[list[str], ...]
+    For tagging there is one column of lists of words, and the labels are those of all words.
+    """
+
+    columns: tuple[list, ...]
     labels: np.ndarray | None
+    word_counts: np.ndarray | None = None  # (rows,) int64, for tagging: words of each row
+    continues: np.ndarray | None = None  # (rows,) bool: goes on with the previous row's sentence
+    place_word: Callable[[int, int], str] | None = None  # (row, word) -> position for messages
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -47,7 +56,23 @@ class TextColumns(NamedTuple):
     def take(self, rows: Sequence[int] | np.ndarray) -> "TextColumns":
         """Return the given rows in the given order."""
         columns = tuple([column[i] for i in rows] for column in self.columns)
-        return TextColumns(columns, None if self.labels is None else self.labels[rows])
+        if self.word_counts is None:
+            return TextColumns(columns, None if self.labels is None else self.labels[rows])
+        labels = self.labels
+        if labels is not None:
+            labels = labels[word_positions(self.word_counts, rows)]
+        return TextColumns(columns, labels, self.word_counts[rows], self.continues[rows])
+
+
+def word_positions(word_counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the positions of the words of some rows among the words of all rows, in order.
+
+    Args:
+        word_counts: (all rows,) words of each row.
+        rows: (B,) row numbers.
+    """
+    counts, starts = word_counts[rows], np.cumsum(word_counts) - word_counts
+    return np.repeat(starts[rows] - (counts.cumsum() - counts), counts) + np.arange(counts.sum())
 
 
 def is_labelled(split: str) -> bool:
@@ -77,7 +102,11 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
     if not (task.record or is_labelled(split)):
         begins = accumulate((len(part.numbers) for part in parts), initial=0)
         parts = [drop_row_numbers(part, begin) for part, begin in zip(parts, begins, strict=False)]
-    texts = concatenate_texts([make_text_columns(task, split, part, numbered) for part in parts])
+    if task.is_tagging:
+        texts = make_tagged_columns(task, split, parts[0])
+    else:
+        made = [make_text_columns(task, split, part, numbered) for part in parts]
+        texts = concatenate_texts(made)
     if not len(texts):
         what = f"the {split} split of {task.name} is empty"
         raise UserError(f"{what}: {parts[0].source} has no rows; give a file with rows")
@@ -97,26 +126,6 @@ def column_names(task: Task, split: str, numbered: bool = False) -> list[str]:
 def row_number_columns(split: str) -> Sequence[str]:
     """Return the names of columns that may number the rows of an unlabelled GLUE split."""
     return () if is_labelled(split) else NUMBERS
-
-
-def drop_row_numbers(table: readers.Table, begin: int) -> readers.Table:
-    """Return a table without its column of row numbers.
-
-    Args:
-        begin: the number of rows in earlier files of the same split.
-
-    Raises:
-        UserError: a number is not the position of its row, counted from 0.
-    """
-    for name in table.columns.keys() & NUMBERS:
-        for row, value in enumerate(table.columns[name], begin):
-            if str(value) != str(row):
-                message = f"{readers.quote_value(name)} is {readers.quote_value(value)}"
-                message += f", but {row} is expected: predictions number the rows from 0"
-                advice = "give all rows in their order, or remove that column"
-                raise UserError(f"{table.place(row - begin)}: {message}: {advice}")
-    columns = {name: values for name, values in table.columns.items() if name not in NUMBERS}
-    return table._replace(columns=columns)
 
 
 def read_hub(task: Task, split: str) -> list[readers.Table]:
@@ -168,16 +177,25 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     """Return the table of a split of a custom task."""
     wanted, record = column_names(task, split), task.record or {}
     if "files" in record:
-        return readers.read_file(data_file(folder, record["files"][split]), wanted)
+        read = read_sentences if task.is_tagging else readers.read_file
+        return read(data_file(folder, record["files"][split]), wanted)
     hub = record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
     where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]
     table, features = readers.load_hub(*where, copies, wanted)
-    classes = getattr(features.get(task.tsv_label), "names", None)
+    feature = features.get(task.tsv_label)
+    classes = getattr(getattr(feature, "feature", feature), "names", None)
     if classes and is_labelled(split):  # a column of class numbers becomes one of their names
         known, labels = dict(enumerate(classes)), table.columns[task.tsv_label]
-        table.columns[task.tsv_label] = [known.get(label, label) for label in labels]
+        table.columns[task.tsv_label] = [name_classes(label, known) for label in labels]
     return table
+
+
+def name_classes(label: object, known: dict[int, str]) -> object:
+    """Return the name of a class number, or of each in a list; other values as they are."""
+    if isinstance(label, list):
+        return [known.get(number, number) for number in label]
+    return known.get(label, label)
 
 
 def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
@@ -192,6 +210,18 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
     *names, label = table.columns
     columns = tuple(check_texts(table, names))
     return TextColumns(columns, decode_labels(task, table.columns[label], table.place, numbered))
+
+
+def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextColumns:
+    """Return a table's sentences and, if the split has them, the tags of all words."""
+    sentences = check_words(table, *task.texts)
+    counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
+    labels, place = None, partial(place_word, table)
+    if is_labelled(split):
+        tags = list(chain.from_iterable(check_tags(table, *task.texts, task.tsv_label)))
+        places = [(row, n) for row, count in enumerate(counts) for n in range(count)]
+        labels = decode_labels(task, tags, lambda word: place(*places[word]), numbered=False)
+    return TextColumns((sentences,), labels, counts, np.zeros(len(counts), bool), place)
 
 
 def concatenate_texts(parts: list[TextColumns]) -> TextColumns:

@@ -6,23 +6,31 @@ its defaults, so that two files that say the same are the same.
 """
 
 import json
-import math
 import os
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bitfit.data.readers import READERS, SHARD, code_points, unique_keys
+from bitfit.data.record_checks import (
+    WORD,
+    Json,
+    are_distinct,
+    matches,
+    require,
+    require_keys,
+    require_one_of,
+)
+from bitfit.data.tagged_files import SUFFIXES, check_tags, check_words, read_sentences
 from bitfit.data.tasks import METRICS, TASKS, Task, label_text
 from utils import UserError
 
-Json = Any  # a value of json.loads
 Record = dict[str, Json]
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
-# No control characters, and no halves of letters, which JSON can name.
-WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
+ENTITY_TAG = r"O|[BIESLU]-.+"
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
@@ -36,6 +44,7 @@ def resolve_task(task: str | Path | Record, data_dir: str | None = None) -> tupl
         return TASKS[task], data_dir
     if isinstance(task, dict):
         record, home = validate_record(task, "the task's record"), "."
+        record = with_labels(record, data_dir or home)
     elif str(task).endswith(".json"):
         record, home = read_task_file(task, data_dir), default_data_dir(task)
         check_data_files(task, record, data_dir)
@@ -48,9 +57,10 @@ def task_of(record: Record) -> Task:
     """Return the `Task` of a validated record (the content of a task file)."""
     splits = record["files"] if "files" in record else record["hub"]["splits"]
     return Task(
-        name=record["name"], folder=record["name"], texts=tuple(record["texts"]),
+        name=record["name"], folder=record["name"],
+        texts=tuple([record["words"]] if "words" in record else record["texts"]),
         labels=tuple(record.get("labels", ())), metrics=tuple(record["metrics"]),
-        tsv_label=record["label"], labels_by_name=True,
+        tsv_label=record["tags" if "words" in record else "label"], labels_by_name=True,
         splits={name: where for name, where in splits.items() if name != "train"},
         score_range=tuple(record.get("scores", Task.score_range)), record=record,
         excluded_labels=tuple(record.get("exclude_labels", ())),
@@ -75,7 +85,7 @@ def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
     record = validate_record(record, path)
     if "hub" in record and data_dir is not None:
         raise UserError(f'{path}: "hub" names a data set on the Hub: leave --data-dir out')
-    return record
+    return with_labels(record, data_dir or default_data_dir(path))
 
 
 def check_data_files(path: str | Path, record: Record, data_dir: str | None = None) -> None:
@@ -115,57 +125,37 @@ def validate_record(record: Record, where: object) -> Record:
         UserError: the message begins with `where` and names the key.
     """
     try:
-        require_keys(record, ("name", "texts", "metrics"), ("label", *KINDS, *SOURCES, *OPTIONS))
-        require_one_of(record, *KINDS)
-        require_one_of(record, *SOURCES)
-        record = dict(sorted(({"label": "label"} | record).items()))
+        is_tagging = isinstance(record, dict) and not {"words", "tags"}.isdisjoint(record)
+        record = check_keys_of_tagging(record) if is_tagging else check_keys(record)
         check_name(record["name"])
-        check_columns(record["texts"], record["label"])
         for key, made in (KINDS | SOURCES | OPTIONS).items():
             if key in record:
                 record[key] = made(record[key])
+        check_suffixes(record.get("files", {}), SUFFIXES if is_tagging else tuple(READERS))
         check_excluded(**{key: record.get(key, ()) for key in (*KINDS, *OPTIONS)})
-        check_metrics(record["metrics"], record.get("labels"))
+        check_metrics(record["metrics"], record.get("labels"), is_tagging)
         return record
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def require(good: object, key: str, what: str) -> None:
-    if not good:
-        raise UserError(f'"{key}": {what}')
+def check_keys(record: Json) -> Record:
+    """Return the content of a task file with texts, with defaults and sorted keys."""
+    known = ("label", *KINDS, *SOURCES, *OPTIONS)
+    require_keys(record, ("name", "texts", "metrics"), known)
+    require_one_of(record, *KINDS)
+    require_one_of(record, *SOURCES)
+    record = dict(sorted(({"label": "label"} | record).items()))
+    check_columns(record["texts"], record["label"])
+    return record
 
 
-def require_keys(
-    value: object, required: Sequence[str], optional: Sequence[str] = (), inside: str = ""
-) -> None:
-    """Raise a UserError unless a JSON value is an object with these keys."""
-    known = (*required, *optional)
-    if not isinstance(value, dict):
-        raise UserError(f"{inside}give an object, {{...}}, with the keys {', '.join(known)}")
-    unknown = [key for key in value if key not in known]
-    missing = [key for key in required if key not in value]
-    if unknown:
-        raise UserError(f'{inside}unknown key "{unknown[0]}"; known: {", ".join(known)}')
-    if missing:
-        raise UserError(f'{inside}the key "{missing[0]}" is missing')
-
-
-def require_one_of(record: Record, one: str, other: str) -> None:
-    if (one in record) == (other in record):
-        both = "not both" if one in record else "none is there"
-        raise UserError(f'give one of the keys "{one}" and "{other}", {both}')
-
-
-def matches(pattern: str, word: Json) -> bool:
-    return isinstance(word, str) and re.fullmatch(pattern, word) is not None
-
-
-def are_distinct(words: Json, least: int, most: float = math.inf) -> bool:
-    """Return whether a JSON value is a list of `least` to `most` distinct words."""
-    if not isinstance(words, list) or not all(matches(WORD, word) for word in words):
-        return False
-    return least <= len(words) <= most and len(set(words)) == len(words)
+def check_keys_of_tagging(record: Record) -> Record:
+    """Return the content of a task file with words and tags, with sorted keys."""
+    require_keys(record, ("name", "words", "tags", "metrics"), ("labels", *SOURCES))
+    require_one_of(record, *SOURCES)
+    require("labels" in record or "files" in record, "labels", "give the tags of the Hub's data")
+    return dict(sorted(record.items())) | parse_word_columns(record["words"], record["tags"])
 
 
 def check_name(name: Json) -> None:
@@ -177,6 +167,31 @@ def check_columns(texts: Json, label: Json) -> None:
     require(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
     require(matches(WORD, label), "label", "give the name of a column")
     require(label not in texts, "label", f'"{label}" is one of the texts')
+
+
+def parse_word_columns(words: Json, tags: Json) -> dict[str, str]:
+    """Return the columns of words and tags as text: names, or numbers from 1 in CoNLL files."""
+    columns = {"words": words, "tags": tags}
+    for key, column in columns.items():
+        is_number = isinstance(column, int) and not isinstance(column, bool) and column > 0
+        what = "give the name of a column, or in CoNLL files its number from 1"
+        require(is_number or matches(WORD, column), key, what)
+    require(str(words) != str(tags), "tags", f"{tags} is the column of the words")
+    return {key: str(column) for key, column in columns.items()}
+
+
+def with_labels(record: Record, folder: str | Path) -> Record:
+    """Return a record of tagging with "labels": if it has none, the training tags, sorted."""
+    if "words" not in record or "labels" in record:
+        return record
+    table = read_sentences(
+        data_file(folder, record["files"]["train"]), (record["words"], record["tags"])
+    )
+    check_words(table, record["words"])
+    tags = check_tags(table, record["words"], record["tags"])
+    labels = parse_labels(sorted(set(chain.from_iterable(tags))))
+    check_metrics(record["metrics"], labels, is_tagging=True)
+    return record | {"labels": labels}
 
 
 def parse_labels(labels: Json) -> list[str]:
@@ -227,10 +242,9 @@ def parse_scores(scores: Json) -> list[float]:
     return [float(score) for score in scores]
 
 
-def check_metrics(metrics: Json, labels: list[str] | None) -> None:
-    """Whether the metrics are known, and fit what is predicted: labels, or where there are none
-    scores."""
-    kind = "labels" if labels else "scores"
+def check_metrics(metrics: Json, labels: list[str] | None, is_tagging: bool) -> None:
+    """Whether the metrics are known, and fit what is predicted: tags, labels or scores."""
+    kind = "tags" if is_tagging else "labels" if labels else "scores"
     fitting, known = METRICS[kind], [name for names in METRICS.values() for name in names]
     require(
         are_distinct(metrics, 1), "metrics", f"give a list of some of {', '.join(known)}, each once"
@@ -238,6 +252,10 @@ def check_metrics(metrics: Json, labels: list[str] | None) -> None:
     for name in metrics:
         require(name in known, "metrics", f'unknown metric "{name}"; known: {", ".join(known)}')
         require(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
+    if "Entity-F1" in metrics:
+        others = [label for label in labels or () if not re.fullmatch(ENTITY_TAG, label)]
+        what = f"Entity-F1 is for the tags O, B-..., I-..., not {', '.join(others[:3])}"
+        require(not others, "metrics", what)
     many = labels and len(labels) > 2
     require(
         not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more"
@@ -257,11 +275,16 @@ def parse_splits(splits: Json, key: str) -> dict[str, str]:
 
 
 def parse_files(files: Json) -> dict[str, str]:
-    files = parse_splits(files, "files")
+    return parse_splits(files, "files")
+
+
+def check_suffixes(files: dict[str, str], suffixes: Sequence[str]) -> None:
+    """Raise a UserError if the suffix of a file does not tell its format."""
     for split, name in files.items():
-        known = ", ".join(READERS)
-        require(Path(name).suffix in READERS, "files", f"{split}: {name} ends with none of {known}")
-    return files
+        known = ", ".join(suffixes)
+        require(
+            Path(name).suffix in suffixes, "files", f"{split}: {name} ends with none of {known}"
+        )
 
 
 def parse_hub(hub: Json) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the flags need this module, and -h imports no torch
 METRICS = {  # by what is predicted; F1 is that of the second of two labels
     "labels": ("Accuracy", "F1", "Macro-F1", "MCC"),
     "scores": ("Spearman", "Pearson"),
+    "tags": ("Accuracy", "Entity-F1", "Macro-F1", "MCC"),  # of words; of entities
 }
 
 
@@ -47,6 +49,11 @@ class Task:
         return self.tsv_texts or self.texts
 
     @property
+    def is_tagging(self) -> bool:
+        """Whether words have labels (tags), not texts; then `texts` is the column of words."""
+        return self.record is not None and "words" in self.record
+
+    @property
     def is_regression(self) -> bool:
         return not self.labels
 
@@ -64,12 +71,19 @@ class Task:
         """The scored splits; the first holds the main score."""
         return tuple(name for name in self.splits if name.startswith("validation"))
 
+    def suffix_of_answers(self, split: str) -> str:
+        """Return the suffix of a file of predictions; tags are written in the input's format."""
+        if self.is_tagging:
+            return PurePath(self.splits[split]).suffix if "files" in self.record else ".jsonl"
+        return ".tsv"
+
     @property
     def server_files(self) -> dict[str, str]:
         """{test split: the file of its predictions, for GLUE's tasks as the server expects it}"""
         if self.record:
             tests = [split for split in self.splits if split.startswith("test")]
-            return {s: f"{self.name}{s.removeprefix('test').replace('_', '-')}.tsv" for s in tests}
+            endings = {s: s.removeprefix("test").replace("_", "-") for s in tests}
+            return {s: f"{self.name}{endings[s]}{self.suffix_of_answers(s)}" for s in tests}
         suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
         files = {s: f"{self.folder}{suffixes[s]}.tsv" for s in self.splits if s in suffixes}
         return files | ({"ax": "AX.tsv"} if "ax" in self.splits else {})
@@ -126,7 +140,7 @@ def label_text(value: object) -> str | None:
 
 
 def row_losses(task: Task, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-    """Return the cross-entropy or squared error of each row, (B, C), (B,) -> (B,)."""
+    """Return the cross-entropy or squared error of each row (or word), (B, C), (B,) -> (B,)."""
     import torch.nn.functional as F
 
     if task.is_regression:
@@ -156,10 +170,16 @@ def compact(task: Task, logits: np.ndarray) -> np.ndarray:
     )
 
 
-def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score(
+    task: Task, logits: np.ndarray, labels: np.ndarray, sentences: np.ndarray | None = None
+) -> dict[str, float]:
     """Return {metric: value} of float logits (rows, C) against labels (rows,).
 
     A correlation with a constant is 0, as scikit-learn has it for Matthews', and no warning.
+
+    Args:
+        sentences: of tagging, whose logits and labels are those of words: the number of words of
+            each sentence, in order. Entities end with their sentence.
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -176,5 +196,20 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
         "Macro-F1": lambda: f1_score(labels, predicted, average="macro", zero_division=0.0),
         "Spearman": lambda: correlation(spearmanr),
         "Pearson": lambda: correlation(pearsonr),
+        "Entity-F1": lambda: entity_f1(task, labels, predicted, sentences),
     }
     return {metric: float(compute[metric]()) for metric in task.metrics}
+
+
+def entity_f1(
+    task: Task, labels: np.ndarray, predicted: np.ndarray, sentences: np.ndarray
+) -> float:
+    """Return seqeval's F1 of entities in the tags of words; see `score` for `sentences`."""
+    from seqeval.metrics import f1_score
+
+    tags, ends = np.array(task.labels), np.cumsum(sentences)[:-1]
+    gold, found = (
+        [part.tolist() for part in np.split(tags[of_words], ends)]
+        for of_words in (labels, predicted)
+    )
+    return f1_score(gold, found, zero_division=0)

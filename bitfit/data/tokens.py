@@ -1,18 +1,21 @@
 """Tokenized splits: all tokens of a split are one flat array with offsets."""
 
 import logging
+from collections.abc import Callable
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from bitfit.data.splits import TextColumns, read_split
+from bitfit.data import readers
+from bitfit.data.splits import TextColumns, read_split, word_positions
 from bitfit.data.tasks import Task
 from utils import UserError, make_generator
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger("bitfit")
 # Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
@@ -26,10 +29,35 @@ class TokenizedSplit(NamedTuple):
     ids: torch.Tensor  # (all tokens,) int32
     types: torch.Tensor | None  # (all tokens,) int32, for models that take token types
     starts: np.ndarray  # (rows,) int64, where each row begins
-    labels: torch.Tensor | None  # (rows,) int64, or float32 for a regression
+    labels: torch.Tensor | None  # (rows,) int64, or float32 for a regression; of tagging (words,)
     lengths: np.ndarray  # (rows,) int64 tokens in each row
     pad_id: int
     pad_left: bool = False  # which side of a padded row the padding is on
+    # Only for tagging: the words of a row begin where their first sub-tokens are.
+    word_index: np.ndarray | None = None  # (all words,) int64 positions in `ids`, in order
+    word_counts: np.ndarray | None = None  # (rows,) int64 words in each row
+    continues: np.ndarray | None = None  # (rows,) bool: goes on with the previous row's sentence
+
+    def hashed(self) -> tuple[torch.Tensor | np.ndarray | None, ...]:
+        """Return the arrays that identify the data."""
+        words = (self.word_index, self.word_counts, self.continues)
+        return self[:5] if self.word_index is None else (*self[:5], *words)
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the labels of some rows (or of their words) in order, on the host."""
+        if self.word_counts is not None:
+            rows = word_positions(self.word_counts, rows)
+        return self.labels.cpu().numpy()[rows]
+
+    def sentences_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the number of words of each sentence in some rows; None unless it is tagging.
+
+        Rows that continue a sentence are joined with the row before, if that is there.
+        """
+        if self.word_counts is None:
+            return None
+        joined = self.continues[rows] & (np.diff(rows, prepend=-2) == 1)
+        return np.add.reduceat(self.word_counts[rows], np.flatnonzero(~joined))
 
     def to(self, device: torch.device) -> Self:
         moved = {k: v.to(device) for k, v in self._asdict().items() if torch.is_tensor(v)}
@@ -48,16 +76,17 @@ def tokenize(
 ) -> TokenizedSplit:
     """Return texts as a `TokenizedSplit` on the CPU.
 
-    Rows over `max_length` tokens are cut, the longest sentence first.
+    Rows over `max_length` tokens are cut, the longest sentence first. Give sentences of words to
+    `split_long_sentences` before, so that no word is cut off.
 
     Raises:
         UserError: if `max_length` leaves no room for text.
     """
-    specials = tokenizer.num_special_tokens_to_add(pair=len(texts.columns) > 1)
-    if max_length <= specials:
-        what = f"leaves no room for text: this tokenizer adds {specials} special tokens a row"
-        raise UserError(f"--max-seq-length {max_length} {what}; give more")
-    rows = tokenizer(*texts.columns, truncation=True, max_length=max_length)
+    tokens_for_text(tokenizer, max_length, pair=len(texts.columns) > 1)
+    is_tagging = texts.word_counts is not None
+    rows = tokenizer(
+        *texts.columns, truncation=True, max_length=max_length, is_split_into_words=is_tagging
+    )
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
     if not lengths.all():
         row = int(np.flatnonzero(lengths == 0)[0])
@@ -75,16 +104,104 @@ def tokenize(
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
         pad_left=tokenizer.padding_side == "left",
+        word_index=first_tokens(rows, lengths, texts.word_counts) if is_tagging else None,
+        word_counts=texts.word_counts,
+        continues=texts.continues,
     )
+
+
+def tokens_for_text(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: bool) -> int:
+    """Return the number of a row's tokens that are not special; UserError if there is none."""
+    specials = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length <= specials:
+        what = f"leaves no room for text: this tokenizer adds {specials} special tokens a row"
+        raise UserError(f"--max-seq-length {max_length} {what}; give more")
+    return max_length - specials
+
+
+def first_tokens(rows: "BatchEncoding", lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the positions of the words' first sub-tokens among the tokens of all rows."""
+    words = [-1 if n is None else n for row in range(len(lengths)) for n in rows.word_ids(row)]
+    numbers = np.array(words, np.int64)  # of the word of each token; -1: a special token
+    before = np.concatenate([[-1], numbers[:-1]])
+    before[np.cumsum(lengths) - lengths] = -1
+    found = np.flatnonzero((numbers >= 0) & (numbers != before))
+    expected = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    if not np.array_equal(numbers[found], expected):
+        raise UserError("this tokenizer loses words of a sentence: give another --model-name")
+    return found
+
+
+def split_long_sentences(
+    texts: TextColumns, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> TextColumns:
+    """Return sentences of over `max_length` tokens as several rows, cut evenly between words.
+
+    A word alone may have more tokens: it is a row of its own, and `tokenize` cuts it.
+
+    Raises:
+        UserError: a word has no sub-token, or `max_length` leaves no room for words.
+    """
+    room = tokens_for_text(tokenizer, max_length, pair=False)
+    (sentences,) = texts.columns
+    parts = cut_sentences(sentences, tokenizer, room, texts.place_word)
+    counts = np.array([len(row) for rows in parts for row in rows], np.int64)
+    continues = np.array([number > 0 for rows in parts for number in range(len(rows))])
+    if continues.any():
+        count = sum(len(rows) > 1 for rows in parts)
+        LOGGER.info("%d of %d sentences have more than %d tokens and are split into %d rows",
+                    count, len(parts), max_length, count + continues.sum())  # fmt: skip
+    rows = list(chain.from_iterable(parts))
+    return TextColumns((rows,), texts.labels, counts, continues)
+
+
+def cut_sentences(
+    sentences: list[list[str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    room: int,
+    place: Callable[[int, int], str] | None = None,
+) -> list[list[list[str]]]:
+    """Return the rows of each sentence: lists of words with at most `room` tokens.
+
+    Args:
+        place: returns the position of a word for messages; None: its number.
+    """
+    encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False)
+    parts = []
+    for number, words in enumerate(sentences):
+        ids = encoded.word_ids(number)
+        counts = np.bincount(np.array(ids, np.int64), minlength=len(words))
+        if not counts.all():
+            word = int(np.flatnonzero(counts == 0)[0])
+            where = place(number, word) if place else f"sentence {number + 1}, word {word + 1}"
+            what = f"{readers.quote_value(words[word])} has no sub-tokens in this model's tokenizer"
+            raise UserError(f"{where}: {what}: remove it, or give another --model-name")
+        rows = -(-len(ids) // room)
+        if rows == 1 or len(words) == 1:
+            parts.append([words])
+            continue
+        row_of_word = (counts.cumsum() - counts) * rows // len(ids)
+        cuts = np.flatnonzero(np.diff(row_of_word)) + 1
+        cuts = [0, *(cuts if len(cuts) else [len(words) - 1]), len(words)]
+        pieces = [words[a:b] for a, b in pairwise(cuts)]
+        parts.append(list(chain.from_iterable(cut_sentences(pieces, tokenizer, room))))
+    return parts
 
 
 def concatenate(parts: list[TokenizedSplit]) -> TokenizedSplit:
     """Return the rows of several `TokenizedSplit` as one `TokenizedSplit` without labels."""
     lengths = np.concatenate([part.lengths for part in parts])
     types = None if parts[0].types is None else torch.cat([part.types for part in parts])
+    words: dict[str, np.ndarray] = {}
+    if parts[0].word_index is not None:
+        begins = accumulate((len(part.ids) for part in parts), initial=0)
+        index = [part.word_index + begin for part, begin in zip(parts, begins, strict=False)]
+        words["word_index"] = np.concatenate(index)
+        words["word_counts"] = np.concatenate([part.word_counts for part in parts])
+        words["continues"] = np.concatenate([part.continues for part in parts])
     return parts[0]._replace(
         ids=torch.cat([part.ids for part in parts]), types=types, labels=None,
-        starts=lengths.cumsum() - lengths, lengths=lengths,
+        starts=lengths.cumsum() - lengths, lengths=lengths, **words,
     )  # fmt: skip
 
 
@@ -120,13 +237,16 @@ class Dataset:
         """Return a `Split`; its tokens are None if an optional split does not exist."""
         if name not in self.splits:
             texts = read_split(self.task, name, self.data_dir)
+            if self.task.is_tagging:
+                texts = split_long_sentences(texts, self.tokenizer, self.max_length)
             rows = np.arange(len(texts or ()))
             of_seed = dict.fromkeys(self.seeds, rows)
             if name == "train" and self.train_size is not None:
                 rows, of_seed = sample_training_rows(self.seeds, len(texts), self.train_size)
                 texts = texts.take(rows)
             if texts is not None:
-                hashes = map(hash, zip(*texts.columns, strict=True))
+                columns = [map(tuple, c) if self.task.is_tagging else c for c in texts.columns]
+                hashes = map(hash, zip(*columns, strict=True))
                 self.row_hashes[name] = np.fromiter(hashes, np.int64, len(texts))
             tokens = texts and tokenize(texts, self.tokenizer, self.max_length).to(self.device)
             self.splits[name] = Split(tokens, of_seed)

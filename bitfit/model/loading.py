@@ -25,12 +25,13 @@ ENCODER_SEED = 0  # for encoder weights that the checkpoint lacks: the same in e
 
 
 def load_tokenizer(
-    model_name: str | Path, revision: str | None = None
+    model_name: str | Path, revision: str | None = None, for_words: bool = False
 ) -> "PreTrainedTokenizerBase":
     """Return the fast tokenizer of a model.
 
     Args:
         revision: from `hub.resolve_revision`, in the functions below too.
+        for_words: texts are lists of words, as in tagging.
 
     Raises:
         UserError: there is no model or tokenizer, or the tokenizer does not fit the model.
@@ -50,11 +51,11 @@ def load_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_name, revision=revision, trust_remote_code=False
         )
-        if lacks_token_types(tokenizer, config):
-            names = ["input_ids", "token_type_ids", "attention_mask"]
-            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+        add_token_types(tokenizer, config)
         tokenizer("a \u2603")  # fails for vocabularies that lack their unknown token
         tokenizer_checks.warn_of_file(tokenizer, model_name, revision)
+    if for_words:
+        tokenizer_checks.read_words_like_text(tokenizer, model_name)
     tokenizer_checks.check_tokenizer(tokenizer, config, model_name)
     file_checks.warn_of_shadow(model_name)
     if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
@@ -65,8 +66,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def lacks_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> bool:
-    """Return whether a tokenizer omits token types that the model has embeddings for.
+def add_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> None:
+    """Let a tokenizer return token types if it omits them and the model has embeddings for them.
 
     The generic class for tokenizer.json returned them until transformers 5.
     """
@@ -74,7 +75,9 @@ def lacks_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedC
 
     generic = type(tokenizer) is transformers.PreTrainedTokenizerFast
     types = getattr(config.get_text_config(), "type_vocab_size", None) or 0
-    return generic and "model_input_names" not in tokenizer.init_kwargs and types > 1
+    if generic and "model_input_names" not in tokenizer.init_kwargs and types > 1:
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def load_model(

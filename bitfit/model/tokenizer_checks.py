@@ -113,5 +113,32 @@ def warn_of_file(
         )  # fmt: skip
 
 
+def read_words_like_text(tokenizer: "PreTrainedTokenizerBase", model_name: str | Path) -> None:
+    """Let a tokenizer read each word of a list like a word after a blank.
+
+    RoBERTa's and others, as they are saved, read every word like the first of a text.
+
+    Raises:
+        UserError: the tokenizer cannot tell which tokens belong to which word.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        what = "is written in Python and does not tell the tokens of each word"
+        raise UserError(f"the tokenizer of {model_name} {what}: tagging needs a fast tokenizer")
+    if backend.pre_tokenizer is not None and not reads_words_like_text(tokenizer):
+        content = backend.to_str().replace('"add_prefix_space":false', '"add_prefix_space":true')
+        content = content.replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
+        backend.pre_tokenizer = Tokenizer.from_str(content).pre_tokenizer
+        tokenizer.init_kwargs["add_prefix_space"] = True  # for its saved copy
+    if not reads_words_like_text(tokenizer):
+        what = "reads words otherwise than texts: the results may be worse"
+        LOGGER.warning("the tokenizer of %s %s", model_name, what)
+
+
+def reads_words_like_text(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    words = tokenizer(SAMPLE.split(), is_split_into_words=True, add_special_tokens=False)
+    return words["input_ids"] == tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+
+
 def unknown(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
     return tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]

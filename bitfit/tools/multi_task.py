@@ -123,7 +123,7 @@ def load_base(
     base = found[0][1]
     name = base["model_name"]
     revision, _ = hub.resolve_revision(name, base["model_revision"])
-    tokenizer = loading.load_tokenizer(name, revision)
+    tokenizer = loading.load_tokenizer(name, revision, task.is_tagging)
     fingerprints = loading.base_fingerprints(name, task, tokenizer, revision)
     for folder, metadata, _ in found:
         saved_evaluator.check_base(folder, metadata, fingerprints)

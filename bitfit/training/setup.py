@@ -131,7 +131,7 @@ class LoadedData:
 
 def hash_splits(splits: Iterable[Split]) -> str:
     """Return one hash of the tokens and labels of some splits."""
-    return fingerprints.sha256(array for split in splits for array in split.tokens[:5])
+    return fingerprints.sha256(array for split in splits for array in split.tokens.hashed())
 
 
 def load_data(
@@ -139,7 +139,7 @@ def load_data(
 ) -> LoadedData:
     """Check the length and load the tokenizer; no split is read yet."""
     loading.check_max_length(setup.model_name, setup.task, max_sequence_len, setup.revision)
-    tokenizer = loading.load_tokenizer(setup.model_name, setup.revision)
+    tokenizer = loading.load_tokenizer(setup.model_name, setup.revision, setup.task.is_tagging)
     dataset = Dataset(
         task=setup.task,
         data_dir=setup.data_dir,

@@ -1,0 +1,190 @@
+"""Read and write files of tagged sentences: CoNLL columns, CoNLL-U, JSON Lines and Parquet.
+
+A row is a sentence: a list of words and, if it is labelled, a list with a tag for each word.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bitfit.data import readers
+from bitfit.data.tasks import label_text
+from bitfit.files import atomic_file, write_text
+from utils import UserError
+
+CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
+NEVER_EMPTY = {"UPOS", "XPOS", "DEPREL"}  # where CoNLL-U's _ is no value: the word has no tag
+COLUMN_FILES = (".conll", ".txt", ".tsv", ".conllu")  # one word per line
+SUFFIXES = (*COLUMN_FILES, ".jsonl", ".parquet")
+COLUMN_NAMES = re.compile(r"# *global\.columns *= *(.*)")
+# Nothing that has a width; or halves of letters, which JSON can contain.
+NO_WORD = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*|.*[\ud800-\udfff].*", re.DOTALL)
+
+
+class ColumnFile(NamedTuple):
+    """A file with one word per line and an empty line after each sentence."""
+
+    lines: list[str]
+    words: list[list[tuple[int, list[str]]]]  # by sentence: (index in `lines`, fields)
+    columns: dict[str, int]  # {name, or number from 1: index of the field}
+    separator: str  # a tab, or a blank for any number of them
+
+
+def read_columns(path: Path) -> ColumnFile:
+    """Return the words of a CoNLL file without the lines that hold no word.
+
+    Those are comments, -DOCSTART- and, in CoNLL-U, multiword tokens (1-2) and empty nodes (1.1).
+
+    Raises:
+        UserError: a line has another number of fields than the first word, or an unexpected ID.
+    """
+    is_conllu = path.suffix == ".conllu"
+    lines = [line.strip(" ") for line in readers.read_lines(path)]
+    rows = (line for line in lines if line.strip(" \t") and not line.startswith(("#", "-DOCSTART")))
+    first = next(rows, "")
+    separator = "\t" if is_conllu or "\t" in first else " "
+    width = len(CONLLU) if is_conllu else len(split_fields(first, separator))
+    columns = {str(index + 1): index for index in range(width)}
+    columns |= {name: index for index, name in enumerate(CONLLU) if is_conllu}
+    words: list[list[tuple[int, list[str]]]] = [[]]
+    for index, line in enumerate(lines):
+        fields = split_fields(line, separator)
+        is_comment = line.startswith("#") and (
+            is_conllu or len(fields) != width or (line.startswith("# ") and separator == "\t")
+        )
+        if not line.strip(" \t") or line.startswith("-DOCSTART-"):
+            words += [[]] if words[-1] else []
+        elif is_comment and not words[-1]:  # between sentences; else # is a word
+            if names := COLUMN_NAMES.fullmatch(line):
+                columns |= dict(zip(names[1].split(), range(width), strict=False))
+        elif len(fields) != width:
+            what = f"{len(fields)} columns where {width} are expected"
+            raise UserError(f"{path}:{index + 1}: {what}")
+        elif not (is_conllu and re.fullmatch(r"\d+[-.]\d+", fields[0])):
+            if is_conllu and fields[0] != str(len(words[-1]) + 1):
+                what = f"ID {readers.quote_value(fields[0])} where {len(words[-1]) + 1} is expected"
+                raise UserError(f"{path}:{index + 1}: {what}; an empty line ends a sentence")
+            words[-1].append((index, fields))
+    return ColumnFile(lines, words if words[-1] else words[:-1], columns, separator)
+
+
+def split_fields(line: str, separator: str) -> list[str]:
+    return line.split("\t") if separator == "\t" else re.split(" +", line)
+
+
+def read_sentences(path: Path, wanted: Sequence[str]) -> readers.Table:
+    """Return the table of a file; its suffix tells the format.
+
+    Args:
+        wanted: the names of the columns to return; in CoNLL files also their numbers, from 1.
+    """
+    if path.suffix not in COLUMN_FILES:
+        return readers.read_file(path, wanted)
+    file = read_columns(path)
+    if file.words:
+        readers.check_column_names(path, list(file.columns), wanted)
+    values = {
+        name: [[fields[file.columns[name]] for _, fields in sentence] for sentence in file.words]
+        for name in wanted
+    }
+    lines = [[index + 1 for index, _ in sentence] for sentence in file.words]
+    return readers.Table(str(path), values, [of[0] for of in lines], word_lines=lines)
+
+
+def place_word(table: readers.Table, row: int, number: int) -> str:
+    """Return the position of a word, counted from 0, for the beginning of error messages."""
+    lines = table.word_lines
+    if lines is None:
+        return f"{table.place(row)}: word {number + 1}"
+    return f"{table.source}:{lines[row][number]}"
+
+
+def check_words(table: readers.Table, name: str) -> list[list[str]]:
+    """Return a column of words; a sentence or word that is missing or empty is an error."""
+    for row, words in enumerate(table.columns[name]):
+        if not isinstance(words, list) or not words:
+            column, value = readers.quote_value(name), readers.quote_value(words)
+            raise UserError(f"{table.place(row)}: no list of words in column {column}, but {value}")
+        for number, word in enumerate(words):
+            if not isinstance(word, str) or NO_WORD.fullmatch(word):
+                what = f"no word, but {readers.quote_value(word)}"
+                raise UserError(f"{place_word(table, row, number)}: {what}")
+    return table.columns[name]
+
+
+def check_tags(table: readers.Table, words: str, tags: str) -> list[list[str]]:
+    """Return a column of tags as text, one for each word of a checked column."""
+    found = []
+    for row, of in enumerate(table.columns[tags]):
+        count = len(table.columns[words][row])
+        if not isinstance(of, list) or len(of) != count:
+            have = f"{len(of)} tags" if isinstance(of, list) else readers.quote_value(of)
+            what = f"{count} words, but in column {readers.quote_value(tags)} {have}"
+            raise UserError(f"{table.place(row)}: {what}")
+        for number, value in enumerate(of):
+            if label_text(value) in (None, "") or (value == "_" and tags in NEVER_EMPTY):
+                word = readers.quote_value(table.columns[words][row][number])
+                what = f"the word {word} has no tag, but {readers.quote_value(value)}"
+                raise UserError(f"{place_word(table, row, number)}: {what}")
+        found.append([str(label_text(value)) for value in of])
+    return found
+
+
+def write_tags(
+    path: Path, source: Path | None, names: tuple[str, str], sentences: list, tags: list[list[str]]
+) -> None:
+    """Write sentences with predicted tags in the format of their file, atomically.
+
+    Args:
+        source: the file of the sentences; None: they are of the Hub, and JSON Lines are written.
+        names: the columns of words and tags. The second is replaced, or added as the last.
+        sentences, tags: the words of each sentence and the tags of each word.
+    """
+    words_name, tags_name = names
+    if source is None:
+        rows = [{words_name: of, tags_name: own} for of, own in zip(sentences, tags, strict=True)]
+        write_text(path, json_lines(rows))
+    elif source.suffix == ".jsonl":
+        rows = [json.loads(line) for line in readers.read_lines(source)]
+        rows = [row | {tags_name: own} for row, own in zip(rows, tags, strict=True)]
+        write_text(path, json_lines(rows))
+    elif source.suffix == ".parquet":
+        write_parquet(path, source, tags_name, tags)
+    else:
+        file = read_columns(source)
+        column = file.columns.get(tags_name)
+        for sentence, own in zip(file.words, tags, strict=True):
+            for (index, _), tag in zip(sentence, own, strict=True):
+                line = file.lines[index]
+                file.lines[index] = replace_field(line, file.separator, column, tag)
+        write_text(path, "".join(f"{line}\n" for line in file.lines))
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def replace_field(line: str, separator: str, column: int | None, value: str) -> str:
+    """Return a line with another value in a column, or with one more column."""
+    parts = re.split("(\t)" if separator == "\t" else "( +)", line)  # fields at even indices
+    if column is None:
+        return f"{line}{separator}{value}"
+    parts[2 * column] = value
+    return "".join(parts)
+
+
+def write_parquet(path: Path, source: Path, name: str, tags: list[list[str]]) -> None:
+    """Write a Parquet file with a column of tags, which is replaced or added."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = parquet.read_table(source).replace_schema_metadata(None)
+    column = pyarrow.array(tags, pyarrow.list_(pyarrow.string()))
+    if name in table.column_names:
+        table = table.set_column(table.column_names.index(name), name, column)
+    else:
+        table = table.append_column(name, column)
+    with atomic_file(path) as temporary:
+        parquet.write_table(table, temporary)
