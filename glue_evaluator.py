@@ -111,6 +111,7 @@ class GLUEvaluator:
         self, fine_tune_type: str, learning_rate: float | Sequence[float],
         optimizer: str = "adamw", components: Sequence[str] | None = None,
         mask_size: int | None = None, verbose: bool = True, only: Sequence[Run] | None = None,
+        start_from: str | Path | None = None,
     ) -> None:  # fmt: skip
         """Load the model and select the trainable parameters; see `Method` for the other arguments.
 
@@ -118,9 +119,14 @@ class GLUEvaluator:
             learning_rate: before any schedule; a list: one run for each.
             verbose: print the trained tensors.
             only: some of the runs; None: all pairs of a learning rate and a seed.
+            start_from: folder of a saved evaluator, with whose values all runs start.
         """
         runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds)
-        method = Method(fine_tune_type, tuple(components or ()), mask_size, optimizer)
+        start, base = None, self._need_loaded().base_fingerprints
+        if start_from is not None:
+            path = Path(start_from)
+            start = saved_evaluator.read_warm_start(path, self.setup, base, fine_tune_type)
+        method = Method(fine_tune_type, tuple(components or ()), mask_size, optimizer, start)
         self.prepare_runs(runs if only is None else list(only), method, verbose)
 
     def prepare_runs(

@@ -90,6 +90,8 @@ def describe(metrics: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
     """Return a run's row of the table: method, trained share, main score × 100."""
     metric, terms = metrics["main_metric"], metrics["bias_terms"]
     method = metrics["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
+    if start := metrics.get("started_from"):
+        method += f" from {start['task']}"
     validation = main_curve(metrics, scores)
     train = 100 * scores.query("split == 'train' and metric == @metric")["value"]
     return {

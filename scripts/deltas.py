@@ -184,7 +184,8 @@ def apply(args: argparse.Namespace) -> None:
 
     output_paths.check_is_new(args.output_path)
     (member,) = saved_evaluators.read_evaluators(args.folders)
-    if args.scale != 1 and member.metadata["fine_tune_type"] == "frozen":
+    is_frozen = member.metadata["fine_tune_type"] == "frozen"
+    if args.scale != 1 and is_frozen and "started_from" not in member.metadata:
         raise UserError(f"--scale: {member.name} did not change the encoder: leave --scale out")
     evaluator = load(args, member)
     deltas.scale_delta(evaluator, args.scale)

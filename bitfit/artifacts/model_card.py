@@ -161,6 +161,10 @@ def sentences(task: Task, metrics: Metadata, metadata: Metadata) -> Iterator[str
         yield "(a task of its own)." if task.record else "(other rows than GLUE's)."
     if metrics["random_encoder"]:
         yield "A control: the encoder began with random weights."
+    if start := metrics.get("started_from"):
+        values = "encoder and classifier" if start["classifier"] else "encoder"
+        task_name = escape.markdown(start["task"])
+        yield f"Its {values} started from values that were trained on {task_name}."
     yield f"{TRAINED[metrics['fine_tune_type']]}:"
     if metrics["bias_terms"] not in ([], ["all"]):
         yield f"{', '.join(metrics['bias_terms'])};"

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from bitfit.model.run_stack import Run
 
 CHECKPOINTS = "checkpoints"
+EVALUATOR = "evaluator.json"
 # What may differ between a command and the one that resumes it, and what is worth a warning.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
     "max_tokens", "data_dir", "model_name", "model_revision", "finished", "ranks", "task_file",
-    "report_to", "push_to_hub", "quiet",
+    "report_to", "push_to_hub", "quiet", "start_from",
 }  # fmt: skip
-BY_NAME = {"data_dir", "model_name", "model_revision"}  # harmless while hashes can be compared
+# Harmless while hashes can be compared.
+BY_NAME = {"data_dir", "model_name", "model_revision", "start_from"}
 WARNED = {
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
     "rows",
@@ -36,11 +38,14 @@ TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": 
 FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
 NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
+# Values that earlier versions of this format did not write, as their commands ran.
+NEW_FLAGS = {"start_from": None, "start_sha256": None}
 NAMES = {
     "data": "the data",
     "test": "the test data",
     "encoder": "the base model",
     "chosen": "the set of trained parameters",
+    "start": "the evaluator of --start-from",
 }
 
 
@@ -84,6 +89,19 @@ def folder_state(output: Path, metadata: dict[str, Any], is_mine: bool = False) 
     return FolderState(kind, warnings=tuple(harmless_differences(old, metadata)))
 
 
+def find_evaluator(folder: Path) -> Path:
+    """Return the folder of the only saved evaluator of a run, of a sweep, or the folder itself."""
+    for pattern in (EVALUATOR, f"evaluator/{EVALUATOR}", f"lr*/evaluator/{EVALUATOR}"):
+        found = sorted(str(path.parent) for path in folder.glob(pattern))
+        if len(found) > 1:
+            more = f" and {len(found) - 3} more" * (len(found) > 3)
+            names = f"{', '.join(found[:3])}{more}"
+            raise UserError(f"{folder} has {len(found)} saved evaluators: give one of {names}")
+        if found:
+            return Path(found[0])
+    raise UserError(f"there is no saved evaluator in {folder}: train with --save-evaluator")
+
+
 def run_folders(
     output: Path | str | dict["Run", Path] | None, runs: list["Run"]
 ) -> dict["Run", Path]:
@@ -99,7 +117,7 @@ def read_args(folder: Path) -> dict[str, Any]:
         args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if not (isinstance(args["finished"], bool) and isinstance(args["precision"], str)):
             raise ValueError("it is not of run_glue.py")
-        return check_types(args)
+        return NEW_FLAGS | check_types(args)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         message = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
         raise UserError(f"--resume: {message}") from None

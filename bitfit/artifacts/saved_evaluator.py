@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from bitfit.artifacts.run_folder import EVALUATOR, find_evaluator
 from bitfit.data import task_files
 from bitfit.data.tasks import Task
 from bitfit.model import fingerprints as models
 from bitfit.model import hub, trainable
-from bitfit.model.fingerprints import describe_change
-from bitfit.model.loading import write_model
+from bitfit.model.fingerprints import base_error, describe_change
+from bitfit.model.loading import load_model, write_model
 from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.warm_start import WarmStart, make_warm_start
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
 from bitfit.training.prepare import PreparedModel, Trainable, assemble, load_base
@@ -29,7 +31,7 @@ from utils import LOGGER, CorruptFile, UserError
 
 Tensors = dict[str, torch.Tensor]
 
-METADATA = "evaluator.json"
+METADATA = EVALUATOR
 POSITIONS = ":positions"  # suffix of tensors with the flat positions of a random mask
 BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
 DATA = ("max_sequence_len", "batch_size", "train_size")
@@ -64,6 +66,7 @@ def write_evaluator(
     metadata |= {"scores": result.scores_of(run).to_numpy().tolist(), "model_sha256": None}
     metadata |= {"averaged": result.averaged} if result.averaged else {}
     metadata |= {"zero_gradient": prepared.zero_gradient} if prepared.zero_gradient else {}
+    metadata |= prepared.method.start_record
     tensors = {}
     if trainable.trains_all(prepared.model, prepared.trainable):
         write_model(prepared.model, loaded.tokenizer, folder / "model")
@@ -71,10 +74,15 @@ def write_evaluator(
         metadata["model_files"] = file_hashes(folder / "model")
     else:
         metadata |= loaded.base_fingerprints
-        params = result.stack.named_params(result.selected)
-        tensors = {name: value.cpu().contiguous() for name, value in params.items()}
-        tensors |= {n + POSITIONS: p.cpu() for n, p in result.stack.positions.items()}
+        tensors = changed_values(prepared, run)
     store.write_entry(folder / METADATA, metadata, tensors, "delta.safetensors")
+
+
+def changed_values(prepared: PreparedModel, run: Run) -> Tensors:
+    """Return the values in the model that differ from the base model, and their positions."""
+    stack = RunStack(prepared.model, prepared.changed, [run])
+    tensors = {name: value.cpu().contiguous() for name, value in stack.named_params().items()}
+    return tensors | {name + POSITIONS: p.cpu() for name, p in stack.positions.items()}
 
 
 def resolved_folder(path: str | Path | None) -> str | Path | None:
@@ -132,15 +140,7 @@ def check_base(folder: Path, metadata: dict[str, Any], fingerprints: dict[str, A
     """
     change = describe_change(metadata, fingerprints)
     if change:
-        raise base_error(folder, metadata, f": its {change}")
-
-
-def base_error(folder: Path, metadata: dict[str, Any], reason: str = "") -> UserError:
-    """Return the error for a base model that the evaluator was not trained on."""
-    base = f"another base model than {metadata['model_name']}{reason}"
-    return UserError(
-        f"{folder} was trained on {base}: give the one it was trained on as model_name"
-    )
+        raise base_error(folder, metadata["model_name"], f": its {change}")
 
 
 @cache
@@ -184,6 +184,7 @@ def restore_evaluator(
     run = Run(metadata["learning_rate"], metadata["seed"])
     random_encoder = metadata["random_encoder"] and not metadata["model_sha256"]
     model, fields = load_base(setup, random_encoder)
+    start = WarmStart(metadata["started_from"]) if "started_from" in metadata else None
     prepared = assemble(
         model,
         setup.model_name,
@@ -191,7 +192,7 @@ def restore_evaluator(
         [run],
         dtype=setup.dtype,
         max_tokens=setup.max_tokens,
-        method=Method(metadata["fine_tune_type"], tuple(metadata["components"])),
+        method=Method(metadata["fine_tune_type"], tuple(metadata["components"]), start=start),
         zero_gradient=metadata.get("zero_gradient", {}),
         encoder_sha256=fields["encoder_sha256"],
     )
@@ -208,6 +209,39 @@ def restore_evaluator(
     return setup, loaded, prepared, result
 
 
+def read_warm_start(
+    folder: Path, setup: Setup, base_fingerprints: dict[str, Any], fine_tune_type: str
+) -> WarmStart:
+    """Return the warm start from the only saved evaluator in a folder.
+
+    Raises:
+        UserError: there is none or more than one, it has another base model, or everything trained
+            and `fine_tune_type` would not save everything.
+    """
+    folder = find_evaluator(folder)
+    metadata, values = read_files(folder, setup.model_name)
+    source = task_of(metadata)
+    if metadata["model_sha256"]:
+        whole = folder / "model"
+        if fine_tune_type != "full_ft":
+            raise UserError(f"{folder} changed all parameters (full_ft), so only full_ft can start "
+                            f"from it: give --model-name {whole} instead")  # fmt: skip
+        model, _ = load_model(whole, source)
+        read_trainable(model, "", metadata, {}, folder)
+        values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    else:
+        check_base(folder, metadata, base_fingerprints)
+    positions = {
+        name: values[name + POSITIONS].numpy() if name + POSITIONS in values else None
+        for name in values
+        if not name.endswith(POSITIONS)
+    }
+    values = {name: values[name] for name in positions}
+    return make_warm_start(
+        metadata, values, positions, folder=str(folder), source=source, task=setup.task
+    )
+
+
 def read_trainable(
     model: torch.nn.Module,
     encoder_sha256: str,
@@ -220,7 +254,7 @@ def read_trainable(
         if models.fingerprint(model, head=True) != metadata["model_sha256"]:
             raise UserError(f"{folder / 'model'} is not as it was written: train and save it again")
     elif encoder_sha256 != metadata["encoder_sha256"]:
-        raise base_error(folder, metadata)
+        raise base_error(folder, metadata["model_name"])
     positions = {n: tensors.get(n + POSITIONS) for n, _ in model.named_parameters()}
     return {
         name: None if flat_positions is None else flat_positions.numpy()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitfit.model.trainable import in_encoder
+from utils import UserError
 
 if TYPE_CHECKING:  # -h imports this module, and no torch
     import torch
@@ -89,6 +90,14 @@ def describe_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
             keys = [f"{key} was {before.get(key)} and is now {after.get(key)}" for key in keys]
         messages += [f"{kind} changed ({', '.join(keys)})"] * bool(keys)
     return " and its ".join(messages) or None
+
+
+def base_error(folder: object, model_name: str, reason: str = "") -> UserError:
+    """Return the error for a base model that a saved evaluator was not trained on."""
+    base = f"another base model than {model_name}{reason}"
+    return UserError(
+        f"{folder} was trained on {base}: give the one it was trained on as model_name"
+    )
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

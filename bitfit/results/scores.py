@@ -80,6 +80,7 @@ def metrics_metadata(evaluator: Any) -> dict[str, Any]:
         "trained_parameters": count_trainable(evaluator.model, evaluator.prepared.trainable),
         "zero_gradient": evaluator.prepared.zero_gradient,
         "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
+        **evaluator.prepared.method.start_record,
     }
 
 

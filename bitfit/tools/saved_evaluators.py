@@ -95,6 +95,8 @@ def describe_method(evaluator: SavedEvaluator) -> str:
     """Return the fine-tune type and the bias terms, or the seed of a random mask."""
     metadata = evaluator.metadata
     details = components_to_terms(metadata["components"]) or [f"seed {metadata['seed']}"]
+    if "started_from" in metadata:
+        details.append(f"started from {metadata['started_from']['task']}")
     return f"{metadata['fine_tune_type']} ({', '.join(details)})"
 
 
@@ -130,12 +132,13 @@ def task_of(evaluator: SavedEvaluator) -> Task:
 def check_same_trainable(evaluators: Sequence[SavedEvaluator]) -> None:
     """Raise UserError unless the same parameters trained, at the same positions."""
 
-    def key(evaluator: SavedEvaluator) -> tuple[str, set[str], dict[str, list[int]]]:
+    def key(evaluator: SavedEvaluator) -> tuple[str, set[str], set[str], dict[str, list[int]]]:
         positions = {
             n: t.tolist() for n, t in evaluator.tensors.items() if saved_evaluator.POSITIONS in n
         }
         metadata = evaluator.metadata
-        return metadata["fine_tune_type"], set(metadata["components"]), positions
+        components, saved = set(metadata["components"]), set(evaluator.tensors)
+        return metadata["fine_tune_type"], components, saved, positions
 
     check_same(evaluators, "trained parameters", key, describe_method)
 

@@ -23,6 +23,7 @@ from bitfit.model.forward_trials import select_forward
 from bitfit.model.precision import cast_parameters
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
+from bitfit.model.warm_start import WarmStart
 from bitfit.results import plots
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.result import TrainingResult
@@ -57,6 +58,7 @@ class PreparedModel:
     encoder_sha256: str = ""
     init_head: Callable | None = None  # (model, seed) -> None; None: the head is not random
     zero_gradient: dict[str, list] = field(default_factory=dict)  # name: ranges
+    base_biases: dict[str, torch.Tensor] = field(default_factory=dict)  # before a warm start
     verbose: bool = False  # print the trained tensors
     stackable_checked: bool = False
     not_stackable: str | None = None
@@ -94,7 +96,9 @@ class PreparedModel:
         """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
-        return plots.bias_changes(*result.values_before_and_after(), self.zero_gradient)
+        before, after = result.values_before_and_after()
+        after |= {name: self.model.get_parameter(name).detach() for name in self.base_biases}
+        return plots.bias_changes(before | self.base_biases, after, self.zero_gradient)
 
     def with_mask(
         self, fine_tune_type: str, mask_size: int | None, result: TrainingResult | None
@@ -119,6 +123,12 @@ class PreparedModel:
         return trainable.dense_masks(self.model, self.trainable)
 
     @property
+    def changed(self) -> Trainable:
+        """Return what differs from the base model: what trains, and what a warm start set."""
+        start = self.method.start
+        return start.changed(self.model, self.trainable) if start else self.trainable
+
+    @property
     def trains_only_biases(self) -> bool:
         """Return whether bitfit trains."""
         return trainable.trains_only_biases(self.model, self.trainable)
@@ -127,6 +137,7 @@ class PreparedModel:
         """Return the hashes of the data, the base model and the trainable parameters."""
         hashes = data.hashes() | {"encoder_sha256": self.encoder_sha256}
         hashes |= {"chosen_sha256": self.trainable_sha256(), **data.base_fingerprints}
+        hashes["start_sha256"] = self.method.start and self.method.start.record["sha256"]
         return hashes | ({"zero_gradient": self.zero_gradient} if self.zero_gradient else {})
 
     def trainable_sha256(self) -> str:
@@ -198,6 +209,8 @@ def prepare_model(
         verbose: print the trained tensors.
     """
     model, fields = load_base(setup, setup.random_encoder, report=before is None)
+    if method.start:
+        fields |= apply_warm_start(model, method.start, setup, fields, log=before is None)
     selected = select_trainable(model, method, runs, verbose)
     prepared = assemble(
         model, setup.model_name, selected, runs, dtype=setup.dtype, max_tokens=setup.max_tokens,
@@ -212,6 +225,21 @@ def prepare_model(
             LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
                         "%s", zero_gradients.format_zero_gradients(found, model))  # fmt: skip
     return prepared
+
+
+def apply_warm_start(
+    model: "PreTrainedModel", start: WarmStart, setup: Setup, fields: dict[str, Any], log: bool
+) -> dict[str, Any]:
+    """Write the values of a warm start into a base model, and return fields of `PreparedModel`.
+
+    Args:
+        fields: from `load_base`.
+    """
+    biases = start.apply(model, setup.task, fields["encoder_sha256"])
+    if log:
+        parts = "encoder and classifier" if start.order else "the encoder; the labels differ"
+        LOGGER.info("start from %s (%s): %s", start.record["folder"], start.record["task"], parts)
+    return {"base_biases": biases} | ({"init_head": None} if start.order else {})
 
 
 def select_trainable(

@@ -13,6 +13,7 @@ from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate
 from bitfit.model import fingerprints, hub, loading
 from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
+from bitfit.model.warm_start import WarmStart
 from utils import UserError, as_list, choose_device, choose_precision
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Setup:
         model = self.base_name + (" (random encoder)" if self.random_encoder else "")
         terms = ", ".join(components_to_terms(method.components))
         kind = f"bitfit ({terms})" if terms else method.fine_tune_type
+        kind += f", started from {method.start.record['task']}" if method.start else ""
         return f"{self.task.folder}, {model}, {kind}"
 
 
@@ -171,11 +173,17 @@ class Method:
     # bitfit trains.
     mask_size: int | None = None
     optimizer: str = "adamw"
+    start: WarmStart | None = None  # None: from the base model
 
     def __post_init__(self) -> None:
         """Raise UserError if the optimizer is unknown."""
         if self.optimizer not in ("adamw", "adam"):
             raise UserError(f"unknown optimizer {self.optimizer!r}; known: adamw, adam")
+
+    @property
+    def start_record(self) -> dict[str, Any]:
+        """Return the warm start for metadata files, {} if there is none."""
+        return {"started_from": self.start.record} if self.start else {}
 
     @staticmethod
     def released_type(encoder_trainable: bool, components: Sequence[str] | None) -> str:
