@@ -15,26 +15,25 @@ if __name__ == "__main__":
 import logging
 import shlex
 import sys
-from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
 import utils
-from bitfit import options
 from bitfit.artifacts import run_folder
 from bitfit.cli import exit_status, experiment
 from bitfit.distributed import Ranks
+from bitfit.options import RunOptions, learning_rate_warning, parse_args
 from utils import Diverged, RankLost, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status; print one line if it did not succeed."""
-    args, ranks = options.parse_args(__doc__.splitlines()[0], argv), Ranks()
-    resume = resume_command(args, ranks, sys.argv[1:] if argv is None else argv)
-    level = logging.WARNING if args.quiet else logging.INFO
+    options, ranks = parse_args(__doc__.splitlines()[0], argv), Ranks()
+    resume = resume_command(options, ranks, sys.argv[1:] if argv is None else argv)
+    level = logging.WARNING if options.quiet else logging.INFO
     utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] if ranks.rank else [level])
 
-    if warning := options.learning_rate_warning(args):
+    if warning := learning_rate_warning(options):
         utils.LOGGER.warning(warning)
 
     def write_message(message: str, error: BaseException, status: int) -> None:
@@ -46,25 +45,25 @@ def main(argv: list[str] | None = None) -> int:
 
     return exit_status.run_cli(
         "run_glue.py",
-        lambda signals: experiment.run(args, signals, ranks),
+        lambda signals: experiment.run(options, signals, ranks),
         stopped=f"; to go on: {resume}",
         fault=f"; what was saved before is kept; when that is mended, go on with: {resume}",
         less_memory=" (a lower --max-tokens needs less)",
         tell=write_message,
-        is_finished=lambda: is_finished(args),
+        is_finished=lambda: is_finished(options),
     )
 
 
-def resume_command(args: Namespace, ranks: Ranks, argv: list[str]) -> str:
+def resume_command(options: RunOptions, ranks: Ranks, argv: list[str]) -> str:
     """Return the command that continues this one."""
-    words = ["run_glue.py", *argv, *["--resume"] * (not args.resume)]
+    words = ["run_glue.py", *argv, *["--resume"] * (not options.resume)]
     return f"{ranks.launch_command} {shlex.join(words)}"
 
 
-def is_finished(args: Namespace) -> bool:
+def is_finished(options: RunOptions) -> bool:
     """Return whether the output folder says that nothing is left to do."""
     with suppress(UserError):
-        return not args.push_to_hub and run_folder.is_run_finished(Path(args.output_path))
+        return not options.push_to_hub and run_folder.is_run_finished(Path(options.output_path))
     return False
 
 

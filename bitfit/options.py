@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import git_commit, installed_version, is_installed
@@ -37,6 +38,47 @@ examples:
   python run_glue.py -o out/cola -t cola -f bitfit --keep best --predict-test --resume
       resume if the output folder holds an interrupted run; write test predictions at the end
 """
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The flags of run_glue.py in the order of args.json; `-h` describes them."""
+
+    output_path: str
+    task_name: str | None
+    task_file: str | None
+    model_name: str
+    model_revision: str | None
+    fine_tune_type: str
+    bias_terms: list[str] | None
+    mask_size: int | None
+    random_encoder: bool
+    data_dir: str | None
+    max_seq_length: int
+    train_size: int | None
+    learning_rate: list[float]
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr_schedule: str
+    warmup_ratio: float
+    seed: list[int]
+    gpu_device: int | str | None
+    precision: str | None
+    max_tokens: int | None
+    no_tf32: bool
+    resume: bool
+    checkpoint_every: int
+    checkpoint_minutes: float
+    evaluation_frequency: int
+    keep: str
+    save_evaluator: bool
+    export_model: bool  # also with --push-to-hub
+    push_to_hub: str | None
+    predict_test: bool
+    report_to: list[str]
+    verbose: bool
+    quiet: bool
 
 
 # fmt: off
@@ -168,7 +210,7 @@ def make_parser(description: str) -> OneLineParser:
     return parser
 
 
-def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOptions:
     """Return the flags, or exit with status 2 and one line if a flag is wrong."""
     parser = make_parser(description)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how a word could go on
@@ -189,13 +231,14 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
         parser.error(f"--report-to {kind} needs a package that is not there: pip install {kind}")
     if args.push_to_hub and args.keep != "best" and len(args.learning_rate) * len(args.seed) > 1:
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
-    args.export_model |= args.push_to_hub is not None
-    return args
+    export_model = args.export_model or args.push_to_hub is not None
+    return RunOptions(**vars(args) | {"export_model": export_model})
 
 
-def learning_rate_warning(args: argparse.Namespace) -> str | None:
+def learning_rate_warning(options: RunOptions) -> str | None:
     """Return a warning if all parameters train at the default learning rate, else None."""
-    if args.fine_tune_type != "full_ft" or args.learning_rate is not DEFAULT_LEARNING_RATES:
+    is_default = options.learning_rate is DEFAULT_LEARNING_RATES
+    if options.fine_tune_type != "full_ft" or not is_default:
         return None
     return (
         f"full_ft trains at the default learning rate {DEFAULT_LEARNING_RATES[0]:g}; "

@@ -253,14 +253,15 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
 
 def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path):
     """A second rank opens no task file. (`trained_by` two ranks: tried by hand, it takes long.)"""
-    args = parse_args("", flags(tmp_path / "out", tmp_path / "nowhere.json"))
+    options = parse_args("", flags(tmp_path / "out", tmp_path / "nowhere.json"))
     record = json.loads(json.dumps(task_files.validate_record(CB, "")))
-    said = iter([None, record, None, True])  # nothing wrong, the record; nothing wrong, finished
+    said = iter([None, record])  # nothing wrong, the record
     ranks = Ranks()
     ranks.rank, ranks.size = 1, 2
     ranks.all_gather_object = lambda fact: [next(said), fact]
-    experiment.run(args, None, ranks)
-    assert args.task == record == task_files.validate_record(CB, "")
+    assert experiment.read_task(options, ranks) == record == task_files.validate_record(CB, "")
+    said = iter([None, record, None, True])  # then: nothing wrong, finished
+    experiment.run(options, None, ranks)
     said = iter(["mine.json: there is something wrong", None])
     with pytest.raises(UserError, match="there is something wrong"):
-        experiment.run(args, None, ranks)
+        experiment.run(options, None, ranks)

@@ -1,11 +1,12 @@
 """Whether a command starts, resumes or has nothing to do, and the content of its args.json."""
 
 import sys
-from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitfit.artifacts.run_folder import folder_state, remove_checkpoints
+from bitfit.options import RunOptions
 from bitfit.output_paths import check_writable, remove_lock
 from bitfit.versions import git_commit, installed_version
 from utils import FORMAT, LOGGER, UserError, print_result
@@ -43,15 +44,18 @@ def is_finished(
     return state.kind == "finished"
 
 
-def run_metadata(
-    args: Namespace, evaluator: "GLUEvaluator", fingerprints: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the content of args.json: all flags, and what else the numbers depend on."""
+def flag_values(options: RunOptions, task: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the flags as args.json has them; task: the content of --task-file, if there is one."""
+    return asdict(options) | ({"task": task} if task else {})
+
+
+def run_metadata(evaluator: "GLUEvaluator") -> dict[str, Any]:
+    """Return what args.json has beside flags and fingerprints: program, model and machine."""
     import torch
 
     on_gpu = evaluator.setup.device.type == "cuda"
     packages = ("torch", "transformers", "datasets")
-    return vars(args) | {
+    return {
         "format": FORMAT,
         "model_commit": evaluator.setup.model_commit,
         "precision": evaluator.setup.precision,
@@ -62,5 +66,4 @@ def run_metadata(
         "python": sys.version.split()[0],
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
-        **fingerprints,
     }

@@ -4,7 +4,6 @@ Modules that import torch are imported in the functions.
 """
 
 import logging
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import utils
 from bitfit.artifacts import run_folder
 from bitfit.distributed import Group, Ranks
+from bitfit.options import RunOptions
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
 from utils import Diverged
@@ -27,7 +27,7 @@ Folders = dict["Run", Path]  # the folder of each run's files
 class Experiment:
     """One command after its data and model have been loaded and its output folder is held."""
 
-    args: Namespace
+    options: RunOptions
     evaluator: "GLUEvaluator"
     output: Path
     metadata: dict[str, Any]  # the content of args.json
@@ -38,15 +38,15 @@ class Experiment:
 
 def train_all_runs(experiment: Experiment) -> None:
     """Train all runs in one pass if they can share it, else one after the other; report them."""
-    args, evaluator, ranks = experiment.args, experiment.evaluator, experiment.ranks
+    options, evaluator, ranks = experiment.options, experiment.evaluator, experiment.ranks
     folders = run_folder.run_folders(experiment.output, evaluator.runs)
     has_own_gpu = ranks.size == 1 or (
-        evaluator.setup.device.type == "cuda" and args.gpu_device is None
+        evaluator.setup.device.type == "cuda" and options.gpu_device is None
     )
     if ranks.rank > 0:
         utils.LOGGER.setLevel(logging.WARNING)  # rank 0 logs what is the same on all ranks
     share, group = ranks.make_group(evaluator.runs, on_own_gpus=has_own_gpu)
-    evaluator.join_group(group._replace(shows_progress=group.shows_progress and not args.quiet))
+    evaluator.join_group(group._replace(shows_progress=group.shows_progress and not options.quiet))
     for runs in evaluator.passes(share):
         home = experiment.output if len(runs) == len(folders) else folders[runs[0]]
         unfinished = unfinished_runs(runs, folders, evaluator.group)
@@ -82,22 +82,22 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
     """
     from bitfit.training.checkpoints import CheckpointManager
 
-    args, evaluator, group = experiment.args, experiment.evaluator, experiment.evaluator.group
+    options, evaluator, group = experiment.options, experiment.evaluator, experiment.evaluator.group
     checkpoints = CheckpointManager(
         home / run_folder.CHECKPOINTS,
-        every=args.checkpoint_every,
-        minutes=args.checkpoint_minutes,
+        every=options.checkpoint_every,
+        minutes=options.checkpoint_minutes,
         signals=experiment.signals,
         group=group,
     )
     try:
         evaluator.train_and_evaluate(
-            args.epochs,
-            folders if group.rank == 0 else {},
-            evaluation_frequency=args.evaluation_frequency,
-            lr_schedule=args.lr_schedule,
-            warmup_ratio=args.warmup_ratio,
-            keep=args.keep,
+            num_epochs=options.epochs,
+            output_path=folders if group.rank == 0 else {},
+            evaluation_frequency=options.evaluation_frequency,
+            lr_schedule=options.lr_schedule,
+            warmup_ratio=options.warmup_ratio,
+            keep=options.keep,
             checkpoints=checkpoints,
             tracker=experiment.tracker,
             curves=False,
@@ -122,7 +122,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     """
     from bitfit.results import sweeps
 
-    args, evaluator = experiment.args, experiment.evaluator
+    options, evaluator = experiment.options, experiment.evaluator
     evaluator.group.barrier()  # rank 0 has written the metrics, and writes the rest
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
@@ -137,10 +137,10 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
         evaluator.select(number)
         # Rank 0 decides for all ranks of the run, which may see different files.
         (kept,) = evaluator.group.all_reduce_max(
-            writes and (args.keep != "best" or run.name == best)
+            writes and (options.keep != "best" or run.name == best)
         )
         export_run(experiment, folders[run], metadata, kept=bool(kept))
-        if writes and args.keep == "best":
+        if writes and options.keep == "best":
             sweeps.remove_beaten_exports(folders, best)
         if writes:
             run_folder.write_args(folders[run], metadata | run._asdict(), finished=True)
@@ -154,7 +154,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
     """
     from bitfit.artifacts import model_card
 
-    args, evaluator = experiment.args, experiment.evaluator
+    options, evaluator = experiment.options, experiment.evaluator
     writes, record = evaluator.group.rank == 0, evaluator.record
     if writes:
         plot_curves(evaluator, folder)
@@ -163,12 +163,12 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
     if writes:
         table = evaluator.score_table()
         experiment.tracker.log_results(record.run.name, folder, table, record.diverged)
-    if writes and kept and args.save_evaluator:
+    if writes and kept and options.save_evaluator:
         evaluator.save(folder / "evaluator")
-    if writes and kept and args.export_model:
+    if writes and kept and options.export_model:
         evaluator.export_model(folder / "model")
         model_card.write_model_card(folder, evaluator.task, metadata)
-    if kept and args.predict_test:
+    if kept and options.predict_test:
         evaluator.export_model_test_set_predictions(folder)
 
 
@@ -182,11 +182,11 @@ def report(experiment: Experiment, folders: Folders) -> None:
     """Print the scores of the only run, or write and print the report of a sweep."""
     from bitfit.results import sweeps
 
-    args, evaluator, output = experiment.args, experiment.evaluator, experiment.output
+    options, evaluator, output = experiment.options, experiment.evaluator, experiment.output
     if output in folders.values():
         utils.print_result(evaluator.score_table())
         return
-    if args.keep == "best":
+    if options.keep == "best":
         best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
         sweeps.remove_beaten_exports(folders, best)
     caption = evaluator.setup.caption(evaluator.prepared.method)

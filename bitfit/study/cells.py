@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,7 +118,7 @@ def parse_flags(words: Iterable[str]) -> dict[str, Any]:
 
 @cache
 def parse_cached(words: tuple[str, ...]) -> dict[str, Any]:
-    return vars(options.parse_args("", ["--output-path", "-", *words]))
+    return asdict(options.parse_args("", ["--output-path", "-", *words]))
 
 
 def requested_cells(
