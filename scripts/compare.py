@@ -37,7 +37,7 @@ from bitfit.results.plots import (
     save_figure,
     series_style,
 )
-from bitfit.results.scores import read_metrics
+from bitfit.results.scores import read_metrics, select_scores
 from utils import UserError, convert_errors, escape_unprintable, first_line
 
 Run = tuple[dict[str, Any], pd.DataFrame]  # a run's metrics.json and its scores
@@ -72,8 +72,8 @@ def read_run(folder: str | Path) -> Run:
 def is_finished(folder: Path) -> bool:
     """Return whether a run has all its files.
 
-    A sweep marks each of its runs in args.json, and itself at the end. A run of GLUEvaluator in
-    Python has no args.json; while it is interrupted it has checkpoints.
+    run_glue.py says so in args.json, in the folder of the run or of the single command. A run of
+    GLUEvaluator in Python has no args.json; an interrupted one has checkpoints.
     """
     for place in (folder, folder.absolute().parent):
         if (place / "args.json").exists():
@@ -93,7 +93,7 @@ def describe(metrics: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
     if start := metrics.get("started_from"):
         method += f" from {start['task']}"
     validation = main_curve(metrics, scores)
-    train = 100 * scores.query("split == 'train' and metric == @metric")["value"]
+    train = 100 * select_scores(scores, "train", metric)["value"]
     return {
         "task": task_label(metrics["task"]),
         "model": escape_unprintable(Path(metrics["model"]).name),
@@ -112,8 +112,8 @@ def describe(metrics: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
 def main_curve(metrics: dict[str, Any], scores: pd.DataFrame) -> pd.Series:
     """Return the main validation score × 100 by epoch."""
     validation = scores.loc[scores["split"] != "train", "split"].iloc[0]
-    is_main = (scores["split"] == validation) & (scores["metric"] == metrics["main_metric"])
-    return 100 * scores[is_main].set_index("epoch")["value"]
+    main = select_scores(scores, validation, metrics["main_metric"])
+    return 100 * main.set_index("epoch")["value"]
 
 
 def group_by_seed(runs: list[Run]) -> list[list[Run]]:
@@ -126,7 +126,7 @@ def group_by_seed(runs: list[Run]) -> list[list[Run]]:
 
 
 def line_styles(groups: list[list[Run]]) -> list[LineStyle]:
-    """Return a style for each group: that of its method if every method occurs once."""
+    """Return a style for each group: the method's style if every method occurs once."""
     short = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q"}
     methods = []
     for (metrics, _), *_ in groups:
@@ -139,7 +139,7 @@ def line_styles(groups: list[list[Run]]) -> list[LineStyle]:
 
 
 def group_label(runs: list[Run], differing: list[str]) -> str:
-    """Return the legend's text for runs that differ in nothing but the seed."""
+    """Return the text of the legend for runs that differ in nothing but the seed."""
     row, curves = describe(*runs[0]), [main_curve(*run) for run in runs]
     last = sum(curve.iloc[-1] for curve in curves) / len(curves)
     score = f"{last:.1f} on average" if len(runs) > 1 else row["validation"]
@@ -152,7 +152,7 @@ def group_label(runs: list[Run], differing: list[str]) -> str:
 def plot_runs(runs: list[Run], path: str | Path) -> None:
     """Plot the main validation score over the epochs: a line per method and learning rate.
 
-    The line is the mean over the seeds, its band reaches from the worst to the best seed.
+    The line is the mean over the seeds, and the band reaches from the worst to the best seed.
     """
     rows, groups = [describe(*run) for run in runs], group_by_seed(runs)
     names = ("task", "model")

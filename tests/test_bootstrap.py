@@ -174,5 +174,5 @@ def test_what_cannot_be_compared():
     with pytest.raises(ValueError, match="3 seeds against 1"):
         statistics.differences(a, Selected(a.values[:1], a.choices))
     b = Selected(a.values, [Choice(np.arange(10), 0, np.zeros(3, int))])
-    with pytest.raises(ValueError, match="not scored on the same rows"):
+    with pytest.raises(ValueError, match="not scored on the same examples"):
         paired(a, b, logits, logits, labels, rng)

@@ -7,13 +7,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bitfit.results.scores import format_mean_std, mean_std
 from bitfit.study import statistics
 
 
 def test_mean_std():
-    assert statistics.mean_std([1, 3, np.nan]) == (2, pytest.approx(2**0.5), 2)
-    np.testing.assert_equal(statistics.mean_std([2, np.nan]), (2, np.nan, 1))
-    np.testing.assert_equal(statistics.mean_std([np.nan]), (np.nan, np.nan, 0))
+    assert mean_std([1, 3, np.nan], skip_nan=True) == (2, pytest.approx(2**0.5), 2)
+    np.testing.assert_equal(mean_std([2, np.nan], skip_nan=True), (2, np.nan, 1))
+    np.testing.assert_equal(mean_std([np.nan], skip_nan=True), (np.nan, np.nan, 0))
+    np.testing.assert_equal(mean_std([2, np.nan]), (np.nan, np.nan, 2))
+
+
+def test_format_mean_std():
+    assert format_mean_std(61.04, 2.26) == "61.0 ± 2.3"
+    assert format_mean_std(61.04, np.nan) == "61.0"
+    assert format_mean_std(np.nan, np.nan) == "nan"
 
 
 def test_mean_interval():

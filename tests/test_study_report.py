@@ -199,7 +199,7 @@ def test_the_report_is_whole(study, capsys):
     for cell in study.cells:
         assert cell.name.split("/", 1)[1] in page
     assert published.NOTE in page
-    assert "60 training rows" in page
+    assert "60 training examples" in page
     assert "tiny_bert" in page
     markdown = (study.output / "tables.md").read_text()
     assert "| BitFit |" in markdown

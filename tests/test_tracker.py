@@ -22,7 +22,7 @@ pytestmark = TRACKED
 
 def test_the_speed_is_that_since_the_last_look():
     """In examples of each run; of a look in an earlier epoch nothing counts."""
-    plan = SimpleNamespace(batch_size=8, rows_per_run=36, steps_per_epoch=5)
+    plan = SimpleNamespace(examples_before=lambda epoch, step: 36 * epoch + min(36, 8 * step))
     state = SimpleNamespace(plan=plan, epoch=1, step=4, seconds=3.0)
     assert tracking.examples_per_second(state) == 32 / 3
     assert tracking.examples_per_second(state, (1, 2, 1.0)) == 16 / 2
@@ -45,7 +45,11 @@ def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setitem(services.KINDS, "kept", Kept)
-    plan = SimpleNamespace(batch_size=8, rows_per_run=80, steps_per_epoch=10, factors=[1.0] * 10)
+    plan = SimpleNamespace(
+        steps_per_epoch=10,
+        factors=[1.0] * 10,
+        examples_before=lambda epoch, step: 80 * epoch + min(80, 8 * step),
+    )
     stack = SimpleNamespace(runs=[Run(1e-3, 0)], params=torch.zeros(1, 1))
     state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
     with Tracker(["kept"], tmp_path) as tracker:
@@ -61,7 +65,7 @@ def test_what_wandb_has_already_is_not_told_again():
     """Its step would go back; results go behind the last."""
     run, told = object.__new__(services.WandB), []
     run.run = SimpleNamespace(log=lambda values, step: told.append((step, values)))
-    run.begins = 12
+    run.first_step = 12
     for step in (11, 12, 13):
         run.log(step, {"a": step})
     assert [step for step, _ in told] == [12, 13]

@@ -1,4 +1,4 @@
-"""Names that users give (folders, tasks) as plain text in Markdown, LaTeX and pictures."""
+"""Escape names of folders and tasks, so that Markdown, LaTeX and figures show them unchanged."""
 
 import html
 import re
@@ -13,7 +13,7 @@ LATEX = str.maketrans({
 
 
 def markdown(text: str) -> str:
-    """Text that Markdown shows as it is, in a table's cell too."""
+    """Return text that Markdown shows unchanged, also in a cell of a table."""
     return SPECIAL.sub(r"\\\1", html.escape(text, quote=False))
 
 
@@ -24,10 +24,13 @@ def markdown_code(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Text that LaTeX sets as it is."""
+    """Return text that LaTeX prints unchanged."""
     return text.translate(LATEX)
 
 
 def plot(text: str) -> str:
-    """Text that matplotlib draws as it is: no formula, and no label that its legends leave out."""
+    """Return text that matplotlib draws unchanged.
+
+    `$` would start a formula, and legends leave out labels that start with `_`.
+    """
     return " " * text.startswith("_") + text.replace("$", r"\$")

@@ -25,7 +25,7 @@ MAX_TICKS = 12
 
 
 class LineStyle(NamedTuple):
-    """How a method or another series is drawn: distinguishable in color and in grey."""
+    """The style of a method or another series, distinguishable in color and in grey."""
 
     color: str
     linestyle: str | tuple[int, tuple[int, ...]]
@@ -90,7 +90,7 @@ def plot_curve(
     band: tuple[pd.Series, pd.Series] | None = None,
     linewidth: float = 1.5,
 ) -> None:
-    """Draw one series, and a band from low to high if there is one."""
+    """Draw one series, and a band (low, high) if given."""
     axes.plot(curve.index, curve, label=label, linewidth=linewidth, markersize=4, **style._asdict())
     if band:
         axes.fill_between(curve.index, *band, color=style.color, alpha=0.15, linewidth=0)
@@ -116,7 +116,7 @@ def curve_figure(
 
 
 def epoch_ticks(epochs: Iterable[int]) -> list[int]:
-    """Return at most MAX_TICKS of some epochs, evenly spaced, always with the last."""
+    """Return at most MAX_TICKS of the epochs, evenly spaced, always with the last epoch."""
     unique = sorted({int(epoch) for epoch in epochs})
     step = -(-len(unique) // MAX_TICKS)
     return unique[::-1][:: max(step, 1)][::-1]
@@ -164,9 +164,9 @@ def bias_changes(
         fixed: {parameter name: [[start, stop], ...]}: values that cannot move and do not count.
 
     Returns:
-        (names, changes): the bias names by falling total change, and an array (names, layers); NaN
-        where a layer has no such bias, or a fixed one. Where a model has several stacks of layers
-        (CANINE), the names begin with the stack's.
+        (names, changes): the bias names by falling total change, and an array (names, layers) with
+        NaN where a layer has no such bias, or a fixed one. If a model has several stacks of layers
+        (CANINE), a name begins with the name of the stack.
     """
     rows = []
     for name in start:
@@ -197,8 +197,11 @@ def write_changes(names: Sequence[str], changes: np.ndarray, path: Path | str) -
 
 
 def term_labels(names: Sequence[str]) -> dict[str, str]:
-    """Return {bias name: label with the name in --bias-terms and the paper's symbol}, in the order
-    of a layer's computation; other names follow and stand for themselves."""
+    """Return {bias name: label}, in the order in which a layer computes.
+
+    A label has the name in --bias-terms and the paper's symbol. Other biases follow under their
+    parameter names.
+    """
     labels = {
         name: rf"{term}  $\mathbf{{{symbol}}}^{{\ell}}$" for term, (name, symbol) in TERMS.items()
     }
@@ -207,7 +210,7 @@ def term_labels(names: Sequence[str]) -> dict[str, str]:
 
 
 def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Figure":
-    """Return the paper's Figure 1: how far each bias term moved in each layer, with the average.
+    """Return the paper's Figure 1: the change of each bias term in each layer, and the average.
 
     The order of the terms is fixed, so that two heatmaps can be compared.
 

@@ -1,12 +1,13 @@
-"""Scores as one long table, the files of scores and predictions, and the printed tables.
+"""Scores as one long table, their mean and deviation, their files, and the printed tables.
 
-The table has one row per (run, epoch, split, metric). Everything that is printed or written is
-grouped and pivoted from it.
+The long table has one row per (run, epoch, split, metric). Printed tables and files are grouped
+and pivoted from the long table.
 """
 
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pandas as pd
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
 from bitfit.model.trainable import components_to_terms, count_trainable
+from utils import UserError, convert_errors, first_line
 
 
 def scores_frame(scores: Iterable[Sequence]) -> pd.DataFrame:
@@ -33,15 +35,15 @@ def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def main_rows(scores: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """Return the rows of the main metric of the first validation split."""
-    main = (scores["split"] == task.validation_splits[0]) & (scores["metric"] == task.metrics[0])
-    return scores[main]
+def select_scores(scores: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:
+    """Return the part of the long table that has one split and one metric."""
+    return scores[(scores["split"] == split) & (scores["metric"] == metric)]
 
 
 def main_scores(scores: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """Return the main scores as a table (epochs, runs)."""
-    return main_rows(scores, task).pivot(index="epoch", columns="run", values="value")
+    """Return the main scores, of the first validation split and metric: (epochs, runs)."""
+    main = select_scores(scores, task.validation_splits[0], task.metrics[0])
+    return main.pivot(index="epoch", columns="run", values="value")
 
 
 def best_epochs(scores: pd.DataFrame, task: Task) -> pd.Series:
@@ -50,7 +52,7 @@ def best_epochs(scores: pd.DataFrame, task: Task) -> pd.Series:
 
 
 def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
-    """Return the last and the best evaluation of a run: {"last": {"epoch", split: {...}}, ...}."""
+    """Return {"last", "best": {"epoch": epoch, split: {metric: value}}} of a run."""
     if scores.empty:
         return {}
     epochs = {"last": scores["epoch"].iloc[-1], "best": best_epochs(scores, task).iloc[0]}
@@ -114,6 +116,30 @@ def read_metrics(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return content, table[["epoch", "split", "metric", "value"]].astype({"value": float})
 
 
+def explain_unreadable(folder: Path) -> AbstractContextManager:
+    """Return a context in which errors become a UserError: the run's folder cannot be read."""
+    return convert_errors(lambda error: UserError(f"{folder} cannot be read: {first_line(error)}"))
+
+
+def mean_std(values: np.ndarray, skip_nan: bool = False) -> tuple[float, float, int]:
+    """Return (mean, sample standard deviation, n); the deviation is NaN for fewer than two values.
+
+    Args:
+        skip_nan: leave out NaN, the score of a run that diverged. By default NaN stays visible:
+            mean and deviation become NaN.
+    """
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)] if skip_nan else values
+    n = len(values)
+    mean = float(values.mean()) if n else np.nan
+    return mean, float(values.std(ddof=1)) if n > 1 else np.nan, n
+
+
+def format_mean_std(mean: float, std: float) -> str:
+    """Return "mean ± deviation" with one decimal, or the mean alone if the deviation is NaN."""
+    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+
+
 def score_table(scores: pd.DataFrame, task: Task) -> str:
     """Return the scores of one run as text, × 100, one line per split and metric."""
     if scores.empty:
@@ -134,11 +160,11 @@ def format_epoch_scores(scores: pd.DataFrame, task: Task, loss: float) -> str:
     shown = 100 * scores["value"]
     runs = scores["run"].nunique()
     if runs == 1:
-        each = zip(scores["split"], scores["metric"], shown, strict=True)
-        return f"loss {loss:.3f}  " + "  ".join(f"{s} {m} {value:.1f}" for s, m, value in each)
+        triples = zip(scores["split"], scores["metric"], shown, strict=True)
+        return f"loss {loss:.3f}  " + "  ".join(f"{s} {m} {value:.1f}" for s, m, value in triples)
     split, metric = task.validation_splits[0], task.metrics[0]
     main = 100 * main_scores(scores, task).iloc[-1]
-    main = main[scores["run"].unique()]  # in the runs' order: the first of equals is named
+    main = main[scores["run"].unique()]  # In the order of the runs, so the first best is named.
     return (
         f"{runs} runs: loss {loss:.3f}  {split} {metric} {main.mean():.1f} on average, "
         f"{main.max():.1f} the best ({main.idxmax()})"
@@ -149,12 +175,12 @@ def write_predictions(path: Path, task: Task, predicted: np.ndarray) -> None:
     """Write a file for the GLUE server: `index<TAB>prediction`, in the order of the test set.
 
     Raises:
-        OSError: what the disk holds is not a line per prediction.
+        OSError: the written file does not have a line per prediction.
     """
     labels = task.written_labels
     low, high = task.score_range
     digits = max(4, 4 - math.floor(math.log10(high - low)))  # four for STS-B, from 0 to 5
-    words = [f"{own:.{digits}f}" if task.is_regression else labels[own] for own in predicted]
+    words = [f"{value:.{digits}f}" if task.is_regression else labels[value] for value in predicted]
     lines = ["index\tprediction", *(f"{i}\t{word}" for i, word in enumerate(words))]
     write_text(path, "\n".join(lines) + "\n")
     count = Path(path).read_text(encoding="utf-8").count("\n")

@@ -1,6 +1,6 @@
-"""What many runs say together: results.csv, a table per learning rate, curves with bands.
+"""The report of a sweep: results.csv, a table of learning rates, curves with bands, warnings.
 
-All of it is made from the metrics files of the runs, so that it can be made again at any time.
+The report is made from the metrics files of the runs, so it can be made again at any time.
 """
 
 import json
@@ -14,8 +14,16 @@ import pandas as pd
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
 from bitfit.results import plots
-from bitfit.results.scores import main_rows, main_scores, read_metrics, scores_frame
-from utils import Diverged, UserError, convert_errors, first_line
+from bitfit.results.scores import (
+    explain_unreadable,
+    format_mean_std,
+    main_scores,
+    mean_std,
+    read_metrics,
+    scores_frame,
+    select_scores,
+)
+from utils import Diverged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,14 +35,12 @@ def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the metadata (one line per run) and scores of the runs with metrics files.
 
     Args:
-        folders: {run: its folder}
+        folders: {run: folder}.
     """
     metadata, scores = [], [scores_frame([])]
     for run, folder in folders.items():
         if (folder / "metrics.json").is_file():
-            with convert_errors(
-                lambda e, f=folder: UserError(f"{f} cannot be read: {first_line(e)}")
-            ):
+            with explain_unreadable(folder):
                 content, table = read_metrics(folder)
                 metadata.append({
                     "run": run.name,
@@ -54,7 +60,7 @@ def without_diverged(metadata: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFra
 
 
 def best_run(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
-    """Return the name of the run with the best score of any epoch, or None."""
+    """Return the name of the run with the best main score in any epoch, or None."""
     scores = without_diverged(metadata, scores)
     if scores.empty:
         return None
@@ -64,15 +70,15 @@ def best_run(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | 
 
 def results_rows(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
     """Return the rows of results.csv, one per run, scores × 100."""
-    rows, main = [], main_rows(scores, task)
+    rows, main = [], select_scores(scores, task.validation_splits[0], task.metrics[0])
     for entry in metadata.to_dict("records"):
-        own = 100 * main[main["run"] == entry["run"]].set_index("epoch")["value"]
+        curve = 100 * main[main["run"] == entry["run"]].set_index("epoch")["value"]
         row = {name: entry[name] for name in ("run", "learning_rate", "seed")}
         row |= {"metric": task.metrics[0]}
-        row |= {"last_epoch": int(own.index[-1]) if len(own) else None}
-        row |= {"last": round(own.iloc[-1], 2) if len(own) else np.nan}
-        row |= {"best_epoch": int(own.fillna(-np.inf).idxmax()) if len(own) else None}
-        row |= {"best": round(own.max(), 2)}
+        row |= {"last_epoch": int(curve.index[-1]) if len(curve) else None}
+        row |= {"last": round(curve.iloc[-1], 2) if len(curve) else np.nan}
+        row |= {"best_epoch": int(curve.fillna(-np.inf).idxmax()) if len(curve) else None}
+        row |= {"best": round(curve.max(), 2)}
         rows.append(row | {name: entry[name] for name in ("train_loss", "seconds", "diverged")})
     return rows
 
@@ -83,8 +89,8 @@ def scores_by_learning_rate(
     """Return {learning rate: main scores × 100 (epochs, runs)} in rising order."""
     main = 100 * main_scores(without_diverged(metadata, scores), task)
     return {
-        rate: main[[run for run in of["run"] if run in main]]
-        for rate, of in metadata.groupby("learning_rate")
+        rate: main[[run for run in of_rate["run"] if run in main]]
+        for rate, of_rate in metadata.groupby("learning_rate")
     }
 
 
@@ -98,33 +104,33 @@ def learning_rate_table(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame
             row["seeds"] += f" ({tried - ended} diverged)"
         if ended:
             top = scores.max().fillna(-np.inf).idxmax()
-            row["last epoch"] = format_mean_std(scores.iloc[-1].to_numpy())
-            row["best epoch of each"] = format_mean_std(scores.max().to_numpy())
-            where = f"seed {seeds[top]}, epoch {scores[top].fillna(-np.inf).idxmax()}"
-            row["best seed"] = f"{scores[top].max():.1f} ({where})"
+            for name, values in (("last epoch", scores.iloc[-1]),
+                                 ("best epoch of each", scores.max())):  # fmt: skip
+                mean, std, _ = mean_std(values)
+                row[name] = format_mean_std(mean, std)
+            best_epoch = scores[top].fillna(-np.inf).idxmax()
+            row["best seed"] = f"{scores[top].max():.1f} (seed {seeds[top]}, epoch {best_epoch})"
         rows.append(row)
     return pd.DataFrame(rows).fillna("-").to_string(index=False)
-
-
-def format_mean_std(values: np.ndarray) -> str:
-    """Return the mean and the sample standard deviation; a single value has none."""
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
 
 
 def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
     """Return warnings about a grid of learning rates that is too narrow, or too few epochs."""
     tried, warnings = list(groups), []
-    means = {rate: of.mean(axis=1, skipna=False) for rate, of in groups.items() if of.shape[1]}
+    means = {
+        rate: scores.mean(axis=1, skipna=False)
+        for rate, scores in groups.items()
+        if scores.shape[1]
+    }
     curves = pd.DataFrame(means).fillna(-np.inf)
     if curves.empty:
         return []
     last = curves.iloc[-1]
     best = last.idxmax()
     if len(last) > 1 and last[best] > last.drop(best).max() and best in (tried[0], tried[-1]):
-        edge, where = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
+        edge, beyond = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
         warnings.append(
-            f"the best learning rate, {best:g}, is the {edge} of the grid: try {where} ones too"
+            f"the best learning rate, {best:g}, is the {edge} of the grid: try {beyond} ones too"
         )
     curve = curves[best]
     if len(curve) > 1 and curve.iloc[-1] > curve.iloc[:-1].max():
@@ -142,7 +148,7 @@ def sweep_curves(
     scores = without_diverged(metadata, scores).merge(metadata[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
-    return {metric: sweep_curve(of, task, metric, caption) for metric, of in by_metric}
+    return {metric: sweep_curve(part, task, metric, caption) for metric, part in by_metric}
 
 
 def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> "Figure":
@@ -163,7 +169,7 @@ def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> 
 
 
 def remove_beaten_exports(folders: dict["Run", Path], best: str | None) -> None:
-    """With --keep best: of the runs so far only the best keeps an evaluator and predictions."""
+    """Remove evaluators and predictions of all runs but the best, for --keep best."""
     for run, folder in folders.items():
         if run.name != best:
             for name in ("evaluator", "model"):
@@ -173,10 +179,10 @@ def remove_beaten_exports(folders: dict["Run", Path], best: str | None) -> None:
 
 
 def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: str) -> str:
-    """Write results.csv, results.json and the curves; returns what to print.
+    """Write results.csv, results.json and the curves, and return the text to print.
 
     Raises:
-        Diverged: if there is no run to report.
+        Diverged: all runs diverged.
     """
     metadata, scores = read_sweep(folders)
     rows = results_rows(metadata, scores, task)
@@ -186,7 +192,7 @@ def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: 
         raise Diverged(f"all {len(metadata)} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
     groups = scores_by_learning_rate(metadata, scores, task)
-    score = groups[row["learning_rate"]][best].max()  # that in `row` is rounded already
+    score = groups[row["learning_rate"]][best].max()  # not rounded, unlike `row["best"]`
     warnings = sweep_warnings(groups)
     content = {"trials": len(metadata), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")

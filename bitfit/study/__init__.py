@@ -1,4 +1,4 @@
 """The paper's tables and figures: planned cells, their workers, statistics and the report.
 
-What trains and scores one cell is run_glue.py, which this package starts as a process.
+This package starts run_glue.py as a process to train and score a cell; nothing here trains.
 """

@@ -1,12 +1,12 @@
-"""The state of each cell, read from its folder, which is the only record of it.
+"""The state of a cell, derived from the files in the cell's folder and nothing else.
 
-missing      nothing there
-running      a process holds its lock
-interrupted  started, not finished, not locked: it resumes where it stopped
-failed       the last attempt ended with an error, or SIGKILL ended two that got just as far;
-             <cell>.failed.json says which
-foreign      its folder is of another command
-done         its own args.json says finished, under the cell's configuration hash
+missing      the folder has no run
+running      a process holds the lock
+interrupted  started, not finished, not locked; the next worker resumes the cell
+failed       the last attempt ended with an error, or SIGKILL ended two attempts without progress
+             between them; <cell>.failed.json has the reason
+foreign      the folder belongs to another command
+done         args.json says finished, and has the settings of the cell
 """
 
 import errno
@@ -58,7 +58,7 @@ def cell_state(study: Study, cell: Cell) -> str:
 def locked_cell_state(study: Study, cell: Cell) -> str:
     """Return the state for the process that has locked the cell.
 
-    The command of a killed worker may still be running.
+    A command may outlive its killed worker, so the lock of the run's folder is tested too.
     """
     metadata = read_cell_args(study, cell)
     if metadata is not None and not has_settings_of(metadata, cell):
@@ -90,15 +90,15 @@ def lock_cell(study: Study, cell: Cell, shared: bool = True) -> Iterator[int | N
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            own = try_lock(file)
+            locked = try_lock(file)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
             if shared:
-                what = "its file system has no locks: divide the cells with --shard I/N"
-                raise UserError(f"{study.output} cannot be shared, {what}") from None
-            own = True
-        yield file if own else None
+                problem = f"{study.output} cannot be shared, its file system has no locks"
+                raise UserError(f"{problem}: divide the cells with --shard I/N") from None
+            locked = True
+        yield file if locked else None
     finally:
         os.close(file)
 
@@ -149,7 +149,7 @@ def is_finished(path: Path) -> bool:
 
 
 def record_kill(study: Study, cell: Cell) -> bool:
-    """Record that SIGKILL ended a command. Return whether there was no progress since the last."""
+    """Record that SIGKILL ended a command; return whether it got as far as the last killed one."""
     path, kill = sibling_file(study, cell, ".killed.json"), {"hash": cell.hash}
     kill["progress"] = completed_files(study, cell)
     try:

@@ -1,8 +1,8 @@
-"""The cells of the paper's tables and figures: each is one command of run_glue.py.
+"""The cells of the paper's tables and figures. A cell is one command of run_glue.py.
 
-A cell is a combination of model, table row, task and perhaps training size. The pairs of learning
-rate and seed are the runs of one sweep. `study.json` holds the cells with their flags and a hash of
-the flags that results depend on. A cell's state is read from its folder.
+A cell is a combination of model, method (a row of the table), task and, for a train-size curve,
+training size. The cell's pairs of learning rate and seed are the runs of one sweep. `study.json`
+holds the cells with their flags and a hash of the flags that results depend on.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Key = tuple[str, str, str, int | None]  # model, row, task, training size
 
 
 class Cell(NamedTuple):
-    """One command. `flags` are those of run_glue.py, without those that differ between machines."""
+    """One command. `flags` are flags of run_glue.py, without flags that depend on the machine."""
 
     model: str
     row: str
@@ -82,8 +82,8 @@ class Cell(NamedTuple):
 
     def command(self, output: Path, *more: str) -> list[str]:
         """Return the words of the command that starts or resumes this cell."""
-        where = ["--output-path", str(Path(output) / self.name), "--resume"]
-        return ["python", "run_glue.py", *self.flags, *more, *where]
+        target = ["--output-path", str(Path(output) / self.name), "--resume"]
+        return ["python", "run_glue.py", *self.flags, *more, *target]
 
     def shell(self, output: Path) -> str:
         return shlex.join(self.command(output))
@@ -129,7 +129,7 @@ def requested_cells(
     rows: Iterable[str],
     sizes: Iterable[int],
 ) -> list[Key]:
-    """Return (model, row, task, size) of all cells of tables and figures, each once."""
+    """Return (model, row, task, size) of all cells of tables and figures, without repetitions."""
     base = list(models or PAPER_MODELS[:1])
     cells = []
     if 2 in tables:
@@ -172,7 +172,7 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
 
 
 def value_for(values: dict[str | None, list], name: str) -> list | None:
-    """Return the values given for a name, else those given for all names (key None)."""
+    """Return the values given for a name, else the values given for all names (key None)."""
     return values.get(name, values.get(None))
 
 
@@ -224,8 +224,8 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     )
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
-            what = f"{cell.name}: {describe_difference(cell, new[cell.name])}"
-            raise UserError(f"{output} has other flags for {what}: give another --output-path")
+            change = f"{cell.name}: {describe_difference(cell, new[cell.name])}"
+            raise UserError(f"{output} has other flags for {change}: give another --output-path")
     cells = {cell.name: cell for cell in old.cells} | new
     both = [sorted({*now, *before}) for now, before in ((tables, old.tables),
                                                        (figures, old.figures))]  # fmt: skip
@@ -233,7 +233,7 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
 
 
 def describe_difference(old: Cell, new: Cell) -> str:
-    """Return a message about the options in which two cells of one name differ."""
+    """Return the options in which two cells of one name differ, as text."""
     before, after = result_settings(old.flags), result_settings(new.flags)
     return ", ".join(
         f"{name.replace('_', ' ')} {join_words(before[name])}, now {join_words(after[name])}"

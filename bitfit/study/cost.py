@@ -1,7 +1,7 @@
 """Estimated cost of cells, from token counts, model sizes and the speed of this machine.
 
-The speed is in floating point operations per second, for training and scoring together. It comes
-from finished cells, or else from a short measurement (`--calibrate`).
+The speed is in floating point operations per second, for training and scoring together. Finished
+cells give the speed, or else a short measurement (`--calibrate`).
 """
 
 import json
@@ -21,7 +21,7 @@ from bitfit.files import write_text
 from bitfit.model import loading
 from bitfit.model.run_stack import Run
 from bitfit.model.trainable import matrix_weights, select_trainable
-from bitfit.results.scores import read_metrics
+from bitfit.results.scores import explain_unreadable, read_metrics
 from bitfit.study import cell_states
 from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
@@ -29,7 +29,7 @@ from bitfit.training.loop import train_step
 from bitfit.training.plan import TrainOptions
 from bitfit.training.prepare import assemble, new_training
 from bitfit.training.state import TrainState
-from utils import UserError, convert_errors, first_line
+from utils import UserError, convert_errors
 
 RATES = "rates.json"
 SAMPLED = 2000  # examples whose tokens are counted, evenly spaced
@@ -91,8 +91,8 @@ def operations(cell: Cell, sizes: Sizes) -> float:
 def disk_bytes(cell: Cell, sizes: Sizes) -> int:
     """Return the largest size of a cell on disk, in bytes.
 
-    It includes the logits of all evaluations, test predictions, and for full_ft two checkpoints
-    with parameters and AdamW's moments.
+    A cell's files are the logits of all evaluations, test predictions, and for full_ft two
+    checkpoints with parameters and AdamW's moments.
     """
     task, args = TASKS[cell.task], cell.args
     bytes_per_logit = 4 if task.is_regression else 2
@@ -109,7 +109,7 @@ class Costs:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.sizes: dict[tuple, Sizes | None] = {}
-        self.unknown: dict[tuple, str] = {}  # why the sizes of a model and task are not known
+        self.unknown: dict[tuple, str] = {}  # the reason why sizes are not known
         self.measured = read_rates(study.output)
         self.done = [
             (cell, operations(cell, self.cell_sizes(cell)), seconds)
@@ -128,13 +128,13 @@ class Costs:
         return self.sizes[key]
 
     def rate(self, cell: Cell) -> float | None:
-        """Return FLOP/s: of finished cells of its row, else of its kind, else as measured."""
+        """Return FLOP/s of finished cells of the row, else of the kind, else as calibrated."""
         kind = cost_kind(cell)
         same = [item for item in self.done if item[0].model == cell.model]
-        for alike in ([i for i in same if i[0].row == cell.row],
-                      [i for i in same if cost_kind(i[0]) == kind]):  # fmt: skip
-            if alike:
-                return sum(i[1] for i in alike) / sum(i[2] for i in alike)
+        for similar in ([i for i in same if i[0].row == cell.row],
+                        [i for i in same if cost_kind(i[0]) == kind]):  # fmt: skip
+            if similar:
+                return sum(i[1] for i in similar) / sum(i[2] for i in similar)
         return self.measured.get(slug(cell.model), {}).get(kind)
 
     def seconds(self, cell: Cell) -> float | None:
@@ -154,22 +154,23 @@ class Costs:
         return (operations(cell, sizes) / rate + starts) if rate and sizes else None
 
     def bytes(self, cell: Cell) -> int | None:
-        """Return the largest size on disk, or None if unknown."""
+        """Return the largest size of a cell on disk in bytes, or None if unknown."""
         sizes = self.cell_sizes(cell)
         return sizes and disk_bytes(cell, sizes)
 
 
 def cost_kind(cell: Cell) -> str:
+    """Return how a cell's runs are computed, a key of CALIBRATIONS."""
     return ("stacked" if cell.runs > 1 else "single") if ROWS[cell.row].stacks else "full"
 
 
 def training_seconds(study: Study, cell: Cell) -> float | None:
-    """Return the seconds of all runs of a finished cell without start-up, else None."""
+    """Return the seconds of all runs of a finished cell without start-up; None for other cells."""
     if cell_states.cell_state(study, cell) != "done":
         return None
     folder = cell_states.cell_folder(study, cell)
     files = sorted(folder.rglob("metrics.json"))
-    with convert_errors(lambda error: UserError(f"{folder} cannot be read: {first_line(error)}")):
+    with explain_unreadable(folder):
         return sum(sum(read_metrics(file.parent)[0]["seconds"].values()) for file in files)
 
 
@@ -218,23 +219,23 @@ def measure_rate(
         return measure_rate(cell, method, 1, device=device, dtype=dtype)
     train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(picked))))
     state = new_training(prepared, task, train, {}, TrainOptions(batch_size=size, epochs=1))
-    alive = np.arange(runs)
+    finite = np.arange(runs)
     model.train()
     with state.stack.patched(dtype):
         steps = [
-            tokens_per_second(state, alive, np.arange(i * size, (i + 1) * size)) for i in range(5)
+            tokens_per_second(state, finite, np.arange(i * size, (i + 1) * size)) for i in range(5)
         ]
     return OPERATIONS[method] * matrix_weights(model) * statistics.median(steps[1:])
 
 
 def tokens_per_second(
     state: TrainState,
-    alive: np.ndarray,
+    finite: np.ndarray,
     rows: np.ndarray,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Return the tokens per second of one step in which all runs have the same rows (B,)."""
     begin = clock()
-    train_step(state, alive, np.tile(rows, (len(alive), 1))).sum().item()
-    tokens = int(state.plan.train.tokens.lengths[rows].sum()) * len(alive)
+    train_step(state, finite, np.tile(rows, (len(finite), 1))).sum().item()
+    tokens = int(state.plan.train.tokens.lengths[rows].sum()) * len(finite)
     return tokens / (clock() - begin)

@@ -12,6 +12,7 @@ from bitfit.results.plots import (
     new_figure,
     plot_curve,
 )
+from bitfit.results.scores import mean_std
 from bitfit.study import results, statistics
 from bitfit.study.cells import Study, slug
 from bitfit.study.results import Entries, Entry
@@ -39,7 +40,7 @@ def on_all_rows(entries: Entries) -> Entries:
 
 
 def by_column(entries: Entries) -> dict[str, dict[str, Entry]]:
-    """Return {column: {row: entry}}, the rows in the order of all figures."""
+    """Return {column: {row: entry}} with the rows in the order of METHOD_STYLES."""
     found: dict[str, dict[str, Entry]] = {}
     for (_, row, column, _), entry in entries.items():
         found.setdefault(column, {})[row] = entry
@@ -55,7 +56,7 @@ def score_label(entry: Entry) -> str:
 
 
 def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
-    """Return Figure 1: how far each bias term moved, for all terms and for b_q + b_m2."""
+    """Return Figure 1, the change of each bias term, for all terms and for b_q + b_m2."""
     figures: Figures = {}
     for (_, row, column, _), entry in on_all_rows(entries).items():
         if row not in ("bitfit", "b_m2+b_q"):
@@ -72,7 +73,7 @@ def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
 
 
 def size_curves(entries: Entries, name: str) -> Figures:
-    """Return Figure 2: scores over the number of training rows."""
+    """Return Figure 2, the scores over the number of training examples."""
     figures: Figures = {}
     for column in dict.fromkeys(key[2] for key in entries if key[3] is not None):
         of_row: dict[str, dict[int, Entry]] = {}
@@ -88,7 +89,7 @@ def size_curves(entries: Entries, name: str) -> Figures:
         for row in (row for row in METHOD_STYLES if row in of_row):
             sizes = sorted(of_row[row])
             stats = [
-                statistics.mean_std(100 * of_row[row][size].selected["split"].values)
+                mean_std(100 * of_row[row][size].selected["split"].values, skip_nan=True)
                 for size in sizes
             ]
             mean = pd.Series([mean for mean, _, _ in stats], sizes)
@@ -105,7 +106,7 @@ def size_curves(entries: Entries, name: str) -> Figures:
 
 
 def gaps(entries: Entries, name: str) -> Figures:
-    """Return how much better each method scores on its training rows than on validation rows."""
+    """Return the figure of the gap between train and validation score, a bar for each method."""
     frame = results.train_gaps(entries)
     if frame.empty:
         return {}
@@ -131,7 +132,7 @@ def gaps(entries: Entries, name: str) -> Figures:
 
 
 def learning_curves(entries: Entries, name: str) -> Figures:
-    """Return the validation score over the epochs for each column, a line for each method."""
+    """Return a figure for each column: the validation score by epoch, a line for each method."""
     figures: Figures = {}
     for column, of_row in by_column(on_all_rows(entries)).items():
         curves = {row: results.curve_over_seeds(entry) for row, entry in of_row.items()}
@@ -158,7 +159,10 @@ def learning_curves(entries: Entries, name: str) -> Figures:
 
 
 def trials(entries: Entries, name: str) -> Figures:
-    """Return the expected best score of n trials over all learning rates, seeds and epochs."""
+    """Return a figure for each column: the expected best score of n trials.
+
+    A trial is one epoch of one learning rate and seed.
+    """
     figures: Figures = {}
     for column, of_row in by_column(on_all_rows(entries)).items():
         xlabel = "trials (a trial is one epoch of one learning rate and seed)"

@@ -22,11 +22,11 @@ MAX_PRINTED_COMMANDS = 12
 def check_study(study: Study) -> None:
     """Raise one UserError for all local models and data that are missing.
 
-    Models and data on the Hub are checked when their cell runs.
+    A command checks models and data on the Hub when it starts.
     """
-    wrong = []
+    messages = []
     for model in dict.fromkeys(cell.model for cell in study.cells if is_local(cell.model)):
-        wrong += error_messages(partial(check_model, model))
+        messages += error_messages(partial(check_model, model))
     needed: dict[tuple[str, str], dict[str, int]] = {}  # {(task, folder): {split: examples}}
     for cell in study.cells:
         if cell.args["data_dir"]:
@@ -36,9 +36,9 @@ def check_study(study: Study) -> None:
             splits |= dict.fromkeys((*TASKS[cell.task].validation_splits, *tests), 0)
     for (task, folder), splits in needed.items():
         for split, rows in splits.items():
-            wrong += error_messages(partial(check_split, TASKS[task], split, folder, rows))
-    if wrong:
-        raise UserError("; ".join(dict.fromkeys(wrong)))
+            messages += error_messages(partial(check_split, TASKS[task], split, folder, rows))
+    if messages:
+        raise UserError("; ".join(dict.fromkeys(messages)))
 
 
 def is_local(model: str) -> bool:
@@ -71,7 +71,7 @@ def error_messages(check: Callable[[], None]) -> list[str]:
 
 
 def study_table(study: Study, costs: Costs) -> str:
-    """Return the cells' states, runs and costs as text. Columns without any value are left out."""
+    """Return the states, runs and costs of the cells as text, without empty columns."""
     rows = []
     for cell in study.cells:
         spent, size = cost.training_seconds(study, cell), costs.bytes(cell)
@@ -142,10 +142,10 @@ def commands_text(study: Study) -> str:
 def cells_within_budget(
     study: Study, cells: Sequence[Cell], budget: float, states: set[str]
 ) -> tuple[list[Cell], list[Cell]]:
-    """Return the cheapest cells that fit into a budget of hours, and those that do not.
+    """Return (the cheapest cells that fit into a budget of hours, the other cells).
 
     Raises:
-        UserError: their cost is unknown.
+        UserError: the cost of a cell is unknown.
     """
     costs, spent, fit = cost.Costs(study), 0.0, []
     open_cells = [cell for cell in cells if cell_states.cell_state(study, cell) in states]
@@ -169,9 +169,9 @@ def states_summary(study: Study, cells: Sequence[Cell], left: Sequence[Cell]) ->
     for cell, state in zip(cells, states, strict=True):
         failure = cell_states.read_failure(study, cell) or {}
         if state == "failed":
-            where = cell_states.sibling_file(study, cell, ".log")
+            log = cell_states.sibling_file(study, cell, ".log")
             reason = f"status {failure.get('status')}: {failure.get('line')}"
-            lines.append(f"failed: {cell.name}, {reason} ({where})")
+            lines.append(f"failed: {cell.name}, {reason} ({log})")
         if state == "foreign":
             lines.append(
                 f"foreign: {cell_states.cell_folder(study, cell)} belongs to another command"

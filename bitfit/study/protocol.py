@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
     @property
     def stacks(self) -> bool:
-        """Whether its runs share one pass, if the model allows it."""
+        """Whether the runs of a cell share one pass, if the model allows it."""
         return self.fine_tune_type in ("bitfit", "frozen")
 
 
@@ -29,7 +29,7 @@ ROWS = {
     "rand_row_col": Row("rand_row_col"),
 }
 # The paper's protocol. The epochs are our choice: the paper says at most 8 for most tasks and up to
-# 20 for bias terms; its author advised 32 for MNLI at 1e-4.
+# 20 for bias terms; the first author advised 32 for MNLI at 1e-4.
 LEARNING_RATES = (1e-4, 4e-4, 7e-4, 1e-3)
 FULL_FT_RATES = (1e-5, 2e-5, 3e-5, 5e-5)
 UNSEARCHED = {"roberta-base": {"full_ft": (1e-5,)} | dict.fromkeys(list(ROWS)[1:], (1e-4,))}
@@ -37,7 +37,7 @@ EPOCHS = {"cola": 16, "mrpc": 20, "rte": 20, "stsb": 16}
 OTHER_EPOCHS = 8
 SEEDS = (0, 1, 2, 3, 4)
 BATCH_SIZE = 16
-SIZES = (500, 1000, 2000, 4000, 8000, 16000)  # Figure 2's
+SIZES = (500, 1000, 2000, 4000, 8000, 16000)  # numbers of training examples in Figure 2
 
 
 def paper_model_name(model: str) -> str:

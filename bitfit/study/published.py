@@ -1,6 +1,6 @@
-"""The numbers of the paper's Tables 2 and 3 (validation sets, × 100), to be shown beside ours.
+"""The paper's numbers of Tables 2 and 3 (validation sets, × 100), shown beside measured ones.
 
-They were transcribed by hand, most of them from memory. The report shows NOTE beside them.
+The numbers were transcribed by hand, most of them from memory; the report shows NOTE with them.
 `average` computes the column Avg of the tables.
 """
 
@@ -8,7 +8,7 @@ NOTE = (
     "transcribed by hand from Tables 2 and 3 of Ben Zaken et al. 2022, arXiv 2106.10199; most were "
     "not re-read, so check them against the paper"
 )
-COLUMNS = {  # of both tables: (task, validation split)
+COLUMNS = {  # {column of both tables: (task, validation split)}
     "QNLI": ("qnli", "validation"),
     "SST-2": ("sst2", "validation"),
     "MNLI-m": ("mnli", "validation_matched"),
@@ -57,7 +57,7 @@ PUBLISHED = parse_table(TABLE_2) | parse_table(TABLE_3)
 def average(scores: dict[str, float | None]) -> float | None:
     """Return the tables' Avg of {column: score}, or None if one is missing.
 
-    MNLI's two columns are averaged into one first.
+    MNLI's two columns count as one column with their mean.
     """
     if set(scores) != set(COLUMNS) or any(s is None or s != s for s in scores.values()):
         return None

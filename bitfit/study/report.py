@@ -12,6 +12,7 @@ import pandas as pd
 from bitfit.files import write_text
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
+from bitfit.results.scores import format_mean_std
 from bitfit.study import cell_states, cost, figures, results
 from bitfit.study.cells import Study, slug
 from bitfit.study.protocol import (
@@ -90,7 +91,7 @@ def write_figures(study: Study, entries: results.Entries) -> dict[Path, str]:
 
 
 def headline_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return {model: its table}, with the metrics in the columns' names, of models with scores."""
+    """Return {model: table} for models with scores; the columns' names include the metrics."""
     tables = {slug(m): headline_table(scores, m) for m in dict.fromkeys(scores["model"])}
     labels = column_labels(scores)
     return {name: table.rename(columns=labels) for name, table in tables.items() if len(table)}
@@ -133,14 +134,12 @@ def entry_text(entry: pd.Series) -> str:
 
 
 def spread(mean: float, std: float) -> str:
-    """Return mean ± standard deviation as text."""
-    if pd.isna(mean):
-        return "no run counts"
-    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+    """Return mean ± standard deviation as text; NaN means that no run counts."""
+    return "no run counts" if pd.isna(mean) else format_mean_std(mean, std)
 
 
 def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Return the comparisons as text; `labels` are the columns' names with their metrics."""
+    """Return the comparisons as a table of texts; `labels` are {column: name with metric}."""
     shown = pd.DataFrame()
     if differences.empty:
         return shown
@@ -175,7 +174,7 @@ def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def deviations(study: Study) -> list[str]:
-    """Return sentences on how the plan differs from the paper's protocol."""
+    """Return the differences between the plan and the paper's protocol, as texts."""
     messages = []
     for cell in study.cells:
         if paper_model_name(cell.model) not in PAPER_MODELS:
@@ -191,7 +190,7 @@ def deviations(study: Study) -> list[str]:
         if cell.args["data_dir"]:
             messages.append(f"data of {cell.args['data_dir']}")
         if cell.args["train_size"] and not cell.size:
-            messages.append(f"{cell.args['train_size']} training rows, drawn by each seed")
+            messages.append(f"{cell.args['train_size']} training examples, sampled by each seed")
         if cell.args["epochs"] != default_epochs(cell.task):
             messages.append(
                 f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)"
@@ -200,7 +199,7 @@ def deviations(study: Study) -> list[str]:
         (cell_states.read_cell_args(study, cell) or {}).get("precision") for cell in study.cells
     }
     if "bf16" in precisions:
-        messages.append("computed in bf16; what trains is kept in float32")
+        messages.append("computed in bf16; the trained parameters are kept in float32")
     return list(dict.fromkeys(messages))
 
 
@@ -250,7 +249,7 @@ def page(
     """Return one HTML page that needs no other file.
 
     Args:
-        tables: (model, its headline table in HTML).
+        tables: [(model, headline table in HTML)].
         captions: {file of a figure: caption}.
     """
     commands = "\n".join(html.escape(cell.shell(study.output)) for cell in study.cells)
@@ -285,14 +284,14 @@ def html_list(texts: list[str]) -> str:
 
 
 def html_figure(path: Path, caption: str) -> str:
-    """Return a figure with its caption; the image is part of the page."""
+    """Return a figure and a caption in HTML; the image is part of the page."""
     data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
     image = f"<img src='data:image/png;base64,{data}' alt='{text}'>"
     return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def progress(study: Study) -> str:
-    """Return how many cells are done, and which are left out."""
+    """Return a sentence with the number of finished cells, and the cells that are left out."""
     states = [cell_states.cell_state(study, cell) for cell in study.cells]
     done = states.count("done")
     text = f"{done} of {len(states)} cells are done." + " Partial." * (done < len(states))
@@ -301,7 +300,7 @@ def progress(study: Study) -> str:
 
 
 def machine(study: Study) -> list[str]:
-    """Return the time that the cells took, and the machines and versions that were used."""
+    """Return the hours that the cells took, and the machines and versions that were used."""
     machines, hours = [], 0.0
     for cell in study.cells:
         args = cell_states.read_cell_args(study, cell)
@@ -309,8 +308,8 @@ def machine(study: Study) -> list[str]:
             known = defaultdict(lambda: "unknown", args)
             versions = " ".join(f"{n} {known[n]}" for n in ("torch", "transformers", "python"))
             commit = (known["commit"] or "unknown")[:7]
-            where = f"{known['device']}, {known['threads']} threads, {known['precision']}"
-            machines.append(f"{where}; {versions}; commit {commit}")
+            device = f"{known['device']}, {known['threads']} threads, {known['precision']}"
+            machines.append(f"{device}; {versions}; commit {commit}")
         hours += (cost.training_seconds(study, cell) or 0) / 3600
     runs = sum(cell.runs for cell in study.cells)
     time = (

@@ -13,15 +13,15 @@ from safetensors.numpy import load_file
 
 from bitfit.artifacts.metrics_files import LOGITS
 from bitfit.data.tasks import TASKS, Task
-from bitfit.results.scores import read_metrics
+from bitfit.results.scores import explain_unreadable, mean_std, read_metrics, select_scores
 from bitfit.study import cell_states, statistics
 from bitfit.study.cells import Cell, Study
 from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
-from utils import UserError, convert_errors, first_line
+from utils import UserError
 
 SELECTIONS = ("last", "best", "split")
-# The paper's claims, each as a difference between two rows.
+# The paper's claims as differences between two rows.
 PAIRS = (
     ("bitfit", "full_ft"), ("bitfit", "rand_uniform"), ("bitfit", "rand_row_col"),
     ("bitfit", "frozen"), ("bitfit", "b_m2+b_q"), ("b_m2+b_q", "b_m2"), ("b_m2+b_q", "b_q"),
@@ -45,7 +45,7 @@ class Results(NamedTuple):
 def read_results(study: Study, cell: Cell) -> Results | None:
     """Return the results of a cell, or None if no run is scored or the folder is foreign.
 
-    A run that diverged counts nowhere: all of its logits are NaN.
+    All logits of a run that diverged become NaN, so that the run counts nowhere.
 
     Raises:
         UserError: a file is damaged.
@@ -56,9 +56,7 @@ def read_results(study: Study, cell: Cell) -> Results | None:
         check_complete(folders.values())
     for run, folder in folders.items():
         if (folder / LOGITS).exists() and (folder / "metrics.json").exists():
-            with convert_errors(
-                lambda error, f=folder: UserError(f"{f} cannot be read: {first_line(error)}")
-            ):
+            with explain_unreadable(folder):
                 kept[run] = load_file(folder / LOGITS)
                 content, table = read_metrics(folder)
                 diverged = content["diverged"]
@@ -77,14 +75,12 @@ def read_results(study: Study, cell: Cell) -> Results | None:
 
 
 def check_complete(folders: Iterable[Path]) -> None:
-    """Raise a UserError if a finished run lacks a file: it would count as diverged."""
+    """Raise a UserError if a finished run lacks a file; without it the run counts as diverged."""
     for folder in folders:
         if not (folder / "metrics.json").exists():
             raise missing_file(folder / "metrics.json")
         if not (folder / LOGITS).exists():
-            with convert_errors(
-                lambda error, f=folder: UserError(f"{f} cannot be read: {first_line(error)}")
-            ):
+            with explain_unreadable(folder):
                 diverged = read_metrics(folder)[0]["diverged"]
             if not diverged:
                 raise missing_file(folder / LOGITS)
@@ -96,7 +92,7 @@ def missing_file(path: Path) -> UserError:
 
 
 def stack_runs(arrays: Sequence[np.ndarray | None], rates: int) -> np.ndarray:
-    """Return the runs' arrays (E, rows, C), or None, by rate and seed, as (L, S, E, rows, C)."""
+    """Return an array (L, S, E, rows, C) of the runs' arrays (E, rows, C), NaN for None."""
     shape = max((a.shape for a in arrays if a is not None), key=lambda shape: shape[0])
     dtype = next(a.dtype for a in arrays if a is not None)
     grid = np.full((len(arrays), *shape), np.nan, dtype)
@@ -142,7 +138,7 @@ def read_entries(study: Study) -> Entries:
 
 
 def table_columns(task: str) -> dict[str, str]:
-    """Return {validation split: its column in the tables}."""
+    """Return {validation split: column in the tables}."""
     known = {split: name for name, (of_task, split) in COLUMNS.items() if of_task == task}
     return known or {TASKS[task].validation_splits[0]: TASKS[task].folder}
 
@@ -153,20 +149,20 @@ def score_frame(entries: Entries) -> pd.DataFrame:
     for (model, row, column, size), entry in entries.items():
         cell = entry.results.cell  # the paper trains on all rows
         key = (paper_model_name(model), row, column) if cell.args["train_size"] is None else None
-        published, std = PUBLISHED.get(key, (None, None))
+        published, published_std = PUBLISHED.get(key, (None, None))
         for selection in SELECTIONS:
             selected = entry.selected[selection]
-            mean, spread, n = statistics.mean_std(100 * selected.values)
+            mean, std, n = mean_std(100 * selected.values, skip_nan=True)
             low, high = statistics.mean_interval(100 * selected.values)
             rows.append({
                 "model": model, "row": row, "column": column, "train_size": size,
                 "metric": entry.results.task.metrics[0], "selection": selection,
-                "mean": mean, "std": spread, "low": low, "high": high,
+                "mean": mean, "std": std, "low": low, "high": high,
                 "seeds": n, "of": len(cell.seeds),
                 "trials": entry.results.logits[entry.split][..., 0, 0].size,
                 "learning_rate": selected_rates(selected, cell),
-                "published": published, "published_std": std,
-                "off": differs_from_paper(low, high, published, std),
+                "published": published, "published_std": published_std,
+                "off": differs_from_paper(low, high, published, published_std),
                 "state": entry.results.state,
             })  # fmt: skip
     return pd.DataFrame(rows)
@@ -190,8 +186,8 @@ def differs_from_paper(
 def comparisons(entries: Entries, rng: np.random.Generator, resamples: int = 1000) -> pd.DataFrame:
     """Return the differences of PAIRS by `split`: a row for each model, pair and column.
 
-    The column `all` pools the tasks of a pair. p-values are Holm's over the columns of a model's
-    pairs, and over its pooled ones.
+    The column `all` pools the tasks of a pair. For each model Holm's correction is over all pairs
+    and columns, and separately over the pooled rows of all pairs.
     """
     rows = []
     for model in dict.fromkeys(key[0] for key in entries):
@@ -266,16 +262,16 @@ def scores_at_last_rate(entry: Entry) -> pd.DataFrame | None:
 
 
 def train_gaps(entries: Entries) -> pd.DataFrame:
-    """Return train minus validation score × 100 in the last epoch of `last`: a row each."""
+    """Return train minus validation score × 100 in the last epoch of `last`, a row per entry."""
     rows = []
     for (model, row, column, size), entry in entries.items():
         scores = scores_at_last_rate(entry)
         if size is not None or scores is None:
             continue
-        metric, epoch = entry.results.task.metrics[0], scores["epoch"].max()
-        last = scores[(scores["epoch"] == epoch) & (scores["metric"] == metric)]
+        last = scores[scores["epoch"] == scores["epoch"].max()]
+        last = last[last["metric"] == entry.results.task.metrics[0]]
         wide = 100 * last.pivot(index="seed", columns="split", values="value")
-        gap, std, n = statistics.mean_std(wide["train"] - wide[entry.split])
+        gap, std, n = mean_std(wide["train"] - wide[entry.split], skip_nan=True)
         rows.append({"model": model, "row": row, "column": column, "train": wide["train"].mean(),
                      "validation": wide[entry.split].mean(), "gap": gap, "std": std,
                      "seeds": n})  # fmt: skip
@@ -285,21 +281,20 @@ def train_gaps(entries: Entries) -> pd.DataFrame:
 def curve_over_seeds(entry: Entry) -> pd.DataFrame | None:
     """Return mean and std over the seeds of the main score × 100 by epoch, at the rate of `last`.
 
-    None if no run counts.
+    Return None if no run counts.
     """
     scores = scores_at_last_rate(entry)
     if scores is None:
         return None
-    is_main = scores["metric"] == entry.results.task.metrics[0]
-    main = scores[is_main & (scores["split"] == entry.split)]
+    main = select_scores(scores, entry.split, entry.results.task.metrics[0])
     return 100 * main.groupby("epoch")["value"].agg(["mean", "std"])
 
 
 def bias_changes(study: Study, entry: Entry) -> tuple[pd.DataFrame, int] | None:
-    """Return how far each bias term moved, at the rate of `last`.
+    """Return the mean absolute change of each bias term, at the learning rate of `last`.
 
     Returns:
-        (a frame (terms, layers): the mean over the seeds that count, their number); or None.
+        (frame (terms, layers) with the mean over the seeds that count, number of seeds), or None.
     """
     selected, cell = entry.selected["last"], entry.results.cell
     counted = [s for s, v in zip(cell.seeds, selected.values, strict=True) if np.isfinite(v)]

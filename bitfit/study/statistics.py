@@ -1,8 +1,7 @@
-"""Scores of many evaluations at once, which of them count, and what their differences say.
+"""Scores of many evaluations at once, their selection, and tests of differences between methods.
 
-Throughout, L is for learning rates, S for seeds, E for scored epochs, B for resamples. A run
-that diverged is NaN in what it has not reached and counts nowhere, as in `bitfit.results.sweeps`:
-that its seed is missing shows as NaN in `values` and in the n of what is made of them.
+Shapes: L learning rates, S seeds, E scored epochs, B resamples, C labels. A run that diverged has
+NaN logits and counts nowhere: it is NaN in `Selected.values`, and n does not count its seed.
 """
 
 from collections.abc import Sequence
@@ -12,29 +11,30 @@ import numpy as np
 from scipy import stats
 
 from bitfit.data.tasks import Task
+from bitfit.results.scores import mean_std
 
-BLOCK = 100  # resamples drawn at once: for the 40,430 rows of QQP 1,000 would take 0.6 GB
-SIGN_FLIPS = 9999  # at random; up to 13 differences have fewer, and those are all tried
-ENDS = 0.025, 0.975  # of an interval
+BLOCK = 100  # resamples drawn at once; 1,000 for the 40,430 rows of QQP would take 0.6 GB
+SIGN_FLIPS = 9999  # random flips; up to 13 differences have fewer flips, and all of them are tried
+ENDS = 0.025, 0.975  # quantiles at the ends of an interval
 
 
 class Choice(NamedTuple):
     """The evaluations that a selection reports, one for each seed."""
 
-    rows: np.ndarray  # indices of the validation rows that they are scored on
+    rows: np.ndarray  # indices of the scored validation examples
     rate: int  # index of the learning rate
     epoch: np.ndarray  # (S,) index of the epoch
 
 
 class Selected(NamedTuple):
-    """What a selection comes to: the mean over its choices."""
+    """The result of a selection: scores that are means over the choices."""
 
     values: np.ndarray  # (S,) NaN where the seed's run diverged
-    choices: list  # of Choice; none where all runs diverged
+    choices: list[Choice]  # empty if all runs diverged
 
 
 class Difference(NamedTuple):
-    """How far one method is above another."""
+    """The mean difference between the scores of two methods."""
 
     mean: float
     low: float  # of the 95 % interval
@@ -57,12 +57,12 @@ def resampled(task: Task, logits: np.ndarray, labels: np.ndarray, counts: np.nda
 
 def total(true: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the number of resampled examples that are true: (..., rows), (B, rows) -> (..., B)."""
-    # whole numbers below 2 ** 24 are exact in float32, and multiply fastest there
+    # Whole numbers below 2 ** 24 are exact in float32, where multiplication is fastest.
     return (true.astype(np.float32) @ counts.T.astype(np.float32)).astype(float)
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """0 where there is nothing to divide by, as `bitfit.data.tasks.score` has it."""
+    """Return numerator / denominator; 0 where the denominator is 0, as `tasks.score` does."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
@@ -77,7 +77,7 @@ def f1(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray
 
 
 def matthews(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return Matthews correlation for two classes; CoLA, its only task, has two."""
+    """Return Matthews correlation for two classes; CoLA is the only task with this metric."""
     predicted, true = logits.argmax(-1) == 1, labels == 1
     n, p, t = counts.sum(axis=1), total(predicted, counts), total(true, counts)
     covariance = n * total(predicted & true, counts) - p * t
@@ -99,34 +99,34 @@ METRICS = {"Accuracy": accuracy, "F1": f1, "MCC": matthews, "Spearman": spearman
 
 
 def counted(scores: np.ndarray) -> np.ndarray:
-    """Scores (L, S, E), NaN in all epochs of a run that diverged in one."""
+    """Return scores (L, S, E) with NaN in all epochs of a run that has NaN in one epoch."""
     return np.where(np.isnan(scores).any(axis=-1, keepdims=True), np.nan, scores)
 
 
 def best_mean(values: np.ndarray) -> tuple:
     """Return the index (...) with the best mean over seeds of values (..., S), the first if equal.
 
-    One with a seed missing counts, by the seeds that it has, only if none has all.
+    Indices without a missing seed come first. If all lack one, the mean is over the other seeds.
     """
     means = np.ma.masked_invalid(values).mean(axis=-1).filled(-np.inf)
     whole = ~np.isnan(values).any(axis=-1)
     means = np.where(whole | ~whole.any(), means, -np.inf)
-    # the same scores, summed in another order, may differ in the last bit
+    # Equal scores, summed in another order, may differ in the last bit.
     return np.unravel_index(means.round(12).argmax(), means.shape)
 
 
 def select_last(scores: np.ndarray, rows: int) -> Selected:
-    """Select the last epoch of scores (L, S, E), at the best learning rate."""
+    """Select the last epoch of scores (L, S, E) at the best learning rate."""
     return select_epochs(scores, np.full(scores.shape[:2], scores.shape[2] - 1), rows)
 
 
 def select_best(scores: np.ndarray, rows: int) -> Selected:
-    """Select the best epoch of each run, at the best learning rate: optimistic."""
+    """Select the best epoch of each run at the best learning rate, which is optimistic."""
     return select_epochs(scores, scores.argmax(axis=-1), rows)
 
 
 def select_epochs(scores: np.ndarray, epochs: np.ndarray, rows: int) -> Selected:
-    """Select the given epoch of each run (L, S), at the learning rate with the best mean."""
+    """Select the given epoch (L, S) of each run at the learning rate with the best mean."""
     values = np.take_along_axis(counted(scores), epochs[..., None], axis=-1)[..., 0]
     if np.isnan(values).all():
         return Selected(np.full(values.shape[1], np.nan), [])
@@ -141,17 +141,17 @@ def halves(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def select_split(task: Task, logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Selected:
-    """Chosen on one half of the rows and scored on the other, both ways round.
+    """Select on one half of the examples and score on the other, and the other way round.
 
-    The choice is one learning rate and one epoch for all seeds, the pair with the best mean.
+    The choice is the learning rate and epoch, common to all seeds, with the best mean.
 
     Args:
-        logits: (L, S, E, rows, C)
-        labels: (rows,)
-        seed: of the halves; methods can be compared only where it is the same
+        logits: (L, S, E, rows, C).
+        labels: (rows,).
+        seed: draws the halves; only methods with the same halves can be compared.
     """
     parts, seeds = halves(len(labels), seed), logits.shape[1]
-    scores = [counted(main_scores(task, logits[..., of, :], labels[of])) for of in parts]
+    scores = [counted(main_scores(task, logits[..., rows, :], labels[rows])) for rows in parts]
     if np.isnan(scores).all():
         return Selected(np.full(seeds, np.nan), [])
     values, choices = [], []
@@ -162,33 +162,25 @@ def select_split(task: Task, logits: np.ndarray, labels: np.ndarray, seed: int =
     return Selected(np.mean(values, axis=0), choices)
 
 
-def mean_std(values: np.ndarray) -> tuple[float, float, int]:
-    """Return (mean, sample standard deviation, n) of the values that are not NaN."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    mean = float(values.mean()) if len(values) else np.nan
-    return mean, float(values.std(ddof=1)) if len(values) > 1 else np.nan, len(values)
-
-
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Student's interval (low, high) for the mean of the values that are not NaN."""
-    mean, std, n = mean_std(values)
+    """Return Student's interval (low, high) for the mean of the values that are not NaN."""
+    mean, std, n = mean_std(values, skip_nan=True)
     if n < 2:
         return np.nan, np.nan
-    # scaled here: SciPy answers NaN to the scale of equal values, 0
+    # Not scaled by SciPy, which returns NaN for the scale 0 of equal values.
     low, high = stats.t.interval(level, n - 1)
     return float(mean + low * std / n**0.5), float(mean + high * std / n**0.5)
 
 
 def pairs(a: Selected, b: Selected) -> np.ndarray:
-    """Indices of the seeds that two `Selected` have; ValueError if they did not try as many."""
+    """Return the indices of the seeds that count in both; ValueError for unequal numbers."""
     if a.values.shape != b.values.shape:
         raise ValueError(f"{len(a.values)} seeds against {len(b.values)}")
     return np.flatnonzero(np.isfinite(a.values) & np.isfinite(b.values))
 
 
 def differences(a: Selected, b: Selected) -> np.ndarray:
-    """Return a - b (n,) of two `Selected`, for the seeds that both have."""
+    """Return a - b (n,) for the seeds that count in both."""
     return (a.values - b.values)[pairs(a, b)]
 
 
@@ -202,25 +194,25 @@ def bootstrap_differences(
     task: Task, a: Selected, b: Selected, a_logits: np.ndarray, b_logits: np.ndarray,
     labels: np.ndarray, rng: np.random.Generator, seeds: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
-    """Mean differences of two `Selected` on resampled rows and seeds: (B,).
+    """Return the mean differences a - b on resampled examples and seeds, (B,).
 
-    Both methods get the same rows and the same seeds each time. What was chosen stays chosen,
-    and its rows are resampled among themselves.
+    A resample has the same examples and the same seeds for both methods. The choices of learning
+    rate and epoch are not repeated, and the examples of a choice are resampled among themselves.
 
     Args:
-        a_logits, b_logits: what they were selected from, (L, S, E, rows, C)
-        labels: (rows,)
-        seeds: (B, n) how often each of `pairs` is drawn, as from `draws`; columns that are of the
-            same runs get the same.
+        a_logits, b_logits: the logits that a and b were selected from, (L, S, E, rows, C).
+        labels: (rows,).
+        seeds: (B, n), how often each of `pairs` is drawn, as from `draws`; columns of the table
+            with the same runs need the same array.
 
     Raises:
-        ValueError: if they were not tried with as many seeds, or not scored on the same rows.
+        ValueError: the numbers of seeds or the scored examples differ.
     """
     kept, values = pairs(a, b), []
     for choices in zip(a.choices, b.choices, strict=True):
         rows = choices[0].rows
         if not np.array_equal(rows, choices[1].rows):
-            raise ValueError("they are not scored on the same rows")
+            raise ValueError("they are not scored on the same examples")
         both = zip(choices, (a_logits, b_logits), strict=True)
         chosen = np.stack([x[c.rate, kept, c.epoch[kept]][:, rows] for c, x in both])
         values.append(row_bootstrap(task, chosen, labels[rows], rng, len(seeds)))
@@ -234,23 +226,23 @@ def row_bootstrap(
     """Return the main metric (B, ...) on examples resampled with replacement."""
     sizes = (min(BLOCK, resamples - done) for done in range(0, resamples, BLOCK))
     counts = (draws(rng, len(labels), size) for size in sizes)
-    return np.concatenate([resampled(task, logits, labels, of) for of in counts])
+    return np.concatenate([resampled(task, logits, labels, block) for block in counts])
 
 
 def difference(
     columns: Sequence[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator
 ) -> Difference:
-    """Return the `Difference` of two methods in one column of a table, or the mean of several.
+    """Return the `Difference` of two methods in one column of a table, or the mean over several.
 
-    Its interval is for other rows and other seeds; its p, of flipping the signs of the seeds'
-    differences, for other seeds on these rows, so that the two may disagree.
+    The interval covers new examples and new seeds. The p-value of the sign-flip test is for new
+    seeds on the same examples, so the two may disagree.
 
     Args:
-        columns: of each its `differences` (n,) and `bootstrap_differences` (B,).
+        columns: (`differences` (n,), `bootstrap_differences` (B,)) of every column.
     """
-    own = [values for values, _ in columns]
-    mean, p = pooled(own, rng)
-    return Difference(mean, *interval(columns), p, sum(map(len, own)))
+    by_seed = [values for values, _ in columns]
+    mean, p = pooled(by_seed, rng)
+    return Difference(mean, *interval(columns), p, sum(map(len, by_seed)))
 
 
 def pooled(
@@ -258,15 +250,16 @@ def pooled(
 ) -> tuple[float, float]:
     """Return (mean, p) of the differences in several columns of a table, with equal weights.
 
-    p is two-sided, of flipping the signs of all; NaN for one. Both are NaN if a column has none.
+    p is the two-sided p-value of the sign-flip test over all differences, NaN for a single one.
+    Both are NaN if a column has no finite difference.
     """
-    columns = [np.asarray(of, float)[np.isfinite(of)] for of in columns]
+    columns = [np.asarray(values, float)[np.isfinite(values)] for values in columns]
     if not columns or not all(map(len, columns)):
         return np.nan, np.nan
-    terms = np.concatenate([of / len(of) / len(columns) for of in columns])
+    terms = np.concatenate([values / len(values) / len(columns) for values in columns])
     if len(terms) < 2:
         return float(terms.sum()), np.nan
-    # rounded, or equal sums of other terms might differ in the last bit
+    # Rounded, because equal sums of other terms might differ in the last bit.
     args = (terms,), lambda x, axis: x.sum(axis=axis).round(12)
     options = {"permutation_type": "samples", "n_resamples": SIGN_FLIPS, "rng": rng}
     return float(terms.sum()), float(stats.permutation_test(*args, **options).pvalue)
@@ -275,14 +268,18 @@ def pooled(
 def interval(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """Return the 95 % interval (low, high) of the mean over columns; NaN for n < 2.
 
-    A bootstrap over n seeds sees (n - 1) / n of their variance, and takes it for known: with five
-    seeds its percentiles cover the truth in 84 of 100 cases. So they are widened, by that and by
-    Student's t over the normal's; what is of the rows is widened too.
+    A bootstrap over n seeds has (n - 1) / n of the variance between seeds, and treats this variance
+    as known: with five seeds the percentiles cover the truth in 84 of 100 cases. So the interval is
+    widened by the root of n / (n - 1), and by the ratio of Student's quantile to the normal one.
+    The part of the width that comes from examples is widened too.
+
+    Args:
+        columns: as in `difference`.
     """
-    sizes = np.array([len(own) for own, _ in columns])
+    sizes = np.array([len(values) for values, _ in columns])
     if sizes.min() < 2:
         return np.nan, np.nan
-    mean = np.mean([own.mean() for own, _ in columns])
+    mean = np.mean([values.mean() for values, _ in columns])
     drawn = np.mean([drawn for _, drawn in columns], axis=0)
     student = stats.t.ppf(ENDS[1], (sizes - 1).sum()) / stats.norm.ppf(ENDS[1])
     wider = student * np.sqrt(sizes.min() / (sizes.min() - 1))
@@ -291,7 +288,7 @@ def interval(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, f
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p-values (n,); NaN stays NaN and is not counted as a test."""
+    """Return Holm's adjusted p-values (n,); NaN stays NaN and is not counted as a test."""
     p = np.asarray(p, float)
     order = p.argsort()[: np.isfinite(p).sum()]  # NaN is sorted last
     adjusted = np.full(p.shape, np.nan)
@@ -306,13 +303,13 @@ def least_p(n: int) -> float:
 
 
 def expected_best(scores: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """Return the expected best of n of these trials, for each n of the budgets: (N,), (K,) -> (K,)
+    """Return the expected best score of n trials for each n of the budgets: (N,), (K,) -> (K,).
 
-    The unbiased estimator of Tang et al. (2020): the mean over all sets of n different trials.
-    A trial that diverged, NaN, counts as the worst of those that did not. NaN where n > N.
+    This is the unbiased estimator of Tang et al. (2020), the mean over all sets of n different
+    trials out of N. A diverged trial, NaN, counts as the worst finite score. NaN where n > N.
     """
     scores, n = np.ravel(scores), np.reshape(budgets, (-1, 1))
     values = np.sort(np.fmax(scores, np.fmin.reduce(scores)))
-    # how likely all n are among the i lowest; its steps are those of the formula
+    # The probability that all n are among the i lowest; the differences weight the sorted values.
     below = stats.hypergeom.pmf(n, len(scores), np.arange(len(scores) + 1), n)
     return np.diff(below) @ values

@@ -32,7 +32,7 @@ OWNER = {name: task for task in TASKS.values() for name in task.server_files.val
 def write_submission(
     study: Study, model: str, row: str, path: Path, placeholder: bool = False
 ) -> list[str]:
-    """Write the zip file and return one line of text for each file in it.
+    """Write the zip file and return one line of text for each file in the zip.
 
     For each task, the validation scores of the last epoch choose the run: first the learning rate
     with the best mean over seeds, then the best of its seeds.
@@ -41,22 +41,22 @@ def write_submission(
         UserError: files are missing without `placeholder`, or the server would reject one.
     """
     winners = best_run_folders(study, model, row)
-    texts, lines, missing, wrong = {}, [], [], []
+    texts, lines, missing, problems = {}, [], [], []
     for name, (rows, majority) in SERVER.items():
         source = winners.get(OWNER[name].name)
         if source and (source / name).exists():
             texts[name] = (source / name).read_text(encoding="utf-8")
-            wrong += format_problems(name, texts[name], rows)
+            problems += format_problems(name, texts[name], rows)
             lines.append(f"{name}: {source.relative_to(study.output)}")
         else:
             missing.append(name)
             texts[name] = "index\tprediction\n" + "".join(f"{i}\t{majority}\n" for i in range(rows))
-            lines.append(f"{name}: NOT PREDICTED, {majority!r} for every row")
+            lines.append(f"{name}: NOT PREDICTED, {majority!r} for every example")
     if missing and not placeholder:
         advice = "run their cells with test predictions, or give --placeholder-missing"
         raise UserError(f"no predictions for {', '.join(missing)}: {advice}")
-    if wrong:
-        raise UserError(f"the server would reject this: {'; '.join(wrong)}")
+    if problems:
+        raise UserError(f"the server would reject this: {'; '.join(problems)}")
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, text in texts.items():
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
@@ -95,7 +95,7 @@ def best_run_folder(study: Study, cell: Cell) -> Path | None:
 
 
 def format_problems(name: str, text: str, rows: int) -> list[str]:
-    """Return messages about what the server would reject in a file."""
+    """Return messages about content for which the server would reject a file."""
     lines, task = text.removesuffix("\n").split("\n"), OWNER[name]
     if lines[0] != "index\tprediction":
         return [f"{name} has no header"]

@@ -1,4 +1,4 @@
-"""Workers: each takes the next unlocked cell and runs its command as a process.
+"""Workers: a worker takes the next unlocked cell and runs the cell's command as a process.
 
 Any number of workers may share a folder. A cell of a killed worker is resumed by the next one.
 """
@@ -81,7 +81,7 @@ def run_cells(
         if cell_states.cell_state(study, cell) not in states:
             continue
         with cell_states.lock_cell(study, cell, shared) as lock:
-            # Its state may have changed before it was locked.
+            # The state may have changed before the cell was locked.
             if lock is None or cell_states.locked_cell_state(study, cell) not in states:
                 continue
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
@@ -123,7 +123,7 @@ def run_command(
     """Run a cell's command, append its output to a log, and return its exit status.
 
     Raises:
-        Stopped, KeyboardInterrupt: a signal came; the command got it too and has ended.
+        Stopped, KeyboardInterrupt: a signal came; the command got the signal too and has ended.
     """
     more = [] if gpu is None else ["--gpu-device", str(gpu)]
     command = [*launch_command(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
@@ -144,7 +144,7 @@ def run_command(
 
 
 def check_gpus_for_ranks(ranks: int, gpu: int | str | None) -> None:
-    """Raise UserError if the ranks of one command would not have a GPU each."""
+    """Raise UserError if two ranks of one command would share a GPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -164,7 +164,7 @@ def launch_command(ranks: int) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment without torchrun's variables: the command is not a rank of it."""
+    """Return the environment without torchrun's variables, because the command is no rank of it."""
     return {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
 
 

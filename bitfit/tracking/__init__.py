@@ -1,4 +1,4 @@
 """Experiment trackers: TensorBoard, Weights & Biases, and MLflow.
 
-The project's own result files do not belong here.
+The result files in the output folder do not belong here.
 """

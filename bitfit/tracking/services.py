@@ -1,6 +1,7 @@
-"""A run at TensorBoard, W&B or MLflow: each is opened, told numbers, then results, and closed.
+"""Clients of TensorBoard, W&B and MLflow with the same methods: log values, log results, close.
 
-Their packages are imported when they are asked for. What goes wrong is raised as they raise it.
+A client's constructor imports the tracker's package and opens a run. Exceptions of the packages
+pass through.
 """
 
 import html
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("bitfit")
 FLUSH_SECONDS = 5  # how late TensorBoard's files may be
-LONGEST_PARAMETER = 6000  # letters, MLflow's own limit
+MAX_PARAMETER_LENGTH = 6000  # characters, MLflow's limit
 
 
 def kept_id(folder: Path, kind: str, make: Callable[[], str]) -> str:
-    """Return the id of a run at a tracker. A resumed run keeps its id."""
+    """Return the id of a run at a tracker, from tracking.json if the run is resumed."""
     path = folder / "tracking.json"
     ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kind not in ids:
@@ -34,7 +35,7 @@ def kept_id(folder: Path, kind: str, make: Callable[[], str]) -> str:
 
 
 def indented(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Return text that Markdown shows unchanged, as a code block."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
@@ -50,9 +51,11 @@ class TensorBoard:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        where = output / "tensorboard" / name
-        # What a killed process wrote after its last checkpoint is hidden: it comes again.
-        self.writer = SummaryWriter(where, purge_step=step + 1, flush_secs=FLUSH_SECONDS)
+        # `purge_step` hides values that a killed process wrote after the last checkpoint, because
+        # the resumed run writes them again.
+        self.writer = SummaryWriter(
+            output / "tensorboard" / name, purge_step=step + 1, flush_secs=FLUSH_SECONDS
+        )
         self.writer.add_text("flags", indented(json.dumps(metadata, indent=2)), step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -92,12 +95,12 @@ class WandB:
             dir=os.environ.get("WANDB_DIR", str(output)), resume="allow", reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
-        self.begins = self.run.step  # of a run that goes on, unless offline
+        self.first_step = self.run.step  # above 0 in a resumed run, unless it is offline
         if not (self.run.offline or self.run.disabled):
             LOGGER.info("W&B: %s", self.run.url)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        if step >= self.begins:
+        if step >= self.first_step:
             self.run.log(values, step=step)
 
     def results(self, step: int, pictures: list[Path], text: str) -> None:
@@ -105,7 +108,7 @@ class WandB:
 
         shown = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
         shown["results"] = wandb.Html(f"<pre>{html.escape(text)}</pre>")
-        self.log(max(step, self.begins), shown)
+        self.log(max(step, self.first_step), shown)
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -128,8 +131,9 @@ class MLflow:
     def experiment(client: "MlflowClient", output: Path) -> str:
         name = output.resolve().name
         found = client.get_experiment_by_name(name)
-        there = found and found.lifecycle_stage == "active"  # create_ says what is wrong otherwise
-        return found.experiment_id if there else client.create_experiment(name)
+        is_active = found and found.lifecycle_stage == "active"
+        # For a deleted experiment, `create_experiment` raises an error with an explanation.
+        return found.experiment_id if is_active else client.create_experiment(name)
 
     def __init__(
         self, output: Path, name: str, folder: Path, metadata: dict[str, Any], step: int
@@ -145,16 +149,16 @@ class MLflow:
 
         self.id = kept_id(folder, "mlflow", make)
         if made:
-            pairs = [Param(name, str(fact)[:LONGEST_PARAMETER]) for name, fact in metadata.items()]
-            client.log_batch(self.id, params=pairs)
+            params = [Param(n, str(value)[:MAX_PARAMETER_LENGTH]) for n, value in metadata.items()]
+            client.log_batch(self.id, params=params)
         else:
             client.update_run(self.id, status="RUNNING")
-        self.begins = client.get_run(self.id).data.metrics.get("epoch", 0.0)
+        self.logged_epoch = client.get_run(self.id).data.metrics.get("epoch", 0.0)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        if values["epoch"] > self.begins:
+        if values["epoch"] > self.logged_epoch:
             now = int(1000 * time.time())
             metrics = [Metric(name, value, now, step) for name, value in values.items()]
             self.client.log_batch(self.id, metrics=metrics)
@@ -168,5 +172,8 @@ class MLflow:
         self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
-# By the names of their packages.
-KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+KINDS: dict[str, Any] = {  # {name of the package: client}
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}

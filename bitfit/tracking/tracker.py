@@ -1,8 +1,8 @@
 """Live tracking: losses and scores of a training at TensorBoard, W&B or MLflow.
 
-A tracker has one run for each of ours, under the same name, and one for the report of a sweep. All
-values are known on the host, so that logging never waits for the device. Each tracker has a thread
-of its own, so that a slow one delays nobody. A tracker that fails is switched off.
+A tracker shows one run for each run of the command, under the same name, and one for the report of
+a sweep. All values are on the host, so logging never waits for the device. Every tracker has a
+separate thread, so a slow tracker delays nobody. A tracker that fails is switched off.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from bitfit.tracking.services import KINDS
 from utils import UserError, convert_errors, first_line
 
-if TYPE_CHECKING:  # -h imports this module, and no torch
+if TYPE_CHECKING:  # -h imports this module and must not import torch
     import torch
 
     from bitfit.model.run_stack import Run
@@ -55,18 +55,22 @@ def peak_gib(device: "torch.device") -> float:
 
 
 def examples_per_second(state: TrackedState, since: tuple[int, int, float] | None = None) -> float:
-    """Return the speed of each run in this epoch, since (epoch, step, seconds) or its start."""
+    """Return the speed of one run since (epoch, step, seconds), or since the epoch's start.
+
+    A `since` in an earlier epoch counts as the start of this epoch.
+    """
     epoch, step, seconds = since or (None, 0, 0.0)
     if epoch != state.epoch:
         step, seconds = 0, 0.0
-    rows = min(state.step * state.plan.batch_size, state.plan.rows_per_run)
-    return (rows - step * state.plan.batch_size) / (state.seconds - seconds)
+    examples_before = state.plan.examples_before
+    examples = examples_before(state.epoch, state.step) - examples_before(state.epoch, step)
+    return examples / (state.seconds - seconds)
 
 
 class Tracker:
-    """Sends losses, scores and results to trackers; without trackers it does nothing.
+    """Sends losses, scores and results to trackers. Without trackers nothing happens.
 
-    `open_trackers` is {tracker: {name of a run: the tracker's object for it}}.
+    `open_trackers` is {tracker: {name of a run: object of `bitfit.tracking.services`}}.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Tracker:
         Args:
             kinds: some of `KINDS`.
             output: the command's output folder.
-            metadata: {name: value} that each run shows beside its learning rate and seed.
+            metadata: {name: value} that all runs show beside learning rate and seed.
         """
         self.open_trackers: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
         self.output, self.metadata = output and Path(output), metadata or {}
@@ -96,14 +100,14 @@ class Tracker:
             thread.shutdown()
 
     def open_runs(self, state: TrackedState, folders: dict["Run", Path]) -> None:
-        """Open the runs of a training at the trackers; `folders` are {run: its folder}."""
+        """Open the runs of a training at the trackers; `folders` is {run: folder}."""
         if self.open_trackers:
             self._set_step(state)
             for run, folder in folders.items():
                 self._open(run.name, folder, run._asdict())
 
     def log_losses(self, state: TrackedState, losses: dict[int, float]) -> None:
-        """Log {number of a run: its loss in the last step} within an epoch.
+        """Log {number of a run: loss in the last step} within an epoch.
 
         A slow tracker misses some losses. `log_scores` logs the end of an epoch.
         """
@@ -112,7 +116,7 @@ class Tracker:
             self._log(state, measured, since=self.previous, skippable=True)
 
     def log_scores(self, state: TrackedState, scores: list[tuple]) -> None:
-        """Log the mean losses of an epoch, and its scores if it was evaluated."""
+        """Log the mean losses of an epoch, and the scores if there was an evaluation."""
         measured = {}
         for k, record in enumerate(state.records):
             of_run = [row[2:] for row in scores if row[0] == record.run.name]
@@ -122,7 +126,7 @@ class Tracker:
         self._log(state, measured)
 
     def log_results(self, name: str, folder: Path, text: str, diverged: str | None = None) -> None:
-        """Log the figures and the table of a run or a sweep, and close it at the trackers."""
+        """Log the figures and the table of a run or a sweep, and close the run at the trackers."""
         self._open(name, folder, {})
         step, pictures = self.step, sorted(folder.glob("*.png"))
         text = "\n".join(filter(None, (text, diverged)))
@@ -150,7 +154,7 @@ class Tracker:
         Args:
             measured: {number of a run: {name: value}}.
             since: (epoch, step, seconds) from which the speed is measured.
-            skippable: leave the values out where a tracker is busy.
+            skippable: do not send the values to busy trackers.
         """
         if not self.open_trackers:
             return
@@ -171,7 +175,7 @@ class Tracker:
         self._submit(send, skippable)
 
     def _open(self, name: str, folder: Path, metadata: dict[str, Any]) -> None:
-        """Open a run in this thread at the trackers where it is not open."""
+        """Open a run, in this thread, at the trackers where the run is not open."""
         for kind, runs in list(self.open_trackers.items()):
 
             def make(kind: str = kind, runs: dict[str, Any] = runs) -> None:
