@@ -11,9 +11,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 log=${OUT:-out/gpu}/log.txt
 mkdir -p "$(dirname "$log")"
-steps=() commands=()
+size=() steps=() commands=()
 if [ "${1:-}" = small ]; then
-    steps=(--size tiny --runs 1 2 --steps 3 --processes 2)
+    size=(--size tiny)
+    steps=(--runs 1 2 --steps 3 --processes 2)
     commands=(--size tiny --rows 64 --seeds 2 --jobs 2)
 fi
 
@@ -27,10 +28,10 @@ part() { # the seconds it may take, then the command
     python3 -c 'import sys, torch, transformers
 print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda,
       "transformers", transformers.__version__)'
-    part 150 python3 benchmarks/gpu.py ${steps[@]+"${steps[@]}"} --only-checks &
+    part 150 python3 benchmarks/gpu_checks.py ${size[@]+"${size[@]}"} &
     part 200 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"} --only-checks
     wait
-    part 240 python3 benchmarks/gpu.py ${steps[@]+"${steps[@]}"} --only-times
+    part 240 python3 benchmarks/gpu_times.py ${size[@]+"${size[@]}"} ${steps[@]+"${steps[@]}"}
     part 200 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"} --only-times
     echo "== $(date +%T) end"
 } 2>&1 | tee "$log"

@@ -19,17 +19,8 @@ def test_the_benchmarks(command, checkout):
         "throughput": ["--rows", "16", "--rounds", "1", "--precision", "fp32"],
         "stacking": ["--rows", "16", "--rounds", "1", "--runs", "2"],
         "peers": ["--rows", "16", "--rounds", "1", "--runs", "2", "--precision", "bf16"],
-        "commands": [
-            "--train-size",
-            "16",
-            "--epochs",
-            "1",
-            "--seeds",
-            "0",
-            "--learning-rates",
-            "1e-3",
-        ],
-        "gpu": ["--runs", "1", "--steps", "2", "--processes", "1", "--only-times"],
+        "commands": "--train-size 16 --epochs 1 --seeds 0 --learning-rates 1e-3".split(),
+        "gpu_times": ["--runs", "1", "--steps", "2", "--processes", "1"],
         "many_tasks": ["--rows", "2", "--rounds", "1", "--tasks", "2", "--size", "tiny"],
         "ranks": [],
     }
@@ -52,7 +43,7 @@ def test_the_benchmarks(command, checkout):
     )
 
 
-@pytest.mark.parametrize("failing", [None, "gpu.py", "gpu_commands.py"])
+@pytest.mark.parametrize("failing", [None, "gpu_checks.py", "gpu_times.py", "gpu_commands.py"])
 def test_the_gpu_script_ends_with_a_table_of_all_checks(failing, tmp_path):
     """With a stand-in for Python: the checks themselves have tests of their own."""
     (tmp_path / "python3").write_text(f"""#!/bin/bash
@@ -72,4 +63,4 @@ def test_the_gpu_script_ends_with_a_table_of_all_checks(failing, tmp_path):
         bool(failing),
     )
     log = (tmp_path / "out/log.txt").read_text()
-    assert "gpu.py --size tiny --runs 1 2 --steps 3 --processes 2 --only-checks" in log
+    assert "gpu_times.py --size tiny --runs 1 2 --steps 3 --processes 2" in log

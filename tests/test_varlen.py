@@ -1,6 +1,6 @@
 """Packed sequences for a GPU's kernels, with a plain kernel in their place: layout and gradients.
 
-`benchmarks/gpu.py` compares the kernels themselves.
+`benchmarks/gpu_checks.py` compares the kernels themselves.
 """
 
 import numpy as np

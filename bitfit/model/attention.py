@@ -3,8 +3,8 @@
 PyTorch's fused kernels read queries, keys and values (N, heads, d) and the bounds of the sequences
 (`cu_seqlens`), so nothing is padded and no attention weights are stored. FlashAttention computes
 in bf16. The memory-efficient kernel for float32 serves comparisons alone, because its dropout
-masks repeat (`benchmarks/gpu.py` found two equal masks on an H100 with torch 2.11). `packing` has
-the plain implementation, for float32 and for other devices.
+masks repeat (`benchmarks/gpu_checks.py` found two equal masks on an H100 with torch 2.11).
+`packing` has the plain implementation, for float32 and for other devices.
 
 Some sequences of a batch are fillers: nobody reads their outputs, and their gradient is 0. They
 let each run's tokens fill whole chunks and give batches of similar size the same shape. No filler

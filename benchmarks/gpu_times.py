@@ -1,0 +1,183 @@
+"""Time training steps on a GPU, and list the most expensive kernels.
+
+    python benchmarks/gpu_times.py
+    python benchmarks/gpu_times.py --size tiny --runs 1 2 --steps 3   # on a CPU, as a trial
+
+The model is a random BERT of bert-base's size; it computes as `run_glue.py` does, bf16 by default.
+The times are those of steps at CoLA's and RTE's lengths after all shapes were met: of K runs beside
+Hugging Face Trainer (with accelerate), the released loop and K processes that share the GPU; of
+each fine-tune type; and of each kernel. The program needs no data. `gpu.sh` runs it.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+
+import torch
+from common import (
+    DTYPES,
+    ROOT,
+    Ours,
+    flop_of,
+    gemm_rate,
+    random_model,
+    spread,
+    synchronize,
+)
+from gpu_steps import LENGTHS, make_parser, make_runs, random_tokens, start, steps, training
+from peers import make_trainer
+from throughput import make_released
+from torch.profiler import ProfilerActivity, profile
+
+from bitfit.data.tokens import TokenizedSplit
+from bitfit.model.loading import load_tokenizer
+from bitfit.options import FINE_TUNE_TYPES
+from bitfit.tracking.tracker import peak_gib
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, 5, 20, 50])
+    parser.add_argument("--steps", type=int, default=20, help="timed, of each kind")
+    parser.add_argument("--processes", type=int, default=5, help="that share the GPU, one run each")
+    return parser.parse_args()
+
+
+def step_times(ours: Ours, precision: str, rounds: int = 3) -> tuple[list[float], int]:
+    """Return (milliseconds of a step in each round, CUDA graphs used) after all shapes were met."""
+    device, count, times = ours.device, ours.plan.steps_per_epoch, []
+    with training(ours, DTYPES[precision]) as state:
+        steps(state, 5 * count if state.graphs else 1)
+        for _ in range(rounds):
+            synchronize(device)
+            begin = time.perf_counter()
+            steps(state, count)
+            synchronize(device)
+            times.append((time.perf_counter() - begin) / count * 1e3)
+        return times, len(state.graphs.graphs) if state.graphs else 0
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> None:
+    rate = gemm_rate("bf16", device, size=8192 if device.type == "cuda" else 1024)
+    print(f"GEMM {rate / 1e12:.2f} TFLOP/s in bf16; milliseconds of a step, batch "
+          f"{args.batch_size}, median (range) of 3 times {args.steps} steps")  # fmt: skip
+    one_run: dict[str, float] = {}
+    for kind in LENGTHS:
+        tokens = random_tokens(kind, args.steps * args.batch_size, device)
+        peers = measure_peers(args, tokens)
+        print(f"{kind}: released loop {peers[0]:.1f}, Trainer {args.precision} {peers[1]:.1f}")
+        for runs in args.runs:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            ours = make_runs(args, tokens, runs)
+            times, graphs = step_times(ours, args.precision)
+            mine = statistics.median(times)
+            one_run.setdefault(kind, mine)
+            flop = runs * flop_of(ours.plan.forward.model, tokens) / args.steps
+            print(
+                f"{kind} {runs:>3} runs: {spread(times, 2)} ms, {flop / (mine / 1e3) / rate:.0%} "
+                f"of the GEMM rate, {mine / one_run[kind]:.2f} times the first, "
+                f"{runs * peers[0] / mine:.1f} times as fast as the released loop, "
+                f"{runs * peers[1] / mine:.1f} times Trainer, peak {peak_gib(device):.2f} GiB, "
+                f"{graphs} graphs",
+                flush=True,
+            )
+            del ours
+
+
+def measure_peers(args: argparse.Namespace, tokens: TokenizedSplit) -> tuple[float, float]:
+    """Milliseconds of a step of the released loop and of Trainer, medians of 3 epochs."""
+
+    def step(epoch: Callable[[], float], rounds: int) -> float:
+        epoch()
+        return statistics.median(epoch() for _ in range(rounds)) / args.steps * 1e3
+
+    released = step(make_released(random_model(args.size), tokens, args.batch_size), 1)
+    tokenizer = load_tokenizer(str(ROOT / "examples/tiny_bert"))
+    make_model = partial(random_model, args.size)
+    try:
+        train = make_trainer(make_model, tokens, tokenizer, args.batch_size)
+        return released, step(partial(train, args.precision), 3)
+    except ImportError as error:
+        print(f"Trainer is left out: {error}")
+        return released, float("nan")
+
+
+def measure_types(args: argparse.Namespace, device: torch.device) -> None:
+    """Time a step of one run of each fine-tune type, in both precisions."""
+    tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
+    for method in FINE_TUNE_TYPES:
+        messages = []
+        for precision in DTYPES:
+            times, _ = step_times(make_runs(args, tokens, 1, method), precision)
+            messages.append(f"{precision} {spread(times, 2)} ms")
+        print(f"CoLA {method}: {', '.join(messages)}", flush=True)
+
+
+def measure_kernels(args: argparse.Namespace, device: torch.device) -> None:
+    """Print the most expensive kernels of a step."""
+    runs = min(20, max(args.runs))
+    tokens = random_tokens("RTE", 8 * args.batch_size, device)
+    ours = make_runs(args, tokens, runs)
+    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with training(ours, DTYPES[args.precision], graphs=False) as state:
+        steps(state, 3)
+        with profile(activities=[kind]) as seen:
+            steps(state, 4)
+            synchronize(device)
+    took = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(((getattr(e, took) / 4e3, e) for e in seen.key_averages()), key=lambda r: -r[0])
+    print(f"kernels of a step of {runs} runs at RTE's lengths, {sum(r[0] for r in rows):.2f} ms")
+    for milliseconds, event in rows[:24]:
+        print(f"  {milliseconds:7.3f} ms {event.count / 4:6.1f} x {event.key[:100]}")
+
+
+def measure_processes(args: argparse.Namespace, device: torch.device) -> None:
+    """Time steps of several processes that share this device, one run each."""
+    context = multiprocessing.get_context("spawn")
+    barrier, times = context.Barrier(args.processes + 1), context.Queue()
+    workers = [
+        context.Process(target=one_process, args=(args, device, barrier, times), daemon=True)
+        for _ in range(args.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait(timeout=300)
+    taken = statistics.median(times.get(timeout=300) for _ in workers)
+    for worker in workers:
+        worker.join()
+    print(f"CoLA, {args.processes} processes with a run each: {taken:.2f} ms a step")
+
+
+def one_process(
+    args: argparse.Namespace, device: torch.device, barrier: Barrier, times: Queue
+) -> None:
+    tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
+    ours = make_runs(args, tokens, 1)
+    count = 5 * args.steps
+    with training(ours, DTYPES[args.precision]) as state:
+        steps(state, count)
+        synchronize(device)
+        barrier.wait(timeout=300)
+        begin = time.perf_counter()
+        steps(state, count)
+        synchronize(device)
+        times.put((time.perf_counter() - begin) / count * 1e3)
+
+
+def main() -> None:
+    args = parse_args()
+    device = start(args)
+    measure(args, device)
+    measure_types(args, device)
+    measure_processes(args, device)
+    measure_kernels(args, device)
+
+
+if __name__ == "__main__":
+    main()
