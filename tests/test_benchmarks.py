@@ -19,7 +19,7 @@ def test_the_benchmarks(command, checkout):
         "throughput": ["--rows", "16", "--rounds", "1", "--precision", "fp32"],
         "stacking": ["--rows", "16", "--rounds", "1", "--runs", "2"],
         "peers": ["--rows", "16", "--rounds", "1", "--runs", "2", "--precision", "bf16"],
-        "commands": "--train-size 16 --epochs 1 --seeds 0 --learning-rates 1e-3".split(),
+        "commands": ["--train-size", "16", "--epochs", "1", "--seeds", "0"],
         "gpu_times": ["--runs", "1", "--steps", "2", "--processes", "1"],
         "many_tasks": ["--rows", "2", "--rounds", "1", "--tasks", "2", "--size", "tiny"],
         "ranks": [],
