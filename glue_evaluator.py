@@ -22,7 +22,7 @@ from bitfit.data.tasks import Task, score
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model import loading, trainable
-from bitfit.model.run_stack import Run
+from bitfit.model.run_stack import Run, RunStack
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import OFF, Tracker
@@ -85,13 +85,13 @@ class GLUEvaluator:
         self.loaded = load_data(self.setup, max_sequence_len, batch_size, train_size)
         self.loaded.read_splits(test_splits)
 
-    def tokens(self, split: str) -> TokenizedSplit | None:
-        """Return the tokens of a split, or None for an optional split that does not exist."""
-        return self._need_loaded().tokens(split)
+    def tokens(self, split: str) -> TokenizedSplit:
+        """Return the tokens of a split; UserError if it does not exist."""
+        return self.need_loaded().tokens(split)
 
     def fingerprints(self) -> dict[str, Any]:
         """Return the hashes of the data, the base model and the trainable parameters."""
-        return self._need_prepared().fingerprints(self._need_loaded())
+        return self.need_prepared().fingerprints(self.need_loaded())
 
     def training_preparation(
         self, learning_rate: float | Sequence[float], optimizer: str, encoder_trainable: bool,
@@ -122,7 +122,7 @@ class GLUEvaluator:
             start_from: folder of a saved evaluator, with whose values all runs start.
         """
         runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds)
-        start, base = None, self._need_loaded().base_fingerprints
+        start, base = None, self.need_loaded().base_fingerprints
         if start_from is not None:
             path = Path(start_from)
             start = saved_evaluator.read_warm_start(path, self.setup, base, fine_tune_type)
@@ -133,22 +133,22 @@ class GLUEvaluator:
         self, runs: list[Run], method: Method | None = None, verbose: bool = False
     ) -> None:
         """Load the model again for some runs; method None: as it was prepared before."""
-        before, method = self.prepared, method or self._need_prepared().method
+        before, method = self.prepared, method or self.need_prepared().method
         self.prepared, self.result = None, None
-        data = self._need_loaded()
+        data = self.need_loaded()
         self.prepared = prepare.prepare_model(self.setup, data, runs, method, before, verbose)
 
     def set_uniform_mask(self, mask_size: int | None = None) -> None:
         """Train parameters drawn uniformly from the encoder, and the classifier."""
-        self.prepared = self._need_prepared().with_mask("rand_uniform", mask_size, self.result)
+        self.prepared = self.need_prepared().with_mask("rand_uniform", mask_size, self.result)
 
     def set_row_and_column_random_mask(self) -> None:
         """Train one random column or some rows of each matrix, and the classifier."""
-        self.prepared = self._need_prepared().with_mask("rand_row_col", None, self.result)
+        self.prepared = self.need_prepared().with_mask("rand_row_col", None, self.result)
 
-    def passes(self, share: list[Run] | None = None) -> list[list[Run]]:
+    def passes(self, share: Sequence[Run] | None = None) -> list[list[Run]]:
         """Return the runs of a share (None: all) that train together: all, or each alone."""
-        return self._need_prepared().passes(self.tokens("train"), share)
+        return self.need_prepared().passes(self.tokens("train"), share)
 
     def join_group(self, group: Group) -> None:
         """Train and predict together with other processes from now on."""
@@ -171,7 +171,7 @@ class GLUEvaluator:
             Diverged: every run had a loss or gradient that was not finite. Its last good values
                 (with `keep` its best) and its scores stay.
         """
-        prepared, data = self._need_prepared(), self._need_loaded()
+        prepared, data = self.need_prepared(), self.need_loaded()
         options = TrainOptions(data.batch_size, num_epochs, lr_schedule, warmup_ratio,
                                evaluation_frequency, keep)  # fmt: skip
         if self.result:
@@ -191,25 +191,26 @@ class GLUEvaluator:
 
     def select(self, run: int) -> None:
         """Let the model and all results below be those of a run, counted from 0."""
-        self._need_result().select(run)
+        self.need_result().select(run)
 
     def predict(self, split: str) -> np.ndarray:
         """Return the logits of all rows of a split, (rows, C) float32."""
-        return self._need_prepared().predict(self._need_loaded(), split, self.group)
+        return self.need_prepared().predict(self.need_loaded(), split, self.group)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return {metric: value} of all rows of a split with labels."""
         if split not in ("train", *self.task.validation_splits):
             raise UserError(f"{split!r} has no labels: give train or a validation split")
-        return score(self.task, self.predict(split), self.tokens(split).labels.cpu().numpy())
+        labels = self.tokens(split).require_labels().cpu().numpy()
+        return score(self.task, self.predict(split), labels)
 
     def export_model_test_set_predictions(self, output_path: str | Path) -> list[Path]:
         """Write the test predictions as files for the GLUE server, and return their paths."""
-        return write_test_predictions(output_path, self._need_loaded(), self.predict, self.group)
+        return write_test_predictions(output_path, self.need_loaded(), self.predict, self.group)
 
     def score_table(self) -> str:
         """Return the last and best scores as text."""
-        scores = self._need_result().scores_of(self.record.run)
+        scores = self.need_result().scores_of(self.record.run)
         return f"{self.caption}\n{reports.score_table(scores, self.task)}"
 
     def plot_learning_curves(
@@ -217,12 +218,12 @@ class GLUEvaluator:
     ) -> dict[str, Any]:
         """Return {metric: figure}, and save learning_curves_<metric>.png in a folder if given."""
         run = run or self.record.run
-        caption = f"{self.setup.caption(self._need_prepared().method)}, {run.caption}"
-        return self._need_result().plot_learning_curves(run, self.task, caption, output_path)
+        caption = f"{self.setup.caption(self.need_prepared().method)}, {run.caption}"
+        return self.need_result().plot_learning_curves(run, self.task, caption, output_path)
 
     def terms_changes(self) -> tuple[list[str], np.ndarray]:
         """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
-        return self._need_prepared().bias_changes(self._need_result())
+        return self.need_prepared().bias_changes(self.need_result())
 
     def plot_terms_changes(self, output_path: str | Path | None = None) -> "plots.Figure":
         """Return the paper's figure 1, and save it with its numbers as .png and .csv."""
@@ -231,11 +232,11 @@ class GLUEvaluator:
 
     def export_model(self, output_path: str | Path) -> None:
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""
-        loading.write_model(self.model, self._need_loaded().tokenizer, output_path)
+        loading.write_model(self.model, self.need_loaded().tokenizer, output_path)
 
     def save(self, output_path: str | Path) -> None:
         """Write the selected run: metadata and trained values (the whole model if all trained)."""
-        parts = self._need_result(), self._need_prepared(), self._need_loaded(), self.setup
+        parts = self.need_result(), self.need_prepared(), self.need_loaded(), self.setup
         saved_evaluator.write_evaluator(*parts, folder=Path(output_path))
 
     @staticmethod
@@ -250,13 +251,16 @@ class GLUEvaluator:
         new.setup, new.loaded, new.prepared, new.result = restored
         return new
 
-    def _need_loaded(self) -> LoadedData:
+    def need_loaded(self) -> LoadedData:
+        """Return the data; UserError before `preprocess_dataset`."""
         return need(self.loaded, "preprocess_dataset")
 
-    def _need_prepared(self) -> PreparedModel:
+    def need_prepared(self) -> PreparedModel:
+        """Return the prepared model; UserError before `training_preparation` or `prepare`."""
         return need(self.prepared, "training_preparation")
 
-    def _need_result(self) -> TrainingResult:
+    def need_result(self) -> TrainingResult:
+        """Return the result; UserError before `train_and_evaluate`."""
         return need(self.result, "train_and_evaluate")
 
     @property
@@ -270,29 +274,34 @@ class GLUEvaluator:
     @property
     def model(self) -> torch.nn.Module:
         """Return the plain Hugging Face classifier."""
-        return self._need_prepared().model
+        return self.need_prepared().model
 
     @property
     def runs(self) -> list[Run]:
-        return self._need_prepared().runs
+        return self.need_prepared().runs
+
+    @property
+    def stack(self) -> RunStack:
+        """Return the trained and the initial values of all runs."""
+        return self.need_result().stack
 
     @property
     def record(self) -> Record:
         """Return what the selected run measured beside its scores."""
-        return self._need_result().record
+        return self.need_result().record
 
     @property
     def evaluations(self) -> dict[str, dict[str, list[float]]]:
         """Return {split: {metric: [value at each evaluated epoch]}} of the selected run."""
-        return reports.scores_by_split(self._need_result().scores_of(self.record.run))
+        return reports.scores_by_split(self.need_result().scores_of(self.record.run))
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """Return {parameter: bool tensor of its shape}, True where a random mask trains."""
-        return self._need_prepared().masks
+        return self.need_prepared().masks
 
     @property
     def caption(self) -> str:
         """Return one line with task, model, method and the selected run."""
-        result = self._need_result()
-        return f"{self.setup.caption(self._need_prepared().method)}, {result.caption}"
+        result = self.need_result()
+        return f"{self.setup.caption(self.need_prepared().method)}, {result.caption}"

@@ -160,9 +160,10 @@ class Ours:
         components = ["bias"] if method == "bitfit" else []
         trainable = select_trainable(model, method, components, None, np.random.default_rng(0))
         prepared = assemble(
-            model, "the model", trainable, grid, dtype=torch.float32, max_tokens=max_tokens,
-            init_head=loading.init_head, forward=Forward(model),
-        )  # fmt: skip
+            model, "the model", trainable, grid, dtype=torch.float32, max_tokens=max_tokens
+        )
+        prepared.init_head = loading.init_head
+        prepared.selected_forward = Forward(model)
         train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(tokens.lengths))))
         state = new_training(prepared, task, train, {}, TrainOptions(batch_size, epochs=1))
         self.plan, self.stack = state.plan, state.stack

@@ -118,7 +118,7 @@ def check_stack(args: argparse.Namespace, device: torch.device) -> Outcome:
     off = moved = 0.0
     for k, run in enumerate(stack.stack.runs):
         alone = Ours(model, tokens, TASKS["cola"], args.batch_size, 1)
-        alone.stack.runs[0] = run
+        alone.stack.runs = [run]
         alone.stack.params.copy_(stack.stack.initial_params[k : k + 1])
         values = trained(alone, torch.float32, 3).stack.params[0]
         for name, (a, b) in stack.stack.slices.items():

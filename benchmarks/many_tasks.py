@@ -64,7 +64,7 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
         evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
         evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
-        stack = evaluator.prepared.new_stack()
+        stack = evaluator.need_prepared().new_stack()
         evaluator = evaluator.with_parts(result=new_result(stack))
         for own in folders[first :: len(tasks)]:
             stack.params += 0.02 * torch.randn_like(stack.params)

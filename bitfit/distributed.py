@@ -59,13 +59,13 @@ class Group(NamedTuple):
         self.all_reduce_max(0)  # A reduction of an empty tensor would not wait.
 
     def all_reduce_max(self, *numbers: float) -> Sequence[float]:
-        """Return the maximum of each number over the ranks; None counts as 0."""
+        """Return the maximum of each number over the ranks."""
         if self.size == 1:
             return numbers
         import torch
         import torch.distributed as dist
 
-        maxima = torch.tensor([float(number or 0) for number in numbers], dtype=torch.float64)
+        maxima = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
         with raise_rank_lost():
             dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.host)
         return maxima.tolist()

@@ -124,8 +124,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         there = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (new or not there):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
-        by_row = {"learning_rates": protocol.ROWS, "seeds": protocol.ROWS, "epochs": TASKS}
-        for name, known in by_row.items():
+        by_row = (("learning_rates", protocol.ROWS), ("seeds", protocol.ROWS), ("epochs", TASKS))
+        for name, known in by_row:
             setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
         if any(len(values) > 1 for values in args.epochs.values()):
             commands["plan"].error("--epochs: give one number for all tasks, or for each")
@@ -136,7 +136,7 @@ def collect(
     parser: argparse.ArgumentParser, name: str, pairs: Iterable, known: Collection[str]
 ) -> dict[str | None, list]:
     """Return {row or None: values} of pairs (row or None, values)."""
-    values = {}
+    values: dict[str | None, list] = {}
     for key, own in pairs:
         if key is not None and key not in known:
             flag = f"--{name.replace('_', '-')}"
@@ -173,8 +173,9 @@ def run(args: argparse.Namespace) -> int:
     for choice in gpus:
         utils.choose_device(utils.resolve_gpu(choice))
     worker.check_gpus_for_ranks(args.nproc_per_node, gpus[0])
-    cells_here, states, left = study.cells[part::parts], worker.states_to_run(args.retry_failed), []
+    cells_here, states = study.cells[part::parts], worker.states_to_run(args.retry_failed)
     fit = cells_here
+    left: list[cells.Cell] = []
     if args.budget_hours:
         hub.use_local_copies_when_offline()
         fit, left = plan.cells_within_budget(study, cells_here, args.budget_hours, states)
@@ -222,8 +223,12 @@ COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     utils.setup_logging()
-    words = {"stopped": "; the same command goes on", "fault": "; what was done is kept"}
-    return exit_status.run_cli("paper.py", lambda signals: COMMANDS[args.command](args), **words)
+    return exit_status.run_cli(
+        "paper.py",
+        lambda signals: COMMANDS[args.command](args),
+        stopped="; the same command goes on",
+        fault="; what was done is kept",
+    )
 
 
 if __name__ == "__main__":

@@ -71,9 +71,8 @@ def frames(folder, frame):
 
 def task_with(**changes):
     """The Task of a record with one text, its files in `x.<ending>` but for the changes."""
-    record = {"name": "own", "texts": ["text"], "labels": [0, 1], "metrics": ["Accuracy"]}
-    record["files"] = {"train": "x.jsonl", "validation": "x.jsonl"}
-    record |= changes
+    record = {"name": "own", "texts": ["text"], "labels": [0, 1], "metrics": ["Accuracy"],
+              "files": {"train": "x.jsonl", "validation": "x.jsonl"}} | changes  # fmt: skip
     record = {key: value for key, value in record.items() if value is not None}
     return task_files.task_of(task_files.validate_record(record, "x"))
 

@@ -17,14 +17,18 @@ def write_placeholder(figure, path, **options):
 
 
 def use_placeholders():
-    Figure.savefig, FigureCanvasAgg.draw = write_placeholder, lambda canvas: None
+    replace_drawing([write_placeholder, lambda canvas: None])
+
+
+def replace_drawing(functions):
+    for (owner, name), function in zip(DRAWING, functions, strict=True):
+        setattr(owner, name, function)
 
 
 @contextmanager
 def real_pictures():
     """Draw pictures within this context."""
-    for (owner, name), function in DRAWING.items():
-        setattr(owner, name, function)
+    replace_drawing(DRAWING.values())
     try:
         yield
     finally:

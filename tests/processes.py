@@ -33,6 +33,14 @@ def start_process(work, *args):
     return process
 
 
+def exit_status(main, argv):
+    """Return the exit status of a program's main function, which may raise SystemExit."""
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        return stop.code
+
+
 def write_output_to(log, error_log=None):
     """Append this process's standard output and standard error to files."""
     for descriptor, path in ((1, log), (2, error_log or log)):

@@ -15,6 +15,7 @@ Not simulated: kernels that CUDA lacks for a type, the order of sums, memory, ti
 import collections
 import contextlib
 import sys
+import types
 from unittest import mock
 
 import torch
@@ -47,7 +48,8 @@ class GPU:
         self.clear()
 
     def clear(self):
-        self.copies, self.waits = [], collections.Counter()
+        self.copies: list[tuple] = []
+        self.waits: collections.Counter[str] = collections.Counter()
 
     def has(self, tensor):
         with torch._C.DisableTorchFunction():
@@ -68,7 +70,7 @@ class GPU:
 
 def project_line():
     """The innermost line of the project on the stack."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
         if "/bitfit/" in name or name.endswith(("run_glue.py", "glue_evaluator.py")):

@@ -165,7 +165,12 @@ def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
 
 def test_one_model_is_loaded_and_its_own_values_are_untouched(saved, monkeypatch):
     loads, load_one = [], loading.load_model
-    monkeypatch.setattr(loading, "load_model", lambda *args: loads.append(args) or load_one(*args))
+
+    def load_and_count(*args):
+        loads.append(args)
+        return load_one(*args)
+
+    monkeypatch.setattr(loading, "load_model", load_and_count)
     many = load(*(saved[name] for name in ("cola", "mnli", "stsb")))
     assert len(loads) == 1
     base, _ = load_one(str(TINY_BERT), TASKS["mnli"])

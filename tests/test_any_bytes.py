@@ -147,7 +147,8 @@ def test_checkpoint_and_args(tmp_path, content):
 
 ARGV = ["-t", "rte", "-m", str(TINY_BERT), "--data-dir", str(GLUE), "-f", "bitfit", "-d", "cpu",
         "-e", "1", "--train-size", "8"]  # fmt: skip
-NOT_OURS = [None, [], ["x"], {}, "many\n", "x" * 10**5, True, -1, 10**400, 1e999, 0.5, [[]]]
+NOT_OURS: list = [None, [], ["x"], {}, "many\n", "x" * 10**5, True, -1, 10**400, 1e999, 0.5,
+                  [[]]]  # fmt: skip
 edits = values | st.sampled_from(NOT_OURS)
 
 

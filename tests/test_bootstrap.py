@@ -84,8 +84,8 @@ def compare(a_right, b_right, rng, resamples=200):
     """The `Difference` of two methods, given which rows each seed is right about: (S, rows)."""
     labels = np.ones(a_right.shape[1], int)
     logits = [logits_of(right)[None, :, None] for right in (a_right, b_right)]
-    selected = [last_of(ACCURACY, own, labels) for own in logits]
-    return paired(*selected, *logits, labels, rng, resamples)
+    a, b = (last_of(ACCURACY, of_method, labels) for of_method in logits)
+    return paired(a, b, logits[0], logits[1], labels, rng, resamples)
 
 
 def paired(a, b, a_logits, b_logits, labels, rng, resamples=200):
@@ -150,7 +150,7 @@ def test_seeds_that_one_method_lacks_are_left_out():
     assert (found.n, found.mean) == (3, pytest.approx((a.values - b.values)[kept].mean()))
     less = [x[:, kept] for x in (logits, other)]
     a, b = (last_of(ACCURACY, x, labels) for x in less)
-    again = paired(a, b, *less, labels, np.random.default_rng(0))
+    again = paired(a, b, less[0], less[1], labels, np.random.default_rng(0))
     assert found == again
 
 

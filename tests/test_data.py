@@ -88,10 +88,10 @@ def data_of(tokenizer, splits, monkeypatch, train_size=None, seeds=(0,)):
         )
         for name, rows in splits.items()
     }
-    monkeypatch.setattr("bitfit.data.tokens.read_split", lambda task, name, folder: texts.get(name))
+    monkeypatch.setattr("bitfit.data.tokens.find_split", lambda task, name, folder: texts.get(name))
     data = Dataset(TASKS["mnli"], None, tokenizer, 32, seeds, train_size, torch.device("cpu"))
     for name in ("train", "validation_matched", "validation_mismatched", "test_matched", "ax"):
-        data.split(name)
+        data.has_split(name)
     data.report_overlap()
 
 

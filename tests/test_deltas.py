@@ -16,7 +16,7 @@ from conftest import GLUE, TINY_BERT
 from deltas import main
 from interruption import output_contents
 from pictures import real_pictures
-from processes import start_process
+from processes import exit_status, start_process
 from safetensors.numpy import load_file
 
 from bitfit.tools import deltas, saved_evaluators
@@ -169,7 +169,7 @@ def test_show_is_what_the_training_plotted(here, capsys):
     name = "bert.encoder.layer.1.attention.output.dense.bias"
     moved = np.abs(values_of("out/rte/seed1")[name] - base_values()[name]).mean()
     assert shown["attention_output"][1] == f"{moved:.5f}"
-    row = np.float64(shown["attention_output"])
+    row = np.array(shown["attention_output"], np.float64)
     assert np.isclose(row[-1], row[:-1].mean(), atol=2e-5)
     assert "bert.pooler.dense.bias" in shown
     assert not any("classifier" in line for line in lines)
@@ -353,10 +353,7 @@ def test_what_is_refused(here, capsys, command, message):
         transformers.BertModel(config).save_pretrained("other")
         transformers.AutoTokenizer.from_pretrained(TINY_BERT).save_pretrained("other")
     before = sorted(here.rglob("*"))
-    try:
-        status = main(command.split())
-    except SystemExit as stop:
-        status = stop.code
+    status = exit_status(main, command.split())
     said = capsys.readouterr()
     assert status == 2
     assert message in said.err

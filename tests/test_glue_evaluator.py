@@ -1,5 +1,6 @@
 import json
 import stat
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -200,14 +201,15 @@ def test_verbose_lists_what_trains(tiny_bert, capsys):
 
 def test_a_wrong_order_of_calls_is_one_clear_error(tiny_bert):
     evaluator = GLUEvaluator("rte", tiny_bert, None, data_dir=GLUE)
-    for call, first in [
+    calls: list[tuple[Callable[[], object], str]] = [
         (lambda: evaluator.training_preparation(1e-3, "adamw", False), "preprocess_dataset"),
         (lambda: evaluator.train_and_evaluate(1), "training_preparation"),
         (lambda: evaluator.set_uniform_mask(5), "training_preparation"),
         (lambda: evaluator.predict("test"), "training_preparation"),
         (lambda: evaluator.save("x"), "train_and_evaluate"),
         (evaluator.plot_learning_curves, "train_and_evaluate"),
-    ]:
+    ]
+    for call, first in calls:
         with pytest.raises(UserError, match=f"call {first} first"):
             call()
     frozen = prepared(tiny_bert, "frozen")

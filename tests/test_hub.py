@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import transformers
 from conftest import COMMITS, GLUE, ROOT, TINY_BERT
+from processes import exit_status
 
 import run_glue
 from bitfit import versions
@@ -278,10 +279,7 @@ def test_a_push_that_cannot_be_is_refused_before_any_work(
     argv = flags(tmp_path / "out", model=TINY_BERT)
     argv += [word for word in more if word not in ("HF_TOKEN", "online")]
     monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
-    try:
-        status = run_glue.main(argv)
-    except SystemExit as stop:
-        status = stop.code
+    status = exit_status(run_glue.main, argv)
     said = capsys.readouterr().err
     assert status == 2
     assert said.startswith("run_glue.py: error: ")

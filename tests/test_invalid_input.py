@@ -6,6 +6,7 @@ import shutil
 import pytest
 import transformers
 from conftest import GLUE, TINY_BERT
+from processes import exit_status
 from small_command import flags
 
 import run_glue
@@ -61,10 +62,7 @@ BAD_FLAGS = {
 
 def expect_error(argv, message, output, capsys):
     """main() ends with status 2 and one line with the message; the output folder stays away."""
-    try:
-        status = run_glue.main(argv)
-    except SystemExit as stop:
-        status = stop.code
+    status = exit_status(run_glue.main, argv)
     shown = capsys.readouterr()
     lines = [line for line in shown.err.splitlines() if line.startswith("run_glue.py: error: ")]
     assert status == 2
@@ -83,7 +81,7 @@ def test_bad_flags(tmp_path, case, capsys, monkeypatch):
 
 
 def test_the_length_is_refused_before_any_row_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bitfit.data.tokens.read_split", None)  # a call would fail
+    monkeypatch.setattr("bitfit.data.tokens.find_split", None)  # a call would fail
     argv = [*flags(tmp_path / "out"), "--max-seq-length", "129"]
     expect_error(argv, "above the model's 128 positions", tmp_path / "out", capsys)
 

@@ -152,7 +152,12 @@ AUTO_MAP = {
 def test_code_in_a_model_folder_is_never_run(folder, tmp_path, monkeypatch, capsys):
     """Nobody is asked on standard input, where the answer would be yes."""
     asked = []
-    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+
+    def answer(*prompt):
+        asked.append(prompt)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
     monkeypatch.chdir(tmp_path)
     at = ["--gpu-device", "cpu", "--data-dir", str(GLUE), "--max-seq-length", "12"]
     argv = ["-t", "rte", "-f", "frozen", "-m", "./model", "-e", "1", "--train-size", "16", *at]

@@ -122,7 +122,7 @@ def test_attention_with_dropout_is_the_formula(dropout, dtype, only_first):
     out = BucketedAttention.apply(q, k, v, own, side, 0.4, dropout)
     assert out.dtype == dtype
     torch.manual_seed(2)  # group by group, as the masks are drawn
-    keep = {}
+    keep: dict = {}
     for rows in split_into_buckets(np.array(LENGTHS), 500):
         width = -(-LENGTHS[rows[0]] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         masks = dropout_scale(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def limit_memory(tokens):
             raise torch.OutOfMemoryError("no room")
         return plain(forward, tokens_of_split, batch)
 
-    models.Forward.__call__ = tight
+    mock.patch.object(models.Forward, "__call__", tight).start()
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +132,9 @@ def torchrun(output, *words, options):
     """The same by torchrun itself, as a process that goes on."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
     program = [str(ROOT / "run_glue.py"), "--output-path", str(output), *FLAGS, *words]
-    words = [*start, "--nproc-per-node", "2", *program]
+    command = [*start, "--nproc-per-node", "2", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, text=True, env=environment, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, text=True, env=environment, stderr=subprocess.PIPE)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest import mock
 
 import pytest
 import transformers
@@ -110,8 +111,8 @@ def die_at_second(name, flags, log):
             os._exit(9)
         plain(source, target)
 
-    os.replace = replace
-    run_program(flags, log)
+    with mock.patch.object(os, "replace", replace):
+        run_program(flags, log)
 
 
 @pytest.mark.parametrize(

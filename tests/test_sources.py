@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import GLUE
 
-from bitfit.data.splits import read_split
+from bitfit.data.splits import find_split, read_split
 from bitfit.data.tasks import TASKS
 from utils import UserError
 
@@ -210,7 +210,7 @@ def test_all_line_ends(tmp_path, end, last):
 
 
 def test_the_diagnostic_set_is_optional(tmp_path):
-    assert read_split(TASKS["mnli"], "ax", tmp_path) is None
+    assert find_split(TASKS["mnli"], "ax", tmp_path) is None
     write(tmp_path, "diagnostic/diagnostic.tsv", "index\tsentence1\tsentence2\n0\ta\tb\n")
     assert read_split(TASKS["mnli"], "ax", tmp_path).columns == (["a"], ["b"])
 

@@ -29,7 +29,7 @@ def stack_of(model_path, method, runs, optimizer="adamw", epochs=2, rows=44, pre
     return np.stack(logits), np.array(losses), state.stack
 
 
-ALONE = {}
+ALONE: dict = {}
 
 
 def alone(model_path, method, run, optimizer):

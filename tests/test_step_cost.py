@@ -183,7 +183,7 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     owners = np.concatenate([of.rows.run_ids for _, of in step.parts])
     found = {(run, row) for run, row in zip(owners.tolist(), numbers.tolist(), strict=True)}
     assert found == {(run, row) for run in range(4) for row in rows[run].tolist()}
-    assert (step.number, step.count, step.rates.tolist()) == (
+    assert (step.number, step.examples, step.rates.tolist()) == (
         0,
         16,
         [r.learning_rate for r in GRID],

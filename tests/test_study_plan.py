@@ -6,6 +6,7 @@ import shutil
 import paper
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
+from processes import exit_status
 from toy_study import plan
 
 from bitfit.study import cells, protocol
@@ -184,10 +185,7 @@ def test_a_study_cannot_be_a_file(tmp_path, capsys):
 )
 def test_wrong_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = paper.main(words)
-    except SystemExit as stop:
-        status = stop.code
+    status = exit_status(paper.main, words)
     error = capsys.readouterr().err
     assert status == 2
     assert message in error

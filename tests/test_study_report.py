@@ -172,7 +172,9 @@ def test_the_gap_is_that_of_the_metrics(made, entries):
 def test_figure_1_is_the_mean_over_the_seeds(made, entries):
     entry = entries[MODEL, "bitfit", "CoLA", None]
     rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
-    changes, seeds = results.bias_changes(made, entry)
+    found = results.bias_changes(made, entry)
+    assert found
+    changes, seeds = found
     assert seeds == 3
     tables = [pd.read_csv(made.output / entry.results.cell.name / f"lr{rate}_seed{seed}" /
                           "bias_term_changes.csv", index_col="term")
@@ -247,7 +249,9 @@ def test_runs_that_diverged_count_nowhere(study):
         edit(folder / "metrics.json", diverged="the loss was not finite")
     found = results.read_entries(study)
     assert np.isnan(found[MODEL, "full_ft", "CoLA", None].selected["best"].values).all()
-    changes, seeds = results.bias_changes(study, found[MODEL, "bitfit", "CoLA", None])
+    moved = results.bias_changes(study, found[MODEL, "bitfit", "CoLA", None])
+    assert moved
+    changes, seeds = moved
     assert seeds == 2
     assert changes.notna().sum().tolist() == [7, 7, 7]  # all but the key's, which is fixed
     report.write_report(study, resamples=10)

@@ -27,7 +27,7 @@ def test_a_cell_pasted_from_the_plan_is_done(study, capsys, monkeypatch):
     # A second plan takes the hours of its kind from what was done.
     costs = cost.Costs(study)
     seconds = cost.training_seconds(study, study.cells[0])
-    assert costs.seconds(study.cells[0]) == pytest.approx(
+    assert seconds is not None and costs.seconds(study.cells[0]) == pytest.approx(
         seconds + cost.START_SECONDS + cost.LOAD_SECONDS
     )
     assert costs.seconds(study.cells[1]) is None

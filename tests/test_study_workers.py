@@ -264,7 +264,12 @@ def test_workers_that_are_killed_are_no_success(study, monkeypatch, capsys):
 
 def test_workers_of_a_shard_divide_it(study, monkeypatch):
     seen = []
-    monkeypatch.setattr(worker, "run_workers", lambda commands: seen.extend(commands) or [0])
+
+    def run_workers(commands):
+        seen.extend(commands)
+        return [0]
+
+    monkeypatch.setattr(worker, "run_workers", run_workers)
     words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
     assert paper.main(words) == 0
     shards = [command[command.index("--shard") + 1] for command in seen]

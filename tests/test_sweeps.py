@@ -151,8 +151,8 @@ def test_curves_show_mean_and_range(tmp_path):
     facts, scores = sweeps.read_sweep(write(tmp_path, RESULTS))
     figures = sweeps.sweep_curves(facts, scores, RTE, "a caption")
     axes = figures["Accuracy"].axes[0]
-    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    lines = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.get_lines()}
     assert np.allclose(lines["learning rate 0.001 (2 seeds, last 65.0)"], [60, 67.5, 65])
     assert "learning rate 0.01 (1 seed, last 50.0)" in lines
-    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    band = np.asarray(axes.collections[1].get_paths()[0].vertices)[:, 1]
     assert (band.min(), band.max()) == pytest.approx((60, 70))

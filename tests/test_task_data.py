@@ -263,8 +263,8 @@ def test_a_data_set_of_the_hubs_kind_without_gold_labels(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=r"snli \(train\): row index 0: unknown label '-1'"):
         read_split(task_files.resolve_task(record)[0], "train")
     task = task_files.resolve_task(record | {"exclude_labels": [-1, None]})[0]
-    texts = read_split(task, "train")
-    assert texts.columns == (["b", ""],) and texts.labels.tolist() == [1, 0]
+    train = read_split(task, "train")
+    assert train.columns == (["b", ""],) and train.labels.tolist() == [1, 0]
     assert "(train): 2 of 4 rows have no gold label and are left out" in caplog.text
     assert "(train): row index 2: a blank text in column 'text'; 1 of 2 rows" in caplog.text
     with pytest.raises(UserError, match=r"snli \(test\): row index 1: no text in column 'text'"):

@@ -251,14 +251,14 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     assert "--task-name was None and is now rte" in capsys.readouterr().err
 
 
-def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path):
+def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path, monkeypatch):
     """A second rank opens no task file. (`trained_by` two ranks: tried by hand, it takes long.)"""
     options = parse_args("", flags(tmp_path / "out", tmp_path / "nowhere.json"))
     record = json.loads(json.dumps(task_files.validate_record(CB, "")))
     said = iter([None, record])  # nothing wrong, the record
     ranks = Ranks()
     ranks.rank, ranks.size = 1, 2
-    ranks.all_gather_object = lambda fact: [next(said), fact]
+    monkeypatch.setattr(ranks, "all_gather_object", lambda value: [next(said), value])
     assert experiment.read_task(options, ranks) == record == task_files.validate_record(CB, "")
     said = iter([None, record, None, True])  # then: nothing wrong, finished
     experiment.run(options, None, ranks)

@@ -140,7 +140,8 @@ def wandb_runs(output):
     """[(run, {name: {step: value}}, exit status)], the oldest first."""
     runs = []
     for path in sorted(output.glob("wandb/offline-run-*/run-*.wandb")):
-        points, own = {}, list(records(path))
+        points: dict[str, dict] = {}
+        own = list(records(path))
         for history in (own.history for own in own if own.WhichOneof("record_type") == "history"):
             for item in history.item:
                 name = item.key or "/".join(item.nested_key)

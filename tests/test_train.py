@@ -176,10 +176,9 @@ def test_predictions_come_in_the_order_of_the_rows(model_path):
     tokenizer = loading.load_tokenizer(model_path)
     model.eval()
     with torch.no_grad():
-        single = [
-            model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in texts.columns[0]
-        ]
-    forward, single = forward_of(model), np.stack(single)
+        inputs = [tokenizer(text, return_tensors="pt") for text in texts.columns[0]]
+        single = np.stack([model(**tensors).logits[0].numpy() for tensors in inputs])
+    forward = forward_of(model)
     assert np.allclose(predict(forward, tokens, BUDGET), single, atol=1e-5)
     assert np.allclose(
         predict(forward, tokens, BUDGET, np.array([7, 3])), single[[7, 3]], atol=1e-5
@@ -248,7 +247,7 @@ def test_two_steps_by_the_papers_formula(tiny_bert, optimizer, eps, runs):
     start = state.stack.initial_params.double().numpy()
     grad = np.logspace(-12, 0, start.shape[1]) * np.where(np.arange(start.shape[1]) % 2, 1, -1)
     grad = np.stack([grad * (k + 1) for k in range(len(runs))])
-    value, first, second = start.copy(), 0.0, 0.0
+    value, first, second = start.copy(), np.zeros(()), np.zeros(())
     for step, rate in ((1, 1e-2), (2, 3e-3)):
         rates = rate * (1 + np.arange(len(runs)))
         state.rates.copy_(torch.from_numpy(rates))

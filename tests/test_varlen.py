@@ -158,7 +158,7 @@ def test_without_graphs_where_they_cannot_be_captured(caplog):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     graphs = StepGraphs(lambda step: step, torch.device("cpu"), refuse)
-    graphs.graphs["another shape"] = "its memory"
+    graphs.graphs[("another shape",)] = ("its memory",)
     step = (np.zeros(3),)
     assert [graphs.find(step) for _ in range(9)] == [None] * 9
     assert [r.message for r in caplog.records] == [

@@ -50,7 +50,8 @@ def mlflow_runs(output):
     (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
     found = {}
     for run in client.search_runs([experiment.experiment_id]):
-        own, points = run.info.run_id, {}
+        own = run.info.run_id
+        points: dict[str, dict] = {}
         for name in run.data.metrics:
             for metric in client.get_metric_history(own, name):
                 points.setdefault(name, {}).setdefault(metric.step, []).append(metric.value)

@@ -83,7 +83,7 @@ def write_logits(folder: Path, state: TrainState, k: int) -> None:
     tensors, done = {}, state.evaluation_count
     for split, logits in state.logits.items() if done else ():
         tensors[split] = torch.from_numpy(logits[:done, k].copy())
-        tensors[f"{split}.labels"] = state.plan.scored[split].tokens.labels.cpu()
+        tensors[f"{split}.labels"] = state.plan.scored[split].tokens.require_labels().cpu()
     if tensors:
         with atomic_file(folder / LOGITS) as temporary:
             store.save_tensors(tensors, temporary)

@@ -27,7 +27,7 @@ def write_test_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     task, written = data.dataset.task, []
     for split, name in data.test_files().items():
-        if data.tokens(split) is None:
+        if not data.dataset.has_split(split):
             LOGGER.info("there is no %s set: %s is not written", split, name)
             continue
         written.append(folder / name)

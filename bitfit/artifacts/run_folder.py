@@ -85,8 +85,8 @@ def folder_state(output: Path, metadata: dict[str, Any], is_mine: bool = False) 
         message = ranks_difference(old.get("ranks") or 1, metadata["ranks"])
         if message:
             return FolderState("foreign", message)
-    kind = "finished" if old["finished"] else "resumable"
-    return FolderState(kind, warnings=tuple(harmless_differences(old, metadata)))
+    warnings = tuple(harmless_differences(old, metadata))
+    return FolderState("finished" if old["finished"] else "resumable", warnings=warnings)
 
 
 def find_evaluator(folder: Path) -> Path:

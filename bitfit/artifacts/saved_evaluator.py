@@ -192,6 +192,9 @@ def restore_evaluator(
         [run],
         dtype=setup.dtype,
         max_tokens=setup.max_tokens,
+    )
+    prepared = replace(
+        prepared,
         method=Method(metadata["fine_tune_type"], tuple(metadata["components"]), start=start),
         zero_gradient=metadata.get("zero_gradient", {}),
         encoder_sha256=fields["encoder_sha256"],

@@ -27,35 +27,33 @@ if TYPE_CHECKING:
 def run(options: RunOptions, signals: StopSignals, ranks: Ranks) -> None:
     """Check the output folder, fine-tune all runs, and upload the model if asked to."""
     output, task = Path(options.output_path), read_task(options, ranks)
+    task_file, push_to = options.task_file, options.push_to_hub
     flags = flag_values(options, task)
     finished = ranks.run_on_rank0(lambda: is_finished(output, flags, options.resume))
-    if finished and not options.push_to_hub:
+    if finished and not push_to:
         return
-    if task and not finished:
-        ranks.run_on_rank0(
-            lambda: task_files.check_data_files(options.task_file, task, options.data_dir)
-        )
+    if task_file and task and not finished:
+        ranks.run_on_rank0(lambda: task_files.check_data_files(task_file, task, options.data_dir))
     ranks.run_on_rank0(lambda: tracking.check_connections(options.report_to, output))
     has_files = "files" in task if task else options.data_dir is not None
     all_local = has_files and hub.is_local(options.model_name)
-    hub.use_local_copies_when_offline(needs_hub=not all_local or options.push_to_hub)
-    if options.push_to_hub:
+    hub.use_local_copies_when_offline(needs_hub=not all_local or bool(push_to))
+    if push_to:
         from bitfit.artifacts import hub as push_hub
 
-        ranks.run_on_rank0(lambda: push_hub.check_push(options.push_to_hub))
+        ranks.run_on_rank0(lambda: push_hub.check_push(push_to))
     if not finished:
         fine_tune(options, task=task, signals=signals, ranks=ranks)
-    if options.push_to_hub and ranks.rank == 0:
-        utils.print_result(push_hub.push_model(output, options.push_to_hub))
+    if push_to and ranks.rank == 0:
+        utils.print_result(push_hub.push_model(output, push_to))
 
 
 def read_task(options: RunOptions, ranks: Ranks) -> dict[str, Any] | None:
     """Return the content of --task-file, which rank 0 reads, or None if there is none."""
-    if not options.task_file:
+    path = options.task_file
+    if not path:
         return None
-    return ranks.run_on_rank0(
-        lambda: task_files.read_task_file(options.task_file, options.data_dir)
-    )
+    return ranks.run_on_rank0(lambda: task_files.read_task_file(path, options.data_dir))
 
 
 def fine_tune(
@@ -100,10 +98,10 @@ def prepare_evaluator(
 
     set_seed(options.seed[0])
     data_dir = options.data_dir
-    if task and not data_dir:
+    if options.task_file and not data_dir:
         data_dir = task_files.default_data_dir(options.task_file)
     evaluator = GLUEvaluator(
-        task_name=task or options.task_name,
+        task_name=task or str(options.task_name),  # one of the two is given
         model_name=options.model_name,
         device=ranks.local_gpu(options.gpu_device),
         seed=options.seed,

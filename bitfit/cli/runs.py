@@ -65,8 +65,8 @@ def train_all_runs(experiment: Experiment) -> None:
 def unfinished_runs(runs: list["Run"], folders: Folders, group: Group) -> Folders:
     """Return the folders of the runs whose files are not complete, the same on all ranks."""
     finished = [group.rank == 0 and run_folder.is_run_finished(folders[run]) for run in runs]
-    finished = group.all_reduce_max(*finished)
-    return {run: folders[run] for run, done in zip(runs, finished, strict=True) if not done}
+    on_any_rank = group.all_reduce_max(*finished)
+    return {run: folders[run] for run, done in zip(runs, on_any_rank, strict=True) if not done}
 
 
 def train(experiment: Experiment, folders: Folders, home: Path, single: bool) -> None:
@@ -127,7 +127,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
     metadata = experiment.metadata | {
-        "chosen_sha256": evaluator.prepared.trainable_sha256(),
+        "chosen_sha256": evaluator.need_prepared().trainable_sha256(),
         "trained_by": list(evaluator.group.ranks),
     }
     # The best run is first, so that it is complete if a signal interrupts the others.
@@ -158,7 +158,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
     writes, record = evaluator.group.rank == 0, evaluator.record
     if writes:
         plot_curves(evaluator, folder)
-    if writes and evaluator.prepared.trains_only_biases:
+    if writes and evaluator.need_prepared().trains_only_biases:
         evaluator.plot_terms_changes(folder / "bias_term_changes")
     if writes:
         table = evaluator.score_table()
@@ -189,7 +189,7 @@ def report(experiment: Experiment, folders: Folders) -> None:
     if options.keep == "best":
         best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
         sweeps.remove_beaten_exports(folders, best)
-    caption = evaluator.setup.caption(evaluator.prepared.method)
+    caption = evaluator.setup.caption(evaluator.need_prepared().method)
     table = sweeps.write_report(output, evaluator.task, folders, caption)
     experiment.tracker.log_results("sweep", output, table)
     run_folder.write_args(output, experiment.metadata, finished=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,8 +60,9 @@ class TextColumns(NamedTuple):
             return TextColumns(columns, None if self.labels is None else self.labels[rows])
         labels = self.labels
         if labels is not None:
-            labels = labels[word_positions(self.word_counts, rows)]
-        return TextColumns(columns, labels, self.word_counts[rows], self.continues[rows])
+            labels = labels[word_positions(self.word_counts, np.asarray(rows))]
+        continues = None if self.continues is None else self.continues[rows]
+        return TextColumns(columns, labels, self.word_counts[rows], continues)
 
 
 def word_positions(word_counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -80,7 +81,15 @@ def is_labelled(split: str) -> bool:
     return split == "train" or split.startswith("validation")
 
 
-def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns | None:
+def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns:
+    """Return the texts and labels of one split, as `find_split`; UserError if there is none."""
+    texts = find_split(task, split, data_dir)
+    if texts is None:
+        raise UserError(f"there is no {split} split of {task.name}")
+    return texts
+
+
+def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns | None:
     """Return the texts and labels of one split; None if the optional split "ax" does not exist.
 
     Args:
@@ -191,7 +200,7 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     return table
 
 
-def name_classes(label: object, known: dict[int, str]) -> object:
+def name_classes(label: object, known: dict[Any, str]) -> object:
     """Return the name of a class number, or of each in a list; other values as they are."""
     if isinstance(label, list):
         return [known.get(number, number) for number in label]
@@ -214,11 +223,12 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
 
 def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextColumns:
     """Return a table's sentences and, if the split has them, the tags of all words."""
-    sentences = check_words(table, *task.texts)
+    (words,) = task.texts
+    sentences = check_words(table, words)
     counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
     labels, place = None, partial(place_word, table)
     if is_labelled(split):
-        tags = list(chain.from_iterable(check_tags(table, *task.texts, task.tsv_label)))
+        tags = list(chain.from_iterable(check_tags(table, words, task.tsv_label)))
         places = [(row, n) for row, count in enumerate(counts) for n in range(count)]
         labels = decode_labels(task, tags, lambda word: place(*places[word]), numbered=False)
     return TextColumns((sentences,), labels, counts, np.zeros(len(counts), bool), place)

@@ -34,7 +34,9 @@ ENTITY_TAG = r"O|[BIESLU]-.+"
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
-def resolve_task(task: str | Path | Record, data_dir: str | None = None) -> tuple[Task, str | None]:
+def resolve_task(
+    task: str | Path | Record, data_dir: str | Path | None = None
+) -> tuple[Task, str | Path | None]:
     """Return (Task, data_dir) for the name of a GLUE task, a task file's path, or its content.
 
     Raises:
@@ -67,7 +69,7 @@ def task_of(record: Record) -> Task:
     )  # fmt: skip
 
 
-def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
+def read_task_file(path: str | Path, data_dir: str | Path | None = None) -> Record:
     """Return the validated content of a task file (its record).
 
     Args:
@@ -88,7 +90,7 @@ def read_task_file(path: str | Path, data_dir: str | None = None) -> Record:
     return with_labels(record, data_dir or default_data_dir(path))
 
 
-def check_data_files(path: str | Path, record: Record, data_dir: str | None = None) -> None:
+def check_data_files(path: str | Path, record: Record, data_dir: str | Path | None = None) -> None:
     """Raise a UserError if a data file that the task file names does not exist."""
     for split, name in record.get("files", {}).items():
         try:

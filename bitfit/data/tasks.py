@@ -74,7 +74,9 @@ class Task:
     def suffix_of_answers(self, split: str) -> str:
         """Return the suffix of a file of predictions; tags are written in the input's format."""
         if self.is_tagging:
-            return PurePath(self.splits[split]).suffix if "files" in self.record else ".jsonl"
+            return (
+                PurePath(self.splits[split]).suffix if "files" in (self.record or {}) else ".jsonl"
+            )
         return ".tsv"
 
     @property
@@ -202,11 +204,13 @@ def score(
 
 
 def entity_f1(
-    task: Task, labels: np.ndarray, predicted: np.ndarray, sentences: np.ndarray
+    task: Task, labels: np.ndarray, predicted: np.ndarray, sentences: np.ndarray | None
 ) -> float:
     """Return seqeval's F1 of entities in the tags of words; see `score` for `sentences`."""
     from seqeval.metrics import f1_score
 
+    if sentences is None:
+        raise ValueError("entities need the number of words of each sentence")
     tags, ends = np.array(task.labels), np.cumsum(sentences)[:-1]
     gold, found = (
         [part.tolist() for part in np.split(tags[of_words], ends)]

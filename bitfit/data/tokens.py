@@ -1,7 +1,7 @@
 """Tokenized splits: all tokens of a split are one flat array with offsets."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bitfit.data import readers
-from bitfit.data.splits import TextColumns, read_split, word_positions
+from bitfit.data.splits import TextColumns, find_split, word_positions
 from bitfit.data.tasks import Task
 from utils import UserError, make_generator
 
@@ -47,17 +47,23 @@ class TokenizedSplit(NamedTuple):
         """Return the labels of some rows (or of their words) in order, on the host."""
         if self.word_counts is not None:
             rows = word_positions(self.word_counts, rows)
-        return self.labels.cpu().numpy()[rows]
+        return self.require_labels().cpu().numpy()[rows]
 
     def sentences_of(self, rows: np.ndarray) -> np.ndarray | None:
         """Return the number of words of each sentence in some rows; None unless it is tagging.
 
         Rows that continue a sentence are joined with the row before, if that is there.
         """
-        if self.word_counts is None:
+        if self.word_counts is None or self.continues is None:
             return None
         joined = self.continues[rows] & (np.diff(rows, prepend=-2) == 1)
         return np.add.reduceat(self.word_counts[rows], np.flatnonzero(~joined))
+
+    def require_labels(self) -> torch.Tensor:
+        """Return the labels; raise ValueError for a split without labels."""
+        if self.labels is None:
+            raise ValueError("a split without labels cannot be trained on or scored")
+        return self.labels
 
     def to(self, device: torch.device) -> Self:
         moved = {k: v.to(device) for k, v in self._asdict().items() if torch.is_tensor(v)}
@@ -83,10 +89,11 @@ def tokenize(
         UserError: if `max_length` leaves no room for text.
     """
     tokens_for_text(tokenizer, max_length, pair=len(texts.columns) > 1)
-    is_tagging = texts.word_counts is not None
+    counts = texts.word_counts
     rows = tokenizer(
-        *texts.columns, truncation=True, max_length=max_length, is_split_into_words=is_tagging
-    )
+        *texts.columns, truncation=True, max_length=max_length,
+        is_split_into_words=counts is not None,
+    )  # fmt: skip
     lengths = np.fromiter(map(len, rows["input_ids"]), np.int64)
     if not lengths.all():
         row = int(np.flatnonzero(lengths == 0)[0])
@@ -104,8 +111,8 @@ def tokenize(
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
         pad_left=tokenizer.padding_side == "left",
-        word_index=first_tokens(rows, lengths, texts.word_counts) if is_tagging else None,
-        word_counts=texts.word_counts,
+        word_index=None if counts is None else first_tokens(rows, lengths, counts),
+        word_counts=counts,
         continues=texts.continues,
     )
 
@@ -182,8 +189,8 @@ def cut_sentences(
             continue
         row_of_word = (counts.cumsum() - counts) * rows // len(ids)
         cuts = np.flatnonzero(np.diff(row_of_word)) + 1
-        cuts = [0, *(cuts if len(cuts) else [len(words) - 1]), len(words)]
-        pieces = [words[a:b] for a, b in pairwise(cuts)]
+        ends = [0, *(cuts if len(cuts) else [len(words) - 1]), len(words)]
+        pieces = [words[a:b] for a, b in pairwise(ends)]
         parts.append(list(chain.from_iterable(cut_sentences(pieces, tokenizer, room))))
     return parts
 
@@ -192,17 +199,21 @@ def concatenate(parts: list[TokenizedSplit]) -> TokenizedSplit:
     """Return the rows of several `TokenizedSplit` as one `TokenizedSplit` without labels."""
     lengths = np.concatenate([part.lengths for part in parts])
     types = None if parts[0].types is None else torch.cat([part.types for part in parts])
-    words: dict[str, np.ndarray] = {}
-    if parts[0].word_index is not None:
-        begins = accumulate((len(part.ids) for part in parts), initial=0)
-        index = [part.word_index + begin for part, begin in zip(parts, begins, strict=False)]
-        words["word_index"] = np.concatenate(index)
-        words["word_counts"] = np.concatenate([part.word_counts for part in parts])
-        words["continues"] = np.concatenate([part.continues for part in parts])
+    begins = accumulate((len(part.ids) for part in parts), initial=0)
+    index = [None if part.word_index is None else part.word_index + begin
+             for part, begin in zip(parts, begins, strict=False)]  # fmt: skip
     return parts[0]._replace(
         ids=torch.cat([part.ids for part in parts]), types=types, labels=None,
-        starts=lengths.cumsum() - lengths, lengths=lengths, **words,
+        starts=lengths.cumsum() - lengths, lengths=lengths, word_index=concatenate_known(index),
+        word_counts=concatenate_known(part.word_counts for part in parts),
+        continues=concatenate_known(part.continues for part in parts),
     )  # fmt: skip
+
+
+def concatenate_known(arrays: Iterable[np.ndarray | None]) -> np.ndarray | None:
+    """Return the arrays that are not None as one, or None if all are None."""
+    known = [array for array in arrays if array is not None]
+    return np.concatenate(known) if known else None
 
 
 def flat(rows: list[list[int]]) -> torch.Tensor:
@@ -224,33 +235,45 @@ class Dataset:
     ) -> None:
         """
         Args:
-            data_dir, max_length: as in `splits.read_split` and `tokenize`.
+            data_dir, max_length: as in `splits.find_split` and `tokenize`.
             train_size: the number of rows that each seed draws to train on; None is all.
         """
         self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
         self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
         self.device = device
         self.splits: dict[str, Split] = {}
+        self.missing: set[str] = set()  # optional splits that do not exist
         self.row_hashes: dict[str, np.ndarray] = {}  # {split: (rows,) int64 of each row's texts}
 
     def split(self, name: str) -> Split:
-        """Return a `Split`; its tokens are None if an optional split does not exist."""
-        if name not in self.splits:
-            texts = read_split(self.task, name, self.data_dir)
-            if self.task.is_tagging:
-                texts = split_long_sentences(texts, self.tokenizer, self.max_length)
-            rows = np.arange(len(texts or ()))
-            of_seed = dict.fromkeys(self.seeds, rows)
-            if name == "train" and self.train_size is not None:
-                rows, of_seed = sample_training_rows(self.seeds, len(texts), self.train_size)
-                texts = texts.take(rows)
-            if texts is not None:
-                columns = [map(tuple, c) if self.task.is_tagging else c for c in texts.columns]
-                hashes = map(hash, zip(*columns, strict=True))
-                self.row_hashes[name] = np.fromiter(hashes, np.int64, len(texts))
-            tokens = texts and tokenize(texts, self.tokenizer, self.max_length).to(self.device)
-            self.splits[name] = Split(tokens, of_seed)
+        """Return a `Split`; UserError if it does not exist."""
+        if not self.has_split(name):
+            raise UserError(f"there is no {name} split of {self.task.name}")
         return self.splits[name]
+
+    def has_split(self, name: str) -> bool:
+        """Read a split if that has not been tried, and return whether it exists."""
+        if name not in self.splits and name not in self.missing:
+            texts = find_split(self.task, name, self.data_dir)
+            if texts is None:
+                self.missing.add(name)
+            else:
+                self.splits[name] = self._tokenized(name, texts)
+        return name in self.splits
+
+    def _tokenized(self, name: str, texts: TextColumns) -> Split:
+        if self.task.is_tagging:
+            texts = split_long_sentences(texts, self.tokenizer, self.max_length)
+        rows = np.arange(len(texts))
+        of_seed = dict.fromkeys(self.seeds, rows)
+        if name == "train" and self.train_size is not None:
+            rows, of_seed = sample_training_rows(self.seeds, len(texts), self.train_size)
+            texts = texts.take(rows)
+        columns = [map(tuple, c) if self.task.is_tagging else c for c in texts.columns]
+        hashes = map(hash, zip(*columns, strict=True))
+        self.row_hashes[name] = np.fromiter(hashes, np.int64, len(texts))
+        tokens = tokenize(texts, self.tokenizer, self.max_length).to(self.device)
+        return Split(tokens, of_seed)
 
     def report_overlap(self) -> None:
         """Log how many training rows occur in other splits that have been read."""

@@ -77,7 +77,9 @@ def pack_sequences(
     )
     # A filler belongs to the run of the last row before it.
     last_of_row = np.maximum.accumulate(np.where(row < 0, 0, np.arange(len(row))))
-    return batch, row, run_ids[row[last_of_row[::CHUNK]]] if stacked else None
+    if run_ids is None or not stacked:
+        return batch, row, None
+    return batch, row, run_ids[row[last_of_row[::CHUNK]]]
 
 
 def add_fillers(
@@ -190,7 +192,7 @@ def plain_varlen_kernel(
     for (a, b), (c, d) in zip(*map(pairwise, bounds), strict=True):
         if not (1 <= b - a <= max_seqlen[0] and 1 <= d - c <= max_seqlen[1]):
             raise ValueError("a sequence is empty, or longer than max_seqlen")
-        inputs = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        attended = F.scaled_dot_product_attention(*inputs, dropout_p=dropout, scale=scale)
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
         out[a:b] = attended.transpose(0, 1)
     return out

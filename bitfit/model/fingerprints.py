@@ -133,5 +133,5 @@ def sha256(values: Iterable["str | np.ndarray | torch.Tensor | None"]) -> str:
             value = np.frombuffer(value.encode(), np.uint8)
         kind = "none" if value is None else f"{value.dtype} {value.shape}"
         digest.update(f"[{kind}]".encode())
-        digest.update(b"" if value is None else np.ascontiguousarray(value))
+        digest.update(b"" if value is None else np.ascontiguousarray(value).data)
     return digest.hexdigest()

@@ -53,7 +53,9 @@ class Forward(NamedTuple):
         packed = self.packed_encoder is not None
         if self.uses_varlen:
             batch, chunk_run_ids = make_varlen_batch(tokens, rows, run_ids, stacked=num_runs > 1)
-            return batch, route_chunks(run_ids, num_runs, chunk_run_ids)
+            if chunk_run_ids is None:
+                return batch, route_rows(run_ids, num_runs)
+            return batch, route_chunks(run_ids, chunk_run_ids)
         token_run_ids = np.repeat(run_ids, tokens.lengths[rows]) if packed else None
         routing = route_rows(run_ids, num_runs, token_run_ids)
         return make_batch(tokens, rows, packed), routing
@@ -61,7 +63,7 @@ class Forward(NamedTuple):
     def __call__(self, tokens: TokenizedSplit, batch: Batch) -> torch.Tensor:
         """Return the logits (B, C) of a `Batch` of tensors on the device."""
         inputs = gather_inputs(tokens, batch)
-        if self.packed_encoder:
+        if self.packed_encoder and batch.packed:
             return self.packed_encoder(self.model, inputs, batch.packed).logits.float()
         return self.model(**inputs).logits.float()
 

@@ -6,13 +6,19 @@ this family read. `select_forward` compares the logits of a model with and witho
 A model that reads more tokens, or has an attention of its own, runs on padded rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from bitfit.model import attention
-from bitfit.model.packing import PackedBatch, attention_layout, bucketed_attention
+from bitfit.model.packing import (
+    AttentionLayout,
+    PackedBatch,
+    attention_layout,
+    bucketed_attention,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,12 +44,7 @@ class PackedEncoder(NamedTuple):
         """Return the model's output for `inputs` (1, N); the model itself is left as it was."""
         from transformers import AttentionInterface
 
-        if self.varlen:
-            attend = attention.varlen_attention
-            layout = attention.VarlenLayout(packed, self.last_layer)
-        else:
-            attend = bucketed_attention
-            layout = attention_layout(packed, self.heads, self.last_layer)
+        attend, layout = self.attention_and_layout(packed)
         AttentionInterface.register("packed", attend)
         positions = packed.position_ids[None] + self.first_position
         implementation = model.config._attn_implementation
@@ -59,6 +60,14 @@ class PackedEncoder(NamedTuple):
         finally:
             hook.remove()
             model.config._attn_implementation = implementation
+
+    def attention_and_layout(
+        self, packed: PackedBatch | attention.VarlenBatch
+    ) -> tuple[Callable, AttentionLayout | attention.VarlenLayout]:
+        """Return the function that computes the attention of packed rows, and its layout."""
+        if isinstance(packed, attention.VarlenBatch):
+            return attention.varlen_attention, attention.VarlenLayout(packed, self.last_layer)
+        return bucketed_attention, attention_layout(packed, self.heads, self.last_layer)
 
 
 def select_first_tokens(first_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,10 @@ class RunIndex(NamedTuple):
     valid_mask: torch.Tensor  # (k, 1, M) float, 0.0 at padding
     unpad_index: torch.Tensor  # (N,) int64, the position of each item in the flat (k * M)
 
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same index with the mask in a dtype."""
+        return self._replace(valid_mask=self.valid_mask.to(dtype))
+
 
 class RunRouting(NamedTuple):
     """The runs of the rows of a micro-batch, and of the tokens if the rows are packed."""
@@ -41,14 +45,11 @@ class RunRouting(NamedTuple):
     rows: RunIndex
     tokens: RunIndex | None  # `run_ids` of tokens; the rest of tokens, or of chunks of CHUNK tokens
 
-    def to(self, dtype: torch.dtype) -> Self:
+    def to(self, dtype: torch.dtype) -> "RunRouting":
         """Return the same routing for parameters of a dtype."""
         if self.rows.valid_mask is None:
             return self
-        converted = (
-            index and index._replace(valid_mask=index.valid_mask.to(dtype)) for index in self
-        )
-        return type(self)(*converted)
+        return RunRouting(self.rows.to(dtype), self.tokens and self.tokens.to(dtype))
 
     def per_row(self, params: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Select the parameters (K, d) of each row, in a shape that broadcasts with (B, ..., d)."""
@@ -141,15 +142,13 @@ def route_rows(
     return RunRouting(index_runs(run_ids), tokens)
 
 
-def route_chunks(run_ids: np.ndarray, num_runs: int, chunk_run_ids: np.ndarray) -> RunRouting:
-    """Return the `RunRouting` of rows whose tokens fill whole chunks, as arrays.
+def route_chunks(run_ids: np.ndarray, chunk_run_ids: np.ndarray) -> RunRouting:
+    """Return the `RunRouting` of rows of several runs that fill whole chunks, as arrays.
 
     Args:
         run_ids: (B,) int64, the run of each row.
         chunk_run_ids: (N / CHUNK,) int64, the run of each chunk.
     """
-    if num_runs == 1:
-        return route_rows(run_ids, num_runs)
     chunks = index_runs(chunk_run_ids, width_multiple=8)
     tokens = chunks._replace(run_ids=np.repeat(chunks.run_ids, CHUNK))
     return RunRouting(index_runs(run_ids), tokens)

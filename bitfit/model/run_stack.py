@@ -88,7 +88,7 @@ class RunStack:
         self.zero_gradient_mask = self._mask_of(zero_gradient) if zero_gradient else None
         self.current_routing: RunRouting | BroadcastRuns | None = None
         self.leaves: dict[str, torch.Tensor] = {}  # within `patched`: tensors that get gradients
-        self.compute_params: torch.Tensor | None = None  # within `patched`: (K, n) in its dtype
+        self.compute_params = self.params  # within `patched`: (K, n) in its dtype
 
     def _assign_columns(self) -> dict[str, tuple[int, int]]:
         slices, stop = {}, 0
@@ -140,7 +140,7 @@ class RunStack:
             self._drop_leaf_grads()
             for parameter, flag in requires_grad.items():
                 parameter.requires_grad_(flag)
-            self.compute_params, self.leaves = None, {}
+            self.compute_params, self.leaves = self.params, {}
             self.load_run(0)
 
     def _patch(self) -> Iterator[torch.nn.Module]:

@@ -5,7 +5,7 @@ to freeze, count, optimize, save and plot. Names are compared exactly, never as 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -165,7 +165,8 @@ def draw_row_column_mask(model: "PreTrainedModel", rng: np.random.Generator) -> 
         if parameter.dim() == 1:
             trainable[name] = None
         elif parameter.dim() == 2:
-            trainable[name] = draw_row_or_column(*parameter.shape, rng)
+            rows, columns = parameter.shape
+            trainable[name] = draw_row_or_column(rows, columns, rng)
     return trainable | train_fully(head_names(model))
 
 
@@ -177,7 +178,8 @@ def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.
     return (picked[:, None] * columns + np.arange(columns)).ravel()
 
 
-SELECTORS = {  # fine-tune type -> its selection, for each of `options.FINE_TUNE_TYPES`
+# Fine-tune type -> its selection, for each of `options.FINE_TUNE_TYPES`.
+SELECTORS: dict[str, Callable[..., Trainable]] = {
     "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
     "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
     "frozen": lambda model, **_: train_fully(head_names(model)),

@@ -63,9 +63,11 @@ class WarmStart:
         """Return what differs from the base model after `trainable` has trained."""
         changed = dict(trainable)
         for name in self.used_names(model):
-            parts = changed.get(name, np.empty(0, np.int64)), self.positions[name]
-            whole = any(part is None for part in parts)
-            changed[name] = None if whole else np.union1d(*parts)
+            trained, started = changed.get(name, np.empty(0, np.int64)), self.positions[name]
+            if trained is None or started is None:
+                changed[name] = None
+            else:
+                changed[name] = np.union1d(trained, started)
         return changed
 
 

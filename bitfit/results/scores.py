@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
@@ -121,18 +122,18 @@ def explain_unreadable(folder: Path) -> AbstractContextManager:
     return convert_errors(lambda error: UserError(f"{folder} cannot be read: {first_line(error)}"))
 
 
-def mean_std(values: np.ndarray, skip_nan: bool = False) -> tuple[float, float, int]:
+def mean_std(values: ArrayLike, skip_nan: bool = False) -> tuple[float, float, int]:
     """Return (mean, sample standard deviation, n); the deviation is NaN for fewer than two values.
 
     Args:
         skip_nan: leave out NaN, the score of a run that diverged. By default NaN stays visible:
             mean and deviation become NaN.
     """
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)] if skip_nan else values
-    n = len(values)
-    mean = float(values.mean()) if n else np.nan
-    return mean, float(values.std(ddof=1)) if n > 1 else np.nan, n
+    counted = np.asarray(values, float)
+    counted = counted[~np.isnan(counted)] if skip_nan else counted
+    n = len(counted)
+    mean = float(counted.mean()) if n else np.nan
+    return mean, float(counted.std(ddof=1)) if n > 1 else np.nan, n
 
 
 def format_mean_std(mean: float, std: float) -> str:

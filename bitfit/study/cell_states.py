@@ -150,8 +150,8 @@ def is_finished(path: Path) -> bool:
 
 def record_kill(study: Study, cell: Cell) -> bool:
     """Record that SIGKILL ended a command; return whether it got as far as the last killed one."""
-    path, kill = sibling_file(study, cell, ".killed.json"), {"hash": cell.hash}
-    kill["progress"] = completed_files(study, cell)
+    path = sibling_file(study, cell, ".killed.json")
+    kill = {"hash": cell.hash, "progress": completed_files(study, cell)}
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -103,12 +103,12 @@ def slug(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
 
 
-def absolute_folder(path: str | None) -> str | None:
+def absolute_folder(path: str) -> str:
     """Return the absolute path of an existing folder, since workers may start elsewhere.
 
     Anything else, for example a name on the Hub, is returned unchanged.
     """
-    return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
 def parse_flags(words: Iterable[str]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def requested_cells(
 ) -> list[Key]:
     """Return (model, row, task, size) of all cells of tables and figures, without repetitions."""
     base = list(models or PAPER_MODELS[:1])
-    cells = []
+    cells: list[Key] = []
     if 2 in tables:
         two = [row for row in ("full_ft", "bitfit") if row in rows]
         cells += [(m, r, t, None) for m in models or PAPER_MODELS for t in tasks or PAPER_TASKS
@@ -162,7 +162,8 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
     words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
     words += ["--batch-size", str(args.batch_size)]
     more = {"max_seq_length": args.max_seq_length, "precision": args.precision}
-    for name, value in ({"data_dir": absolute_folder(args.data_dir)} | more).items():
+    data_dir = None if args.data_dir is None else absolute_folder(args.data_dir)
+    for name, value in ({"data_dir": data_dir} | more).items():
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     if size or args.train_size:
         words += ["--train-size", str(size or args.train_size)]
@@ -227,9 +228,12 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
             change = f"{cell.name}: {describe_difference(cell, new[cell.name])}"
             raise UserError(f"{output} has other flags for {change}: give another --output-path")
     cells = {cell.name: cell for cell in old.cells} | new
-    both = [sorted({*now, *before}) for now, before in ((tables, old.tables),
-                                                       (figures, old.figures))]  # fmt: skip
-    return Study(Path(output), *both, list(cells.values()))
+    return Study(
+        Path(output),
+        tables=sorted({*tables, *old.tables}),
+        figures=sorted({*figures, *old.figures}),
+        cells=list(cells.values()),
+    )
 
 
 def describe_difference(old: Cell, new: Cell) -> str:

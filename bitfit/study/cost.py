@@ -8,13 +8,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bitfit.data.splits import read_split
+from bitfit.data.splits import find_split, read_split
 from bitfit.data.tasks import TASKS, Task
 from bitfit.data.tokens import MAX_ROWS_SCORED, Split, tokenize
 from bitfit.files import write_text
@@ -58,7 +59,7 @@ def cell_sizes(cell: Cell) -> Sizes:
     rows, tokens = {}, {}
     tests = task.server_files if args["predict_test"] else ()
     for split in ("train", *task.validation_splits, *tests):
-        texts = read_split(task, split, args["data_dir"])
+        texts = find_split(task, split, args["data_dir"])
         if texts is None:
             continue
         rows[split] = len(texts)
@@ -112,9 +113,9 @@ class Costs:
         self.unknown: dict[tuple, str] = {}  # the reason why sizes are not known
         self.measured = read_rates(study.output)
         self.done = [
-            (cell, operations(cell, self.cell_sizes(cell)), seconds)
+            (cell, operations(cell, sizes), seconds)
             for cell in study.cells
-            if (seconds := training_seconds(study, cell)) and self.cell_sizes(cell)
+            if (seconds := training_seconds(study, cell)) and (sizes := self.cell_sizes(cell))
         ]
 
     def cell_sizes(self, cell: Cell) -> Sizes | None:
@@ -149,7 +150,8 @@ class Costs:
         rate, sizes = self.rate(cell), self.cell_sizes(cell)
         if cost_kind(cell) == "stacked":
             measured = self.measured.get(slug(cell.model), {})
-            rate = rate and measured and rate * measured["single"] / measured["stacked"]
+            faster = measured["single"] / measured["stacked"] if measured else None
+            rate = rate and faster and rate * faster
         starts = (START_SECONDS + LOAD_SECONDS) * cell.runs
         return (operations(cell, sizes) / rate + starts) if rate and sizes else None
 
@@ -213,8 +215,8 @@ def measure_rate(
         [Run(1e-5, seed) for seed in range(runs)],
         dtype=dtype,
         tokens=tokens,
-        init_head=loading.init_head,
     )
+    prepared = replace(prepared, init_head=loading.init_head)
     if runs > 1 and prepared.reason_not_stackable(tokens):
         return measure_rate(cell, method, 1, device=device, dtype=dtype)
     train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(picked))))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bitfit.data.splits import read_split
+from bitfit.data.splits import find_split
 from bitfit.data.tasks import TASKS, Task
 from bitfit.files import write_text
 from bitfit.model import hub
@@ -54,7 +54,7 @@ def check_model(model: str) -> None:
 
 
 def check_split(task: Task, split: str, folder: str, rows: int) -> None:
-    texts = read_split(task, split, folder)
+    texts = find_split(task, split, folder)
     if texts is not None and len(texts) < rows:
         raise UserError(
             f"{task.name} has {len(texts)} training examples in {folder}, fewer than {rows}"

@@ -131,7 +131,9 @@ def read_entries(study: Study) -> Entries:
     tasks, rows = [task for task, _ in COLUMNS.values()] + list(TASKS), list(ROWS)
     for cell in sorted(study.cells, key=lambda c: (tasks.index(c.task), rows.index(c.row))):
         results = read_results(study, cell)
-        for split, column in table_columns(cell.task).items() if results else ():
+        if results is None:
+            continue
+        for split, column in table_columns(cell.task).items():
             key = cell.model, cell.row, column, cell.size
             found[key] = Entry(column, results, split, select(results, split))
     return found
@@ -148,8 +150,10 @@ def score_frame(entries: Entries) -> pd.DataFrame:
     rows = []
     for (model, row, column, size), entry in entries.items():
         cell = entry.results.cell  # the paper trains on all rows
-        key = (paper_model_name(model), row, column) if cell.args["train_size"] is None else None
-        published, published_std = PUBLISHED.get(key, (None, None))
+        published, published_std = None, None
+        if cell.args["train_size"] is None:
+            key = paper_model_name(model), row, column
+            published, published_std = PUBLISHED.get(key, (None, None))
         for selection in SELECTIONS:
             selected = entry.selected[selection]
             mean, std, n = mean_std(100 * selected.values, skip_nan=True)
@@ -215,13 +219,16 @@ def compare_pair(
         by_seed, task = statistics.differences(*selected), first.results.task
         # The two columns of MNLI are of the same runs: they get the same seeds, and one mean.
         seeds = drawn_seeds.setdefault(task.name, statistics.draws(rng, len(by_seed), resamples))
-        logits = (entry.results.logits[entry.split] for entry in (first, second))
-        labels = first.results.labels[first.split]
-        drawn = statistics.bootstrap_differences(task, *selected, *logits, labels, rng, seeds)
+        a_logits, b_logits = (entry.results.logits[entry.split] for entry in (first, second))
+        drawn = statistics.bootstrap_differences(
+            task, *selected, a_logits=a_logits, b_logits=b_logits,
+            labels=first.results.labels[first.split], rng=rng, seeds=seeds,
+        )  # fmt: skip
         of_task.setdefault(task.name, []).append((by_seed, drawn))
         rows.append(difference_row(model, pair, column, [(by_seed, drawn)], rng=rng))
     if len(of_task) > 1:
-        means = [[np.mean(of, axis=0) for of in zip(*pairs, strict=True)]
+        means = [(np.mean([values for values, _ in pairs], axis=0),
+                  np.mean([drawn for _, drawn in pairs], axis=0))
                  for pairs in of_task.values()]  # fmt: skip
         rows.append(difference_row(model, pair, "all", means, rng=rng))
     return rows
@@ -239,7 +246,7 @@ def difference_row(
     model: str,
     pair: tuple[str, str],
     column: str,
-    columns: Sequence[Sequence[np.ndarray]],
+    columns: Sequence[tuple[np.ndarray, np.ndarray]],
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Return a row of `comparisons`; `columns` are as in `statistics.difference`."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from bitfit.data.tasks import Task
@@ -162,7 +163,7 @@ def select_split(task: Task, logits: np.ndarray, labels: np.ndarray, seed: int =
     return Selected(np.mean(values, axis=0), choices)
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """Return Student's interval (low, high) for the mean of the values that are not NaN."""
     mean, std, n = mean_std(values, skip_nan=True)
     if n < 2:
@@ -253,10 +254,10 @@ def pooled(
     p is the two-sided p-value of the sign-flip test over all differences, NaN for a single one.
     Both are NaN if a column has no finite difference.
     """
-    columns = [np.asarray(values, float)[np.isfinite(values)] for values in columns]
-    if not columns or not all(map(len, columns)):
+    finite = [np.asarray(values, float)[np.isfinite(values)] for values in columns]
+    if not finite or not all(map(len, finite)):
         return np.nan, np.nan
-    terms = np.concatenate([values / len(values) / len(columns) for values in columns])
+    terms = np.concatenate([values / len(values) / len(finite) for values in finite])
     if len(terms) < 2:
         return float(terms.sum()), np.nan
     # Rounded, because equal sums of other terms might differ in the last bit.
@@ -287,12 +288,12 @@ def interval(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, f
     return float(low), float(high)
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm(p: ArrayLike) -> np.ndarray:
     """Return Holm's adjusted p-values (n,); NaN stays NaN and is not counted as a test."""
-    p = np.asarray(p, float)
-    order = p.argsort()[: np.isfinite(p).sum()]  # NaN is sorted last
-    adjusted = np.full(p.shape, np.nan)
-    steps = p[order] * np.arange(len(order), 0, -1)
+    values = np.asarray(p, float)
+    order = values.argsort()[: np.isfinite(values).sum()]  # NaN is sorted last
+    adjusted = np.full(values.shape, np.nan)
+    steps = values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return adjusted
 
@@ -302,14 +303,14 @@ def least_p(n: int) -> float:
     return min(1.0, max(2.0 / 2**n, 2.0 / (SIGN_FLIPS + 1) if 2**n > SIGN_FLIPS else 0.0))
 
 
-def expected_best(scores: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+def expected_best(scores: ArrayLike, budgets: ArrayLike) -> np.ndarray:
     """Return the expected best score of n trials for each n of the budgets: (N,), (K,) -> (K,).
 
     This is the unbiased estimator of Tang et al. (2020), the mean over all sets of n different
     trials out of N. A diverged trial, NaN, counts as the worst finite score. NaN where n > N.
     """
-    scores, n = np.ravel(scores), np.reshape(budgets, (-1, 1))
-    values = np.sort(np.fmax(scores, np.fmin.reduce(scores)))
+    trials, n = np.ravel(scores), np.reshape(budgets, (-1, 1))
+    values = np.sort(np.fmax(trials, np.fmin.reduce(trials)))
     # The probability that all n are among the i lowest; the differences weight the sorted values.
-    below = stats.hypergeom.pmf(n, len(scores), np.arange(len(scores) + 1), n)
+    below = stats.hypergeom.pmf(n, len(trials), np.arange(len(trials) + 1), n)
     return np.diff(below) @ values

@@ -36,7 +36,7 @@ def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np
     table = plots.changes_table(components_to_terms(names), changes)
     table["mean"] = table.mean(axis=1)
     fixed = [f"{term} {plots.FIXED}" for term in table.index[table["mean"].isna()]]
-    stack = evaluator.result.stack
+    stack = evaluator.stack
     start, end = stack.named_params(0, stack.initial_params), stack.named_params()
     outside = [n for n in encoder_names(evaluator) if layer_and_name(n)[0] is None]
     return "\n".join([
@@ -49,7 +49,7 @@ def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np
 
 def encoder_names(evaluator: GLUEvaluator) -> list[str]:
     """Return the names of the trained parameters of the encoder."""
-    return [name for name in evaluator.result.stack.slices if in_encoder(evaluator.model, name)]
+    return [name for name in evaluator.stack.slices if in_encoder(evaluator.model, name)]
 
 
 def flatten(named: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
@@ -64,9 +64,7 @@ def compare_deltas(evaluators: Sequence[SavedEvaluator], evaluator: GLUEvaluator
         evaluator: one of them, loaded, which has the values of the base model.
     """
     names = encoder_names(evaluator)
-    base = flatten(
-        evaluator.result.stack.named_params(0, evaluator.result.stack.initial_params), names
-    )
+    base = flatten(evaluator.stack.named_params(0, evaluator.stack.initial_params), names)
     deltas = torch.stack([flatten(saved.tensors, names) - base for saved in evaluators])
     norms = deltas.norm(dim=1)
     cosine = (deltas @ deltas.T / norms.outer(norms)).clamp(-1, 1)
@@ -149,9 +147,7 @@ def average_evaluators(
         The average with its scores; and a table with one line per evaluator and one for the
         average: weights and scores on the validation splits, all computed here in the same way.
     """
-    values = torch.stack(
-        [flatten(saved.tensors, evaluator.result.stack.slices) for saved in evaluators]
-    )
+    values = torch.stack([flatten(saved.tensors, evaluator.stack.slices) for saved in evaluators])
     shares = torch.tensor(weights, dtype=torch.float64)
     shares /= shares.sum()
     rows = [
@@ -178,8 +174,8 @@ def with_average(
     last: dict[tuple[str, str], float],
 ) -> GLUEvaluator:
     """Return the evaluator as the average of some others, with its scores."""
-    prepared, result, run = evaluator.prepared, evaluator.result, evaluator.record.run
-    assert prepared and result
+    prepared, result = evaluator.need_prepared(), evaluator.need_result()
+    run = evaluator.record.run
     if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
         prepared = replace(prepared, zero_gradient={})  # Earlier versions trained these biases.
     rows = [(run.name, 0, *of, value) for of, value in last.items()]
@@ -199,7 +195,7 @@ def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
 
 def score_params(evaluator: GLUEvaluator, params: torch.Tensor) -> dict[tuple[str, str], float]:
     """Set the trained parameters (n,) and return {(split, metric): score} of validation splits."""
-    evaluator.result.stack.set_params(params[None])
+    evaluator.stack.set_params(params[None])
     return {
         (split, metric): value
         for split in evaluator.task.validation_splits
@@ -228,11 +224,11 @@ def scale_delta(evaluator: GLUEvaluator, factor: float) -> None:
     Raises:
         UserError: a value would not be finite.
     """
-    values, start = evaluator.result.stack.params.clone(), evaluator.result.stack.initial_params
+    values, start = evaluator.stack.params.clone(), evaluator.stack.initial_params
     limit = torch.finfo(values.dtype).max
     for name in encoder_names(evaluator):
-        a, b = evaluator.result.stack.slices[name]
+        a, b = evaluator.stack.slices[name]
         values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], min(factor, limit))
     if factor > limit or not values.isfinite().all():
         raise UserError(f"--scale {factor:g}: the result is not finite: give a lower factor")
-    evaluator.result.stack.set_params(values)
+    evaluator.stack.set_params(values)

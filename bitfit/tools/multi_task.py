@@ -130,7 +130,8 @@ def load_base(
     loading.check_max_length(name, task, max_length, revision)
     random_encoder = base["random_encoder"] and not base["model_sha256"]
     model, _ = loading.load_model(name, task, random_encoder, revision)
-    encoder, trainable = models_fingerprints.fingerprint(model), {}
+    encoder = models_fingerprints.fingerprint(model)
+    trainable: dict[str, np.ndarray | None] = {}
     for folder, metadata, tensors in found:
         trainable |= saved_evaluator.read_trainable(model, encoder, metadata, tensors, folder)
     return model, tokenizer, trainable

@@ -37,10 +37,12 @@ class TrackedState(Protocol):
 def check_connections(kinds: Sequence[str], output: Path) -> None:
     """Raise a UserError for a tracker that cannot be reached."""
     for kind in kinds:
-        with convert_errors(
-            lambda error, kind=kind: UserError(f"--report-to {kind}: {first_line(error)}")
-        ):
-            KINDS[kind].connect(output)
+        check_connection(kind, output)
+
+
+def check_connection(kind: str, output: Path) -> None:
+    with convert_errors(lambda error: UserError(f"--report-to {kind}: {first_line(error)}")):
+        KINDS[kind].connect(output)
 
 
 def peak_gib(device: "torch.device") -> float:

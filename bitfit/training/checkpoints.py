@@ -53,8 +53,8 @@ class CheckpointManager:
 
     def after_step(self, state: TrainState) -> None:
         """Save if `minutes` have passed; raise Stopped after a signal."""
-        minutes = self.minutes
-        self.save_if_due(state, bool(minutes) and self.clock() - self.written_at > 60 * minutes)
+        elapsed = self.clock() - self.written_at
+        self.save_if_due(state, elapsed > 60 * self.minutes if self.minutes else False)
 
     def after_epoch(self, state: TrainState, last: bool) -> None:
         """Save after every `every` epochs and the last; raise Stopped after a signal."""
@@ -62,7 +62,7 @@ class CheckpointManager:
 
     def save_if_due(self, state: TrainState, due: bool) -> None:
         """Save if it is due on any rank or a signal came; after a signal raise Stopped."""
-        any_due, stops = self.group.all_reduce_max(due, self.signals.received)
+        any_due, stops = self.group.all_reduce_max(due, self.signals.received or 0)
         if any_due or (stops and self.saved != (state.epoch, state.step)):
             self.save(state)
         if stops:

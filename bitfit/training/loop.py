@@ -57,9 +57,9 @@ class Step(NamedTuple):
     """The data of one step: NumPy arrays on the host; after `to_device`, tensors."""
 
     parts: tuple[tuple[Batch, RunRouting], ...]  # the micro-batches
-    number: np.ndarray | torch.Tensor  # () int64, counted over all epochs
-    count: np.ndarray | torch.Tensor  # () float32, training examples of each run
-    rates: np.ndarray | torch.Tensor  # (K,) float64, learning rates
+    number: torch.Tensor  # () int64, counted over all epochs
+    examples: torch.Tensor  # () float32, training examples of each run
+    rates: torch.Tensor  # (K,) float64, learning rates
 
 
 def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Step:
@@ -130,7 +130,7 @@ def update(state: TrainState, step: Step, losses: torch.Tensor) -> torch.Tensor:
     stack.grads.masked_fill_(fixed, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
     optimizer_step(state)
-    state.loss_sum += losses * step.count
+    state.loss_sum += losses * step.examples
     return losses
 
 
@@ -151,11 +151,11 @@ def forward_backward(plan: Plan, stack: RunStack, step: Step) -> torch.Tensor:
     for batch, routing in step.parts:
         with stack.routing(routing):
             logits = plan.forward(plan.train.tokens, batch)
-        per_row = row_losses(plan.task, logits, plan.train.tokens.labels[batch.rows])
+        per_row = row_losses(plan.task, logits, plan.train.tokens.require_labels()[batch.rows])
         # On a GPU `index_add` sums in an order that varies.
         run_ids = (routing.rows.run_ids,)
         part_losses = torch.zeros_like(losses).index_put(
-            run_ids, per_row / step.count, accumulate=True
+            run_ids, per_row / step.examples, accumulate=True
         )
         part_losses.sum().backward()
         stack.accumulate_grads()
@@ -261,7 +261,7 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
     try:
         with checkpoints.defer_signals(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
-                labels = split.tokens.labels.cpu().numpy()
+                labels = split.tokens.require_labels().cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in active}
                 for k, logits in predict_runs(
                     plan.forward, stack, split.tokens, plan.token_budget, rows, plan.group
@@ -298,9 +298,10 @@ def record_epoch(state: TrainState, scores: list[tuple]) -> None:
         return
     state.scores += scores
     best = best_epochs(scores_frame(state.scores), state.plan.task)
-    for k in active if state.best is not None else ():
-        if best[stack.runs[k].name] == state.epoch + 1:
-            state.best[k] = stack.params[k]
+    if state.best is not None:
+        for k in active:
+            if best[stack.runs[k].name] == state.epoch + 1:
+                state.best[k] = stack.params[k]
     loss = mean(losses[k] for k in active)
     message = format_epoch_scores(scores_frame(scores), state.plan.task, loss)
     LOGGER.info("epoch %d  %s", state.epoch + 1, message)

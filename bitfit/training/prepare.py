@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from bitfit.model.warm_start import WarmStart
 from bitfit.results import plots
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.result import TrainingResult
-from bitfit.training.setup import LoadedData, Method, Setup
+from bitfit.training.setup import LoadedData, Method, Setup, need
 from bitfit.training.state import TrainState, init_state
 from utils import UserError, make_generator, print_result, set_seed
 
@@ -42,7 +42,7 @@ Trainable = dict[str, np.ndarray | None]  # parameter name -> flat positions; No
 class PreparedModel:
     """A model, what trains of it, and how it computes.
 
-    The forward pass is None until a split is given to `forward_for`: saved evaluators are loaded
+    `selected_forward` is None until a split is given to `forward_for`: saved evaluators are loaded
     without data.
     """
 
@@ -52,7 +52,7 @@ class PreparedModel:
     trainable: Trainable
     dtype: torch.dtype
     token_budget: TokenBudget
-    forward: Forward | None = None
+    selected_forward: Forward | None = None
     max_length_tried: int = 0
     method: Method = field(default_factory=Method)
     encoder_sha256: str = ""
@@ -69,16 +69,21 @@ class PreparedModel:
         Args:
             known: returns the tokens to try it on: those of all splits read so far.
         """
-        if self.forward is None or tokens.lengths.max() > self.max_length_tried:
+        if self.selected_forward is None or tokens.lengths.max() > self.max_length_tried:
             return self.select_forward(known())
         check_ids(self.model, self.model_name, tokens)
-        return self.forward
+        return self.selected_forward
+
+    @property
+    def forward(self) -> Forward:
+        """Return the forward pass; UserError if no split has been given to `forward_for`."""
+        return need(self.selected_forward, "forward_for")
 
     def select_forward(self, tokens: TokenizedSplit) -> Forward:
         """Choose the fastest forward pass that gives the right logits on some rows."""
-        self.forward = select_forward(self.model, self.model_name, tokens, self.dtype)
-        self.max_length_tried = tokens.lengths.max()
-        return self.forward
+        forward = select_forward(self.model, self.model_name, tokens, self.dtype)
+        self.selected_forward, self.max_length_tried = forward, tokens.lengths.max()
+        return forward
 
     def reason_not_stackable(self, tokens: TokenizedSplit) -> str | None:
         """Return why several runs cannot train in one pass, or None if they can."""
@@ -87,7 +92,7 @@ class PreparedModel:
             self.not_stackable, self.stackable_checked = reason, True
         return self.not_stackable
 
-    def passes(self, tokens: TokenizedSplit, share: list[Run] | None = None) -> list[list[Run]]:
+    def passes(self, tokens: TokenizedSplit, share: Sequence[Run] | None = None) -> list[list[Run]]:
         """Return the runs of a share (None: all) that train together: all, or each alone."""
         reason = self.reason_not_stackable(tokens) if len(self.runs) > 1 else None
         return split_into_passes(self.runs if share is None else share, reason)
@@ -135,7 +140,7 @@ class PreparedModel:
 
     def fingerprints(self, data: LoadedData) -> dict[str, Any]:
         """Return the hashes of the data, the base model and the trainable parameters."""
-        hashes = data.hashes() | {"encoder_sha256": self.encoder_sha256}
+        hashes: dict[str, Any] = data.hashes() | {"encoder_sha256": self.encoder_sha256}
         hashes |= {"chosen_sha256": self.trainable_sha256(), **data.base_fingerprints}
         hashes["start_sha256"] = self.method.start and self.method.start.record["sha256"]
         return hashes | ({"zero_gradient": self.zero_gradient} if self.zero_gradient else {})
@@ -158,20 +163,18 @@ def assemble(
     dtype: torch.dtype,
     max_tokens: int | None = None,
     tokens: TokenizedSplit | None = None,
-    **fields: object,
 ) -> PreparedModel:
-    """Put together what a model on a device needs to train and to predict.
+    """Return a model with what it needs to train and to predict; other fields have defaults.
 
     Args:
         max_tokens: in one forward pass; None: the default of the device.
         tokens: rows to find the forward pass on; None: `forward_for` finds it later.
-        fields: other fields of `PreparedModel`.
     """
     device = next(model.parameters()).device
     budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
     prepared = PreparedModel(
         model=model, model_name=model_name, runs=runs, trainable=trainable, dtype=dtype,
-        token_budget=budget, **fields,
+        token_budget=budget,
     )  # fmt: skip
     if tokens is not None:
         prepared.select_forward(tokens)
@@ -213,9 +216,9 @@ def prepare_model(
         fields |= apply_warm_start(model, method.start, setup, fields, log=before is None)
     selected = select_trainable(model, method, runs, verbose)
     prepared = assemble(
-        model, setup.model_name, selected, runs, dtype=setup.dtype, max_tokens=setup.max_tokens,
-        method=method, verbose=verbose, **fields,
-    )  # fmt: skip
+        model, setup.model_name, selected, runs, dtype=setup.dtype, max_tokens=setup.max_tokens
+    )
+    prepared = replace(prepared, method=method, verbose=verbose, **fields)
     tokens = data.tokens("train")
     prepared.forward_for(tokens, data.all_tokens)
     if prepared.trains_only_biases:
@@ -268,12 +271,12 @@ def make_runs(
     return runs
 
 
-def split_into_passes(runs: list[Run], reason: str | None) -> list[list[Run]]:
+def split_into_passes(runs: Sequence[Run], reason: str | None) -> list[list[Run]]:
     """Return the runs that train together; reason: why they cannot share a pass, or None."""
     if len(runs) > 1:
         how = f"one after the other: {reason}" if reason else "in one pass"
         LOGGER.info("%d runs %s", len(runs), how)
-    return [[run] for run in runs] if reason else [runs]
+    return [[run] for run in runs] if reason else [list(runs)]
 
 
 def new_training(

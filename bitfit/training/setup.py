@@ -99,19 +99,19 @@ class LoadedData:
     batch_size: int  # examples in an optimizer step
     train_size: int | None  # training examples drawn by each seed; None: all
 
-    def tokens(self, split: str) -> TokenizedSplit | None:
-        """Return the tokens of a split, or None for an optional split that does not exist."""
+    def tokens(self, split: str) -> TokenizedSplit:
+        """Return the tokens of a split; UserError if it does not exist."""
         return self.dataset.split(split).tokens
 
     def all_tokens(self) -> TokenizedSplit:
         """Return the tokens of all splits read so far."""
-        return concatenate([s.tokens for s in self.dataset.splits.values() if s.tokens])
+        return concatenate([split.tokens for split in self.dataset.splits.values()])
 
     def read_splits(self, test_splits: bool) -> None:
         """Read the training and validation splits, and the test splits if asked to."""
         tests = self.test_files() if test_splits else ()
         for split in ("train", *self.dataset.task.validation_splits, *tests):
-            self.tokens(split)
+            self.dataset.has_split(split)
         self.dataset.report_overlap()
 
     def test_files(self) -> dict[str, str]:
@@ -127,7 +127,7 @@ class LoadedData:
         tests = [split for name, split in self.dataset.splits.items() if name not in scored]
         return {
             "data_sha256": hash_splits(scored.values()),
-            "test_sha256": hash_splits(split for split in tests if split.tokens),
+            "test_sha256": hash_splits(tests),
         }
 
 
