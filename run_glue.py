@@ -4,7 +4,7 @@
     python run_glue.py --output-path out/rte --task-name rte --fine-tune-type bitfit
 
 This file parses the flags and returns the exit status; `bitfit.cli.experiment` does the work.
-Bad input ends with status 2 and one line.
+Invalid input ends with status 2 and one line.
 """
 
 from bitfit.signals import catch_signals, exit_with_status
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         utils.LOGGER.warning(warning)
 
     def write_message(message: str, error: BaseException, status: int) -> None:
-        """Write the last line once for all ranks, and on other ranks log errors of their own."""
+        """Write the last line once for all ranks; other ranks log their separate errors."""
         known_to_all = isinstance(error, (Diverged, RankLost)) or getattr(error, "shared", False)
         if ranks.rank and not known_to_all and status <= 128:
             utils.LOGGER.error(message.partition(": ")[2])
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status.run_cli(
         "run_glue.py",
         lambda signals: experiment.run(options, signals, ranks),
-        stopped=f"; to go on: {resume}",
-        fault=f"; what was saved before is kept; when that is mended, go on with: {resume}",
+        after_signal=f"; to go on: {resume}",
+        after_error=f"; saved checkpoints are kept; when that is corrected, go on with: {resume}",
         less_memory=" (a lower --max-tokens needs less)",
-        tell=write_message,
+        write_message=write_message,
         is_finished=lambda: is_finished(options),
     )
 

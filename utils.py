@@ -24,13 +24,13 @@ PRINT_SECONDS = 5  # for rank 0 to print a line before another rank ends
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what was wrong and what to do."""
+    """Invalid input. The message is one line with the problem and what to do."""
 
     shared = False  # whether all ranks of torchrun raise it
 
     def __init__(self, message: str) -> None:
         message = escape_unprintable(str(message))
-        if len(message) > LONGEST_MESSAGE:  # a file's content, or an edited fact
+        if len(message) > LONGEST_MESSAGE:  # a quoted value of a file may be long
             message = f"{message[: LONGEST_MESSAGE - 300]} ... {message[-300:]}"
         super().__init__(message)
 
@@ -40,7 +40,7 @@ class Diverged(Exception):
 
 
 class NotPushed(Exception):
-    """The Hub did not take a model; the message says how to push it later."""
+    """An upload to the Hub failed; the message has the command to upload later."""
 
 
 class RankLost(Exception):
@@ -48,7 +48,7 @@ class RankLost(Exception):
 
 
 class CorruptFile(Exception):
-    """A file of this program is not as it was written; the message says which and why."""
+    """A file of this program was changed or damaged; the message has the file and the reason."""
 
 
 class OneLine(logging.Formatter):
@@ -145,8 +145,8 @@ def choose_device(gpu: int | None) -> "torch.device":
         return torch.device("cpu")
     if not 0 <= gpu < torch.cuda.device_count():
         seen = f"torch sees {torch.cuda.device_count()} (numbered from 0)"
-        what = "leave --gpu-device out, or give `--gpu-device cpu`"
-        raise UserError(f"there is no GPU {gpu}: {seen}; {what}")
+        advice = "leave --gpu-device out, or give `--gpu-device cpu`"
+        raise UserError(f"there is no GPU {gpu}: {seen}; {advice}")
     return torch.device("cuda", gpu)
 
 
@@ -190,7 +190,7 @@ NO_MEMORY = re.compile(
     "could not execute a primitive"
 )
 NO_THREAD = re.compile("can't start new thread|Resource temporarily unavailable")
-MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -205,7 +205,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_machine_error(error: BaseException) -> bool:
     """Return whether the machine (memory, disk, threads) caused an exception, not the input."""
-    if isinstance(error, OSError) and error.errno in MACHINES:
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         return True
     # Panics of the tokenizers' Rust threads are no subclass of Exception.
     other = not isinstance(error, Exception) and type(error).__name__ == "PanicException"
@@ -225,5 +225,5 @@ def convert_errors(make: Callable[[Exception], Exception]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, without its final stop."""
+    """Return the first line of an exception's text, without the final full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,8 +1,8 @@
 """The ranks of torchrun: the assignment of runs to ranks, and collectives.
 
 With at least as many runs as ranks, each rank trains some runs alone. With fewer, several ranks
-train one run: each computes some rows of every batch, and the gradients are summed. torchrun starts
-the ranks, and ends all of them if one fails.
+train one run: a rank computes some rows of every batch, and the gradients are summed. torchrun
+starts the ranks, and ends all of them if one fails.
 """
 
 import hashlib
@@ -122,7 +122,7 @@ def shared_error(message: str) -> UserError:
 
 
 def assign_runs(runs: Sequence, size: int) -> list[tuple[tuple[int, ...], Sequence]]:
-    """Return [(ranks, the runs that they train)], consecutive and as even as possible."""
+    """Return [(ranks, runs of these ranks)]: consecutive runs, as evenly as possible."""
     count = min(len(runs), size)
     return [
         (
@@ -178,7 +178,7 @@ class Ranks:
         return value  # It is bound, because an error would have been raised.
 
     def run_on_rank0(self, work: Callable[[], Result]) -> Result:
-        """Do `work()` on rank 0 only, and return its result, a JSON value, on all ranks."""
+        """Do `work()` on rank 0 only, and return the result, a JSON value, on all ranks."""
         return self.all_gather_object(
             self.raise_together(work if self.rank == 0 else lambda: None)
         )[0]

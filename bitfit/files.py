@@ -1,7 +1,7 @@
 """Atomic files and folders: readers see the old content or all of the new, even after a power cut.
 
-They get the permissions of the umask. While they are written they have a temporary name beside
-the final one, and what killed processes leave can be recognized by that name.
+Files get the permissions of the umask. They are written under a temporary name beside the final
+one; a file that a killed process left is recognized by that name.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path to write to; on exit it is renamed to `path`."""
+    """Yield a temporary path to write to, and rename it to `path` on exit."""
     path, temporary = Path(path), temporary_name(path)
     try:
         temporary.touch()
@@ -29,7 +29,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder to write files to; on exit they are in the folder `path`.
+    """Yield a temporary folder to write files to, and move them to the folder `path` on exit.
 
     A new or empty folder appears with all its files at once. In other folders the files are renamed
     one by one, config.json last, and files that were there before stay.
@@ -99,7 +99,7 @@ def rename_folder(temporary: Path, path: Path) -> bool:
         return False  # A shell would stay in the replaced folder.
     try:
         os.rename(temporary, path)
-    except OSError:  # It holds files or is a link. If the disk fails, the next call raises that.
+    except OSError:  # The path has files or is a link. An error of the disk occurs again later.
         return False
     sync_to_disk(path.parent)
     return True

@@ -1,6 +1,6 @@
 """Checks of the paths that a command will write to, and the lock of an output folder.
 
-The functions return or raise the messages that name a path's problem.
+Each check returns or raises a message that says what is wrong with the path.
 """
 
 import errno
@@ -22,7 +22,7 @@ def check_is_new(output: Path) -> None:
         advice = "is not empty: give a new folder, nothing is replaced"
         raise UserError(f"--output-path {output} {advice}")
     check_writable(output)
-    check_writable(temporary_name(output))  # it is written under this name
+    check_writable(temporary_name(output))  # The folder is first written under this name.
 
 
 def has_files(output: Path) -> bool:
@@ -56,7 +56,7 @@ def check_writable(output: Path) -> None:
     try:
         for name in (path, *(nearest / place.name for place in missing)):
             check_name(name)
-        probe = temporary_name(nearest / "probe")  # permissions do not tell everything, so try
+        probe = temporary_name(nearest / "probe")  # Permissions alone do not tell, so try.
         os.mkdir(probe)
         os.rmdir(probe)
     except OSError as error:
@@ -79,7 +79,7 @@ def file_error(path: str, suffixes: tuple[str, ...]) -> str | None:
     if os.path.isdir(path):
         return "is a folder: give another name"
     try:
-        temporary_name(path).touch()  # the file is first written under this name
+        temporary_name(path).touch()  # The file is first written under this name.
         temporary_name(path).unlink()
     except OSError as error:
         return f"cannot be written ({error.strerror}): give another place"

@@ -27,7 +27,7 @@ class OneLineParser(argparse.ArgumentParser):
         args: Iterable[str] | None = None,
         namespace: Any = None,  # noqa: ANN401
     ) -> tuple[Any, list[str]]:
-        # Such names would appear in logs, tables, JSON and commands to be pasted.
+        # Names with such characters would appear in logs, tables, JSON and printed commands.
         message = "has control characters, or bytes that are not UTF-8: use another name"
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
@@ -46,7 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
     def misspelled_flag(self, words: Sequence[str]) -> str | None:
         """Return a message about the first unknown flag that resembles a known one, or None."""
         if self._subparsers:
-            return None  # The command's own parser checks its flags.
+            return None  # The parser of the command checks the flags.
         for word in words:
             flag = word.split("=")[0]
             if flag == "--":
@@ -82,7 +82,7 @@ def make_commands(
     commands: Sequence[tuple[str, Callable[[AddFlag], None], str]],
     add_common: Callable[[AddFlag], None],
 ) -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """Return the parser of a program with several commands, and {command: its parser}.
+    """Return the parser of a program with several commands, and {command: parser}.
 
     Args:
         commands: [(name, function that adds the command's flags, description)].
@@ -134,8 +134,8 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
     """Return an argparse type: the path of a file with one of some suffixes, to be written."""
 
     def parse(word: str) -> Path:
-        if wrong := file_error(word, suffixes):
-            raise argparse.ArgumentTypeError(f"{word!r} {wrong}")
+        if problem := file_error(word, suffixes):
+            raise argparse.ArgumentTypeError(f"{word!r} {problem}")
         return Path(word)
 
     return parse

@@ -32,7 +32,7 @@ class StopSignals:
     """Context manager in which SIGTERM, SIGINT and SIGUSR1 raise `Stopped`.
 
     Within `deferred` a signal is only stored in `received`, so that the training loop can finish
-    its step. A second SIGINT raises KeyboardInterrupt at once even there.
+    the current step. A second SIGINT raises KeyboardInterrupt at once even there.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class StopSignals:
         finally:
             self.is_deferred = saved
         if self.received and not saved:
-            raise Stopped(self.received)  # It came after the last check within the context.
+            raise Stopped(self.received)  # The signal came after the last check in the context.
 
 
 def catch_signals(program: str) -> None:
@@ -120,7 +120,7 @@ def ignore_signals() -> None:
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End the process without exit handlers, after SIGINT by SIGINT so that a shell loop ends."""
+    """End the process without exit handlers; for SIGINT by that signal, so that shell loops end."""
     if status == 128 + signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -128,7 +128,7 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 def exit_with_status(status: int) -> NoReturn:
-    """End the process with the exit status of its work, after SIGINT by SIGINT itself."""
+    """End the process with an exit status; for SIGINT by that signal, so that shell loops end."""
     if status == 128 + signal.SIGINT:
         exit_at_once(status)
     sys.exit(status)

@@ -5,7 +5,7 @@
     python scripts/deltas.py average out/sst2/lr0.001_seed* --output-path out/soup
     python scripts/deltas.py apply out/soup --output-path out/soup-model
 
-Each folder is one that --save-evaluator wrote, or the run's folder around it.
+Give folders that --save-evaluator wrote, or the run's folder around one.
 """
 
 import os
@@ -37,16 +37,16 @@ if TYPE_CHECKING:  # -h and argument errors import no torch
 
 # fmt: off
 
-def add_files(add: Callable, what: str) -> None:
+def add_files(add: Callable, content: str) -> None:
     add("--csv", metavar="FILE.csv", type=new_file(".csv"),
         help="also write the table to this file")
     add("--plot", metavar="FILE", type=new_file(".png", ".pdf", ".svg"),
-        help=f"draw {what} (.png, .pdf or .svg)")
+        help=f"draw {content} (.png, .pdf or .svg)")
 
 
-def add_output(add: Callable, what: str) -> None:
+def add_output(add: Callable, content: str) -> None:
     add("--output-path", "-o", metavar="DIR", type=Path, required=True,
-        help=f"new or empty folder for {what}")
+        help=f"new or empty folder for {content}")
 
 
 def add_show(add: Callable) -> None:
@@ -85,7 +85,7 @@ def add_base(add: Callable) -> None:
 
 
 def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """Return the parser and {command: its parser}."""
+    """Return the parser and {command: parser}."""
     commands = [
         ("show", add_show, "print how far each bias term moved in each layer"),
         ("compare", add_compare, "print cosines and distances between the deltas of encoders"),

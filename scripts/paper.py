@@ -30,7 +30,8 @@ from bitfit.model import hub
 from bitfit.parsing import POSITIVE, OneLineParser, gpu, make_commands, number
 from bitfit.study import cells, protocol
 
-ANYWAY = ("command", "output_path", "calibrate", "gpu_device", "precision")  # plan nothing new
+# Flags of `plan` that plan no cells, so `plan` may be repeated with them alone.
+NOT_PLANNING = ("command", "output_path", "calibrate", "gpu_device", "precision")
 # fmt: off
 
 
@@ -103,7 +104,7 @@ def add_folder(add: Callable) -> None:
 
 
 def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """Return the parser and {command: its parser}."""
+    """Return the parser and {command: parser}."""
     commands = [
         ("plan", add_plan, "choose the cells (method, model, task) and print their cost"),
         ("run", add_run, "train the cells that are not done"),
@@ -117,18 +118,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser, commands = make_parser()
     args = parser.parse_args(argv)
     if args.command == "run" and len(args.gpus or []) > 1 and args.nproc_per_node > 1:
-        commands["run"].error("--gpus 0 1 is a worker for each: --nproc-per-node goes with one")
+        commands["run"].error("--nproc-per-node needs a single worker: give at most one of --gpus")
     if args.command == "plan":
         given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
-        new = [name for name in given if name not in ANYWAY]
-        there = os.path.exists(args.output_path / cells.STUDY)
-        if not args.tables and not args.figures and (new or not there):
+        planning = [name for name in given if name not in NOT_PLANNING]
+        is_planned = os.path.exists(args.output_path / cells.STUDY)
+        if not args.tables and not args.figures and (planning or not is_planned):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
         by_row = (("learning_rates", protocol.ROWS), ("seeds", protocol.ROWS), ("epochs", TASKS))
         for name, known in by_row:
             setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
         if any(len(values) > 1 for values in args.epochs.values()):
-            commands["plan"].error("--epochs: give one number for all tasks, or for each")
+            commands["plan"].error("--epochs: give one number for all tasks, or one per task")
     return args
 
 
@@ -137,11 +138,11 @@ def collect(
 ) -> dict[str | None, list]:
     """Return {row or None: values} of pairs (row or None, values)."""
     values: dict[str | None, list] = {}
-    for key, own in pairs:
+    for key, given in pairs:
         if key is not None and key not in known:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag}: {key!r} is not one of {', '.join(known)}")
-        values.setdefault(key, []).extend(own)
+        values.setdefault(key, []).extend(given)
     return values
 
 
@@ -210,7 +211,7 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def worker_command(args: argparse.Namespace, gpu: int | str, shard: str) -> list[str]:
-    """Return the command of one of several workers, which gets its part of the shard."""
+    """Return the command of one of several workers for a GPU and a shard."""
     words = [__file__, "run", "--output-path", str(args.output_path), "--gpus", str(gpu)]
     words += ["--shard", shard] if args.shard is not None else []
     words += ["--budget-hours", str(args.budget_hours)] if args.budget_hours else []
@@ -226,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status.run_cli(
         "paper.py",
         lambda signals: COMMANDS[args.command](args),
-        stopped="; the same command goes on",
-        fault="; what was done is kept",
+        after_signal="; the same command goes on",
+        after_error="; finished cells are kept",
     )
 
 

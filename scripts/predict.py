@@ -1,9 +1,9 @@
-"""Predict texts with several saved evaluators of one base model, in one pass over its encoder.
+"""Predict texts with several saved evaluators of one base model, in one pass over the encoder.
 
     python scripts/predict.py out/cola/evaluator out/rte/evaluator --input texts.tsv
 
 A line of input is a text, or two texts with a tab between them. A line of output is a JSON object
-with one entry per evaluator, written as soon as its batch is predicted.
+with one entry per evaluator, written as soon as the batch is predicted.
 """
 
 import os
@@ -53,7 +53,7 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def opened(path: str) -> AbstractContextManager[BinaryIO]:
+def open_input(path: str) -> AbstractContextManager[BinaryIO]:
     if path == "-" and sys.stdin is None:
         raise UserError("standard input is closed: give --input FILE")
     if path == "-":
@@ -65,7 +65,7 @@ def opened(path: str) -> AbstractContextManager[BinaryIO]:
 
 
 def run(args: argparse.Namespace) -> None:
-    with opened(args.input) as lines:
+    with open_input(args.input) as lines:
         from bitfit.model.precision import DTYPES
         from bitfit.tools import answers, multi_task
 

@@ -51,7 +51,10 @@ def test_the_card_of_a_run(made):
     score, epoch = metrics["best"]["validation"]["Accuracy"], metrics["best"]["epoch"]
     assert f"| validation | 240 | Accuracy | {100 * score:.1f} |" in text
     assert f"epoch {epoch}, the best of 2 epochs and of 2 runs by Accuracy" in text
-    assert f"(commit {COMMITS['main']}) fine-tuned on 16 training rows of RTE (other rows" in text
+    assert (
+        f"(commit {COMMITS['main']}) fine-tuned on 16 training examples of RTE (other examples"
+        in text
+    )
     assert f"query, value; {metrics['trained_parameters']:,} of 475,266 parameters" in text
     assert text.startswith("\n<!-- No licence is given yet")
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
@@ -146,7 +149,7 @@ def test_one_row_more_is_not_glue(card):
     data, text = card(rows=[278])
     assert "model-index" not in data.to_dict()
     assert data["datasets"] is data["language"] is None
-    assert "RTE (other rows than GLUE's)." in text
+    assert "RTE (other examples than GLUE's)." in text
     assert "| validation | 278 | Accuracy | 50.0 |" in text
 
 

@@ -227,7 +227,7 @@ def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
     args.write_text(json.dumps(facts | {"finished": False}))
     monkeypatch.setattr(worker, "run_cell", lambda *args, ranks: seen.append(ranks))
     paper.main(command)
-    assert seen == [2]  # what was begun by two goes on by two
+    assert seen == [2]  # a cell begun by two ranks is resumed by two
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_its_model_card_and_its_answers(superglue, tmp_path):
     card = ModelCard.load(out / "model/README.md")
     assert card.data.metrics == ["accuracy", "f1"]
     assert card.data.datasets is None and card.data.eval_results is None
-    assert "fine-tuned on cb (a task of its own)." in card.text
+    assert "fine-tuned on cb (a custom task)." in card.text
     assert json.loads(card.text.split("```json")[1].split("```")[0])["labels"] == CB["labels"]
     many = multi_task.load_predictor(multi_task.read_evaluators([out]), torch.device("cpu"))
     with many.stack.patched(torch.float32):

@@ -7,17 +7,17 @@ from utils import NotPushed, UserError, convert_errors, first_line
 
 
 def check_push(name: str) -> None:
-    """Ask the Hub who we are, before any work.
+    """Check the name, the network and the token for an upload, before any work.
 
     Raises:
-        UserError: a push could not succeed: a wrong name, no network, no token, or a wrong one.
+        UserError: the upload could not succeed.
     """
     from huggingface_hub import HfApi, get_token, is_offline_mode
     from huggingface_hub.utils import validate_repo_id
 
-    def cannot(why: str) -> UserError:
-        what = "mend that, or give --export-model and `hf upload` the model later"
-        return UserError(f"--push-to-hub {name}: {why}; {what}")
+    def cannot(reason: str) -> UserError:
+        advice = "correct that, or give --export-model and `hf upload` the model later"
+        return UserError(f"--push-to-hub {name}: {reason}; {advice}")
 
     with convert_errors(lambda error: cannot(first_line(error))):
         validate_repo_id(name)
@@ -31,11 +31,11 @@ def check_push(name: str) -> None:
 
 
 def push_model(output: Path, name: str) -> str:
-    """Upload the one exported model of a finished output folder; returns a line that says where.
+    """Upload the exported model of a finished output folder, and return a line with the address.
 
     Raises:
-        UserError: there is none.
-        NotPushed: it failed.
+        UserError: the folder does not have exactly one exported model.
+        NotPushed: the upload failed.
     """
     from huggingface_hub import HfApi
 
@@ -48,8 +48,8 @@ def push_model(output: Path, name: str) -> str:
         commit = api.upload_folder(
             repo_id=name, folder_path=found[0], commit_message="Upload a model made by BitFit"
         )
-    except Exception as error:  # the network's, the Hub's, the token's
+    except Exception as error:  # of the network, the Hub or the token
         later = shlex.join(["hf", "upload", name, str(found[0]), "."])
-        what = f"the training is finished, all of it is in {output}, but the push failed"
-        raise NotPushed(f"{what}: {first_line(error)}; to push it later: {later}") from None
+        message = f"the training is finished, all of it is in {output}, but the push failed"
+        raise NotPushed(f"{message}: {first_line(error)}; to push it later: {later}") from None
     return f"pushed to {commit.repo_url}"

@@ -31,12 +31,12 @@ def train(
     """Train all runs, from the newest checkpoint if there is one, and write their metrics.
 
     Args:
-        result: gets the scores and records, also if the training is interrupted.
-        folders: of the runs that write files.
-        metadata: what metrics.json contains beside scores.
+        result: receives the scores and records, also if the training is interrupted.
+        folders: {run: folder} of the runs that write files.
+        metadata: the values that metrics.json contains beside scores.
 
     Returns:
-        None, or why no run is left.
+        None, or a message if all runs have diverged.
     """
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_metrics(
 def write_logits(folder: Path, state: TrainState, k: int) -> None:
     """Write validation_logits.safetensors of run number k, for selection and tests later.
 
-    It has, for each validation split, the logits (evaluations, rows, C) and `<split>.labels`
+    The file has, for each validation split, the logits (evaluations, rows, C) and `<split>.labels`
     (rows,).
     """
     tensors, done = {}, state.evaluation_count

@@ -1,7 +1,7 @@
-"""The model card of an exported model, which makes its folder ready to publish.
+"""The model card of an exported model, with which the model's folder is ready to publish.
 
-A card is made of metrics.json and of what args.json holds, and says no more than they do. No path
-of this machine is in it. The metadata are huggingface_hub's own classes.
+A card contains only values of metrics.json and args.json, and no path of this machine. Classes of
+huggingface_hub hold and write the card's metadata.
 """
 
 import json
@@ -35,17 +35,17 @@ TRAINED = {
 }
 LICENCE = (
     "<!-- No licence is given yet: add `license: ...` to the lines above. "
-    "The terms of the base model and of the data count. -->"
+    "The terms of the base model and of the data apply. -->"
 )
 
 
 def write_model_card(folder: Path, task: Task, metadata: Metadata) -> None:
-    """Write the card of a run's exported model, `model/README.md`, and its pictures beside it.
+    """Write the card of a run's exported model, `model/README.md`, and the card's figures.
 
     Args:
-        folder: the run's, with metrics.json and pictures.
-        task: its `Task`.
-        metadata: of the command, as in args.json.
+        folder: the folder of the run, with metrics.json and figures.
+        task: the task of the run.
+        metadata: the content of the command's args.json.
     """
     from huggingface_hub import ModelCard
 
@@ -120,9 +120,9 @@ def title(metrics: Metadata, metadata: Metadata) -> str:
 
 
 def without_path(value: str) -> str:
-    """Return the name of a local path without its folders."""
-    there = isinstance(value, str) and os.path.exists(value)
-    return os.path.basename(os.path.abspath(value)) if there else value
+    """Return the last part of an existing local path; other values unchanged."""
+    is_path = isinstance(value, str) and os.path.exists(value)
+    return os.path.basename(os.path.abspath(value)) if is_path else value
 
 
 def paragraphs(
@@ -136,7 +136,7 @@ def paragraphs(
         for split, metric, value in scores_of(metrics, metadata)
     ]
     if rows:
-        yield "\n".join(["| split | rows | metric | × 100 |", "|---|---|---|---|", *rows])
+        yield "\n".join(["| split | examples | metric | × 100 |", "|---|---|---|---|", *rows])
     yield which_weights(metrics, metadata)
     yield "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
     yield f"## To load it\n\n```python\n{example(task)}\n```"
@@ -149,16 +149,16 @@ def paragraphs(
 
 
 def sentences(task: Task, metrics: Metadata, metadata: Metadata) -> Iterator[str]:
-    """Return sentences about the base model, the data and the trained parameters."""
+    """Yield sentences about the base model, the data and the trained parameters."""
     base, commit = without_path(metadata["model_name"]), metadata["model_commit"]
     link = f"[{base}](https://huggingface.co/{base}) (commit {commit})"
     yield link if commit else f"{escape.markdown_code(base)}, a local folder,"
-    rows = f"{metadata['train_size']:,} training rows of " if metadata["train_size"] else ""
-    yield f"fine-tuned on {rows}{escape.markdown(task.folder)}"
+    sample = f"{metadata['train_size']:,} training examples of " if metadata["train_size"] else ""
+    yield f"fine-tuned on {sample}{escape.markdown(task.folder)}"
     if is_glue(task, metrics):
         yield "of [GLUE](https://huggingface.co/datasets/nyu-mll/glue)."
     else:
-        yield "(a task of its own)." if task.record else "(other rows than GLUE's)."
+        yield "(a custom task)." if task.record else "(other examples than GLUE's)."
     if metrics["random_encoder"]:
         yield "A control: the encoder began with random weights."
     if start := metrics.get("started_from"):
@@ -183,12 +183,12 @@ def which_weights(metrics: Metadata, metadata: Metadata) -> str:
     of_runs = f" and of {runs} runs" * (runs > 1)
     return (
         f"The weights are those of epoch {scored}, the best of {epochs} epochs{of_runs} by "
-        f"{metrics['main_metric']} on these very rows: the scores are optimistic."
+        f"{metrics['main_metric']} on the same examples: the scores are optimistic."
     )
 
 
 def example(task: Task) -> str:
-    """Python that loads the model and asks it one thing."""
+    """Return Python code that loads the model and predicts one example."""
     words = ", ".join(['"The cat sleeps."', '"An animal sleeps."'][: len(task.texts)])
     label = "model.config.id2label[logits.argmax().item()]"
     return "\n".join([

@@ -17,11 +17,11 @@ LOGGER = logging.getLogger("bitfit")
 def write_test_predictions(
     folder: str | Path, data: LoadedData, predict: Callable[[str], np.ndarray], group: Group
 ) -> list[Path]:
-    """Predict all test splits, write a file for each of them, and return the paths.
+    """Predict all test splits, write one file per split, and return the paths.
 
     Args:
         predict: returns the logits of a split; all processes of the group call it together.
-        group: its first process writes the files.
+        group: the processes that predict together; the first one writes the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The output folder of a command: its state, and args.json, which says whether it is finished.
+"""The state of a command's output folder, and args.json, which says whether it is finished.
 
 `finished` is false from the first moment, so that an interrupted command is recognized.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 EVALUATOR = "evaluator.json"
-# What may differ between a command and the one that resumes it, and what is worth a warning.
+# Values that may differ between a command and the command that resumes it, without a message.
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
     "max_tokens", "data_dir", "model_name", "model_revision", "finished", "ranks", "task_file",
@@ -27,7 +27,7 @@ HARMLESS = {
 }  # fmt: skip
 # Harmless while hashes can be compared.
 BY_NAME = {"data_dir", "model_name", "model_revision", "start_from"}
-WARNED = {
+WARNED = {  # values that may differ, with a warning
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
     "rows",
 }  # fmt: skip
@@ -53,12 +53,12 @@ class FolderState(NamedTuple):
     """The state of an output folder for one command."""
 
     kind: Literal["new", "resumable", "finished", "foreign", "in_use"]
-    message: str = ""  # of foreign and in_use: why the command cannot use the folder
-    warnings: tuple[str, ...] = ()  # of resumable and finished: harmless differences
+    message: str = ""  # foreign and in_use: why the command cannot use the folder
+    warnings: tuple[str, ...] = ()  # resumable and finished: differences worth a warning
 
 
 def folder_state(output: Path, metadata: dict[str, Any], is_mine: bool = False) -> FolderState:
-    """Return the state of an output folder; nothing is written, removed or printed.
+    """Return the state of an output folder, without writing, removing or printing anything.
 
     Args:
         metadata: the command's values in args.json, as far as they are known.
@@ -105,7 +105,7 @@ def find_evaluator(folder: Path) -> Path:
 def run_folders(
     output: Path | str | dict["Run", Path] | None, runs: list["Run"]
 ) -> dict["Run", Path]:
-    """Return {run: its folder}: a single run uses `output` itself; a dictionary is returned."""
+    """Return {run: folder}. A single run uses `output` itself; a dictionary is returned."""
     if output is None or isinstance(output, dict):
         return output or {}
     return {run: Path(output) / run.name if len(runs) > 1 else Path(output) for run in runs}
@@ -144,7 +144,7 @@ def ranks_difference(old: int, new: int) -> str:
 
 
 def differing_names(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the sorted names of values that are not those of the interrupted command.
+    """Return the sorted names of values that differ from the interrupted command.
 
     Data and model may have moved, as long as their hashes are equal. A finished run is not loaded
     to compute hashes, so there the paths are compared.
@@ -157,7 +157,7 @@ def differing_names(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def difference_from(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return why a command is not the one whose args.json is `old`, or an empty string.
+    """Return why a command cannot continue the run with args.json `old`, or an empty string.
 
     Only values on which results depend count.
     """
@@ -182,7 +182,7 @@ def harmless_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[s
     if NEW & new.keys() - old.keys():
         yield (
             "an earlier version began this: args.json does not say which config and tokenizer the "
-            "base model had, and which test rows there were: they cannot be verified"
+            "base model had, and which test examples there were: they cannot be verified"
         )
     for name in differing_names(old, new):
         if name in WARNED:

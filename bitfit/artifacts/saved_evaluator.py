@@ -1,8 +1,8 @@
 """A trained evaluator on disk: evaluator.json, and the trained values in delta.safetensors.
 
-The delta has only the trained values (about 0.4 MB for BitFit on bert-base). The hash of the base
-model's encoder ensures that it is never applied to another model. If everything trained, the whole
-model is saved in `model/` instead.
+delta.safetensors has only the trained values (about 0.4 MB for BitFit on bert-base). The hash of
+the base model's encoder ensures that they are never applied to another model. If everything
+trained, the whole model is saved in `model/` instead.
 """
 
 from dataclasses import replace
@@ -93,10 +93,10 @@ def resolved_folder(path: str | Path | None) -> str | Path | None:
 def read_files(
     folder: Path, model_name: str | Path | None = None
 ) -> tuple[dict[str, Any], Tensors]:
-    """Return (metadata, tensors) of a saved evaluator, with the current place of its base model.
+    """Return (metadata, tensors) of a saved evaluator, with the current name of the base model.
 
     Raises:
-        UserError: the evaluator is missing, or its files are damaged.
+        UserError: the evaluator is missing, or a file is damaged.
     """
     if not (folder / METADATA).exists():
         raise UserError(f"there is no saved evaluator in {folder}: {METADATA} is missing")
@@ -118,7 +118,7 @@ def read_files(
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return {name: SHA-256} of the files in a model's folder, without its weights."""
+    """Return {name: SHA-256} of the files in a model's folder, without the weights."""
     found = [path for path in sorted(folder.glob("*")) if path.suffix in READ and path.is_file()]
     return {path.name: store.file_sha256(path) for path in found}
 
@@ -145,7 +145,7 @@ def check_base(folder: Path, metadata: dict[str, Any], fingerprints: dict[str, A
 
 @cache
 def warn_unverified(folder: Path) -> None:
-    """Log one line, once per folder."""
+    """Log, once per folder, that config and tokenizer cannot be verified."""
     LOGGER.warning("%s was saved by an earlier version of this program: the config and the "
                    "tokenizer of its model cannot be verified", folder)  # fmt: skip
 
@@ -166,7 +166,7 @@ def read_evaluator(
     metadata, tensors = read_files(folder, model_name)
     metadata["data_dir"] = data_dir or metadata["data_dir"]
     arguments = {name: metadata[name] for name in BUILT_FROM}
-    arguments["task_name"] = metadata.get("task", metadata["task_name"])  # or the content of a file
+    arguments["task_name"] = metadata.get("task", metadata["task_name"])  # a record or a name
     return arguments | {"model_revision": metadata["model_revision"]}, (metadata, tensors)
 
 
@@ -176,7 +176,7 @@ def restore_evaluator(
     """Return setup, data, prepared model and result of a saved evaluator.
 
     Raises:
-        UserError: the base model is not the one of the delta.
+        UserError: the evaluator was trained on another base model.
     """
     setup = replace(setup, base_name=metadata["base_name"], model_commit=metadata["model_commit"])
     loaded = load_data(setup, *(metadata[name] for name in DATA))

@@ -1,4 +1,4 @@
-"""Whether a command starts, resumes or has nothing to do, and the content of its args.json."""
+"""Decide whether a command starts, resumes or has nothing to do; the content of args.json."""
 
 import sys
 from dataclasses import asdict
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def is_finished(
     output: Path, metadata: dict[str, Any], resume: bool, is_mine: bool = False
 ) -> bool:
-    """Return whether nothing is left to do in a folder that is new or holds this command's files.
+    """Return whether a folder, new or with files of the same command, is finished.
 
     Args:
         is_mine: this process holds the folder's lock.
@@ -31,8 +31,8 @@ def is_finished(
         check_writable(output)
         return False
     if not resume:
-        advice = "give a new folder, nothing is replaced; or --resume to go on with what was"
-        raise UserError(f"--output-path {output} is not empty: {advice} interrupted there")
+        advice = "give a new folder, or --resume to continue the interrupted run there"
+        raise UserError(f"--output-path {output} is not empty: {advice}")
     if state.kind in ("foreign", "in_use"):
         raise UserError(state.message)
     for warning in state.warnings:
@@ -45,7 +45,7 @@ def is_finished(
 
 
 def flag_values(options: RunOptions, task: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the flags as args.json has them; task: the content of --task-file, if there is one."""
+    """Return the flags as args.json has them; `task` is the content of --task-file, if given."""
     return asdict(options) | ({"task": task} if task else {})
 
 

@@ -10,7 +10,7 @@ from bitfit.data.tasks import Task, predictions
 from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits
 from utils import UserError
 
-INVALID_CHARACTERS = {  # Their presence means that lines or letters would be misread.
+INVALID_CHARACTERS = {  # signs that lines or letters would be misread
     "\0": "not text, there is a zero byte; convert the input to UTF-8",
     "\r": "a carriage return within a line; end every line with a newline",
 }
@@ -22,11 +22,11 @@ def read_batches(
     """Yield batches of up to `size` examples, as soon as their lines arrive.
 
     Args:
-        lines: one example each: a text, or two texts with a tab between them.
-        name: names the input in messages.
+        lines: an example per line: a text, or two texts with a tab between them.
+        name: the name of the input in messages.
 
     Raises:
-        UserError: a line is invalid; the lines before it are yielded first.
+        UserError: a line is invalid; all lines before are yielded first.
     """
     batch = []
     for number, line in enumerate(lines, 1):

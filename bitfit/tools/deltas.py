@@ -173,7 +173,7 @@ def with_average(
     averaged: list[dict[str, Any]],
     last: dict[tuple[str, str], float],
 ) -> GLUEvaluator:
-    """Return the evaluator as the average of some others, with its scores."""
+    """Return a copy of the loaded evaluator with the records and scores of the average."""
     prepared, result = evaluator.need_prepared(), evaluator.need_result()
     run = evaluator.record.run
     if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
@@ -204,7 +204,7 @@ def score_params(evaluator: GLUEvaluator, params: torch.Tensor) -> dict[tuple[st
 
 
 def average_text(table: pd.DataFrame, evaluator: GLUEvaluator) -> str:
-    """Return the table of averages as text, with the average beside its members."""
+    """Return the table of averages as text, with the average beside the members' mean and best."""
     main = f"{evaluator.task.validation_splits[0]} {evaluator.task.metrics[0]}"
     first = list(table.columns).index(main)
     shown = table.assign(**{name: 100 * table[name] for name in table.columns[first:]})

@@ -50,8 +50,8 @@ def read_evaluators(folders: Iterable[str | Path], model_name: str | None = None
     """Read (folder, metadata, tensors) of saved evaluators that can share a pass.
 
     Raises:
-        UserError: an evaluator is missing or given twice, the base models differ, or one of several
-            changed the matrices of the encoder.
+        UserError: an evaluator is missing or given twice, the base models differ, or there are
+            several evaluators and one of them changed the matrices of the encoder.
     """
     found = [
         (folder, *saved_evaluator.read_files(folder, model_name))
@@ -87,7 +87,7 @@ def load_predictor(
         max_tokens: maximum number of tokens of a pass; None: the default of the device.
 
     Raises:
-        UserError: the base model is missing, is another, or cannot be shared.
+        UserError: the base model is missing, has changed, or cannot be shared.
     """
     tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
     lengths = [max_length or metadata["max_sequence_len"] for _, metadata, _ in found]
@@ -144,10 +144,10 @@ def answer_names(folders: Sequence[Path], tasks: Sequence[Task]) -> list[str]:
 
 
 def copy_delta(params: torch.Tensor, stack: RunStack, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy the trained values of an evaluator into its parameters (n,) of a stack.
+    """Copy the trained values of an evaluator into one run's parameters (n,) of a stack.
 
-    Other parameters keep the values of the base model. Of a head with fewer classes than the
-    stack, the remaining classes keep values that are never read.
+    Other parameters keep the values of the base model. If a head has fewer classes than the stack,
+    the values of the additional classes are never read.
     """
     for name, (a, _) in stack.slices.items():
         if name in tensors:
@@ -168,13 +168,15 @@ def predict_logits(
     tokens = tokens.to(predictor.stack.params.device)
     if predictor.stack.shares_encoder and len(predictor.tasks) > 1:
         with predictor.stack.routing():
-            every = predict(predictor.forward, tokens, predictor.token_budget)  # (K, all rows, C)
-        together = np.take_along_axis(every, positions[..., None], axis=1)
+            all_logits = predict(predictor.forward, tokens, predictor.token_budget)  # (K, rows, C)
+        together = np.take_along_axis(all_logits, positions[..., None], axis=1)
     else:
         together = predictor.token_budget.retry_on_oom(
             lambda: stacked_logits(predictor, tokens, positions)
         )
-    return [own[:, : task.num_labels] for own, task in zip(together, predictor.tasks, strict=True)]
+    return [
+        logits[:, : task.num_labels] for logits, task in zip(together, predictor.tasks, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -194,8 +196,8 @@ def stacked_logits(
     )
     for part in parts:
         pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], runs)
-        batch, own = to_device(pair, tokens.ids.device)
-        with predictor.stack.routing(own):
+        batch, routing = to_device(pair, tokens.ids.device)
+        with predictor.stack.routing(routing):
             outputs.append(predictor.forward(tokens, batch))
     together = torch.cat(outputs)
     logits = np.empty(together.shape, np.float32)

@@ -1,6 +1,6 @@
 """Read several saved evaluators and check that they can be combined.
 
-They must have the same base model, which the hash of its encoder identifies.
+All must have the same base model, identified by the hash of its encoder.
 """
 
 import os
@@ -68,7 +68,7 @@ def evaluator_folders(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def evaluator_folder(folder: Path) -> Path:
-    """Return the folder itself, or the folder of the evaluator that a run wrote in it."""
+    """Return the folder itself, or the `evaluator/` inside if the folder is a run's folder."""
     if (folder / "results.csv").exists():
         raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
     inner = folder / "evaluator"
