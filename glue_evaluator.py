@@ -181,7 +181,8 @@ class GLUEvaluator:
         folders = run_folder.run_folders(output_path, self.runs)
         diverged = metrics_files.train(
             state, self.result, dtype=self.setup.dtype, tracker=tracker, folders=folders,
-            checkpoints=checkpoints or CheckpointManager(), metadata=reports.metrics_metadata(self),
+            checkpoints=checkpoints or CheckpointManager(),
+            metadata=metrics_files.metrics_metadata(self.setup, data, prepared),
         )  # fmt: skip
         for run, folder in folders.items() if curves else ():
             if len(self.result.scores_of(run)):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from bitfit.artifacts import metrics_files
 from bitfit.data.tasks import TASKS
 from bitfit.model.run_stack import Run
 from bitfit.results import plots, scores
@@ -29,7 +30,7 @@ SCORES = scores.scores_frame(
 
 
 def test_metrics_files(tmp_path):
-    scores.write_metrics(tmp_path, MRPC, RECORD, SCORES, {"seed": 3})
+    metrics_files.write_run_metrics(tmp_path, MRPC, RECORD, SCORES, {"seed": 3})
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert content["seed"] == 3
     assert content["main_metric"] == "F1"

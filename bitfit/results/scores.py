@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike
 
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
-from bitfit.model.trainable import components_to_terms, count_trainable
 from utils import UserError, convert_errors, first_line
 
 
@@ -64,43 +63,6 @@ def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]
         }
         for name, epoch in epochs.items()
     }  # fmt: skip
-
-
-def metrics_metadata(evaluator: Any) -> dict[str, Any]:
-    """Return the content of metrics.json that all runs share."""
-    return {
-        "task": evaluator.task.name,
-        "model": str(evaluator.setup.model_name),
-        "model_commit": evaluator.setup.model_commit,
-        "random_encoder": evaluator.setup.random_encoder,
-        "fine_tune_type": evaluator.prepared.method.fine_tune_type,
-        "bias_terms": components_to_terms(evaluator.prepared.method.components),
-        "validation_rows": {
-            split: len(evaluator.tokens(split).lengths)
-            for split in evaluator.task.validation_splits
-        },
-        "runs_in_one_pass": len(evaluator.runs),
-        "trained_parameters": count_trainable(evaluator.model, evaluator.prepared.trainable),
-        "zero_gradient": evaluator.prepared.zero_gradient,
-        "all_parameters": sum(p.numel() for p in evaluator.model.parameters()),
-        **evaluator.prepared.method.start_record,
-    }
-
-
-def write_metrics(
-    folder: Path, task: Task, record: Any, scores: pd.DataFrame, metadata: dict[str, Any]
-) -> None:
-    """Write metrics.json (metadata and all scores) and metrics.csv (one score per line)."""
-    content = metadata | record.run._asdict()
-    content |= {"diverged": record.diverged, "train_loss": record.train_loss}
-    content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
-    content |= {"epochs": scores["epoch"].unique().tolist()}
-    content |= {"evaluations": scores_by_split(scores)}
-    content |= {"main_metric": task.metrics[0]} | last_and_best(scores, task)
-    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
-    curve = scores.groupby(["split", "metric"], sort=False).ngroup()
-    table = scores.iloc[curve.argsort(kind="stable")][["epoch", "split", "metric", "value"]]
-    write_text(folder / "metrics.csv", table.to_csv(index=False))
 
 
 def read_metrics(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
