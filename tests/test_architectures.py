@@ -240,7 +240,7 @@ def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys
     )
     with many.stack.patched(torch.float32):
         assert len(multi_task.predict_logits(many, [("a film", "a cat")] * 2)[0]) == 2
-        with pytest.raises(UserError, match="has the token for its end, 3, in it"):
+        with pytest.raises(UserError, match="a text contains the end token, 3"):
             multi_task.predict_logits(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
     data = shutil.copytree(few_rows, tmp_path / "data")
     lines = (data / "RTE" / "dev.tsv").read_text().splitlines()
@@ -249,7 +249,7 @@ def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys
     capsys.readouterr()
     assert run(tmp_path, model, "--data-dir", str(data), "-o", str(tmp_path / "other")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "a text has the token for its end, 3, in it (3 in a row, 2 in another)" in last
+    assert "a text contains the end token, 3 (3 in one example, 2 in another)" in last
     assert not (tmp_path / "other").exists()
 
 

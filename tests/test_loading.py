@@ -80,8 +80,8 @@ WRONG = {
     "unknown": (configured(model_type="bertt"), "has model type `bertt` but Transformers does not"),
     "no-type": (configured(model_type=None), "Should have a `model_type` key"),
     "quantized": (configured(quantization_config={"quant_method": "gptq"}), "are quantized"),
-    "adapter": (adapter, "holds an adapter of peft"),
-    "adapter-alone": (adapter_alone, "holds an adapter of peft"),
+    "adapter": (adapter, "has an adapter of peft"),
+    "adapter-alone": (adapter_alone, "has an adapter of peft"),
     "added-token": (add_token, r"goes up to token 345 \('@user'\), but the model has embeddings f"),
     "special-token": (add_special_token, r"goes up to token 345 \('\[\u00c91\]'\), but"),
     "int8": (changed(lambda t: t | {LAYER: t[LAYER].to(torch.int8)}), "are quantized .*is I8"),
@@ -183,7 +183,7 @@ def test_a_known_model_with_code_of_its_own_gets_a_warning(folder, caplog, name)
     set_json(folder, name, auto_map={"AutoModel": "modeling_my.M", "AutoTokenizer": ["t.T", None]})
     loading.load_tokenizer(folder)
     assert [r.getMessage() for r in caplog.records] == [
-        f"{folder}: custom code is not supported: its own code (auto_map) was not run, "
+        f"{folder}: custom code is not supported: the code in its folder (auto_map) was not run, "
         "transformers' bert is used"
     ]
 

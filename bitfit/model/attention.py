@@ -2,11 +2,11 @@
 
 PyTorch's fused kernels read queries, keys and values (N, heads, d) and the bounds of the sequences
 (`cu_seqlens`), so nothing is padded and no attention weights are stored. FlashAttention computes
-in bf16. The memory-efficient kernel for float32 serves comparisons alone, because its dropout
+in bf16. The memory-efficient kernel for float32 is used only in comparisons, because its dropout
 masks repeat (`benchmarks/gpu_checks.py` found two equal masks on an H100 with torch 2.11).
 `packing` has the plain implementation, for float32 and for other devices.
 
-Some sequences of a batch are fillers: nobody reads their outputs, and their gradient is 0. They
+Some sequences of a batch are fillers: their outputs are not used, and their gradient is 0. Fillers
 let each run's tokens fill whole chunks and give batches of similar size the same shape. No filler
 is empty, because the kernels do not allow a sequence with keys and without queries.
 """
@@ -94,11 +94,11 @@ def add_fillers(
     totals = np.diff(np.append(0, lengths.cumsum()[ends - 1]))
     fill = multiple - totals % multiple
     count = int((totals + fill).sum())
-    pieces = -(-size_step(count) // QUERY_BLOCK)  # one long filler would cost much attention
+    pieces = -(-size_step(count) // QUERY_BLOCK)  # The attention of one long filler is expensive.
     rest = round_up_size(count + pieces) - count
     fill = np.append(fill, np.diff(np.arange(pieces + 1) * rest // pieces))
-    where = np.append(ends, np.full(pieces, len(run_ids)))
-    return np.insert(np.arange(len(lengths)), where, -1), np.insert(lengths, where, fill)
+    index = np.append(ends, np.full(pieces, len(run_ids)))
+    return np.insert(np.arange(len(lengths)), index, -1), np.insert(lengths, index, fill)
 
 
 def round_up_size(count: int) -> int:
@@ -187,7 +187,7 @@ def plain_varlen_kernel(
     dropout: float,
     scale: float | None,
 ) -> torch.Tensor:
-    """Compute `varlen_kernel` sequence by sequence: its reference implementation."""
+    """Compute `varlen_kernel` sequence by sequence, as a reference implementation."""
     out, bounds = torch.empty_like(query), [tensor.tolist() for tensor in cu_seqlens]
     for (a, b), (c, d) in zip(*map(pairwise, bounds), strict=True):
         if not (1 <= b - a <= max_seqlen[0] and 1 <= d - c <= max_seqlen[1]):

@@ -15,8 +15,8 @@ from bitfit.model.attention import VarlenBatch, pack_sequences
 from bitfit.model.packing import MAX_BUCKET_PADDING, PackedBatch, pack_rows
 
 Nested = Any  # nested tuples and lists of arrays or tensors
-# The default maximum of tokens in a micro-batch: its activations fit into a CPU's cache or a GPU's
-# memory.
+# The default maximum of tokens in a micro-batch, whose activations then fit into a CPU's cache or a
+# GPU's memory.
 MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
@@ -104,7 +104,7 @@ def pack_into_buffer(arrays: list[np.ndarray], pin: bool) -> torch.Tensor:
 
 
 def buffer_views(buffer: torch.Tensor, arrays: list[np.ndarray]) -> Iterator[torch.Tensor]:
-    """Yield each of the arrays as a view of a copy of `pack_into_buffer(arrays)`."""
+    """Yield the arrays as views of a buffer with the bytes of `pack_into_buffer(arrays)`."""
     start = 0
     for array in arrays:
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
@@ -120,8 +120,8 @@ def gather_inputs(tokens: TokenizedSplit, batch: Batch) -> dict[str, torch.Tenso
     """Return the model's inputs for a `Batch` of tensors on the device.
 
     Returns:
-        {"input_ids", "token_type_ids", "attention_mask"}, each (1, N) or (B, T); without padding
-        there is no mask, so that attention can skip it.
+        {"input_ids", "token_type_ids", "attention_mask"}, all (1, N) or (B, T); without padding
+        there is no mask, so that attention needs no masking.
     """
     inputs = {}
     for name, flat, padding in (("input_ids", tokens.ids, tokens.pad_id),
@@ -145,7 +145,7 @@ def split_into_micro_batches(
         equal_length: put only rows of equal length into one micro-batch.
 
     Returns:
-        Arrays of positions in `lengths`; together they hold each position once.
+        Arrays of positions in `lengths`; every position is in exactly one of them.
     """
     if not packed:
         return list(batches_by_length(lengths, max_tokens, equal_length))

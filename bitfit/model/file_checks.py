@@ -47,8 +47,8 @@ def cannot_load(
     name += f" at revision {revision}" if revision else ""
     if "trust_remote_code" in message:
         return UserError(
-            f"cannot load the model {name}: it needs code of its own (auto_map), and custom code "
-            "is not supported: none was run; give another --model-name"
+            f"cannot load the model {name}: it needs code in its folder (auto_map), but custom "
+            "code is not supported: none was run; give another --model-name"
         )
     if ("sentencepiece" in message or "tiktoken" in message) and lacks_sentencepiece():
         return UserError(
@@ -84,7 +84,7 @@ def lacks_sentencepiece() -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's message as one line, with its class if the text alone is no sentence."""
+    """Return an error's message as one line, with the class if the text alone is no sentence."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     plain = isinstance(error, (OSError, ValueError, ImportError)) and text
@@ -92,7 +92,7 @@ def reason(error: BaseException) -> str:
 
 
 def broken_file(folder: Path, error: BaseException) -> str | None:
-    """Return which file of a model folder made loading fail and what to do, or None."""
+    """Return a message about the file of a model folder that made loading fail, or None."""
     for path in (folder / name for name in JSON_FILES if (folder / name).exists()):
         try:
             if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
@@ -128,7 +128,7 @@ def unreadable(path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt"):
             return None
-    except Exception as error:  # an OSError or safetensors' own
+    except Exception as error:  # an OSError or an error of safetensors
         return first_line(error)
 
 
@@ -156,7 +156,7 @@ def check_files(model_name: str | Path, revision: str | None = None) -> None:
         )
     if hub.find_file(model_name, "adapter_config.json", revision):
         raise UserError(
-            f"cannot load the model {model_name}: it holds an adapter of peft "
+            f"cannot load the model {model_name}: the folder has an adapter of peft "
             "(adapter_config.json), which would not be applied: save the model that "
             "`merge_and_unload()` gives, or remove the adapter's files"
         )
@@ -209,7 +209,7 @@ def check_config(config: "PreTrainedConfig", raw: dict[str, Any], model_name: st
         raw: the dictionary in config.json.
 
     Raises:
-        UserError: it has no layers, or it is quantized.
+        UserError: the model has no layers, or is quantized.
     """
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:

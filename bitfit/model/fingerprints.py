@@ -1,8 +1,8 @@
-"""Fingerprints of a base model: hashes of weights, values of its config, hashes of its tokenizer.
+"""Fingerprints of a base model: hashes of weights, values of the config, hashes of the tokenizer.
 
-Evaluators and args.json store them, and they are compared when either is used again. The config is
-stored as values, so that a message can name the change, and so that another version of
-transformers, which may know other keys, can still compare the common ones.
+Evaluators and args.json store fingerprints, which are compared when an evaluator is loaded or a run
+is resumed. The config is stored as values, so that a message can name the change, and so that
+another version of transformers, which may know other keys, can compare the common keys.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 from bitfit.model.trainable import in_encoder
 from utils import UserError
 
-if TYPE_CHECKING:  # -h imports this module, and no torch
+if TYPE_CHECKING:  # -h imports this module and must not import torch
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,7 +80,7 @@ def sha256_of_json(value: object) -> str:
 def describe_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Return the differences of two results of `fingerprints_of` as text, or None.
 
-    A part that only one of them has is not compared.
+    A part that only one result has is not compared.
     """
     messages = []
     for name, kind in (("model_config", "config"), ("tokenizer", "tokenizer")):

@@ -45,7 +45,7 @@ class Forward(NamedTuple):
     def make_routed_batch(
         self, tokens: TokenizedSplit, rows: np.ndarray, run_ids: np.ndarray, num_runs: int
     ) -> tuple[Batch, RunRouting]:
-        """Return the `Batch` of the rows (B,) of several runs, and its `RunRouting`, as arrays.
+        """Return the `Batch` and the `RunRouting` of the rows (B,) of several runs, as arrays.
 
         Args:
             run_ids: (B,) int64, the run of each row, rows of a run together.
@@ -76,7 +76,7 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
     """Check that the model has embeddings for all tokens and token types.
 
     Raises:
-        UserError: it has not, or an encoder-decoder model would read the wrong token.
+        UserError: an embedding is missing, or an encoder-decoder model would read the wrong token.
     """
     size, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
     if isinstance(size, int) and last >= size:
@@ -89,7 +89,7 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
             f"{problem}embeddings for {types} (type_vocab_size in config.json), from 0: "
             "give a model for pairs, or the tokenizer of this model"
         )
-    if model.config.is_encoder_decoder:  # the classifier reads a text's last end token
+    if model.config.is_encoder_decoder:  # The classifier reads a text's last end token.
         check_ends(model.config.eos_token_id, model_name, tokens)
 
 
@@ -113,16 +113,15 @@ def check_ends(eos: object, model_name: str | Path, tokens: TokenizedSplit) -> N
     row = np.searchsorted(tokens.starts, positions, "right") - 1
     counts = np.bincount(row, minlength=len(tokens.starts))
     if counts.min() < counts.max():
-        problem = f"a text has the token for its end, {eos}, in it ({counts.max()} in a row, "
-        problem += f"{counts.min()} in another), and the model {model_name} needs as many in each"
+        problem = f"a text contains the end token, {eos} ({counts.max()} in one example, "
+        problem += f"{counts.min()} in another), and the model {model_name} needs equal numbers"
         raise UserError(f"{problem}: change the text, or give another --model-name")
 
 
 def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
-    """Set the model's padding token to the tokenizer's: decoders read the last token before it.
+    """Set the model's padding token to the tokenizer's, because decoders read the token before it.
 
-    Models that count positions from the padding token (RoBERTa) keep theirs, because it determines
-    their positions.
+    Models that count positions from their padding token (RoBERTa) keep it.
     """
     if not first_position(position_embedding(model)):
         model.config.get_text_config().pad_token_id = pad_id

@@ -46,8 +46,8 @@ def select_forward(
 ) -> Forward:
     """Return the fastest `Forward` that gives each row the logits that it has alone, and log it.
 
-    Packed rows are tried first, then padded rows, then batches of rows of equal length. Each is
-    tried on a few rows in several batches. The model gets the tokenizer's padding token.
+    Packed rows are tried first, then padded rows, then batches of rows of equal length, on a few
+    rows in several batches. The model gets the tokenizer's padding token.
 
     Raises:
         UserError: the model cannot run on the rows or compute in `dtype` (with the message of the
@@ -57,10 +57,10 @@ def select_forward(
     check_ids(model, model_name, tokens)
     tokens, rows = trial_rows(model, tokens)
     device = tokens.ids.device
-    action = f"run on these rows of up to {tokens.lengths[rows[0]]} tokens"
+    action = f"run on examples of up to {tokens.lengths[rows[0]]} tokens"
     with trial_head(model), torch.random.fork_rng([device] * (device.type == "cuda")):
         with convert_errors(cannot(model_name, action, "another --model-name")):
-            model.train()  # some models check their inputs in training alone (Reformer)
+            model.train()  # Some models check their inputs only in training (Reformer).
             Forward(model).logits(tokens, rows[1:2])
             model.eval()
             alone = {row: Forward(model).logits(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
@@ -122,10 +122,10 @@ def first_independent(
     """Return the first `Forward` that gives rows in batches the logits that they have alone.
 
     Args:
-        alone: {row: (C,) the logits that it has alone}.
+        alone: {row: (C,) logits of a batch with this row alone}.
 
     Raises:
-        UserError: there is none.
+        UserError: no `Forward` passes.
     """
     candidates, problems = forward_candidates(model, tokens, rows, dtype), []
     if not candidates[0][0].packed_encoder:
@@ -180,7 +180,7 @@ def neighbour_problem(
                     logits = forward.logits(tokens, batch)
                 if not (logits[known] - expected).abs().max() <= 0.2 * largest:
                     return "give other logits in bf16"
-    except Exception as error:  # of any kind: the next candidate may work
+    except Exception as error:  # The next candidate may work.
         return f"raise {type(error).__name__}: {shorten(first_line(error), 100)}"
     return None
 

@@ -1,4 +1,4 @@
-"""Files and commits of models on the Hugging Face Hub, and the use of its cache when offline.
+"""Files and commits of models on the Hugging Face Hub, and the use of the cache when offline.
 
 transformers and datasets load models and data. The Hub's client reads the token and HF_HOME.
 """
@@ -12,7 +12,7 @@ from utils import UserError
 
 
 def is_local(model_name: str | Path) -> bool:
-    """Return whether a model's name is that of a folder here, which hides the Hub's model."""
+    """Return whether a model's name is an existing folder, which hides the Hub's model."""
     return Path(model_name).is_dir()
 
 
@@ -69,8 +69,8 @@ def is_cached(model_name: str | Path) -> bool:
 def use_local_copies_when_offline(needs_hub: object = True) -> None:
     """Set HF_HUB_OFFLINE if the Hub is out of reach or not needed, so that clients use their cache.
 
-    Without it they try each file six times over 20 seconds. One connection is tried here, unless
-    a proxy is used.
+    Offline, the clients would try each file six times over 20 seconds. So this function tries one
+    connection, unless a proxy is used.
     """
     if not needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,7 +86,7 @@ def use_local_copies_when_offline(needs_hub: object = True) -> None:
 
 
 def endpoint(address: str) -> tuple[SplitResult, int]:
-    """Return (the parts of the Hub's address, its port).
+    """Return (parts, port) of the Hub's address.
 
     Raises:
         UserError: the address is not a URL.
@@ -106,7 +106,7 @@ def endpoint(address: str) -> tuple[SplitResult, int]:
 def has_proxy(url: SplitResult) -> bool:
     """Return whether the environment sets a proxy for a URL, as the Hub's client reads it.
 
-    It reads ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
+    The client reads ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
     """
     from urllib.request import getproxies, proxy_bypass
 

@@ -60,8 +60,8 @@ def load_tokenizer(
     file_checks.warn_of_shadow(model_name)
     if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
         LOGGER.warning(
-            "%s: custom code is not supported: its own code (auto_map) was not run, transformers' "
-            "%s is used", model_name, config.model_type,
+            "%s: custom code is not supported: the code in its folder (auto_map) was not run, "
+            "transformers' %s is used", model_name, config.model_type,
         )  # fmt: skip
     return tokenizer
 
@@ -146,7 +146,7 @@ def build_model(config: "PreTrainedConfig", **more: object) -> "PreTrainedModel"
 
 
 def build_model_without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Return a classifier on the device `meta`: its parameters have shapes and no values."""
+    """Return a classifier on the device `meta`, whose parameters have shapes and no values."""
     with torch.device("meta"):
         return build_model(config)
 
@@ -180,7 +180,7 @@ def read_config(
     )
     raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
     file_checks.check_config(config, raw, model_name)
-    # A saved model may have other settings, which change its outputs and its use of memory.
+    # A saved model may have other settings, which change the outputs and the use of memory.
     config.return_dict, config.gradient_checkpointing = True, False
     return config, raw
 
@@ -252,7 +252,7 @@ def base_fingerprints(
     tokenizer: "PreTrainedTokenizerBase",
     revision: str | None = None,
 ) -> dict[str, dict]:
-    """Return the `fingerprints_of` a base model, before its weights are loaded."""
+    """Return the `fingerprints_of` a base model without loading the weights."""
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     return fingerprints_of(config, tokenizer)

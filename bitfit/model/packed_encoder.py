@@ -1,9 +1,10 @@
 """Run an unmodified transformers model on packed rows.
 
 The model's attention is replaced by `packing.bucketed_attention` or by FlashAttention. After the
-last attention only the first token of each row is computed, which is all that the classifiers of
-this family read. `select_forward` compares the logits of a model with and without packing.
-A model that reads more tokens, or has an attention of its own, runs on padded rows.
+last attention only the first token of each row is computed, because the classifiers of this family
+read no other token. `select_forward` compares the logits of a model with and without packing. A
+model that reads more tokens, or computes attention without transformers' interface, is refused
+here and runs on padded rows.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class PackedEncoder(NamedTuple):
     """How to run one model on packed rows."""
 
     layers: torch.nn.Module  # runs the layers one after the other
-    last_layer: frozenset[torch.nn.Module]  # its modules, if they may see only first tokens
+    last_layer: frozenset[torch.nn.Module]  # modules that may see only first tokens
     after_attention: torch.nn.Module | None  # the module after the attention in the last layer
     heads: int
     first_position: int  # RoBERTa counts from padding_idx + 1
@@ -71,7 +72,7 @@ class PackedEncoder(NamedTuple):
 
 
 def select_first_tokens(first_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return (1, N, d) -> (R, 1, d): the first token of each row."""
+    """Return the first token of each row, (1, N, d) -> (R, 1, d)."""
     return x.squeeze(0).index_select(0, first_token)[:, None]
 
 

@@ -1,8 +1,8 @@
 """Batches without padding: all tokens of a batch form one row (1, N) for an unmodified encoder.
 
-Linear, LayerNorm, GELU and dropout treat each token alone, and position ids restart in each row.
-Only attention separates the rows: rows of similar length form a bucket, which is padded within
-the attention alone. This module has the layout, the attention and dropout; `packed_encoder` runs
+Linear, LayerNorm, GELU and dropout treat tokens one by one, and position ids restart in each row.
+Only attention must separate the rows: rows of similar length form a bucket, which is padded only
+within the attention. This module has the layout, the attention and dropout; `packed_encoder` runs
 a model with them.
 """
 
@@ -30,8 +30,8 @@ class PackedBatch(NamedTuple):
     width: torch.Tensor  # (N,) int64, the width of a token's bucket
     order: torch.Tensor  # (R,) int64, the rows, bucket after bucket
     rank: torch.Tensor  # (R,) int64, the position of each row in `order`
-    # Of each bucket (tokens, valid), both (B, T): int64 indices among the N tokens, a row's first
-    # token as padding; and bool, False at padding.
+    # [(tokens, valid)] of the buckets, both (B, T): int64 indices among the N tokens with a row's
+    # first token as padding; bool, False at padding.
     buckets: list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -135,8 +135,8 @@ def consecutive_slices(sizes: list[int]) -> list[slice]:
 class BucketedAttention(torch.autograd.Function):
     """Attention within each row, with dropout, for the queries of all tokens or of first tokens.
 
-    Queries (Q * heads, d), keys and values (N * heads, d) -> (Q * heads, d). It computes in
-    float32 whatever the dtype of the model: for short rows that is as fast.
+    Queries (Q * heads, d), keys and values (N * heads, d) -> (Q * heads, d). The computation is
+    always in float32, which is as fast as bf16 for short rows.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Multiply float32 matrices in full precision within the context, to compare two ways."""
+    """Multiply float32 matrices in full precision within the context, for exact comparisons."""
     saved = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

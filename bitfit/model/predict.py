@@ -29,7 +29,7 @@ def predict(
         rows: (B,) int64 row numbers; None: all.
 
     Returns:
-        (B, C) float32 on the host; within `RunStack.routing()` those of all runs, (K, B, C).
+        (B, C) float32 on the host; within `RunStack.routing()` the logits of all runs, (K, B, C).
     """
     forward.model.eval()
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
@@ -61,7 +61,7 @@ def predict_runs(
     """Yield each run and the logits (B, C) of its rows.
 
     If only the classifier trains and all runs have the same rows, the encoder runs once for all
-    of them. Otherwise one run after the other is loaded into the model.
+    runs. Otherwise one run after the other is loaded into the model.
 
     Args:
         rows: {run: (B,) int64 row numbers}.

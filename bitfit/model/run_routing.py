@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class RunIndex(NamedTuple):
     """The run of each item (row, token or chunk of tokens), and the items of each run.
 
-    Its values are NumPy arrays on the host, then tensors on the device. The items of a run are
-    padded to M, so that one matrix product handles all runs. A single run needs `run_ids` alone:
-    the other values are None.
+    The values are NumPy arrays on the host, then tensors on the device. The items of a run are
+    padded to M, so that one matrix product handles all runs. For a single run all values but
+    `run_ids` are None.
     """
 
     run_ids: torch.Tensor  # (N,) int64, the run of each item
@@ -136,7 +136,7 @@ def route_rows(
         run_ids: (B,) int64, the run of each row.
         token_run_ids: (N,) int64, the run of each token if the rows are packed.
     """
-    if num_runs == 1:  # the model computes with its own parameters
+    if num_runs == 1:  # the parameters of the model are those of the run
         return RunRouting(RunIndex(run_ids, None, None, None, None), None)
     tokens = None if token_run_ids is None else index_runs(token_run_ids)
     return RunRouting(index_runs(run_ids), tokens)
@@ -177,7 +177,7 @@ def forward_per_run(
     """Return the output of a Linear or LayerNorm, each row with the parameters of its run.
 
     Args:
-        weight, bias: (K, ...) if they train; None: the module's own, which all runs share.
+        weight, bias: (K, ...) if they train; None: the module's, which all runs share.
     """
     routing = stack.current_routing
     if routing is None:

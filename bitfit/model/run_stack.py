@@ -5,7 +5,7 @@ their gradients are the same row of `grads`. Clipping, optimizers and saved file
 flat rows, whatever the fine-tune type.
 
 With one run, the model's parameters are views of the row. With several runs, all share the frozen
-matrices: a batch holds rows of all runs, and `run_routing` computes each with its run's parameters.
+matrices: a batch holds rows of all runs, and `run_routing` adds the bias of a row's run.
 A trial with two runs finds out whether a model allows this.
 """
 
@@ -28,7 +28,7 @@ from utils import is_out_of_memory
 
 
 class Run(NamedTuple):
-    """One training: its learning rate, and the seed of its classifier and data order."""
+    """One training: a learning rate, and a seed for the classifier and the data order."""
 
     learning_rate: float
     seed: int
@@ -48,7 +48,7 @@ class RunStack:
     Attributes:
         params, grads, initial_params: (K, n) float32.
         bad_step: (K,) int64, the step of a run's first non-finite loss or gradient; -1: none.
-        slices: {parameter name: (start, stop)}, its columns among the n.
+        slices: {parameter name: (start, stop)}, columns among the n.
         positions: {parameter name: (m,) int64 flat positions that train}, of partly trained ones.
         shares_encoder: whether only the classifier trains, so that all runs share the encoder.
         zero_gradient_mask: (n,) bool, columns that never get a gradient; None: all get one.
@@ -88,7 +88,7 @@ class RunStack:
         self.zero_gradient_mask = self._mask_of(zero_gradient) if zero_gradient else None
         self.current_routing: RunRouting | BroadcastRuns | None = None
         self.leaves: dict[str, torch.Tensor] = {}  # within `patched`: tensors that get gradients
-        self.compute_params = self.params  # within `patched`: (K, n) in its dtype
+        self.compute_params = self.params  # within `patched`: (K, n) in the dtype of the model
 
     def _assign_columns(self) -> dict[str, tuple[int, int]]:
         slices, stop = {}, 0
@@ -121,7 +121,7 @@ class RunStack:
     def patched(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Let the model compute in `dtype` with the runs' parameters; all others are frozen.
 
-        On exit the model is as before, in its own storage, with the parameters of run 0.
+        On exit the model has the former storage and dtype, and the parameters of run 0.
         """
         patched: list[torch.nn.Module] = []
         requires_grad = {p: p.requires_grad for p in self.parameters.values()}
@@ -202,7 +202,7 @@ class RunStack:
     def finite_runs(self, step: int | None = None) -> np.ndarray:
         """Return the runs (k,) whose losses and gradients were finite, so far or before `step`.
 
-        It waits for the device.
+        This call waits for the device.
         """
         bad_step = self.bad_step.cpu().numpy()
         return np.flatnonzero((bad_step < 0) | (step is not None and bad_step >= step))
@@ -220,7 +220,7 @@ class RunStack:
             self.parameters[name].data.view(-1)[positions] = self.compute_params[0, a:b]
 
     def set_params(self, params: torch.Tensor) -> None:
-        """Copy `params` (K, n), and those of run 0 into the model."""
+        """Replace the parameters by `params` (K, n), and load run 0 into the model."""
         self.params.copy_(params)
         self.load_run(0)
 
@@ -234,7 +234,7 @@ class RunStack:
     def named_params(
         self, run: int = 0, params: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return {name: values} of one run: in the parameter's shape, or flat at its positions.
+        """Return {name: values} of one run, in the parameter's shape, or flat if it trains partly.
 
         Args:
             params: (K, n) such as `initial_params`; None: the current parameters.
@@ -258,7 +258,7 @@ def reason_not_stackable(
     """Return why several runs cannot share a forward pass of this model, or None if they can."""
     model = forward.model
     if any(positions is not None for positions in trainable.values()):
-        return "each run trains a random choice of its own"
+        return "each run trains other randomly chosen parameters"
     if trains_matrices(model, trainable):
         return "the encoder's matrices train, so that no run can share them"
     for name in trainable:
@@ -274,7 +274,7 @@ def reason_not_stackable(
 def stacked_logits_differ(forward: Forward, trainable: Trainable, tokens: TokenizedSplit) -> bool:
     """Return whether a stack of two runs gives other logits than each run alone, on two rows.
 
-    This is so for a model that does not call its modules, but reads their biases, for example.
+    An example is a model that reads the biases of its modules without calling the modules.
     """
     forward.model.eval()
     stack = RunStack(forward.model, trainable, [Run(0.0, 0), Run(0.0, 1)])

@@ -1,4 +1,4 @@
-"""The number of tokens that fit into memory, and random states to repeat a step that did not."""
+"""The number of tokens that fit into memory; repeating a step that ran out of memory."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence

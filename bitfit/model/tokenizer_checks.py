@@ -1,4 +1,4 @@
-"""Check a tokenizer against its model, its vocabulary and its file."""
+"""Check a tokenizer against the model, the vocabulary and the tokenizer's file."""
 
 import inspect
 import logging
@@ -40,7 +40,7 @@ def check_tokenizer(
         raise UserError(
             f"the tokenizer of {model_name} goes up to token {tokens[last]} ({last!r}), but the "
             f"model has embeddings for {size} tokens, from 0 (vocab_size in config.json): give "
-            "each model its own tokenizer, or save the model after "
+            "the tokenizer of this model, or save the model after "
             "`model.resize_token_embeddings(len(tokenizer))`"
         )
     if len(tokens) < USUAL_VOCABULARY * size:

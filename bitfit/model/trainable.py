@@ -22,7 +22,7 @@ ALL_BIASES = "bias"  # the released code's name for `all`
 # Some models have biases outside Linear and LayerNorm modules: q_bias and v_bias (DeBERTa),
 # r_w_bias, r_r_bias and r_s_bias (XLNet, Funnel), in_proj_bias, bias_ih_l0, pos_bias_u.
 BIAS = re.compile(r"(\w+_)?bias(_[kuv]|_[ih]h_l\d+\w*)?")
-# Attention adds these tables by the distance of two tokens: they are position embeddings.
+# Tables that attention adds by the distance of two tokens are position embeddings, not biases.
 POSITION_TABLE = re.compile(r"(\w+_)?(position|attention)_bias")
 # The paper's sizes of the random mask (table 3); other models train as many values as bitfit.
 MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_000}
@@ -72,7 +72,7 @@ def matrix_weights(model: "PreTrainedModel") -> int:
 def is_bias(name: str) -> bool:
     """Return whether a parameter is a bias.
 
-    The last part of its name decides, because the biases of some models have two dimensions.
+    The last part of the name decides, because the biases of some models have two dimensions.
     """
     last = name.rsplit(".", 1)[-1]
     return bool(BIAS.fullmatch(last)) and not POSITION_TABLE.fullmatch(last)
@@ -178,7 +178,7 @@ def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.
     return (picked[:, None] * columns + np.arange(columns)).ravel()
 
 
-# Fine-tune type -> its selection, for each of `options.FINE_TUNE_TYPES`.
+# {fine-tune type: function that selects}, for all of `options.FINE_TUNE_TYPES`.
 SELECTORS: dict[str, Callable[..., Trainable]] = {
     "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
     "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
@@ -259,7 +259,7 @@ def count_trainable(model: "PreTrainedModel", trainable: Trainable) -> int:
 
 
 def trainable_table(model: "PreTrainedModel", trainable: Trainable) -> str:
-    """Return a table of the trained tensors, their shapes, the total and its share, as text."""
+    """Return a table of the trained tensors and their shapes, with total and share, as text."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     total = count_trainable(model, trainable)
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -51,8 +51,8 @@ class WarmStart:
             if name in output_names(model, task):
                 values = values[list(self.order)]
             positions = self.positions[name]
-            where = slice(None) if positions is None else torch.from_numpy(positions)
-            target.view(-1)[where] = values.flatten().to(target.device)
+            index = slice(None) if positions is None else torch.from_numpy(positions)
+            target.view(-1)[index] = values.flatten().to(target.device)
         return before
 
     def used_names(self, model: "PreTrainedModel") -> list[str]:
@@ -60,7 +60,7 @@ class WarmStart:
         return [name for name in self.values if in_encoder(model, name) or self.order]
 
     def changed(self, model: "PreTrainedModel", trainable: Trainable) -> Trainable:
-        """Return what differs from the base model after `trainable` has trained."""
+        """Return the parameters that differ from the base model after `trainable` has trained."""
         changed = dict(trainable)
         for name in self.used_names(model):
             trained, started = changed.get(name, np.empty(0, np.int64)), self.positions[name]

@@ -127,7 +127,7 @@ def check_finite(
     """Check that all weights are finite, except for those that are initialized later.
 
     Raises:
-        UserError: some are NaN or infinite.
+        UserError: a weight is NaN or infinite.
     """
     bad = [
         name
@@ -196,7 +196,7 @@ def label_names(raw: dict[str, Any]) -> list[str]:
 
 
 def label_order(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
-    """Return the position of each new label among the old ones, or None if they differ.
+    """Return the positions of the new labels among the old labels, or None if they differ.
 
     Names are equal up to case and punctuation (`NOT-ENTAILMENT`, `not_entailment`).
     """

@@ -1,4 +1,4 @@
-"""Find biases that do not affect the logits, such as the key's: softmax cancels its shift.
+"""Find biases that do not affect the logits, such as the key's, which softmax cancels.
 
 The true gradient of such a bias is zero. Adam scales the rounding noise up to full steps, above
 all in bf16, so that the bias seems to learn. The biases are found by computation and not by name,
@@ -21,7 +21,7 @@ from bitfit.model.trainable import in_encoder, layer_and_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ROWS, TOKENS = 2, 32  # the number of rows to compute with, and the maximum tokens of each
+ROWS, TOKENS = 2, 32  # the number of rows to compute with, and the maximum tokens of a row
 ROUNDING = 1e-3  # a sum is zero up to this share of the sum of absolute terms
 NOISE = 0.1  # standard deviation of random shifts: attention may be uniform in a new model
 
