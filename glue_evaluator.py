@@ -55,12 +55,13 @@ class GLUEvaluator:
         self, task_name: str | dict[str, Any], model_name: str, device: int | None,
         seed: int | Sequence[int] | None = None, data_dir: str | Path | None = None,
         precision: str | None = None, random_encoder: bool = False, max_tokens: int | None = None,
-        model_revision: str | None = None,
+        model_revision: str | None = None, add_biases: bool = False,
     ) -> None:  # fmt: skip
         """Load nothing yet; see `make_setup` for the arguments."""
         self.setup = make_setup(
             task_name, model_name, device, seed=seed, data_dir=data_dir, precision=precision,
             random_encoder=random_encoder, max_tokens=max_tokens, model_revision=model_revision,
+            add_biases=add_biases,
         )  # fmt: skip
         self.loaded: LoadedData | None = None
         self.prepared: PreparedModel | None = None

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import git_commit, installed_version, is_installed
@@ -24,6 +25,7 @@ TERMS = {
     "output": ("output.dense.bias", "b_{m_3}"),
     "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
 }
+BIAS_TYPES = ("bitfit", "full_ft", "rand_uniform")  # fine-tune types that train added biases
 DEFAULT_LEARNING_RATES = [1e-3]  # the released code's, for all fine-tune types
 EXAMPLES = """\
 examples:
@@ -53,6 +55,7 @@ class RunOptions:
     bias_terms: list[str] | None
     mask_size: int | None
     random_encoder: bool
+    add_biases: bool
     data_dir: str | None
     max_seq_length: int
     train_size: int | None
@@ -81,6 +84,14 @@ class RunOptions:
     quiet: bool
 
 
+class ListOptions(NamedTuple):
+    """The flags of run_glue.py that go with --list-bias-terms."""
+
+    model_name: str
+    model_revision: str | None
+    add_biases: bool
+
+
 # fmt: off
 
 def add_what_to_run(add: AddFlag) -> None:
@@ -97,13 +108,19 @@ def add_what_to_run(add: AddFlag) -> None:
         help="tag, branch or commit of a model on the Hub [its main branch]")
     add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
         help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
-    add("--bias-terms", metavar="TERM", nargs="+", choices=[*TERMS, "all"],
-        help=f"for bitfit: all, or some of {', '.join(TERMS)} [all]")
+    add("--bias-terms", metavar="TERM", nargs="+",
+        help=f"for bitfit: all, or some of {', '.join(TERMS)}; other models have other terms, see "
+             "--list-bias-terms [all]")
+    add("--list-bias-terms", action="store_true", default=argparse.SUPPRESS,
+        help="print the bias terms of --model-name, with --add-biases those that it adds, and exit")
     add("--mask-size", metavar="N", type=POSITIVE,
         help="for rand_uniform: number of encoder parameters to train [100000 for bert-base, "
              "280000 for bert-large, 105000 for roberta-base, else as many as bitfit trains]")
     add("--random-encoder", action="store_true",
         help="a control: draw the encoder's weights at random instead of loading them [off]")
+    add("--add-biases", action="store_true",
+        help="for a model without biases, such as ModernBERT: switch them on in its config; they "
+             "are zero before training (docs/modern-encoders.md) [off]")
 
 
 def add_data(add: AddFlag) -> None:
@@ -222,6 +239,9 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         parser.error("give one of --task-name (a GLUE task) and --task-file (a task of your own)")
     if args.bias_terms and args.fine_tune_type != "bitfit":
         parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
+    if args.add_biases and args.fine_tune_type not in BIAS_TYPES:
+        parser.error(f"--add-biases: {args.fine_tune_type} would leave the biases at zero: leave "
+                     "it out")  # fmt: skip
     for name, values in (("--learning-rate", args.learning_rate), ("--seed", args.seed)):
         if len(set(values)) < len(values):
             parser.error(f"{name} has a value twice: give each once")
@@ -233,6 +253,21 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
     export_model = args.export_model or args.push_to_hub is not None
     return RunOptions(**vars(args) | {"export_model": export_model})
+
+
+def parse_listing(description: str, argv: Sequence[str] | None = None) -> ListOptions | None:
+    """Return the flags of --list-bias-terms, or None without it; exit if another flag is given."""
+    if "--list-bias-terms" not in (sys.argv[1:] if argv is None else argv):
+        return None
+    parser = make_parser(description)
+    for action in parser._actions:
+        action.required = False
+    args = vars(parser.parse_args(argv))
+    for name in args.keys() - {"list_bias_terms", *ListOptions._fields}:
+        if args[name] != parser.get_default(name):
+            parser.error("--list-bias-terms goes with --model-name, --model-revision and "
+                         f"--add-biases only: leave --{name.replace('_', '-')} out")  # fmt: skip
+    return ListOptions(*(args[name] for name in ListOptions._fields))
 
 
 def learning_rate_warning(options: RunOptions) -> str | None:

@@ -92,6 +92,7 @@ def describe(metrics: dict[str, Any], scores: pd.DataFrame) -> dict[str, Any]:
     method = metrics["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
     if start := metrics.get("started_from"):
         method += f" from {start['task']}"
+    method += " (added biases)" * metrics.get("add_biases", False)
     validation = main_curve(metrics, scores)
     train = 100 * select_scores(scores, "train", metric)["value"]
     return {
@@ -127,7 +128,8 @@ def group_by_seed(runs: list[Run]) -> list[list[Run]]:
 
 def line_styles(groups: list[list[Run]]) -> list[LineStyle]:
     """Return a style for each group: the method's style if every method occurs once."""
-    short = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q"}
+    short = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q",
+             ("value",): "b_v"}  # fmt: skip
     methods = []
     for (metrics, _), *_ in groups:
         terms = tuple(sorted(metrics["bias_terms"]))

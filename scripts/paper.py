@@ -45,6 +45,8 @@ def add_plan(add: Callable) -> None:
         help=f"methods, the rows of a table: some of {', '.join(protocol.ROWS)} [all]")
     add("--models", nargs="+", metavar="MODEL",
         help="names on the Hub, or folders [the paper's three for Table 2, else bert-base-cased]")
+    add("--add-biases", action="store_true",
+        help="for models without biases, as for run_glue.py, in the rows that train biases [off]")
     add("--learning-rates", nargs="+", metavar="[ROW=]LR", default=[],
         type=cells.named_numbers(float, 0),
         help="for all methods, or for one: 1e-3 full_ft=1e-5,3e-5 [the paper's grids]")

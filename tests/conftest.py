@@ -20,8 +20,8 @@ from bitfit.model import forward, loading
 from bitfit.model.packed_encoder import packed_encoders
 
 pytest_plugins = [  # modules with fixtures
-    "documentation", "model_folders", "own_tasks", "resumable", "small_training", "toy_study",
-    "tracked",
+    "documentation", "model_folders", "modern_encoders", "own_tasks", "resumable",
+    "small_training", "toy_study", "tracked",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"

@@ -14,7 +14,18 @@ import run_glue
 BAD_FLAGS = {
     "unknown task": (["-t", "rtee"], "invalid choice: 'rtee'"),
     "unknown type": (["-f", "bitfat"], "invalid choice: 'bitfat'"),
-    "unknown term": (["--bias-terms", "queery"], "invalid choice: 'queery'"),
+    "unknown term": (
+        ["--bias-terms", "queery"],
+        "--bias-terms queery: this bert model has no such bias; its terms: embedd",
+    ),
+    "biases that are there": (
+        ["--add-biases"],
+        "--add-biases: this bert model has biases, and its",
+    ),
+    "biases that stay zero": (
+        ["--add-biases", "-f", "frozen"],
+        "--add-biases: frozen would leave the biases at zero",
+    ),
     "unknown flag": (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs?"),
     "terms without bitfit": (
         ["-f", "frozen", "--bias-terms", "query"],

@@ -104,6 +104,7 @@ def metrics_metadata(setup: Setup, data: LoadedData, prepared: PreparedModel) ->
         "model": str(setup.model_name),
         "model_commit": setup.model_commit,
         "random_encoder": setup.random_encoder,
+        **({"add_biases": True} if setup.add_biases else {}),
         "fine_tune_type": method.fine_tune_type,
         "bias_terms": components_to_terms(method.components),
         "validation_rows": {

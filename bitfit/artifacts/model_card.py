@@ -165,6 +165,8 @@ def sentences(task: Task, metrics: Metadata, metadata: Metadata) -> Iterator[str
         values = "encoder and classifier" if start["classifier"] else "encoder"
         task_name = escape.markdown(start["task"])
         yield f"Its {values} started from values that were trained on {task_name}."
+    if metrics.get("add_biases"):
+        yield "Biases, zero before training, were added to the encoder."
     yield f"{TRAINED[metrics['fine_tune_type']]}:"
     if metrics["bias_terms"] not in ([], ["all"]):
         yield f"{', '.join(metrics['bias_terms'])};"

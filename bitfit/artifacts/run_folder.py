@@ -39,7 +39,7 @@ FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
 NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
 # Values that earlier versions of this format did not write, as their commands ran.
-NEW_FLAGS = {"start_from": None, "start_sha256": None}
+NEW_FLAGS = {"start_from": None, "start_sha256": None, "add_biases": False}
 NAMES = {
     "data": "the data",
     "test": "the test data",

@@ -23,7 +23,8 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.warm_start import WarmStart, make_warm_start
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
-from bitfit.training.prepare import PreparedModel, Trainable, assemble, load_base
+from bitfit.training.base_model import load_base
+from bitfit.training.prepare import PreparedModel, Trainable, assemble
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, load_data
 from bitfit.training.state import Record
@@ -33,7 +34,8 @@ Tensors = dict[str, torch.Tensor]
 
 METADATA = EVALUATOR
 POSITIONS = ":positions"  # suffix of tensors with the flat positions of a random mask
-BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder")
+BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder",
+              "add_biases")  # fmt: skip
 DATA = ("max_sequence_len", "batch_size", "train_size")
 READ = (".json", ".txt", ".model", ".jinja")  # suffixes of files that transformers reads
 
@@ -61,6 +63,7 @@ def write_evaluator(
         "precision": setup.precision,
         "random_encoder": setup.random_encoder,
     }
+    metadata |= {"add_biases": True} if setup.add_biases else {}
     metadata |= {"task": setup.task.record} if setup.task.record else {}
     metadata |= run._asdict() | {"train_loss": result.record.train_loss}
     metadata |= {"scores": result.scores_of(run).to_numpy().tolist(), "model_sha256": None}
@@ -105,6 +108,8 @@ def read_files(
     except CorruptFile as error:
         raise UserError(f"{error}; train and save it again") from None
     commit = metadata.setdefault("model_commit", None)  # Early versions did not write it.
+    # The config of a whole model has the added biases already.
+    metadata["add_biases"] = bool(metadata.get("add_biases") and not metadata["model_sha256"])
     metadata["model_name"] = str(model_name or metadata["model_name"])
     if metadata["model_sha256"]:
         metadata["model_name"] = str(folder / "model")
@@ -183,7 +188,7 @@ def restore_evaluator(
     check_base(folder, metadata, loaded.base_fingerprints)
     run = Run(metadata["learning_rate"], metadata["seed"])
     random_encoder = metadata["random_encoder"] and not metadata["model_sha256"]
-    model, fields = load_base(setup, random_encoder)
+    model, fields = load_base(replace(setup, random_encoder=random_encoder))
     start = WarmStart(metadata["started_from"]) if "started_from" in metadata else None
     prepared = assemble(
         model,

@@ -16,7 +16,7 @@ from bitfit.cli.runs import Experiment, train_all_runs
 from bitfit.data import task_files
 from bitfit.distributed import Ranks
 from bitfit.model import hub
-from bitfit.options import RunOptions
+from bitfit.options import ListOptions, RunOptions
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
 
@@ -54,6 +54,16 @@ def read_task(options: RunOptions, ranks: Ranks) -> dict[str, Any] | None:
     if not path:
         return None
     return ranks.run_on_rank0(lambda: task_files.read_task_file(path, options.data_dir))
+
+
+def list_bias_terms(options: ListOptions) -> None:
+    """Print the bias terms of a model; no weights are loaded."""
+    hub.use_local_copies_when_offline(needs_hub=not hub.is_local(options.model_name))
+    from bitfit.model import bias_terms
+
+    revision, _ = hub.resolve_revision(options.model_name, options.model_revision)
+    model = bias_terms.model_of_config(options.model_name, options.add_biases, revision)
+    utils.print_result(bias_terms.terms_table(model))
 
 
 def fine_tune(
@@ -110,7 +120,9 @@ def prepare_evaluator(
         random_encoder=options.random_encoder,
         max_tokens=options.max_tokens,
         model_revision=options.model_revision,
+        add_biases=options.add_biases,
     )
+    terms = bias_terms(options, evaluator)
     evaluator.preprocess_dataset(
         padding="longest",
         max_sequence_len=options.max_seq_length,
@@ -118,13 +130,26 @@ def prepare_evaluator(
         train_size=options.train_size,
         test_splits=options.predict_test,
     )
-    terms = (options.bias_terms or ["all"]) if options.fine_tune_type == "bitfit" else []
     evaluator.prepare(
         fine_tune_type=options.fine_tune_type,
         learning_rate=options.learning_rate,
         optimizer=options.optimizer,
-        components=evaluator.convert_to_actual_components(terms),
+        components=terms,
         mask_size=options.mask_size,
         verbose=options.verbose and ranks.rank == 0,
     )
     return evaluator
+
+
+def bias_terms(options: RunOptions, evaluator: "GLUEvaluator") -> list[str]:
+    """Return the bias terms to train; raise UserError, before any data are read, if there are none.
+
+    The model is built without weights to see which biases it has.
+    """
+    from bitfit.model.bias_terms import check_terms
+
+    terms = (options.bias_terms or ["all"]) if options.fine_tune_type == "bitfit" else []
+    if terms or options.add_biases:
+        revision = evaluator.setup.revision
+        check_terms(options.model_name, terms, add_biases=options.add_biases, revision=revision)
+    return terms

@@ -41,9 +41,9 @@ def terms_to_components(terms: Sequence[str]) -> list[str]:
 
 
 def components_to_terms(components: Sequence[str]) -> list[str]:
-    """Convert relative names to terms of `--bias-terms`; a name without a term stays as it is."""
+    """Convert relative names to terms of `--bias-terms`: the paper's, else without `.bias`."""
     terms = {name: term for term, (name, _) in TERMS.items()} | {ALL_BIASES: "all"}
-    return [terms.get(component, component) for component in components]
+    return [terms.get(name, name.removesuffix(".bias")) for name in components]
 
 
 def layer_and_name(name: str) -> tuple[int | None, str]:
@@ -53,6 +53,12 @@ def layer_and_name(name: str) -> tuple[int | None, str]:
     """
     found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", name)
     return (int(found[1]), found[2]) if found else (None, name)
+
+
+def relative_name(model: "PreTrainedModel", name: str) -> str:
+    """Return a parameter's name relative to its layer, or outside of layers to the encoder."""
+    layer, rest = layer_and_name(name)
+    return name.removeprefix(f"{model.base_model_prefix}.") if layer is None else rest
 
 
 def in_encoder(model: "PreTrainedModel", name: str) -> bool:
@@ -83,30 +89,33 @@ def head_names(model: "PreTrainedModel") -> list[str]:
     return [n for n, _ in model.named_parameters() if not in_encoder(model, n)]
 
 
+def encoder_biases(model: "PreTrainedModel") -> dict[str, str]:
+    """Return {name: relative name} of all biases of the encoder."""
+    names = (n for n, _ in model.named_parameters() if in_encoder(model, n) and is_bias(n))
+    return {name: relative_name(model, name) for name in names}
+
+
 def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[str]:
     """Return the names of the given biases, the pooler's bias and the classifier's parameters.
 
     Args:
-        components: names relative to a layer, or "bias" for all biases.
+        components: names as of `relative_name`, or "bias" for all biases.
 
     Raises:
         UserError: the model has no bias with one of the names.
     """
-    biases = [n for n, _ in model.named_parameters() if in_encoder(model, n) and is_bias(n)]
-    kinds = sorted({layer_and_name(n)[1] for n in biases if layer_and_name(n)[0] is not None})
-    if not biases or ALL_BIASES not in components:
-        for component in components if biases else ["bias of any kind"]:
-            if component not in kinds:
-                raise UserError(
-                    f"this {model.config.model_type} model has no {component} in its layers; "
-                    f"it has: {', '.join(kinds) or 'no biases at all, so bitfit cannot train it'}"
-                )
+    biases = encoder_biases(model)
+    kinds = sorted({*biases.values()})
+    for component in components if biases else ["bias of any kind"]:
+        if component not in (ALL_BIASES, *kinds):
+            raise UserError(
+                f"this {model.config.model_type} model has no {component} in its encoder; "
+                f"it has: {', '.join(kinds) or 'no biases at all, so bitfit cannot train it'}"
+            )
     trainable = {
-        n
-        for n in biases
-        if ALL_BIASES in components
-        or layer_and_name(n)[1] in components
-        or n.endswith(".pooler.dense.bias")
+        name
+        for name, kind in biases.items()
+        if ALL_BIASES in components or kind in components or name.endswith(".pooler.dense.bias")
     }
     trainable.update(head_names(model))
     return [n for n, _ in model.named_parameters() if n in trainable]
@@ -122,6 +131,9 @@ def default_mask_size(model: "PreTrainedModel") -> int:
     for name, size in MASK_SIZES.items():
         if re.fullmatch(rf"(.*/)?{name}(-(un)?cased)?/?", model.config.name_or_path):
             return size
+    if not encoder_biases(model):
+        raise UserError(f"this {model.config.model_type} model has no biases, whose number is the "
+                        "default size of the mask: give --mask-size")  # fmt: skip
     parameters = dict(model.named_parameters())
     trainable = bitfit_names(model, [ALL_BIASES])
     return sum(parameters[n].numel() for n in trainable if in_encoder(model, n))

@@ -15,6 +15,7 @@ from bitfit.data.tasks import Task
 from bitfit.model.fingerprints import base_error, sha256
 from bitfit.model.trainable import Trainable, in_encoder, is_bias
 from bitfit.model.weight_checks import label_order, output_names
+from utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +44,10 @@ class WarmStart:
         """
         if encoder_sha256 != self.encoder_sha256:
             raise base_error(self.record["folder"], model.name_or_path)
-        before = {}
+        before, known = {}, {name for name, _ in model.named_parameters()}
         for name in self.used_names(model):
+            if name not in known:
+                raise UserError(f"{self.record['folder']} has added biases: give --add-biases too")
             target, values = model.get_parameter(name).data, self.values[name]
             if in_encoder(model, name) and is_bias(name):
                 before[name] = target.clone()

@@ -39,6 +39,7 @@ METHOD_STYLES = {
     "b_m2+b_q": LineStyle("#56B4E9", "--", "^"),
     "b_m2": LineStyle("#009E73", "-.", "v"),
     "b_q": LineStyle("#B8A000", ":", "D"),
+    "b_v": LineStyle("#882255", (0, (4, 1, 1, 1)), "<"),
     "frozen": LineStyle("#888888", (0, (1, 3)), "x"),
     "rand_uniform": LineStyle("#D55E00", "--", "P"),
     "rand_row_col": LineStyle("#CC79A7", (0, (6, 2, 1, 2)), "*"),
@@ -51,7 +52,7 @@ def series_style(number: int) -> LineStyle:
     Colors, line styles and markers have cycles of different lengths, so that 40 series differ.
     """
     styles = list(METHOD_STYLES.values())
-    colors = [styles[i].color for i in (1, 6, 3, 7, 0, 2, 4)]
+    colors = [styles[i].color for i in (1, 7, 3, 8, 0, 2, 4)]
     lines, markers = ("-", "--", "-.", ":"), ("o", "s", "^", "v", "D", "P", "x", "*", "<")
     return LineStyle(
         colors[number % len(colors)], lines[number % len(lines)], markers[number % len(markers)]

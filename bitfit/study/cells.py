@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitfit import options
-from bitfit.artifacts.run_folder import HARMLESS, run_folders
+from bitfit.artifacts.run_folder import HARMLESS, NEW_FLAGS, run_folders
 from bitfit.data.tasks import TASKS
 from bitfit.files import write_text
 from bitfit.parsing import number
@@ -158,6 +158,7 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
     words = ["--task-name", task, "--model-name", model]
     words += ["--fine-tune-type", kind.fine_tune_type]
     words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
+    words += ["--add-biases"] * (args.add_biases and kind.fine_tune_type in options.BIAS_TYPES)
     words += ["--learning-rate", *map(repr, rates)]
     words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
     words += ["--batch-size", str(args.batch_size)]
@@ -189,13 +190,15 @@ def result_settings(words: Iterable[str]) -> dict[str, Any]:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    text = json.dumps({name: settings[name] for name in sorted(settings)})
+    """Return a short SHA-256 of settings; later flags that are left out do not change it."""
+    defaults = NEW_FLAGS.items()
+    text = json.dumps(dict(sorted(item for item in settings.items() if item not in defaults)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def has_settings_of(metadata: dict[str, Any], cell: Cell) -> bool:
     """Return whether the content of an args.json belongs to a cell's command."""
-    expected = result_settings(cell.flags)
+    expected, metadata = result_settings(cell.flags), NEW_FLAGS | metadata
     free = () if expected["precision"] else ("precision",)
     return all(
         name in metadata and as_list(metadata[name]) == as_list(value)

@@ -20,6 +20,7 @@ from bitfit.data.tasks import TASKS, Task
 from bitfit.data.tokens import MAX_ROWS_SCORED, Split, tokenize
 from bitfit.files import write_text
 from bitfit.model import loading
+from bitfit.model.added_biases import add_biases
 from bitfit.model.run_stack import Run
 from bitfit.model.trainable import matrix_weights, select_trainable
 from bitfit.results.scores import explain_unreadable, read_metrics
@@ -188,7 +189,8 @@ def read_rates(output: Path) -> dict[str, dict[str, Any]]:
 def calibrate(study: Study, device: torch.device, dtype: torch.dtype) -> None:
     """Measure the speed of the study's models on this machine, and write rates.json."""
     rates = read_rates(study.output)
-    for cell in {cell.model: cell for cell in study.cells}.values():
+    cells = sorted(study.cells, key=lambda cell: cell.args["add_biases"])
+    for cell in {cell.model: cell for cell in cells}.values():
         measured = {
             kind: measure_rate(cell, method, runs, device=device, dtype=dtype)
             for kind, (method, runs) in CALIBRATIONS.items()
@@ -208,6 +210,8 @@ def measure_rate(
     tokenizer = loading.load_tokenizer(cell.model)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
     model, _ = loading.load_model(cell.model, task)
+    if args["add_biases"]:
+        add_biases(model)
     prepared = assemble(
         model.to(device),
         cell.model,

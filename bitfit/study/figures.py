@@ -116,7 +116,7 @@ def gaps(entries: Entries, name: str) -> Figures:
                for column, of_row in by_column(on_all_rows(entries)).items()}  # fmt: skip
     figure = new_figure(max(5, 1.8 + 1.7 * len(columns)), 4.5, f"{name}: train - validation")
     axes, width = figure.subplots(), 0.8 / len(rows)
-    hatches = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")  # to tell bars apart in grey
+    hatches = ("", "//", "..", "\\\\", "xx", "**", "--", "oo", "++")  # to tell bars apart in grey
     for i, row in enumerate(rows):
         bars = frame[frame["row"] == row].set_index("column").reindex(columns)
         x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width

@@ -3,18 +3,19 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from bitfit.data.splits import find_split
 from bitfit.data.tasks import TASKS, Task
 from bitfit.files import write_text
-from bitfit.model import hub
-from bitfit.model.loading import cannot_load, load_config, load_tokenizer
+from bitfit.model import bias_terms, hub
+from bitfit.model.loading import load_tokenizer
 from bitfit.study import cell_states, cost
 from bitfit.study.cells import Cell, Study
 from bitfit.study.cost import Costs
-from utils import UserError, convert_errors
+from utils import UserError
 
 MAX_PRINTED_COMMANDS = 12
 
@@ -26,7 +27,8 @@ def check_study(study: Study) -> None:
     """
     messages = []
     for model in dict.fromkeys(cell.model for cell in study.cells if is_local(cell.model)):
-        messages += error_messages(partial(check_model, model))
+        of_model = [cell.args for cell in study.cells if cell.model == model]
+        messages += error_messages(partial(check_model, model, of_model))
     needed: dict[tuple[str, str], dict[str, int]] = {}  # {(task, folder): {split: examples}}
     for cell in study.cells:
         if cell.args["data_dir"]:
@@ -47,10 +49,14 @@ def is_local(model: str) -> bool:
     return marked or hub.is_local(model)
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, commands: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError if a model is missing, or lacks the bias terms of one of its commands."""
     load_tokenizer(model)
-    with convert_errors(lambda error: cannot_load(model, error)):
-        load_config(model, TASKS["rte"])
+    for terms, add_biases in dict.fromkeys(
+        (tuple(args["bias_terms"] or ["all"]), args["add_biases"])
+        for args in commands if args["fine_tune_type"] == "bitfit" or args["add_biases"]
+    ):  # fmt: skip
+        bias_terms.check_terms(model, terms, add_biases=add_biases)
 
 
 def check_split(task: Task, split: str, folder: str, rows: int) -> None:

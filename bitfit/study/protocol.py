@@ -7,7 +7,7 @@ PAPER_TASKS = ("qnli", "sst2", "mnli", "cola", "mrpc", "stsb", "rte", "qqp")  # 
 
 
 class Row(NamedTuple):
-    """A row of Table 3."""
+    """A row of Table 3, or b_v: BEFT's paper ranks b_v above b_q and b_k."""
 
     fine_tune_type: str
     bias_terms: tuple[str, ...] = ()
@@ -24,6 +24,7 @@ ROWS = {
     "b_m2+b_q": Row("bitfit", ("intermediate", "query")),
     "b_m2": Row("bitfit", ("intermediate",)),
     "b_q": Row("bitfit", ("query",)),
+    "b_v": Row("bitfit", ("value",)),
     "frozen": Row("frozen"),
     "rand_uniform": Row("rand_uniform"),
     "rand_row_col": Row("rand_row_col"),

@@ -21,10 +21,11 @@ from bitfit.study.published import COLUMNS, PUBLISHED
 from utils import UserError
 
 SELECTIONS = ("last", "best", "split")
-# The paper's claims as differences between two rows.
+# The claims of the paper, and last of BEFT, as differences between two rows.
 PAIRS = (
     ("bitfit", "full_ft"), ("bitfit", "rand_uniform"), ("bitfit", "rand_row_col"),
     ("bitfit", "frozen"), ("bitfit", "b_m2+b_q"), ("b_m2+b_q", "b_m2"), ("b_m2+b_q", "b_q"),
+    ("b_v", "b_q"),
 )  # fmt: skip
 
 

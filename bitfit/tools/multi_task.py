@@ -19,6 +19,7 @@ from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
+from bitfit.model.added_biases import add_biases
 from bitfit.model.batching import split_into_micro_batches, to_device
 from bitfit.model.predict import predict
 from bitfit.model.run_stack import Run, RunStack
@@ -132,6 +133,8 @@ def load_base(
     model, _ = loading.load_model(name, task, random_encoder, revision)
     encoder = models_fingerprints.fingerprint(model)
     trainable: dict[str, np.ndarray | None] = {}
+    if any(metadata["add_biases"] for _, metadata, _ in found):
+        add_biases(model)
     for folder, metadata, tensors in found:
         trainable |= saved_evaluator.read_trainable(model, encoder, metadata, tensors, folder)
     return model, tokenizer, trainable

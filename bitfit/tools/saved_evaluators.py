@@ -88,7 +88,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def describe_base(evaluator: SavedEvaluator) -> str:
     """Return the name of an evaluator's base model for tables and messages."""
     metadata = evaluator.metadata
-    return metadata["base_name"] + " (random encoder)" * metadata["random_encoder"]
+    name = metadata["base_name"] + " (random encoder)" * metadata["random_encoder"]
+    return name + " (added biases)" * metadata["add_biases"]
 
 
 def describe_method(evaluator: SavedEvaluator) -> str:

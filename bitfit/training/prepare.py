@@ -7,7 +7,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,15 +15,16 @@ import torch
 from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split, TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
-from bitfit.model import fingerprints, loading, predict, run_stack, trainable, zero_gradients
+from bitfit.model import fingerprints, predict, run_stack, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
+from bitfit.model.bias_terms import select_components
 from bitfit.model.forward import Forward, check_ids
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.precision import cast_parameters
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.model.warm_start import WarmStart
 from bitfit.results import plots
+from bitfit.training.base_model import apply_warm_start, load_base
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, need
@@ -181,22 +181,6 @@ def assemble(
     return prepared
 
 
-def load_base(
-    setup: Setup, random_encoder: bool, report: bool = False
-) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Return the base model on its device, and the fields of `PreparedModel` that follow from it.
-
-    Args:
-        report: log what is unusual about the weights.
-    """
-    model, initialized = loading.load_model(
-        setup.model_name, setup.task, random_encoder, setup.revision, report
-    )
-    draw = partial(loading.init_head, names=initialized) if initialized else None
-    fields = {"encoder_sha256": fingerprints.fingerprint(model), "init_head": draw}
-    return model.to(setup.device), fields
-
-
 def prepare_model(
     setup: Setup,
     data: LoadedData,
@@ -211,9 +195,12 @@ def prepare_model(
         before: an earlier model of the evaluator: what it has logged is not logged again.
         verbose: print the trained tensors.
     """
-    model, fields = load_base(setup, setup.random_encoder, report=before is None)
+    model, fields = load_base(setup, report=before is None)
     if method.start:
         fields |= apply_warm_start(model, method.start, setup, fields, log=before is None)
+    if method.fine_tune_type == "bitfit":
+        components = select_components(model, method.components, report=before is None)
+        method = replace(method, components=components)
     selected = select_trainable(model, method, runs, verbose)
     prepared = assemble(
         model, setup.model_name, selected, runs, dtype=setup.dtype, max_tokens=setup.max_tokens
@@ -228,21 +215,6 @@ def prepare_model(
             LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
                         "%s", zero_gradients.format_zero_gradients(found, model))  # fmt: skip
     return prepared
-
-
-def apply_warm_start(
-    model: "PreTrainedModel", start: WarmStart, setup: Setup, fields: dict[str, Any], log: bool
-) -> dict[str, Any]:
-    """Write the values of a warm start into a base model, and return fields of `PreparedModel`.
-
-    Args:
-        fields: from `load_base`.
-    """
-    biases = start.apply(model, setup.task, fields["encoder_sha256"])
-    if log:
-        parts = "encoder and classifier" if start.order else "the encoder; the labels differ"
-        LOGGER.info("start from %s (%s): %s", start.record["folder"], start.record["task"], parts)
-    return {"base_biases": biases} | ({"init_head": None} if start.order else {})
 
 
 def select_trainable(

@@ -30,6 +30,7 @@ class Setup:
     base_name: str  # for captions
     data_dir: str | Path | None
     random_encoder: bool
+    add_biases: bool  # zeros, through the switches of the model's config
     device: torch.device
     seeds: list[int]
     precision: str
@@ -42,7 +43,8 @@ class Setup:
 
     def caption(self, method: "Method") -> str:
         """Return one line with task, model and method."""
-        model = self.base_name + (" (random encoder)" if self.random_encoder else "")
+        model = self.base_name + " (random encoder)" * self.random_encoder
+        model += " (added biases)" * self.add_biases
         terms = ", ".join(components_to_terms(method.components))
         kind = f"bitfit ({terms})" if terms else method.fine_tune_type
         kind += f", started from {method.start.record['task']}" if method.start else ""
@@ -60,6 +62,7 @@ def make_setup(
     random_encoder: bool,
     max_tokens: int | None,
     model_revision: str | None,
+    add_biases: bool,
 ) -> Setup:
     """Return the setup of `GLUEvaluator`'s arguments; raise UserError if one is wrong.
 
@@ -74,6 +77,7 @@ def make_setup(
         random_encoder: draw the encoder's weights at random (a control).
         max_tokens: in one forward pass; None: the default of the device.
         model_revision: tag, branch or commit of a model on the Hub; None: its main branch.
+        add_biases: add zero biases to the encoder, see `bitfit.model.added_biases`.
     """
     if precision not in (None, *DTYPES):
         raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
@@ -83,7 +87,8 @@ def make_setup(
     return Setup(
         task=task, model_name=model_name, revision=revision, model_commit=commit,
         base_name=Path(model_name).name, data_dir=data_dir, random_encoder=random_encoder,
-        device=torch_device, seeds=as_list(torch.initial_seed() if seed is None else seed),
+        add_biases=add_biases, device=torch_device,
+        seeds=as_list(torch.initial_seed() if seed is None else seed),
         precision=choose_precision(precision, torch_device), max_tokens=max_tokens,
     )  # fmt: skip
 

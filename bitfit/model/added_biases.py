@@ -1,0 +1,89 @@
+"""Add zero biases to an encoder that has none, through the switches of its config.
+
+The biases are added to the loaded model, so that weights, random values and fingerprints are those
+of the base model. The switches are found by building models without weights and comparing the
+names of their parameters.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitfit.model.loading import build_model_without_weights
+from bitfit.model.trainable import in_encoder, is_bias, relative_name
+from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+LOGGER = logging.getLogger("bitfit")
+SWITCH = re.compile(r"(\w+_)?bias")  # attention_bias, use_qkv_bias, bias, and no_bias
+Shapes = dict[str, torch.Size]  # {parameter name: shape}
+
+
+def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
+    """Switch on the biases in a model's config, and add them to the model as zeros.
+
+    Args:
+        report: log which biases are added.
+
+    Raises:
+        UserError: the config has no switch that adds biases.
+    """
+    switches = find_switches(model)
+    added = added_parameters(model, switches)
+    if not added:
+        kind = f"--add-biases: this {model.config.model_type} model has"
+        if any(in_encoder(model, n) and is_bias(n) for n, _ in model.named_parameters()):
+            raise UserError(f"{kind} biases, and its config cannot add others: leave it out")
+        raise UserError(f"{kind} no biases, and its config cannot add any: give another model")
+    device = next(model.parameters()).device
+    for name, shape in added.items():
+        module_name, _, kind = name.rpartition(".")
+        zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+        setattr(model.get_submodule(module_name), kind, torch.nn.Parameter(zeros))
+    set_values(model.config, switches)
+    if report:
+        terms = {relative_name(model, n).removesuffix(".bias") for n in added}
+        LOGGER.info(
+            "added biases: %d tensors with %s zeros (%s), switched on in the config by %s",
+            len(added), f"{sum(shape.numel() for shape in added.values()):,}",
+            ", ".join(sorted(terms)), ", ".join(switches),
+        )  # fmt: skip
+
+
+def find_switches(model: "PreTrainedModel") -> dict[str, bool]:
+    """Return {config attribute: value that adds biases to the encoder, and nothing else}."""
+    found = {}
+    for name, value in model.config.to_dict().items():
+        negated = name.startswith("no_")
+        if SWITCH.fullmatch(name) and value is negated:
+            added = added_parameters(model, {name: not value})
+            if any(in_encoder(model, n) for n in added) and all(map(is_bias, added)):
+                found[name] = not value
+    return found
+
+
+def added_parameters(model: "PreTrainedModel", values: Mapping[str, bool]) -> Shapes:
+    """Return the parameters that a model gains by values of its config; none if others change."""
+    config = deepcopy(model.config)
+    set_values(config, values)
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    try:
+        after = {n: p.shape for n, p in build_model_without_weights(config).named_parameters()}
+    except Exception:  # of any kind: the architecture does not support these values
+        return {}
+    if not before.items() <= after.items():
+        return {}
+    return {name: shape for name, shape in after.items() if name not in before}
+
+
+def set_values(config: "PreTrainedConfig", values: Mapping[str, bool]) -> None:
+    """Set attributes of a config."""
+    for name, value in values.items():
+        setattr(config, name, value)
