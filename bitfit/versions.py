@@ -22,9 +22,23 @@ def is_installed(package: str) -> bool:
 
 def git_commit() -> str | None:
     """Return the checkout's commit, or None where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return git("rev-parse", "HEAD") or None
+
+
+def has_uncommitted_changes() -> bool | None:
+    """Return whether files of the checkout differ from its commit, or None where there is no git.
+
+    Files that git does not know, such as output folders, do not count.
+    """
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return None if changes is None else bool(changes)
+
+
+def git(*arguments: str) -> str | None:
+    """Return the output of git in the program's folder, or None if it fails."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return result.stdout.strip() or None
+    return None if result.returncode else result.stdout.strip()

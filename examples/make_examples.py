@@ -2,9 +2,9 @@
 
     python examples/make_examples.py --seed 0 --output-path examples
 
-writes `glue/` (see toy_glue.py) and `tiny_bert/`, a BERT of three layers pre-trained from
-scratch as the original was, by masked language modelling and next-sentence prediction, on
-text drawn from toy_language.py. Nothing is downloaded; it takes about three minutes.
+writes `glue/` (see toy_glue.py), `tagging/` (see toy_tagging.py) and `tiny_bert/`, a BERT of three
+layers pre-trained from scratch as the original was, by masked language modelling and next-sentence
+prediction, on text drawn from toy_language.py. Nothing is downloaded; it takes about three minutes.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import toy_language as toy
 from toy_glue import write_glue
+from toy_tagging import write_tagging
 from tqdm import trange
 from transformers import BatchEncoding, BertConfig, BertForPreTraining, BertTokenizerFast
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of pre-training")
     arguments = parser.parse_args()
     write_glue(arguments.output_path / "glue", arguments.seed)
+    write_tagging(arguments.output_path / "tagging", arguments.seed)
     torch.set_num_threads(1)  # so that sums come out the same on any number of cores
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()

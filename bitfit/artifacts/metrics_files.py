@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -122,12 +123,16 @@ def write_logits(folder: Path, state: TrainState, k: int) -> None:
     """Write validation_logits.safetensors of run number k, for selection and tests later.
 
     The file has, for each validation split, the logits (evaluations, rows, C) and `<split>.labels`
-    (rows,).
+    (rows,); for tagging those of words, and `<split>.sentences`, the words of each sentence.
     """
     tensors, done = {}, state.evaluation_count
     for split, logits in state.logits.items() if done else ():
         tensors[split] = torch.from_numpy(logits[:done, k].copy())
-        tensors[f"{split}.labels"] = state.plan.scored[split].tokens.require_labels().cpu()
+        tokens = state.plan.scored[split].tokens
+        tensors[f"{split}.labels"] = tokens.require_labels().cpu()
+        if state.plan.task.is_tagging:
+            sentences = tokens.sentences_of(np.arange(len(tokens.lengths)))
+            tensors[f"{split}.sentences"] = torch.from_numpy(sentences)
     if tensors:
         with atomic_file(folder / LOGITS) as temporary:
             store.save_tensors(tensors, temporary)

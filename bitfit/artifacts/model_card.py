@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, Any]  # the content of args.json or metrics.json
 HUB_METRICS = {"MCC": "matthews_correlation", "Spearman": "spearmanr", "Pearson": "pearsonr",
-                "Macro-F1": "f1"}  # fmt: skip
+                "Macro-F1": "f1", "Entity-F1": "seqeval"}  # fmt: skip
 BITFIT = "[BitFit](https://arxiv.org/abs/2106.10199)"
 TRAINED = {
     "full_ft": "All parameters were trained",
@@ -33,6 +33,17 @@ TRAINED = {
     "rand_uniform": "Encoder parameters drawn at random and the classifier were trained",
     "rand_row_col": "Random rows and columns of its matrices and the classifier were trained",
 }
+TAGGING_EXAMPLE = """\
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+name = "model"  # this folder, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForTokenClassification.from_pretrained(name)
+words = ["The", "cat", "sleeps", "."]
+inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+numbers = model(**inputs).logits[0].argmax(dim=-1).tolist()
+first = [inputs.word_ids().index(n) for n in range(len(words))]  # a word's first sub-token
+print([model.config.id2label[numbers[position]] for position in first])"""
 LICENCE = (
     "<!-- No licence is given yet: add `license: ...` to the lines above. "
     "The terms of the base model and of the data apply. -->"
@@ -89,7 +100,7 @@ def card_metadata(task: Task, metrics: Metadata, metadata: Metadata) -> "ModelCa
         metrics=list(dict.fromkeys(hub_metric(metric) for metric in task.metrics)),
         model_name=title(metrics, metadata) if results else None,
         eval_results=results or None,
-        pipeline_tag="text-classification",
+        pipeline_tag="token-classification" if task.is_tagging else "text-classification",
         tags=["bitfit"] if metrics["fine_tune_type"] == "bitfit" else None,
     )
 
@@ -191,6 +202,8 @@ def which_weights(metrics: Metadata, metadata: Metadata) -> str:
 
 def example(task: Task) -> str:
     """Return Python code that loads the model and predicts one example."""
+    if task.is_tagging:
+        return TAGGING_EXAMPLE
     words = ", ".join(['"The cat sleeps."', '"An animal sleeps."'][: len(task.texts)])
     label = "model.config.id2label[logits.argmax().item()]"
     return "\n".join([

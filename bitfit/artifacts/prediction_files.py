@@ -1,4 +1,4 @@
-"""Files of test predictions for the GLUE server."""
+"""Files of test predictions: for the GLUE server, or tagged sentences in the input's format."""
 
 import logging
 from collections.abc import Callable
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bitfit.data.splits import read_split, source_file
+from bitfit.data.tagged_files import write_tags
 from bitfit.data.tasks import predictions
 from bitfit.distributed import Group
 from bitfit.results.scores import write_predictions
 from bitfit.training.setup import LoadedData
+from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 
@@ -32,6 +35,26 @@ def write_test_predictions(
             continue
         written.append(folder / name)
         predicted = predictions(task, predict(split))
-        if group.rank == 0:
+        if group.rank == 0 and task.is_tagging:
+            write_tagged_split(written[-1], data, split, predicted)
+        elif group.rank == 0:
             write_predictions(written[-1], task, predicted)
     return written
+
+
+def write_tagged_split(path: Path, data: LoadedData, split: str, predicted: np.ndarray) -> None:
+    """Write the sentences of a split with the predicted tags (words,) in their file's format.
+
+    Raises:
+        UserError: the sentences have changed since they were read.
+    """
+    task, folder, tokens = data.dataset.task, data.dataset.data_dir or ".", data.tokens(split)
+    counts = tokens.sentences_of(np.arange(len(tokens.lengths)))
+    texts = read_split(task, split, folder)
+    if not np.array_equal(texts.word_counts, counts):
+        raise UserError(f"the {split} split of {task.name} has changed since it was read")
+    parts = np.split(np.array(task.labels)[predicted], counts.cumsum()[:-1])
+    write_tags(
+        path, source_file(task, split, folder), (task.texts[0], task.tsv_label),
+        sentences=texts.columns[0], tags=[part.tolist() for part in parts],
+    )  # fmt: skip

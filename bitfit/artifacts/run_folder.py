@@ -29,7 +29,7 @@ HARMLESS = {
 BY_NAME = {"data_dir", "model_name", "model_revision", "start_from"}
 WARNED = {  # values that may differ, with a warning
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
-    "rows",
+    "rows", "uncommitted_changes",
 }  # fmt: skip
 # Types of the values that the program computes with; other flags are only compared.
 TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,

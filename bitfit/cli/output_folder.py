@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bitfit.artifacts.run_folder import folder_state, remove_checkpoints
 from bitfit.options import RunOptions
 from bitfit.output_paths import check_writable, remove_lock
-from bitfit.versions import git_commit, installed_version
+from bitfit.versions import git_commit, has_uncommitted_changes, installed_version
 from utils import FORMAT, LOGGER, UserError, print_result
 
 if TYPE_CHECKING:
@@ -66,4 +66,6 @@ def run_metadata(evaluator: "GLUEvaluator") -> dict[str, Any]:
         "python": sys.version.split()[0],
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
+        "uncommitted_changes": has_uncommitted_changes(),
+        "splits": evaluator.need_loaded().describe_splits(),
     }

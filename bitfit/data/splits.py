@@ -182,12 +182,18 @@ def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.
     return readers.read_tsv(path, wanted, names, skips, row_number_columns(split))
 
 
+def source_file(task: Task, split: str, folder: str | Path) -> Path | None:
+    """Return the file of a custom task's split, or None for a data set on the Hub."""
+    files = (task.record or {}).get("files")
+    return data_file(folder, files[split]) if files else None
+
+
 def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     """Return the table of a split of a custom task."""
     wanted, record = column_names(task, split), task.record or {}
-    if "files" in record:
-        read = read_sentences if task.is_tagging else readers.read_file
-        return read(data_file(folder, record["files"][split]), wanted)
+    path = source_file(task, split, folder)
+    if path is not None:
+        return (read_sentences if task.is_tagging else readers.read_file)(path, wanted)
     hub = record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
     where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]

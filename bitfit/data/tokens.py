@@ -1,21 +1,21 @@
 """Tokenized splits: all tokens of a split are one flat array with offsets."""
 
 import logging
-from collections.abc import Callable, Iterable
-from itertools import accumulate, chain, pairwise
+from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from bitfit.data import readers
 from bitfit.data.splits import TextColumns, find_split, word_positions
 from bitfit.data.tasks import Task
+from bitfit.data.word_tokens import first_tokens, split_long_sentences, tokens_for_text
 from utils import UserError, make_generator
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger("bitfit")
 # Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
@@ -117,84 +117,6 @@ def tokenize(
     )
 
 
-def tokens_for_text(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: bool) -> int:
-    """Return the number of a row's tokens that are not special; UserError if there is none."""
-    specials = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_length <= specials:
-        what = f"leaves no room for text: this tokenizer adds {specials} special tokens a row"
-        raise UserError(f"--max-seq-length {max_length} {what}; give more")
-    return max_length - specials
-
-
-def first_tokens(rows: "BatchEncoding", lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the positions of the words' first sub-tokens among the tokens of all rows."""
-    words = [-1 if n is None else n for row in range(len(lengths)) for n in rows.word_ids(row)]
-    numbers = np.array(words, np.int64)  # of the word of each token; -1: a special token
-    before = np.concatenate([[-1], numbers[:-1]])
-    before[np.cumsum(lengths) - lengths] = -1
-    found = np.flatnonzero((numbers >= 0) & (numbers != before))
-    expected = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    if not np.array_equal(numbers[found], expected):
-        raise UserError("this tokenizer loses words of a sentence: give another --model-name")
-    return found
-
-
-def split_long_sentences(
-    texts: TextColumns, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> TextColumns:
-    """Return sentences of over `max_length` tokens as several rows, cut evenly between words.
-
-    A word alone may have more tokens: it is a row of its own, and `tokenize` cuts it.
-
-    Raises:
-        UserError: a word has no sub-token, or `max_length` leaves no room for words.
-    """
-    room = tokens_for_text(tokenizer, max_length, pair=False)
-    (sentences,) = texts.columns
-    parts = cut_sentences(sentences, tokenizer, room, texts.place_word)
-    counts = np.array([len(row) for rows in parts for row in rows], np.int64)
-    continues = np.array([number > 0 for rows in parts for number in range(len(rows))])
-    if continues.any():
-        count = sum(len(rows) > 1 for rows in parts)
-        LOGGER.info("%d of %d sentences have more than %d tokens and are split into %d rows",
-                    count, len(parts), max_length, count + continues.sum())  # fmt: skip
-    rows = list(chain.from_iterable(parts))
-    return TextColumns((rows,), texts.labels, counts, continues)
-
-
-def cut_sentences(
-    sentences: list[list[str]],
-    tokenizer: "PreTrainedTokenizerBase",
-    room: int,
-    place: Callable[[int, int], str] | None = None,
-) -> list[list[list[str]]]:
-    """Return the rows of each sentence: lists of words with at most `room` tokens.
-
-    Args:
-        place: returns the position of a word for messages; None: its number.
-    """
-    encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False)
-    parts = []
-    for number, words in enumerate(sentences):
-        ids = encoded.word_ids(number)
-        counts = np.bincount(np.array(ids, np.int64), minlength=len(words))
-        if not counts.all():
-            word = int(np.flatnonzero(counts == 0)[0])
-            where = place(number, word) if place else f"sentence {number + 1}, word {word + 1}"
-            what = f"{readers.quote_value(words[word])} has no sub-tokens in this model's tokenizer"
-            raise UserError(f"{where}: {what}: remove it, or give another --model-name")
-        rows = -(-len(ids) // room)
-        if rows == 1 or len(words) == 1:
-            parts.append([words])
-            continue
-        row_of_word = (counts.cumsum() - counts) * rows // len(ids)
-        cuts = np.flatnonzero(np.diff(row_of_word)) + 1
-        ends = [0, *(cuts if len(cuts) else [len(words) - 1]), len(words)]
-        pieces = [words[a:b] for a, b in pairwise(ends)]
-        parts.append(list(chain.from_iterable(cut_sentences(pieces, tokenizer, room))))
-    return parts
-
-
 def concatenate(parts: list[TokenizedSplit]) -> TokenizedSplit:
     """Return the rows of several `TokenizedSplit` as one `TokenizedSplit` without labels."""
     lengths = np.concatenate([part.lengths for part in parts])
@@ -214,6 +136,27 @@ def concatenate_known(arrays: Iterable[np.ndarray | None]) -> np.ndarray | None:
     """Return the arrays that are not None as one, or None if all are None."""
     known = [array for array in arrays if array is not None]
     return np.concatenate(known) if known else None
+
+
+def describe_split(task: Task, tokens: TokenizedSplit) -> dict[str, Any]:
+    """Return the number of examples (of sentences, rows and words for tagging) and the labels.
+
+    Of labels and tags it is how often each occurs; of scores their mean, minimum and maximum.
+    """
+    counts = {"examples": len(tokens.lengths)}
+    if tokens.word_counts is not None:
+        sentences = int((~tokens.continues).sum())
+        words = int(tokens.word_counts.sum())
+        counts = {"sentences": sentences, "rows": len(tokens.lengths), "words": words}
+    if tokens.labels is None:
+        return counts
+    labels = tokens.labels.cpu().numpy()
+    if task.is_regression:
+        functions = {"mean": np.mean, "min": np.min, "max": np.max}
+        return counts | {"scores": {n: round(float(f(labels)), 4) for n, f in functions.items()}}
+    of_label = np.bincount(labels, minlength=task.num_labels).tolist()
+    name = "tags" if task.is_tagging else "labels"
+    return counts | {name: dict(zip(task.labels, of_label, strict=True))}
 
 
 def flat(rows: list[list[int]]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from bitfit.data import task_files
 from bitfit.data.tasks import Task
-from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate
+from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate, describe_split
 from bitfit.model import fingerprints, hub, loading
 from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
@@ -125,6 +125,11 @@ class LoadedData:
         if not task.server_files:
             raise UserError(f"the task file of {task.name} names no test split to predict")
         return task.server_files
+
+    def describe_splits(self) -> dict[str, dict[str, Any]]:
+        """Return the number of examples and the labels of each split read so far."""
+        splits = self.dataset.splits.items()
+        return {n: describe_split(self.dataset.task, s.tokens) for n, s in splits if s.tokens}
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes of the scored splits and of the test splits read so far."""
