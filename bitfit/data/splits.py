@@ -304,7 +304,8 @@ def decode_labels(
                 raise ValueError
         except (ValueError, TypeError, LookupError):
             expected = readers.quote_names(known) if known else f"a score from {low:g} to {high:g}"
-            what = f"unknown label {readers.quote_value(value if word is None else word)}"
+            kind = "tag" if task.is_tagging else "label"
+            what = f"unknown {kind} {readers.quote_value(value if word is None else word)}"
             what += readers.describe_look_alike(word, [*known, *task.excluded_labels])
             raise UserError(f"{place(row)}: {what}; expected {expected}") from None
     return np.array(labels, np.float32 if task.is_regression else np.int64)

@@ -129,7 +129,7 @@ def read_words_like_text(tokenizer: "PreTrainedTokenizerBase", model_name: str |
         content = backend.to_str().replace('"add_prefix_space":false', '"add_prefix_space":true')
         content = content.replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
         backend.pre_tokenizer = Tokenizer.from_str(content).pre_tokenizer
-        tokenizer.init_kwargs["add_prefix_space"] = True  # for its saved copy
+        tokenizer.add_prefix_space = True  # for its saved copy
     if not reads_words_like_text(tokenizer):
         what = "reads words otherwise than texts: the results may be worse"
         LOGGER.warning("the tokenizer of %s %s", model_name, what)
