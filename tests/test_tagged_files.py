@@ -74,7 +74,7 @@ def json_lines(sentences, tags):
 
 FORMATS = {  # (suffix, words, tags, writer)
     "tabs": (".conll", 1, 2, columns_text),
-    "blanks": (".txt", 1, 2, lambda *rows: columns_text(*rows, separator="  ")),
+    "blanks": (".txt", 1, 2, lambda w, t: columns_text(w, t, "  ")),
     "CoNLL-U": (".conllu", "FORM", "UPOS", conllu_text),
     "JSON Lines": (".jsonl", "w", "t", json_lines),
     "Parquet": (".parquet", "w", "t", lambda w, t: pd.DataFrame({"id": 7, "w": w, "t": t})),

@@ -130,8 +130,8 @@ def write_logits(folder: Path, state: TrainState, k: int) -> None:
         tensors[split] = torch.from_numpy(logits[:done, k].copy())
         tokens = state.plan.scored[split].tokens
         tensors[f"{split}.labels"] = tokens.require_labels().cpu()
-        if state.plan.task.is_tagging:
-            sentences = tokens.sentences_of(np.arange(len(tokens.lengths)))
+        sentences = tokens.sentences_of(np.arange(len(tokens.lengths)))
+        if sentences is not None:
             tensors[f"{split}.sentences"] = torch.from_numpy(sentences)
     if tensors:
         with atomic_file(folder / LOGITS) as temporary:

@@ -49,12 +49,13 @@ def write_tagged_split(path: Path, data: LoadedData, split: str, predicted: np.n
         UserError: the sentences have changed since they were read.
     """
     task, folder, tokens = data.dataset.task, data.dataset.data_dir or ".", data.tokens(split)
-    counts = tokens.sentences_of(np.arange(len(tokens.lengths)))
-    texts = read_split(task, split, folder)
-    if not np.array_equal(texts.word_counts, counts):
+    known = tokens.sentences_of(np.arange(len(tokens.lengths)))
+    (sentences,) = read_split(task, split, folder).columns
+    counts = [len(words) for words in sentences]
+    if not np.array_equal(counts, () if known is None else known):
         raise UserError(f"the {split} split of {task.name} has changed since it was read")
-    parts = np.split(np.array(task.labels)[predicted], counts.cumsum()[:-1])
+    parts = np.split(np.array(task.labels)[predicted], np.cumsum(counts)[:-1])
     write_tags(
         path, source_file(task, split, folder), (task.texts[0], task.tsv_label),
-        sentences=texts.columns[0], tags=[part.tolist() for part in parts],
+        sentences=sentences, tags=[part.tolist() for part in parts],
     )  # fmt: skip

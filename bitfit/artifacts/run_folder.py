@@ -23,7 +23,7 @@ EVALUATOR = "evaluator.json"
 HARMLESS = {
     "output_path", "resume", "verbose", "checkpoint_every", "checkpoint_minutes", "gpu_device",
     "max_tokens", "data_dir", "model_name", "model_revision", "finished", "ranks", "task_file",
-    "report_to", "push_to_hub", "quiet", "start_from",
+    "report_to", "push_to_hub", "quiet", "start_from", "splits",
 }  # fmt: skip
 # Harmless while hashes can be compared.
 BY_NAME = {"data_dir", "model_name", "model_revision", "start_from"}

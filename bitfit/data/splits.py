@@ -6,14 +6,13 @@ some training files are left out, and a log line gives their number.
 """
 
 import logging
-import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from bitfit.data.glue_files import (
     read_mrpc_train_without_dev,
     tsv_names,
 )
+from bitfit.data.labels import decode_labels, name_classes
 from bitfit.data.tagged_files import check_tags, check_words, place_word, read_sentences
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
@@ -206,13 +206,6 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     return table
 
 
-def name_classes(label: object, known: dict[Any, str]) -> object:
-    """Return the name of a class number, or of each in a list; other values as they are."""
-    if isinstance(label, list):
-        return [known.get(number, number) for number in label]
-    return known.get(label, label)
-
-
 def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
     """Return a table's texts and, if the split has them, labels.
 
@@ -281,45 +274,3 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
 def is_text(value: object) -> bool:
     """Return whether a value is a text without surrogates, which JSON can contain."""
     return isinstance(value, str) and HALVES.search(value) is None
-
-
-def decode_labels(
-    task: Task, values: list, place: Callable[[int], str], numbered: bool
-) -> np.ndarray:
-    """Return labels as in a file as class numbers (rows,) int64, or scores (rows,) float32.
-
-    Args:
-        place: returns the position of a row for messages.
-        numbered: as in `make_text_columns`.
-    """
-    number, read = (real, lambda value: value) if numbered else (float_of, label_text)
-    names = range(len(task.labels)) if numbered else task.written_labels
-    known, (low, high) = {name: label for label, name in enumerate(names)}, task.score_range
-    labels = []
-    for row, value in enumerate(values):
-        word = read(value)
-        try:
-            labels.append(number(word) if task.is_regression else known[word])
-            if task.is_regression and not low <= labels[-1] <= high:
-                raise ValueError
-        except (ValueError, TypeError, LookupError):
-            expected = readers.quote_names(known) if known else f"a score from {low:g} to {high:g}"
-            kind = "tag" if task.is_tagging else "label"
-            what = f"unknown {kind} {readers.quote_value(value if word is None else word)}"
-            what += readers.describe_look_alike(word, [*known, *task.excluded_labels])
-            raise UserError(f"{place(row)}: {what}; expected {expected}") from None
-    return np.array(labels, np.float32 if task.is_regression else np.int64)
-
-
-def real(value: object) -> float:
-    """Return a real number; raise TypeError for other values."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError
-    return float(value)
-
-
-def float_of(word: str | None) -> float:
-    """Return the number that a word spells; unlike `float`, reject 1_0."""
-    if word is None or "_" in word:
-        raise ValueError
-    return float(word)

@@ -143,17 +143,17 @@ def describe_split(task: Task, tokens: TokenizedSplit) -> dict[str, Any]:
 
     Of labels and tags it is how often each occurs; of scores their mean, minimum and maximum.
     """
-    counts = {"examples": len(tokens.lengths)}
-    if tokens.word_counts is not None:
-        sentences = int((~tokens.continues).sum())
-        words = int(tokens.word_counts.sum())
-        counts = {"sentences": sentences, "rows": len(tokens.lengths), "words": words}
+    rows = len(tokens.lengths)
+    sentences = tokens.sentences_of(np.arange(rows))
+    counts: dict[str, Any] = {"examples": rows}
+    if sentences is not None:
+        counts = {"sentences": len(sentences), "rows": rows, "words": int(sentences.sum())}
     if tokens.labels is None:
         return counts
     labels = tokens.labels.cpu().numpy()
     if task.is_regression:
-        functions = {"mean": np.mean, "min": np.min, "max": np.max}
-        return counts | {"scores": {n: round(float(f(labels)), 4) for n, f in functions.items()}}
+        scores = {"mean": labels.mean(), "min": labels.min(), "max": labels.max()}
+        return counts | {"scores": {name: round(float(v), 4) for name, v in scores.items()}}
     of_label = np.bincount(labels, minlength=task.num_labels).tolist()
     name = "tags" if task.is_tagging else "labels"
     return counts | {name: dict(zip(task.labels, of_label, strict=True))}
