@@ -196,15 +196,17 @@ class GLUEvaluator:
         self.need_result().select(run)
 
     def predict(self, split: str) -> np.ndarray:
-        """Return the logits of all rows of a split, (rows, C) float32."""
+        """Return the logits of all rows of a split, or of their words, (rows, C) float32."""
         return self.need_prepared().predict(self.need_loaded(), split, self.group)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return {metric: value} of all rows of a split with labels."""
         if split not in ("train", *self.task.validation_splits):
             raise UserError(f"{split!r} has no labels: give train or a validation split")
-        labels = self.tokens(split).require_labels().cpu().numpy()
-        return score(self.task, self.predict(split), labels)
+        tokens = self.tokens(split)
+        rows = np.arange(len(tokens.lengths))
+        truth = tokens.labels_of(rows), tokens.sentences_of(rows)
+        return score(self.task, self.predict(split), *truth)
 
     def export_model_test_set_predictions(self, output_path: str | Path) -> list[Path]:
         """Write the test predictions as files for the GLUE server, and return their paths."""

@@ -179,15 +179,12 @@ def test_the_hosts_share_of_a_step_is_arrays(tiny_bert, packed):
     assert len(step.parts) > 1
     moved = leaves(batching.to_device(step, CPU))
     assert all(leaf is None or torch.is_tensor(leaf) for leaf in moved)
-    numbers = np.concatenate([batch.rows for batch, _ in step.parts])
+    numbers = np.concatenate([batch.label_index for batch, _ in step.parts])
     owners = np.concatenate([of.rows.run_ids for _, of in step.parts])
     found = {(run, row) for run, row in zip(owners.tolist(), numbers.tolist(), strict=True)}
     assert found == {(run, row) for run in range(4) for row in rows[run].tolist()}
-    assert (step.number, step.examples, step.rates.tolist()) == (
-        0,
-        16,
-        [r.learning_rate for r in GRID],
-    )
+    assert (step.number, step.labels.tolist()) == (0, [16] * 4)
+    assert step.rates.tolist() == [r.learning_rate for r in GRID]
 
 
 def test_what_autograd_keeps_is_counted():

@@ -142,12 +142,16 @@ def label_text(value: object) -> str | None:
 
 
 def row_losses(task: Task, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-    """Return the cross-entropy or squared error of each row (or word), (B, C), (B,) -> (B,)."""
+    """Return the cross-entropy or squared error of each label, (..., C), (...) -> (...).
+
+    It is 0 for the label -100, as in transformers.
+    """
     import torch.nn.functional as F
 
     if task.is_regression:
         return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
-    return F.cross_entropy(logits, labels, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return losses.view_as(labels)
 
 
 def predictions(task: Task, logits: np.ndarray) -> np.ndarray:

@@ -23,7 +23,9 @@ MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
 class Batch(NamedTuple):
     """B rows of a split, packed or padded: NumPy arrays, then tensors on the device."""
 
-    rows: torch.Tensor  # (B,) int64, the rows' numbers in the split
+    # (B,) int64, the number of each row's label in the split; for tagging in the shape of
+    # `token_index`, the number of the word that begins at a token, -1 for all other tokens.
+    label_index: torch.Tensor
     token_index: torch.Tensor  # (1, N) packed or (B, T) padded, int64, among the split's tokens
     mask: torch.Tensor | None  # (B, T) bool, False at padding; None: nothing is padded
     packed: PackedBatch | VarlenBatch | None  # None: padded
@@ -34,13 +36,14 @@ def make_batch(tokens: TokenizedSplit, rows: np.ndarray, packed: bool) -> Batch:
     lengths, starts = tokens.lengths[rows], tokens.starts[rows]
     if packed:
         layout = pack_rows(lengths, MAX_BUCKET_PADDING[tokens.ids.device.type])
-        token_index = np.repeat(starts, lengths) + layout.position_ids
-        return Batch(rows, token_index[None], None, layout)
+        token_index = (np.repeat(starts, lengths) + layout.position_ids)[None]
+        return Batch(index_labels(tokens, rows, token_index), token_index, None, layout)
     shift = lengths.max() - lengths[:, None] if tokens.pad_left else 0
     column = np.arange(lengths.max()) - shift
     valid = (column >= 0) & (column < lengths[:, None])
     token_index = starts[:, None] + np.where(valid, column, 0)
-    return Batch(rows, token_index, None if valid.all() else valid, None)
+    label_index = index_labels(tokens, rows, token_index, valid)
+    return Batch(label_index, token_index, None if valid.all() else valid, None)
 
 
 def make_varlen_batch(
@@ -54,8 +57,38 @@ def make_varlen_batch(
     The arguments are those of `attention.pack_sequences`.
     """
     layout, row, chunk_run_ids = pack_sequences(tokens.lengths[rows], run_ids, stacked)
-    token_index = np.where(row < 0, 0, tokens.starts[rows][row]) + layout.position_ids
-    return Batch(rows, token_index[None], None, layout), chunk_run_ids
+    token_index = (np.where(row < 0, 0, tokens.starts[rows][row]) + layout.position_ids)[None]
+    label_index = index_labels(tokens, rows, token_index, row >= 0)
+    return Batch(label_index, token_index, None, layout), chunk_run_ids
+
+
+def index_labels(
+    tokens: TokenizedSplit,
+    rows: np.ndarray,
+    token_index: np.ndarray,
+    valid: np.ndarray | bool = True,
+) -> np.ndarray:
+    """Return `Batch.label_index`; `valid` is False for padding and fillers."""
+    if tokens.word_index is None:
+        return rows
+    word = np.searchsorted(tokens.word_index, token_index)
+    begins = tokens.word_index.take(word, mode="clip") == token_index
+    return np.where(begins & valid, word, -1)
+
+
+def count_labels(tokens: TokenizedSplit, rows: np.ndarray) -> np.ndarray:
+    """Return the number of labels of each of some rows: 1, or for tagging of their words."""
+    if tokens.word_index is None:
+        return np.ones_like(rows)
+    begin = tokens.starts[rows]
+    first, stop = np.searchsorted(tokens.word_index, [begin, begin + tokens.lengths[rows]])
+    return stop - first
+
+
+def gather_labels(tokens: TokenizedSplit, batch: Batch) -> torch.Tensor:
+    """Return the labels in the shape of `label_index`, -100 for tokens without one."""
+    labels = tokens.require_labels()[batch.label_index]
+    return labels if tokens.word_index is None else labels.where(batch.label_index >= 0, -100)
 
 
 def to_device(value: Nested, device: torch.device) -> Nested:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Forward(NamedTuple):
-    """The forward pass of a model: a `Batch` of a split's rows -> logits (B, C) float32."""
+    """The forward pass of a model: a `Batch` of a split's rows -> logits (B, C) float32.
+
+    A token classifier gives logits of all tokens: (1, N, C) packed, or (B, T, C) padded.
+    """
 
     model: torch.nn.Module
     packed_encoder: PackedEncoder | None = None  # runs packed rows; None: rows are padded
@@ -61,15 +64,28 @@ class Forward(NamedTuple):
         return make_batch(tokens, rows, packed), routing
 
     def __call__(self, tokens: TokenizedSplit, batch: Batch) -> torch.Tensor:
-        """Return the logits (B, C) of a `Batch` of tensors on the device."""
+        """Return the logits in the shape of `Batch.label_index`, for tensors on the device."""
         inputs = gather_inputs(tokens, batch)
         if self.packed_encoder and batch.packed:
             return self.packed_encoder(self.model, inputs, batch.packed).logits.float()
         return self.model(**inputs).logits.float()
 
     def logits(self, tokens: TokenizedSplit, rows: np.ndarray) -> torch.Tensor:
-        """Return the logits (B, C) of the rows (B,) int64."""
-        return self(tokens, to_device(self.make_batch(tokens, rows), tokens.ids.device))
+        """Return the logits (B, C) of the rows (B,) int64, or (words, C) of all their words."""
+        batch = self.make_batch(tokens, rows)
+        return select_labels(self(tokens, to_device(batch, tokens.ids.device)), batch)
+
+
+def select_labels(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the logits (labels, C) of a `Batch` of arrays: of rows, or of words in order.
+
+    With a leading dimension for K runs they are (K, labels, C).
+    """
+    index = batch.label_index
+    if index.ndim == 1:
+        return logits
+    words = to_device(np.flatnonzero(index >= 0), logits.device)
+    return logits.reshape(-1, index.size, logits.shape[-1])[:, words].squeeze(0)
 
 
 def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: TokenizedSplit) -> None:

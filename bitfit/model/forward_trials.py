@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bitfit.data.tokens import TokenizedSplit
+from bitfit.model.batching import count_labels
 from bitfit.model.forward import Forward, check_ids, set_pad_token
 from bitfit.model.loading import first_position, position_embedding, position_limit
 from bitfit.model.packed_encoder import packed_encoders
@@ -63,7 +64,7 @@ def select_forward(
             model.train()  # Some models check their inputs only in training (Reformer).
             Forward(model).logits(tokens, rows[1:2])
             model.eval()
-            alone = {row: Forward(model).logits(tokens, rows[[i]])[0] for i, row in enumerate(rows)}
+            alone = {row: Forward(model).logits(tokens, rows[[i]]) for i, row in enumerate(rows)}
         warn_of_constant(model_name, alone, tokens.lengths[rows])
         forward = first_independent(model, model_name, tokens, rows, alone, dtype)
     if dtype != torch.float32:
@@ -102,7 +103,7 @@ def warn_of_constant(
     model_name: str | Path, alone: dict[int, torch.Tensor], lengths: np.ndarray
 ) -> None:
     """Log a warning if rows of different lengths all have the same logits, up to rounding."""
-    logits = torch.stack([*alone.values()])
+    logits = torch.cat([*alone.values()])
     rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
     if lengths.min() < lengths.max() and (logits - logits[0]).abs().max() <= rounding:
         LOGGER.warning(
@@ -122,7 +123,7 @@ def first_independent(
     """Return the first `Forward` that gives rows in batches the logits that they have alone.
 
     Args:
-        alone: {row: (C,) logits of a batch with this row alone}.
+        alone: {row: (labels, C) logits of a batch with this row alone}.
 
     Raises:
         UserError: no `Forward` passes.
@@ -153,7 +154,8 @@ def forward_candidates(
     packed = [np.tile(rows, times), rows[1:2]]
     padded = [rows, rows[::-1].copy(), rows[1:], rows[[2, 1]]]
     equal = [np.append(np.flatnonzero(tokens.lengths == tokens.lengths[r])[:2], r) for r in rows]
-    encoders = packed_encoders(model, first_position(position_embedding(model)), dtype)
+    first, tagging = first_position(position_embedding(model)), tokens.word_index is not None
+    encoders = packed_encoders(model, first, dtype, reads_all_tokens=tagging)
     candidates = [(Forward(model, packed_encoder), packed) for packed_encoder in encoders]
     return [*candidates, (Forward(model), padded), (Forward(model, equal_length=True), equal)]
 
@@ -165,24 +167,37 @@ def neighbour_problem(
     alone: dict[int, torch.Tensor],
 ) -> str | None:
     """Return why `forward` must not be used, or None if its logits equal those of `alone`."""
-    logits = torch.stack([*alone.values()])
+    logits = torch.cat([*alone.values()])
     spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
     bound = 1e-4 * spread + 16 * torch.finfo(logits.dtype).eps * largest
     try:
         for batch in batches:
-            known = np.flatnonzero(np.isin(batch, [*alone]))
-            expected = torch.stack([alone[row] for row in batch[known]])
-            logits = forward.logits(tokens, batch)
-            if len(logits) < len(batch) or not (logits[known] - expected).abs().max() <= bound:
+            if differs_from_alone(forward, tokens, batch, alone=alone, bound=bound):
                 return "give other logits"
             if forward.uses_varlen:  # FlashAttention, which is used in training, needs bf16
-                with cast_parameters(forward.model, torch.bfloat16):
-                    logits = forward.logits(tokens, batch)
-                if not (logits[known] - expected).abs().max() <= 0.2 * largest:
-                    return "give other logits in bf16"
+                half, wide = cast_parameters(forward.model, torch.bfloat16), 0.2 * largest
+                with half:
+                    if differs_from_alone(forward, tokens, batch, alone=alone, bound=wide):
+                        return "give other logits in bf16"
     except Exception as error:  # The next candidate may work.
         return f"raise {type(error).__name__}: {shorten(first_line(error), 100)}"
     return None
+
+
+def differs_from_alone(
+    forward: Forward,
+    tokens: TokenizedSplit,
+    batch: np.ndarray,
+    alone: dict[int, torch.Tensor],
+    bound: torch.Tensor,
+) -> bool:
+    """Return whether logits of rows in a batch differ by more than `bound` from those `alone`."""
+    counts, logits = count_labels(tokens, batch).tolist(), forward.logits(tokens, batch)
+    if len(logits) < sum(counts):
+        return True
+    by_row = zip(logits.split(counts), batch, strict=True)
+    differences = [logits - alone[row] for logits, row in by_row if row in alone]
+    return not torch.cat(differences).abs().max() <= bound
 
 
 @contextmanager

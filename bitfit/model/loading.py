@@ -104,9 +104,9 @@ def load_model(
         config = load_config(model_name, task, revision)
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
-            model = build_model(config, dtype=torch.float32)
+            model = build_model(config, task, dtype=torch.float32)
             return model, frozenset(head_names(model))
-        model, info = load_checkpoint(model_name, config, revision)
+        model, info = load_checkpoint(model_name, config, task, revision)
     weight_checks.check_weights(model, model_name, info)
     weight_checks.check_dtypes(model_name, revision)
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
@@ -119,51 +119,67 @@ def load_model(
 
 
 def load_checkpoint(
-    model_name: str | Path, config: "PreTrainedConfig", revision: str | None
+    model_name: str | Path, config: "PreTrainedConfig", task: Task, revision: str | None
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
     """Return (a float32 classifier, transformers' lists of missing and mismatched names).
 
     Only safetensors files are read, because unpickling can run code.
     """
-    from transformers import AutoModelForSequenceClassification as Auto
-
-    return Auto.from_pretrained(
+    return auto_class(task).from_pretrained(
         model_name, revision=revision, config=config, dtype=torch.float32,
         use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         trust_remote_code=False,
     )  # fmt: skip
 
 
-def build_model(config: "PreTrainedConfig", **more: object) -> "PreTrainedModel":
+def auto_class(task: Task) -> Any:  # noqa: ANN401 (a class of transformers)
+    """Return the class that loads the classifiers of a task: of texts or of words."""
+    import transformers
+
+    if task.is_tagging:
+        return transformers.AutoModelForTokenClassification
+    return transformers.AutoModelForSequenceClassification
+
+
+def build_model(config: "PreTrainedConfig", task: Task, **more: object) -> "PreTrainedModel":
     """Return a classifier with random weights.
 
     Args:
         more: arguments of `from_config`, such as `dtype`.
     """
-    from transformers import AutoModelForSequenceClassification as Auto
-
-    return Auto.from_config(config, trust_remote_code=False, **more)
+    return auto_class(task).from_config(config, trust_remote_code=False, **more)
 
 
-def build_model_without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
+def build_model_without_weights(config: "PreTrainedConfig", task: Task) -> "PreTrainedModel":
     """Return a classifier on the device `meta`, whose parameters have shapes and no values."""
     with torch.device("meta"):
-        return build_model(config)
+        return build_model(config, task)
 
 
 def load_config(
     model_name: str | Path, task: Task, revision: str | None = None
 ) -> "PreTrainedConfig":
-    """Return the config of a classifier for a task."""
+    """Return the config of a classifier for a task.
+
+    Raises:
+        UserError: transformers has no classifier of words for the architecture.
+    """
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
     numbers = dict(enumerate(task.labels)) or {0: "score"}
-    return read_config(
+    kind = "regression" if task.is_regression else "single_label_classification"
+    config, _ = read_config(
         model_name,
         revision,
         num_labels=task.num_labels,
         id2label=numbers,
         label2id={name: number for number, name in numbers.items()},
-        problem_type="regression" if task.is_regression else "single_label_classification",
-    )[0]
+        problem_type=None if task.is_tagging else kind,
+    )
+    if task.is_tagging and type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        problem = f"transformers has no token classifier of the architecture {config.model_type}"
+        raise UserError(f"cannot tag words with the model {model_name}: {problem}: give another")
+    return config
 
 
 def read_config(
@@ -216,7 +232,7 @@ def check_max_length(
     with convert_errors(lambda error: cannot_load(model_name, error, revision)):
         config = load_config(model_name, task, revision)
     try:
-        limit = position_limit(build_model_without_weights(config))
+        limit = position_limit(build_model_without_weights(config, task))
     except Exception:  # some models need weights; `select_forward` tries the longest row
         return
     if limit is not None and max_length > limit:

@@ -2,9 +2,9 @@
 
 The model's attention is replaced by `packing.bucketed_attention` or by FlashAttention. After the
 last attention only the first token of each row is computed, because the classifiers of this family
-read no other token. `select_forward` compares the logits of a model with and without packing. A
-model that reads more tokens, or computes attention without transformers' interface, is refused
-here and runs on padded rows.
+read no other token; for token classifiers all are computed. `select_forward` compares the logits of
+a model with and without packing. A model that needs other tokens, or computes attention without
+transformers' interface, is refused here and runs on padded rows.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class PackedEncoder(NamedTuple):
     """How to run one model on packed rows."""
 
-    layers: torch.nn.Module  # runs the layers one after the other
+    layers: torch.nn.Module | None  # runs the layers; None: the classifier reads all tokens
     last_layer: frozenset[torch.nn.Module]  # modules that may see only first tokens
     after_attention: torch.nn.Module | None  # the module after the attention in the last layer
     heads: int
@@ -48,18 +48,19 @@ class PackedEncoder(NamedTuple):
         attend, layout = self.attention_and_layout(packed)
         AttentionInterface.register("packed", attend)
         positions = packed.position_ids[None] + self.first_position
-        implementation = model.config._attn_implementation
+        implementation, hook = model.config._attn_implementation, None
         if self.after_attention:
             select = partial(select_first_inputs, packed.first_token)
             hook = self.after_attention.register_forward_pre_hook(select)
-        else:
+        elif self.layers:
             select = partial(select_first_outputs, packed.first_token)
             hook = self.layers.register_forward_hook(select)
         try:
             model.config._attn_implementation = "packed"
             return model(**inputs, position_ids=positions, layout=layout)
         finally:
-            hook.remove()
+            if hook:
+                hook.remove()
             model.config._attn_implementation = implementation
 
     def attention_and_layout(
@@ -93,13 +94,19 @@ def select_first_outputs(
 
 
 def packed_encoders(
-    model: "PreTrainedModel", first_position: int, dtype: torch.dtype = torch.float32
+    model: "PreTrainedModel",
+    first_position: int,
+    dtype: torch.dtype = torch.float32,
+    reads_all_tokens: bool = False,
 ) -> list[PackedEncoder]:
     """Return the `PackedEncoder`s to try on a model, the fastest first.
 
     There is none for layers with windows. After the last attention no token reads another, and
     the classifier reads first tokens alone: for the other tokens three quarters of the last
     layer's arithmetic can be skipped.
+
+    Args:
+        reads_all_tokens: whether the classifier reads all tokens, so that nothing is skipped.
     """
     config, base = model.config, model.base_model
     windows = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
@@ -111,12 +118,15 @@ def packed_encoders(
     layers, last = base.get_submodule(name.rpartition(".")[0]), base.get_submodule(name)[-1]
     names = ("attention.output", "sa_layer_norm")
     after = [module for name, module in last.named_modules() if name in names]
-    pairs = [(frozenset(last.modules()), module) for module in after] + [(frozenset(), None)]
+    parts = [(layers, frozenset(last.modules()), module) for module in after]
+    parts.append((layers, frozenset(), None))
+    if reads_all_tokens:
+        parts = [(None, frozenset(), None)]
     size = getattr(config, "hidden_size", 0) // heads
     device = next(model.parameters()).device
     fused = attention.supports_flash_attention(size, device, dtype)
     return [
-        PackedEncoder(layers, *pair, heads, first_position, kind)
+        PackedEncoder(*part, heads, first_position, kind)
         for kind in ((True, False) if fused else (False,))
-        for pair in pairs
+        for part in parts
     ]

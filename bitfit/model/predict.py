@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from bitfit.data.splits import word_positions
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
-from bitfit.model.batching import batches_by_length
+from bitfit.model.batching import batches_by_length, count_labels
 from bitfit.model.forward import Forward
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
@@ -29,7 +30,8 @@ def predict(
         rows: (B,) int64 row numbers; None: all.
 
     Returns:
-        (B, C) float32 on the host; within `RunStack.routing()` the logits of all runs, (K, B, C).
+        (B, C) float32 on the host, or for tagging (words, C); within `RunStack.routing()` the
+        logits of all runs, (K, B, C).
     """
     forward.model.eval()
     rows = np.arange(len(tokens.lengths)) if rows is None else rows
@@ -43,9 +45,10 @@ def predict(
 
     parts, outputs = budget.retry_on_oom(compute)
     of_shard = torch.cat(outputs, dim=-2)
-    logits = of_shard.new_zeros(*of_shard.shape[:-2], len(rows), of_shard.shape[-1])
-    positions = torch.from_numpy(shard[np.concatenate(parts)]).to(logits.device)
-    logits[..., positions, :] = of_shard
+    counts = count_labels(tokens, rows)
+    logits = of_shard.new_zeros(*of_shard.shape[:-2], counts.sum(), of_shard.shape[-1])
+    positions = word_positions(counts, shard[np.concatenate(parts)])
+    logits[..., torch.from_numpy(positions).to(logits.device), :] = of_shard
     group.all_reduce_sum_(logits)
     return logits.cpu().numpy()
 
@@ -58,16 +61,17 @@ def predict_runs(
     rows: dict[int, np.ndarray],
     group: Group = SINGLE_PROCESS,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each run and the logits (B, C) of its rows.
+    """Yield each run and the logits (B, C), or (words, C), of its rows.
 
     If only the classifier trains and all runs have the same rows, the encoder runs once for all
-    runs. Otherwise one run after the other is loaded into the model.
+    runs. Otherwise, and for words in padded rows, one run after the other is loaded into the model.
 
     Args:
         rows: {run: (B,) int64 row numbers}.
     """
     first, *others = rows.values()
-    if stack.shares_encoder and others and all(np.array_equal(other, first) for other in others):
+    shared = stack.shares_encoder and (tokens.word_index is None or forward.packed_encoder)
+    if shared and others and all(np.array_equal(other, first) for other in others):
         with stack.routing():
             logits = predict(forward, tokens, budget, first, group)
         yield from ((run, logits[run]) for run in rows)

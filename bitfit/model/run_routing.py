@@ -51,6 +51,21 @@ class RunRouting(NamedTuple):
             return self
         return RunRouting(self.rows.to(dtype), self.tokens and self.tokens.to(dtype))
 
+    def run_ids_of(self, label_index: torch.Tensor) -> torch.Tensor:
+        """Return the run of each label of a batch, in the shape of `Batch.label_index`."""
+        if label_index.dim() == 1:
+            return self.rows.run_ids
+        if self.rows.valid_mask is None:  # a single run
+            return torch.zeros_like(label_index)
+        if self.tokens:
+            return self.tokens.run_ids[None]
+        return self.rows.run_ids[:, None].expand_as(label_index)
+
+    def token_index(self, x: torch.Tensor) -> RunIndex | None:
+        """Return `tokens` if x is (1, N, d) with all tokens of packed rows, else None."""
+        packed = self.tokens is not None and x.shape[:-1] == (1, len(self.tokens.run_ids))
+        return self.tokens if packed else None
+
     def per_row(self, params: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Select the parameters (K, d) of each row, in a shape that broadcasts with (B, ..., d)."""
         shape = (len(self.rows.run_ids), *[1] * (like.dim() - 2), -1)
@@ -63,16 +78,19 @@ class RunRouting(NamedTuple):
         """Add the bias (K, o) of each run to x (..., o), or to x @ weight.T with weight (o, i)."""
         if x.dim() == 2:
             return PerRunBias.apply(x, weight, bias, self.rows)
-        if self.tokens and len(x) == 1 and x.shape[1] == len(self.tokens.run_ids):
-            return PerRunBias.apply(x.squeeze(0), weight, bias, self.tokens)[None]
+        if tokens := self.token_index(x):
+            return PerRunBias.apply(x.squeeze(0), weight, bias, tokens)[None]
         x = x if weight is None else F.linear(x, weight)
         return x + self.per_row(bias, x)
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Multiply each row of x (B, i) by its run's weight (K, o, i): (B, o)."""
-        padded = x[self.rows.pad_index]  # (k, M, i)
-        product = torch.bmm(padded, weight.index_select(0, self.rows.active_runs).mT)  # (k, M, o)
-        return product.flatten(0, 1)[self.rows.unpad_index]
+        """Multiply each row or token of x (..., i) by its run's weight (K, o, i): (..., o)."""
+        index = self.token_index(x) or self.rows
+        items = x.reshape(len(index.unpad_index), -1, x.shape[-1])  # (N, tokens of an item, i)
+        padded = items[index.pad_index].flatten(1, 2)  # (k, M * tokens, i)
+        product = torch.bmm(padded, weight.index_select(0, index.active_runs).mT)
+        flat = product.view(-1, items.shape[1], product.shape[-1])  # (k * M, tokens, o)
+        return flat[index.unpad_index].view(*x.shape[:-1], -1)
 
 
 class BroadcastRuns(NamedTuple):

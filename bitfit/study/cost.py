@@ -75,7 +75,7 @@ def cell_sizes(cell: Cell) -> Sizes:
 def model_without_weights(name: str, task: Task) -> torch.nn.Module:
     """Return a model on the device `meta`, which has no weights."""
     with convert_errors(lambda error: loading.cannot_load(name, error)):
-        return loading.build_model_without_weights(loading.load_config(name, task))
+        return loading.build_model_without_weights(loading.load_config(name, task), task)
 
 
 def operations(cell: Cell, sizes: Sizes) -> float:

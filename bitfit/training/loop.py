@@ -14,7 +14,13 @@ import numpy as np
 import torch
 
 from bitfit.data.tasks import compact, row_losses, score
-from bitfit.model.batching import Batch, split_into_micro_batches, to_device
+from bitfit.model.batching import (
+    Batch,
+    count_labels,
+    gather_labels,
+    split_into_micro_batches,
+    to_device,
+)
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_routing import RunRouting
 from bitfit.model.run_stack import RunStack, clip_grad_norms_
@@ -58,7 +64,7 @@ class Step(NamedTuple):
 
     parts: tuple[tuple[Batch, RunRouting], ...]  # the micro-batches
     number: torch.Tensor  # () int64, counted over all epochs
-    examples: torch.Tensor  # () float32, training examples of each run
+    labels: torch.Tensor  # (K,) float32, labels of each run: of examples, or of words
     rates: torch.Tensor  # (K,) float64, learning rates
 
 
@@ -86,7 +92,9 @@ def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Ste
     )
     number = state.epoch * plan.steps_per_epoch + state.step
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
-    return Step(parts, np.array(number), np.array(rows.shape[1], np.float32), rates)
+    labels = np.zeros(len(runs), np.float32)
+    labels[active] = count_labels(tokens, rows).sum(axis=1)
+    return Step(parts, np.array(number), labels, rates)
 
 
 def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -130,7 +138,7 @@ def update(state: TrainState, step: Step, losses: torch.Tensor) -> torch.Tensor:
     stack.grads.masked_fill_(fixed, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
     optimizer_step(state)
-    state.loss_sum += losses * step.examples
+    state.loss_sum += losses * step.labels
     return losses
 
 
@@ -147,16 +155,14 @@ def optimizer_step(state: TrainState) -> None:
 def forward_backward(plan: Plan, stack: RunStack, step: Step) -> torch.Tensor:
     """Return the losses (K,) of one `Step` of tensors; `stack.grads` gets their gradients."""
     stack.zero_grad()
-    losses = torch.zeros_like(stack.params[:, 0])
+    tokens, losses = plan.train.tokens, torch.zeros_like(stack.params[:, 0])
     for batch, routing in step.parts:
         with stack.routing(routing):
-            logits = plan.forward(plan.train.tokens, batch)
-        per_row = row_losses(plan.task, logits, plan.train.tokens.require_labels()[batch.rows])
+            logits = plan.forward(tokens, batch)
+        labels, run_ids = gather_labels(tokens, batch), routing.run_ids_of(batch.label_index)
+        shares = row_losses(plan.task, logits, labels) / step.labels[run_ids]
         # On a GPU `index_add` sums in an order that varies.
-        run_ids = (routing.rows.run_ids,)
-        part_losses = torch.zeros_like(losses).index_put(
-            run_ids, per_row / step.examples, accumulate=True
-        )
+        part_losses = torch.zeros_like(losses).index_put((run_ids,), shares, accumulate=True)
         part_losses.sum().backward()
         stack.accumulate_grads()
         losses += part_losses.detach()
@@ -261,7 +267,6 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
     try:
         with checkpoints.defer_signals(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
-                labels = split.tokens.require_labels().cpu().numpy()
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in active}
                 for k, logits in predict_runs(
                     plan.forward, stack, split.tokens, plan.token_budget, rows, plan.group
@@ -269,7 +274,13 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
                     if name in state.logits:
                         kept = state.logits[name][state.epoch // plan.evaluation_frequency]
                         kept[k] = compact(plan.task, logits)
-                    for metric, value in score(plan.task, logits, labels[rows[k]]).items():
+                    of_run = score(
+                        plan.task,
+                        logits,
+                        split.tokens.labels_of(rows[k]),
+                        split.tokens.sentences_of(rows[k]),
+                    )
+                    for metric, value in of_run.items():
                         scores.append((stack.runs[k].name, state.epoch + 1, name, metric, value))
     except Stopped:
         checkpoints.save(state)
@@ -282,7 +293,8 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
 def record_epoch(state: TrainState, scores: list[tuple]) -> None:
     """Record the losses, times, scores and best values of an epoch, and which runs diverged."""
     stack, first = state.stack, state.epoch * state.plan.steps_per_epoch
-    losses, bad_step = (state.loss_sum / state.plan.rows_per_run).tolist(), stack.bad_step.tolist()
+    counts = torch.tensor([state.plan.labels_of(run) for run in stack.runs]).to(state.loss_sum)
+    losses, bad_step = (state.loss_sum / counts).tolist(), stack.bad_step.tolist()
     trained, active = stack.finite_runs(first), stack.finite_runs()
     for k in trained:
         record = state.records[k]

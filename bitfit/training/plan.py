@@ -9,6 +9,7 @@ import numpy as np
 from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split
 from bitfit.distributed import SINGLE_PROCESS, Group
+from bitfit.model.batching import count_labels
 from bitfit.model.forward import Forward
 from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import TokenBudget
@@ -66,6 +67,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.rows_per_run / self.batch_size)
 
+    def labels_of(self, run: Run) -> int:
+        """Return the number of labels that a run trains on in an epoch: of examples, or words."""
+        rows = self.train.rows_of_seed[run.seed]
+        return int(count_labels(self.train.tokens, rows).sum())
+
     def examples_before(self, epoch: int, step: int) -> int:
         """Return how many training examples a run has seen before a step of an epoch."""
         rows = self.rows_per_run
@@ -79,12 +85,14 @@ class Plan:
         return learning_rate_factors(options.lr_schedule, warmup_steps, steps)
 
     def empty_logits(self, runs: int) -> dict[str, np.ndarray]:
-        """Return {validation split: (evaluations, K, rows, C)}, NaN until a run is evaluated."""
+        """Return {validation split: (evaluations, K, labels, C)}, NaN until a run is evaluated."""
         count = math.ceil(self.epochs / self.evaluation_frequency)
         dtype = np.float32 if self.task.is_regression else np.float16
         return {
             name: np.full(
-                (count, runs, len(split.tokens.lengths), self.task.num_labels), np.nan, dtype
+                (count, runs, len(split.tokens.require_labels()), self.task.num_labels),
+                np.nan,
+                dtype,
             )
             for name, split in self.scored.items()
             if name != "train"

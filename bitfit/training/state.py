@@ -40,9 +40,9 @@ class TrainState:
     update: torch.Tensor | None  # (K, n) the optimizer's parameter if there are several runs
     records: list[Record]  # of each run
     scores: list[tuple]  # (name of the run, epoch, split, metric, value)
-    logits: dict[str, np.ndarray]  # {validation split: (evaluations, K, rows, C)}, NaN if missing
+    logits: dict[str, np.ndarray]  # {validation split: (evaluations, K, labels, C)}, NaN if missing
     best: torch.Tensor | None  # (K, n) values at each run's best evaluation, if they are kept
-    loss_sum: torch.Tensor  # (K,) over the training examples of this epoch
+    loss_sum: torch.Tensor  # (K,) over the labels of this epoch: of examples, or of words
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
     seconds: float = 0.0  # of training in this epoch
