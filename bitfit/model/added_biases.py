@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitfit.model.loading import build_model_without_weights
 from bitfit.model.trainable import in_encoder, is_bias, relative_name
 from utils import UserError
 
@@ -75,7 +74,9 @@ def added_parameters(model: "PreTrainedModel", values: Mapping[str, bool]) -> Sh
     set_values(config, values)
     before = {name: parameter.shape for name, parameter in model.named_parameters()}
     try:
-        after = {n: p.shape for n, p in build_model_without_weights(config).named_parameters()}
+        with torch.device("meta"):
+            other = type(model)(config)
+        after = {name: parameter.shape for name, parameter in other.named_parameters()}
     except Exception:  # of any kind: the architecture does not support these values
         return {}
     if not before.items() <= after.items():

@@ -54,11 +54,12 @@ def model_of_config(
 ) -> "PreTrainedModel":
     """Return a classifier with the parameters' names and shapes, without their trained values."""
     with convert_errors(lambda error: loading.cannot_load(model_name, error, revision)):
-        config = loading.load_config(model_name, TASKS["rte"], revision)
+        task = TASKS["rte"]
+        config = loading.load_config(model_name, task, revision)
         try:
-            model = loading.build_model_without_weights(config)
+            model = loading.build_model_without_weights(config, task)
         except Exception:  # some models compute with weights when they are built
-            model = loading.build_model(config)
+            model = loading.build_model(config, task)
     if add_biases:
         add_zero_biases(model)
     return model
