@@ -38,15 +38,16 @@ from utils import set_seed as set_seed  # a name of the released code
 
 
 class GLUEvaluator:
-    """Fine-tune and score one model on one task; every method raises UserError for bad input.
+    """Fine-tune and score one model on one task; methods raise UserError for invalid input.
 
-    It holds K >= 1 runs, all pairs of a learning rate and a seed. Predictions, files and plots
-    belong to the selected run: the first one, until `select` chooses another.
+    An evaluator has K >= 1 runs, all pairs of a learning rate and a seed. Predictions, files and
+    plots belong to the selected run, which is the first until `select` chooses another.
 
     Attributes:
         setup: the task, the base model and the machine.
         loaded: the tokenized data; None before `preprocess_dataset`.
-        prepared: the model and what trains; None before `training_preparation` or `prepare`.
+        prepared: the model and the selection of trainable parameters; None before
+            `training_preparation` or `prepare`.
         result: trained values, scores and records; None before `train_and_evaluate`.
         group: the processes that train and predict together.
     """
@@ -117,7 +118,7 @@ class GLUEvaluator:
         """Load the model and select the trainable parameters; see `Method` for the other arguments.
 
         Args:
-            learning_rate: before any schedule; a list: one run for each.
+            learning_rate: before any schedule; a list: a run for each rate.
             verbose: print the trained tensors.
             only: some of the runs; None: all pairs of a learning rate and a seed.
             start_from: folder of a saved evaluator, with whose values all runs start.
@@ -165,12 +166,12 @@ class GLUEvaluator:
 
         Args:
             output_path: folder for metrics and curves; several runs have folders `Run.name` in it.
-                Or {run: its folder} for some runs: the others write nothing.
+                Or {run: folder} for some runs; the others write nothing.
             evaluation_frequency and the following: see `TrainOptions` and the classes.
 
         Raises:
-            Diverged: every run had a loss or gradient that was not finite. Its last good values
-                (with `keep` its best) and its scores stay.
+            Diverged: every run had a loss or gradient that was not finite. The last finite values
+                (with keep="best" the best) and the scores stay.
         """
         prepared, data = self.need_prepared(), self.need_loaded()
         options = TrainOptions(data.batch_size, num_epochs, lr_schedule, warmup_ratio,
@@ -192,7 +193,7 @@ class GLUEvaluator:
             raise Diverged(diverged)
 
     def select(self, run: int) -> None:
-        """Let the model and all results below be those of a run, counted from 0."""
+        """Select a run, counted from 0, for the model and for the results of all methods."""
         self.need_result().select(run)
 
     def predict(self, split: str) -> np.ndarray:
@@ -226,11 +227,11 @@ class GLUEvaluator:
         return self.need_result().plot_learning_curves(run, self.task, caption, output_path)
 
     def terms_changes(self) -> tuple[list[str], np.ndarray]:
-        """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
+        """Return (names, changes), the mean changes of bias terms; see `plots.bias_changes`."""
         return self.need_prepared().bias_changes(self.need_result())
 
     def plot_terms_changes(self, output_path: str | Path | None = None) -> "plots.Figure":
-        """Return the paper's figure 1, and save it with its numbers as .png and .csv."""
+        """Return the paper's Figure 1; save the figure as .png and the numbers as .csv."""
         names, changes = self.terms_changes()
         return plots.plot_bias_changes(names, changes, self.caption, output_path)
 
@@ -291,7 +292,7 @@ class GLUEvaluator:
 
     @property
     def record(self) -> Record:
-        """Return what the selected run measured beside its scores."""
+        """Return losses, times and divergence of the selected run."""
         return self.need_result().record
 
     @property

@@ -213,7 +213,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def flop_of(model: PreTrainedModel, tokens: TokenizedSplit) -> int:
-    """Return the floating point operations that one epoch of one BitFit run needs at least.
+    """Return the minimum of floating point operations in one epoch of one BitFit run.
 
     Per weight of the encoder's matrices and token there are 4 operations: a multiplication and an
     addition in the forward pass, and in the backward pass. Padding and attention are not counted.
@@ -246,7 +246,7 @@ def setup(
     tokenizer, make_model = load(args, task)
     texts, total = pick_rows(args, task)
     print(
-        f"{task.name}, {len(texts)} rows of each run, batch {args.batch_size}, {args.rounds} "
+        f"{task.name}, {len(texts)} examples per run, batch {args.batch_size}, {args.rounds} "
         f"rounds: median (range), {machine(device)}",
         flush=True,
     )

@@ -8,8 +8,8 @@ end. Every file is compared with that of an uninterrupted command: weights, pred
 bit by bit, without seconds. The benchmark prints one line per case and ends with status 1 if
 anything differs.
 
-With --ranks the command is started by torchrun, and one of its ranks is killed: torchrun starts all
-of them again, three times; then the command is given again.
+With --ranks torchrun starts the command, and one rank is killed. torchrun starts all ranks again,
+up to three times; then the command is given again.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
     python benchmarks/many_tasks.py --data-dir <GLUE folder> --model-name <folder>
 
-For each number of tasks the same texts are answered three ways in turn, after a warm-up: together
-(scripts/predict.py's way), by as many models loaded one by one (the same program with one evaluator
-each), and by those models as plain transformers runs them, on padded batches. The clock covers
-tokenizing, the model and, but for plain transformers, the words of the answer. An answer is one
-task's for one row; rates are answers a second. Tasks are GLUE's, again and again, with random
-deltas of BitFit. Memory is the peak of a process of its own that loads and answers one batch,
-libraries included. Without --model-name a random encoder of MiniLM-L6's size (22M) is used.
+For each number of tasks the same texts are answered in three ways in turn, after a warm-up:
+together, as scripts/predict.py does; with one full model per task, in the same program; and with
+these models in plain transformers, on padded batches. The clock covers tokenizing, the model and,
+except for plain transformers, the formatting of answers. One text for one task is one answer; rates
+are answers per second. Tasks are those of GLUE, repeated, with random deltas of BitFit. Memory is
+the peak of a separate process that loads and answers one batch, including libraries. Without
+--model-name a random encoder of MiniLM-L6's size (22M) is used.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
         stack = evaluator.need_prepared().new_stack()
         evaluator = evaluator.with_parts(result=new_result(stack))
-        for own in folders[first :: len(tasks)]:
+        for target in folders[first :: len(tasks)]:
             stack.params += 0.02 * torch.randn_like(stack.params)
-            evaluator.save(own)
+            evaluator.save(target)
     return folders
 
 
@@ -94,12 +94,12 @@ def answer_plainly(
     loaded: list[multi_task.MultiTaskPredictor], rows: list[tuple[str, ...]], batch_size: int
 ) -> None:
     """Predict with plain transformers: one padded batch after another, model after model."""
-    for one in loaded:
-        model, texts = one.forward.model, len(one.tasks[0].texts)
+    for single in loaded:
+        model, texts = single.forward.model, len(single.tasks[0].texts)
         for i in range(0, len(rows), batch_size):
             columns = [list(c[:batch_size]) for c in zip(*rows[i : i + batch_size], strict=True)]
-            inputs = one.tokenizer(*columns[:texts], truncation=True, max_length=LENGTH,
-                                   padding=True, return_tensors="pt")  # fmt: skip
+            inputs = single.tokenizer(*columns[:texts], truncation=True, max_length=LENGTH,
+                                      padding=True, return_tensors="pt")  # fmt: skip
             model(**inputs.to(model.device)).logits.float().cpu()
 
 
@@ -109,7 +109,7 @@ def peak_gib(groups: list[list[Path]], rows: list[tuple[str, ...]], precision: s
         answer([load(group, precision, stack) for group in groups], rows, len(rows))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    # Not getrusage's: that of a child begins with what its parent had.
+    # Not from getrusage, whose peak of a child process begins with the parent's memory.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(peak) / 2**20
 
@@ -122,10 +122,10 @@ def apart(*args: object) -> float:
 
 def measure(folders: list[Path], rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
     """Print one line of the table."""
-    each, size = [[folder] for folder in folders], args.batch_size
+    singles, size = [[folder] for folder in folders], args.batch_size
     with ExitStack() as stack:
         many = [load(folders, args.precision, stack)]
-        single = [load(folder, args.precision, stack) for folder in each]
+        single = [load(folder, args.precision, stack) for folder in singles]
         ways = (answer, many), (answer, single), (answer_plainly, single)
         for work, loaded in ways:
             work(loaded, rows[:size], size)
@@ -136,7 +136,7 @@ def measure(folders: list[Path], rows: list[tuple[str, ...]], args: argparse.Nam
     ours, alone, plain = zip(*times, strict=True)
     rates = [f"{len(folders) * len(rows) / median(way):>9.0f}" for way in (ours, alone, plain)]
     ratios = [f"{ratio(zip(way, ours, strict=True)):>18}" for way in (alone, plain)]
-    memory = [apart(groups, rows[:size], args.precision) for groups in ([folders], each)]
+    memory = [apart(groups, rows[:size], args.precision) for groups in ([folders], singles)]
     print(f"{len(folders):>5}", *rates, *ratios, *(f"{gib:>8.2f}" for gib in memory), flush=True)
 
 

@@ -3,11 +3,11 @@
     pip install accelerate
     python benchmarks/peers.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
 
-Trainer gets its best flags: length grouping, bf16 autocast,
-the fused AdamW, no logging and no checkpoints. Both train the same parameters (all biases and the
-classifier) on the same rows at the same batch size and rate, in turn (A B A B ...), after a warm-up
-of each; K runs of ours in one pass beside K runs of Trainer. The clock covers training alone: no
-loading, tokenizing or scoring.
+Trainer gets its best flags: length grouping, bf16 autocast, the fused AdamW, no logging and no
+checkpoints. Both train the same parameters (all biases and the classifier) on the same examples at
+the same batch size and rate, in turn (A B A B ...), after a warm-up; K runs of ours in one pass
+are compared with K runs of Trainer. The clock covers training alone, without loading, tokenizing
+and scoring.
 
 Not the same: Trainer groups examples of similar length, which saves padding (more so with more
 --rows). Our loop draws batches at random, as the released code does, and has no padding.

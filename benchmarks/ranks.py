@@ -2,12 +2,12 @@
 
     python benchmarks/ranks.py --data-dir <GLUE folder> --model-name <folder>
 
-Two ranks of one thread each and one process of two threads, in turn (A B A B ...), for a sweep of
-eight (each rank trains some runs) and for one run (each rank trains some examples). Prints seconds
-and ratios of training alone, as metrics.json has them (the slowest rank's), and of the whole
-command with start-up, scoring and files. Then a run of each divided kind is repeated for one epoch
-under torch's profiler, which notes every call of the communicator with the shape and type of what
-it was given: from those come the bytes per step.
+Compares two ranks with one thread each and one process with two threads, in turn (A B A B ...), for
+a sweep of eight runs (each rank trains some runs) and for one run (each rank trains some examples).
+Prints seconds and ratios of training alone (metrics.json of the slowest rank), and of the whole
+command with start-up, scoring and files. Then every case is repeated for one epoch under torch's
+profiler, which records the shape and type of the arguments of all collectives; these give the bytes
+per step.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def traffic(args: argparse.Namespace, case: str) -> dict[tuple[str, int], int]:
     for event in events:
         if event.get("name", "").startswith("gloo:"):
             kinds, shapes = event["args"]["Input type"], event["args"]["Input Dims"]
-            each = zip(kinds, shapes, strict=True)
-            size = sum(BYTES[kind] * math.prod(shape) for kind, shape in each)
+            arguments = zip(kinds, shapes, strict=True)
+            size = sum(BYTES[kind] * math.prod(shape) for kind, shape in arguments)
             calls[event["name"].removeprefix("gloo:"), size] += 1
     return calls
 
@@ -107,9 +107,9 @@ def main() -> int:
         for _ in range(args.rounds):
             plain = measure([sys.executable], 2, flags_of(args, case))
             pairs.append((plain, measure(TORCHRUN, 1, flags_of(args, case))))
-        for i, what in enumerate(("training", "command")):
+        for i, part in enumerate(("training", "command")):
             one, two = ([side[i] for side in sides] for sides in zip(*pairs, strict=True))
-            print(f"{case}, {what}: one process {spread(one)} s | two ranks {spread(two)} s | "
+            print(f"{case}, {part}: one process {spread(one)} s | two ranks {spread(two)} s | "
                   f"ratio {ratio(zip(one, two, strict=True))}", flush=True)  # fmt: skip
     steps = math.ceil(int(args.train_size) / int(args.batch_size))
     for case in args.cases:

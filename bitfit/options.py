@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import git_commit, installed_version, is_installed
 
-# The modules above this one have an entry for each name; a test compares them.
+# Higher modules have an entry for every name; a test compares them.
 TASK_NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 FINE_TUNE_TYPES = ("full_ft", "bitfit", "frozen", "rand_uniform", "rand_row_col")
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # also the names of their packages

@@ -144,5 +144,5 @@ def test_runs_that_cannot_share_a_pass_say_so():
         evaluator.train_and_evaluate(1)
     evaluator.training_preparation(1e-3, "adamw", True, verbose=False, seed=1)
     evaluator.train_and_evaluate(1)
-    with pytest.raises(UserError, match="seed 7 is none of this evaluator's"):
+    with pytest.raises(UserError, match="seed 7 is not one of this evaluator's"):
         evaluator.training_preparation(1e-3, "adamw", True, verbose=False, seed=7)

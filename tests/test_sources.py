@@ -137,7 +137,8 @@ def test_mrpcs_original_training_file_without_the_rows_of_dev(tmp_path, caplog):
     texts = original_mrpc(tmp_path, dev="0\t5\t7\tc\td\n")
     assert texts.columns == (["a", "e"], ["b", "f"])
     assert texts.labels.tolist() == [1, 1]
-    assert "msr_paraphrase_train.txt: 1 rows, those of dev.tsv, are left out of 3" in caplog.text
+    message = "msr_paraphrase_train.txt: 1 of 3 rows are left out, because dev.tsv has them"
+    assert message in caplog.text
 
 
 def test_where_ids_are_not_unique_the_texts_tell_too(tmp_path):
@@ -148,9 +149,9 @@ def test_where_ids_are_not_unique_the_texts_tell_too(tmp_path):
 @pytest.mark.parametrize(
     ("dev", "message"),
     [
-        (None, r"holds the validation rows too, and without .*dev.tsv nothing tells which"),
-        ("0\t0\t1\tc\td\n", r"1 rows of .*dev.tsv are not in .*train.txt by their IDs"),
-        ("0\t7\t5\tc\td\n", r"1 rows of .*dev.tsv are not in .*train.txt by their IDs"),
+        (None, r"contains the validation rows too, which only .*dev.tsv tells"),
+        ("0\t0\t1\tc\td\n", r"train.txt has no rows with the IDs of 1 rows of .*dev.tsv"),
+        ("0\t7\t5\tc\td\n", r"train.txt has no rows with the IDs of 1 rows of .*dev.tsv"),
     ],
 )
 def test_mrpcs_dev_rows_that_cannot_be_told(tmp_path, dev, message):
@@ -300,8 +301,8 @@ def parquet(folder, name, rows=1):
         (["-00000-of-00002"], "train-00001-of-00002.parquet is missing: 1 of 2 files are there"),
         (["-00001-of-00002"], "train-00000-of-00002.parquet is missing: 1 of 2 files are there"),
         (["-00000-of-00003", "-00002-of-00003"], "train-00001-of-00003.parquet is missing: 2 of 3"),
-        (["-00000-of-00001", "-00000-of-00001-0123abcd"], "are the same part of train: take one"),
-        (["-00000-of-00001", "-0-of-1"], "are the same part of train: take one out"),
+        (["-00000-of-00001", "-00000-of-00001-0123abcd"], "are the same part of train: remove one"),
+        (["-00000-of-00001", "-0-of-1"], "are the same part of train: remove one"),
         (
             ["-00000-of-00001", "-00000-of-00001 (copy)"],
             r"\(copy\).parquet: a split's files are named",

@@ -283,5 +283,5 @@ def test_data_files_outside_of_the_folder(tmp_path):
         with pytest.raises(UserError, match=r"x.jsonl may lie outside of the data folder: give"):
             read_split(task, "train", tmp_path / "in")
     write_rows(tmp_path / "in" / names[3], [{"text": "a", "label": 1}])
-    with pytest.raises(UserError, match=r"a-00000-of-00002.jsonl is one of 2 files: give one"):
+    with pytest.raises(UserError, match=r"a-00000-of-00002.jsonl is one of 2 files: give a"):
         read_split(tasks[3], "train", tmp_path / "in")

@@ -1,4 +1,4 @@
-"""Trains the runs of a command, writes their files and reports them.
+"""Train the runs of a command, write their files and report them.
 
 Modules that import torch are imported in the functions.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bitfit.model.run_stack import Run
     from glue_evaluator import GLUEvaluator
 
-Folders = dict["Run", Path]  # the folder of each run's files
+Folders = dict["Run", Path]  # {run: folder of the run's files}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def train_all_runs(experiment: Experiment) -> None:
         evaluator.setup.device.type == "cuda" and options.gpu_device is None
     )
     if ranks.rank > 0:
-        utils.LOGGER.setLevel(logging.WARNING)  # rank 0 logs what is the same on all ranks
+        utils.LOGGER.setLevel(logging.WARNING)  # Rank 0 logs the lines that all ranks share.
     share, group = ranks.make_group(evaluator.runs, on_own_gpus=has_own_gpu)
     evaluator.join_group(group._replace(shows_progress=group.shows_progress and not options.quiet))
     for runs in evaluator.passes(share):
@@ -73,8 +73,8 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
     """Train some runs together and write their metrics.
 
     Args:
-        folders: of the runs that write files.
-        home: the folder of their checkpoints.
+        folders: {run: folder} of the runs that write files.
+        home: the folder of the checkpoints.
         single: whether the command has no other run.
 
     Raises:
@@ -112,13 +112,13 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
 
 
 def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -> None:
-    """Write the files of trained runs beside their metrics, and mark each run as finished.
+    """Write the files of trained runs beside the metrics, and mark the runs as finished.
 
     With --keep best only the best run so far has an evaluator, a model and predictions.
 
     Args:
-        unfinished: of the runs just trained whose files are not complete.
-        folders: of all runs that this rank trains.
+        unfinished: {run: folder} of the runs just trained whose files are not complete.
+        folders: {run: folder} of all runs that this rank trains.
     """
     from bitfit.results import sweeps
 
@@ -147,10 +147,10 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
 
 
 def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], kept: bool) -> None:
-    """Write the files of the selected run: its ranks predict together, and rank 0 writes.
+    """Write the files of the selected run: the ranks predict together, and rank 0 writes.
 
     Args:
-        kept: whether to write the evaluator, the model and the predictions that were asked for.
+        kept: whether to write the evaluator, the model and the predictions that flags request.
     """
     from bitfit.artifacts import model_card
 

@@ -1,4 +1,4 @@
-"""The files of GLUE's own folders and of the Parquet layout of `nyu-mll/glue`."""
+"""The files of GLUE's folders and of the Parquet layout of `nyu-mll/glue`."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
-FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # it has the rows of dev.tsv too
+FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # contains the rows of dev.tsv too
 MRPC_IDS = ["#1 ID", "#2 ID"]  # the columns that identify MRPC's rows
 NUMBERS = ("index", "idx", "id")  # columns of row numbers, here and in nyu-mll/glue
 OTHER_NAMES = {  # MRPC is also distributed under its original names
@@ -19,26 +19,26 @@ OTHER_NAMES = {  # MRPC is also distributed under its original names
 
 
 def find_shards(folder: Path, stem: str) -> list[Path]:
-    """Return the Parquet files of a split in order; raise UserError for missing and double ones."""
-    found: dict[tuple[int, int], Path] = {}  # {(its number, of how many): file}
+    """Return the Parquet files of a split in order; UserError for missing and repeated files."""
+    found: dict[tuple[int, int], Path] = {}  # {(number, number of files): file}
     for path in sorted(folder.glob(f"{stem}-*.parquet")):
         match = readers.SHARD.fullmatch(path.name.removeprefix(f"{stem}-"))
         if not match:
             raise UserError(f"{path}: a split's files are named {stem}-00000-of-00001.parquet")
         other = found.setdefault((int(match[1]), int(match[2])), path)
         if other != path:
-            raise UserError(f"{other} and {path.name} are the same part of {stem}: take one out")
+            raise UserError(f"{other} and {path.name} are the same part of {stem}: remove one")
     counts = sorted({count for _, count in found})
     if len(counts) > 1:
-        what = f"{folder}: some files of {stem} are of {counts[0]}, others of {counts[1]}"
-        raise UserError(f"{what}: take those of one set out")
+        problem = f"{folder}: some files of {stem} are of {counts[0]}, others of {counts[1]}"
+        raise UserError(f"{problem}: remove the files of one set")
     count, numbers = max(counts, default=0), {number for number, _ in found}
     for number in range(count):
         if number not in numbers:
             name = f"{stem}-{number:05}-of-{count:05}.parquet"
             raise UserError(f"{folder / name} is missing: {len(found)} of {count} files are there")
     if len(found) > count:
-        raise UserError(f"{found[max(found)]}: its number is too high: take it out")
+        raise UserError(f"{found[max(found)]}: its number is too high: remove it")
     return [found[key] for key in sorted(found)]
 
 
@@ -52,26 +52,26 @@ def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
     """Read MRPC's original training file without the rows of dev.tsv.
 
     Raises:
-        UserError: there is no dev.tsv, or the file does not hold all its rows.
+        UserError: there is no dev.tsv, or the file does not contain all rows of dev.tsv.
     """
     dev = path.with_name("dev.tsv")
     if not dev.is_file():
-        what = f"{path} holds the validation rows too, and without {dev} nothing tells which"
-        raise UserError(f"{what}: give that file, or train.tsv")
+        problem = f"{path} contains the validation rows too, which only {dev} tells"
+        raise UserError(f"{problem}: give that file, or train.tsv")
     table, dev_table = (readers.read_tsv(file, [*MRPC_IDS, *wanted]) for file in (path, dev))
     found = matching_rows(table, dev_table)
     if not all(found):
-        what = f"{found.count([])} rows of {dev} are not in {path} by their IDs"
-        raise UserError(f"{what}, and may be by others: give train.tsv")
+        problem = f"{path} has no rows with the IDs of {found.count([])} rows of {dev}"
+        raise UserError(f"{problem}, so it may contain them under other IDs: give train.tsv")
     dropped, rows = {row for same in found for row in same}, range(len(table.numbers))
-    what = f"{len(dropped)} rows, those of dev.tsv, are left out of {len(rows)}"
-    LOGGER.warning("%s: %s", path, what)
+    message = "%s: %d of %d rows are left out, because dev.tsv has them"
+    LOGGER.warning(message, path, len(dropped), len(rows))
     table = table.take([row for row in rows if row not in dropped])
     return table._replace(columns={name: table.columns[name] for name in wanted})
 
 
 def matching_rows(table: readers.Table, others: readers.Table) -> list[list[int]]:
-    """Return, for each row of `others`, the equal rows of `table`.
+    """Return the numbers of equal rows in `table` for each row of `others`.
 
     Rows are equal by their two IDs, or by all columns if several rows have the same IDs.
     """

@@ -33,9 +33,9 @@ def decode_labels(
         except (ValueError, TypeError, LookupError):
             expected = readers.quote_names(known) if known else f"a score from {low:g} to {high:g}"
             kind = "tag" if task.is_tagging else "label"
-            what = f"unknown {kind} {readers.quote_value(value if word is None else word)}"
-            what += readers.describe_look_alike(word, [*known, *task.excluded_labels])
-            raise UserError(f"{place(row)}: {what}; expected {expected}") from None
+            problem = f"unknown {kind} {readers.quote_value(value if word is None else word)}"
+            problem += readers.describe_look_alike(word, [*known, *task.excluded_labels])
+            raise UserError(f"{place(row)}: {problem}; expected {expected}") from None
     return np.array(labels, np.float32 if task.is_regression else np.int64)
 
 
@@ -54,7 +54,7 @@ def float_of(word: str | None) -> float:
 
 
 def name_classes(label: object, known: dict[Any, str]) -> object:
-    """Return the name of a class number, or of each in a list; other values as they are."""
+    """Return the name of a class number, or the names for a list; other values unchanged."""
     if isinstance(label, list):
         return [known.get(number, number) for number in label]
     return known.get(label, label)

@@ -1,4 +1,4 @@
-"""Read tables from files and from the Hub's data sets, whatever the task.
+"""Read tables from files and from the Hub's data sets, independently of the task.
 
 Every reader returns a `Table`. Every error is a `UserError` that names the file and, in text files,
 the line as an editor counts it.
@@ -40,7 +40,7 @@ class Table(NamedTuple):
     """Some columns of a file or of a data set, with the position of every row."""
 
     source: str
-    columns: dict[str, list]  # {name: [the value of each row]}
+    columns: dict[str, list]  # {name: [value per row]}
     numbers: Sequence[int]  # each row's first line from 1, or its index from 0
     has_lines: bool = True
     word_lines: Sequence[Sequence[int]] | None = None  # of sentences with one word per line
@@ -173,21 +173,21 @@ def warn_of_carriage_returns(path: Path, lines: list[str]) -> None:
     """Log how many rows have a carriage return that does not end a line."""
     found = [number for number, line in enumerate(lines, 1) if "\r" in line]
     if found:
-        what = f"{len(found)} rows have one, and it is text"
+        count = f"{len(found)} rows have one, and it is text"
         advice = "if it should end a line, convert the file"
         LOGGER.warning("%s:%d: a carriage return within a row; %s: %s",
-                       path, found[0], what, advice)  # fmt: skip
+                       path, found[0], count, advice)  # fmt: skip
 
 
 def drop_broken_rows(
     path: Path, rows: list[list[str]], numbers: Sequence[int], width: int
 ) -> tuple[list[list[str]], list[int]]:
-    """Return the rows with `width` fields and their line numbers; log how many others there are."""
+    """Return the rows with `width` fields and their line numbers; log the number of other rows."""
     kept = [i for i, row in enumerate(rows) if len(row) == width]
     if len(kept) < len(rows):
         first = next(i for i, row in enumerate(rows) if len(row) != width)
-        what = f"{len(rows) - len(kept)} of {len(rows)} rows do not have {width} fields"
-        LOGGER.warning("%s:%d: broken; %s and are left out", path, numbers[first], what)
+        count = f"{len(rows) - len(kept)} of {len(rows)} rows do not have {width} fields"
+        LOGGER.warning("%s:%d: broken; %s and are left out", path, numbers[first], count)
     return [rows[i] for i in kept], [numbers[i] for i in kept]
 
 
@@ -219,15 +219,15 @@ def make_table(
     """Return the `Table` of rows of fields."""
     for row, number in zip(rows, numbers, strict=True):
         if len(row) != len(names):
-            what = f"{len(row)} columns where {len(names)} are expected"
-            raise UserError(f"{path}:{number}: {what}")
+            problem = f"{len(row)} columns where {len(names)} are expected"
+            raise UserError(f"{path}:{number}: {problem}")
         if (
             row == names
         ):  # Concatenated files have such lines. Without labels they would be read as texts.
-            what = "the header line occurs again"
+            problem = "the header line occurs again"
             if len(names) > 1:
-                raise UserError(f"{path}:{number}: {what}: remove it")
-            LOGGER.warning("%s:%d: %s; it is used as a text", path, number, what)
+                raise UserError(f"{path}:{number}: {problem}: remove it")
+            LOGGER.warning("%s:%d: %s; it is used as a text", path, number, problem)
     if names:
         check_column_names(f"{path}:1", names, wanted)
     places = {name: names.index(name) for name in wanted if names}
@@ -244,8 +244,8 @@ def read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"{quote_value(rows[-1])} is none")
         except (ValueError, RecursionError) as error:
-            what = f"not a JSON object in one line: {first_line(error)}"
-            raise UserError(f"{path}:{number}: {what}") from None
+            problem = f"not a JSON object in one line: {first_line(error)}"
+            raise UserError(f"{path}:{number}: {problem}") from None
     names = list(dict.fromkeys(name for row in rows for name in row))
     if rows:
         check_column_names(path, names, wanted)
@@ -289,18 +289,18 @@ def load_hub(
     config: str | None,
     split: str,
     revision: str | None,
-    otherwise: str,
+    advice: str,
     wanted: Sequence[str],
 ) -> tuple[Table, dict[str, Any]]:
     """Return the table and the features of a data set on the Hub.
 
     Args:
-        otherwise: what the user can do if it cannot be loaded, for the message.
+        advice: the end of the message if the data set cannot be loaded.
     """
 
     def unreachable(error: Exception) -> UserError:
-        what = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
-        return UserError(f"{what}: {first_line(error)}; {otherwise}")
+        problem = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
+        return UserError(f"{problem}: {first_line(error)}; {advice}")
 
     with convert_errors(unreachable):  # Errors of network, cache and parser have no common class.
         import datasets
@@ -313,7 +313,7 @@ def load_hub(
 
 
 def read_file(path: Path, wanted: Sequence[str]) -> Table:
-    """Read a file of a custom task; its suffix tells the format."""
+    """Read a file of a custom task in the format of the file's suffix."""
     return READERS[path.suffix](path, wanted)
 
 

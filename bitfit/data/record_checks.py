@@ -8,13 +8,13 @@ from typing import Any
 from utils import UserError
 
 Json = Any  # a value of json.loads
-# No control characters, and no halves of letters, which JSON can name.
+# No control characters, and no surrogates, which JSON can contain.
 WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
 
 
-def require(good: object, key: str, what: str) -> None:
-    if not good:
-        raise UserError(f'"{key}": {what}')
+def require(condition: object, key: str, message: str) -> None:
+    if not condition:
+        raise UserError(f'"{key}": {message}')
 
 
 def require_keys(

@@ -1,8 +1,8 @@
-"""Read the texts and labels of a split: of GLUE's tasks and of tasks described in task files.
+"""Read the texts and labels of a split, for GLUE's tasks and for custom tasks.
 
-Every reader returns `TextColumns` and raises `UserError` with the file and the line. No row of a
-predicted split is ever left out. Of a labelled split, rows without a gold label and broken rows of
-some training files are left out, and a log line gives their number.
+Every reader returns `TextColumns` and raises `UserError` with the file and the line. A test split
+keeps all rows. In labelled splits, rows without a gold label and broken rows of some training files
+are left out, and a log line gives their number.
 """
 
 import logging
@@ -34,14 +34,14 @@ from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
-HALVES = re.compile("[\ud800-\udfff]")
-BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # nothing that has a width
+SURROGATES = re.compile("[\ud800-\udfff]")
+BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # only characters without a width
 
 
 class TextColumns(NamedTuple):
     """One split: its sentence columns, and its labels as numbers (None for a test split).
 
-    For tagging there is one column of lists of words, and the labels are those of all words.
+    For tagging there is one column of lists of words, and every word has a label.
     """
 
     columns: tuple[list, ...]
@@ -93,9 +93,9 @@ def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
     """Return the texts and labels of one split; None if the optional split "ax" does not exist.
 
     Args:
-        data_dir: a folder in GLUE's own layout (`RTE/train.tsv`) or in that of `nyu-mll/glue`
-            (`rte/train-00000-of-00001.parquet`); None loads from the Hub. For a custom task, the
-            folder of its files; None is the current folder.
+        data_dir: a folder in GLUE's layout (`RTE/train.tsv`) or in the layout of `nyu-mll/glue`
+            (`rte/train-00000-of-00001.parquet`); None: the Hub. For a custom task, the folder of
+            the data files; None: the current folder.
 
     Raises:
         UserError: a missing file or split, broken rows, unknown labels, no network.
@@ -117,8 +117,8 @@ def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
         made = [make_text_columns(task, split, part, numbered) for part in parts]
         texts = concatenate_texts(made)
     if not len(texts):
-        what = f"the {split} split of {task.name} is empty"
-        raise UserError(f"{what}: {parts[0].source} has no rows; give a file with rows")
+        problem = f"the {split} split of {task.name} is empty"
+        raise UserError(f"{problem}: {parts[0].source} has no rows; give a file with rows")
     return texts
 
 
@@ -152,8 +152,8 @@ def read_hub(task: Task, split: str) -> list[readers.Table]:
 
 
 def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Table], bool]:
-    """Return the tables of a split in a folder, and whether they are those of nyu-mll/glue."""
-    if not os.path.isdir(data_dir):  # Path's own raises where a name is too long
+    """Return the tables of a split in a folder, and whether the files are those of nyu-mll/glue."""
+    if not os.path.isdir(data_dir):  # `Path.is_dir` raises an error if a name is too long.
         raise UserError(f"there is no data folder {data_dir}: check --data-dir")
     config, stem = ("ax", "test") if split == "ax" else (task.name, split)
     shards = find_shards(data_dir / config, stem)
@@ -200,7 +200,7 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     table, features = readers.load_hub(*where, copies, wanted)
     feature = features.get(task.tsv_label)
     classes = getattr(getattr(feature, "feature", feature), "names", None)
-    if classes and is_labelled(split):  # a column of class numbers becomes one of their names
+    if classes and is_labelled(split):  # Replace class numbers by the names of the classes.
         known, labels = dict(enumerate(classes)), table.columns[task.tsv_label]
         table.columns[task.tsv_label] = [name_classes(label, known) for label in labels]
     return table
@@ -266,11 +266,11 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     if blank:
         first = min(blank)
         place, name = table.place(first), readers.quote_value(blank[first])
-        what = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
-        LOGGER.warning("%s: a blank text in column %s; %s", place, name, what)
+        count = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
+        LOGGER.warning("%s: a blank text in column %s; %s", place, name, count)
     return columns
 
 
 def is_text(value: object) -> bool:
     """Return whether a value is a text without surrogates, which JSON can contain."""
-    return isinstance(value, str) and HALVES.search(value) is None
+    return isinstance(value, str) and SURROGATES.search(value) is None

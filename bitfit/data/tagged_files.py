@@ -1,6 +1,6 @@
 """Read and write files of tagged sentences: CoNLL columns, CoNLL-U, JSON Lines and Parquet.
 
-A row is a sentence: a list of words and, if it is labelled, a list with a tag for each word.
+A row of a table is a sentence: a list of words and, in labelled splits, a list with their tags.
 """
 
 import json
@@ -15,11 +15,11 @@ from bitfit.files import atomic_file, write_text
 from utils import UserError
 
 CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
-NEVER_EMPTY = {"UPOS", "XPOS", "DEPREL"}  # where CoNLL-U's _ is no value: the word has no tag
+NEVER_EMPTY = {"UPOS", "XPOS", "DEPREL"}  # columns of CoNLL-U in which _ means a missing tag
 COLUMN_FILES = (".conll", ".txt", ".tsv", ".conllu")  # one word per line
 SUFFIXES = (*COLUMN_FILES, ".jsonl", ".parquet")
 COLUMN_NAMES = re.compile(r"# *global\.columns *= *(.*)")
-# Nothing that has a width; or halves of letters, which JSON can contain.
+# Only characters without a width; or surrogates, which JSON can contain.
 NO_WORD = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*|.*[\ud800-\udfff].*", re.DOTALL)
 
 
@@ -33,9 +33,10 @@ class ColumnFile(NamedTuple):
 
 
 def read_columns(path: Path) -> ColumnFile:
-    """Return the words of a CoNLL file without the lines that hold no word.
+    """Return the words of a CoNLL file.
 
-    Those are comments, -DOCSTART- and, in CoNLL-U, multiword tokens (1-2) and empty nodes (1.1).
+    Lines without a word are skipped: comments, -DOCSTART- and, in CoNLL-U, multiword tokens (1-2)
+    and empty nodes (1.1).
 
     Raises:
         UserError: a line has another number of fields than the first word, or an unexpected ID.
@@ -60,12 +61,12 @@ def read_columns(path: Path) -> ColumnFile:
             if names := COLUMN_NAMES.fullmatch(line):
                 columns |= dict(zip(names[1].split(), range(width), strict=False))
         elif len(fields) != width:
-            what = f"{len(fields)} columns where {width} are expected"
-            raise UserError(f"{path}:{index + 1}: {what}")
+            problem = f"{len(fields)} columns where {width} are expected"
+            raise UserError(f"{path}:{index + 1}: {problem}")
         elif not (is_conllu and re.fullmatch(r"\d+[-.]\d+", fields[0])):
             if is_conllu and fields[0] != str(len(words[-1]) + 1):
-                what = f"ID {readers.quote_value(fields[0])} where {len(words[-1]) + 1} is expected"
-                raise UserError(f"{path}:{index + 1}: {what}; an empty line ends a sentence")
+                problem = f"ID {readers.quote_value(fields[0])}, expected {len(words[-1]) + 1}"
+                raise UserError(f"{path}:{index + 1}: {problem}; an empty line ends a sentence")
             words[-1].append((index, fields))
     return ColumnFile(lines, words if words[-1] else words[:-1], columns, separator)
 
@@ -90,7 +91,8 @@ def read_sentences(path: Path, wanted: Sequence[str]) -> readers.Table:
         for name in wanted
     }
     lines = [[index + 1 for index, _ in sentence] for sentence in file.words]
-    return readers.Table(str(path), values, [of[0] for of in lines], word_lines=lines)
+    first_lines = [of_sentence[0] for of_sentence in lines]
+    return readers.Table(str(path), values, first_lines, word_lines=lines)
 
 
 def place_word(table: readers.Table, row: int, number: int) -> str:
@@ -109,26 +111,27 @@ def check_words(table: readers.Table, name: str) -> list[list[str]]:
             raise UserError(f"{table.place(row)}: no list of words in column {column}, but {value}")
         for number, word in enumerate(words):
             if not isinstance(word, str) or NO_WORD.fullmatch(word):
-                what = f"no word, but {readers.quote_value(word)}"
-                raise UserError(f"{place_word(table, row, number)}: {what}")
+                problem = f"no word, but {readers.quote_value(word)}"
+                raise UserError(f"{place_word(table, row, number)}: {problem}")
     return table.columns[name]
 
 
 def check_tags(table: readers.Table, words: str, tags: str) -> list[list[str]]:
     """Return a column of tags as text, one for each word of a checked column."""
     found = []
-    for row, of in enumerate(table.columns[tags]):
+    for row, values in enumerate(table.columns[tags]):
         count = len(table.columns[words][row])
-        if not isinstance(of, list) or len(of) != count:
-            have = f"{len(of)} tags" if isinstance(of, list) else readers.quote_value(of)
-            what = f"{count} words, but in column {readers.quote_value(tags)} {have}"
-            raise UserError(f"{table.place(row)}: {what}")
-        for number, value in enumerate(of):
+        if not isinstance(values, list) or len(values) != count:
+            is_list = isinstance(values, list)
+            content = f"{len(values)} tags" if is_list else readers.quote_value(values)
+            problem = f"{count} words, but in column {readers.quote_value(tags)} {content}"
+            raise UserError(f"{table.place(row)}: {problem}")
+        for number, value in enumerate(values):
             if label_text(value) in (None, "") or (value == "_" and tags in NEVER_EMPTY):
                 word = readers.quote_value(table.columns[words][row][number])
-                what = f"the word {word} has no tag, but {readers.quote_value(value)}"
-                raise UserError(f"{place_word(table, row, number)}: {what}")
-        found.append([str(label_text(value)) for value in of])
+                problem = f"the word {word} has no tag, but {readers.quote_value(value)}"
+                raise UserError(f"{place_word(table, row, number)}: {problem}")
+        found.append([str(label_text(value)) for value in values])
     return found
 
 
@@ -138,25 +141,26 @@ def write_tags(
     """Write sentences with predicted tags in the format of their file, atomically.
 
     Args:
-        source: the file of the sentences; None: they are of the Hub, and JSON Lines are written.
-        names: the columns of words and tags. The second is replaced, or added as the last.
-        sentences, tags: the words of each sentence and the tags of each word.
+        source: the file of the sentences; None: the Hub, and JSON Lines are written.
+        names: the columns of words and tags. The column of tags is replaced, or added at the end.
+        sentences, tags: the words and the tags of all sentences.
     """
     words_name, tags_name = names
     if source is None:
-        rows = [{words_name: of, tags_name: own} for of, own in zip(sentences, tags, strict=True)]
+        pairs = zip(sentences, tags, strict=True)
+        rows = [{words_name: words, tags_name: predicted} for words, predicted in pairs]
         write_text(path, json_lines(rows))
     elif source.suffix == ".jsonl":
         rows = [json.loads(line) for line in readers.read_lines(source)]
-        rows = [row | {tags_name: own} for row, own in zip(rows, tags, strict=True)]
+        rows = [row | {tags_name: predicted} for row, predicted in zip(rows, tags, strict=True)]
         write_text(path, json_lines(rows))
     elif source.suffix == ".parquet":
         write_parquet(path, source, tags_name, tags)
     else:
         file = read_columns(source)
         column = file.columns.get(tags_name)
-        for sentence, own in zip(file.words, tags, strict=True):
-            for (index, _), tag in zip(sentence, own, strict=True):
+        for sentence, predicted in zip(file.words, tags, strict=True):
+            for (index, _), tag in zip(sentence, predicted, strict=True):
                 line = file.lines[index]
                 file.lines[index] = replace_field(line, file.separator, column, tag)
         write_text(path, "".join(f"{line}\n" for line in file.lines))

@@ -1,8 +1,8 @@
-"""A task of one's own: a record in JSON, in place of the name of a GLUE task (docs/own-tasks.md).
+"""Custom tasks, described by a JSON file instead of the name of a GLUE task (docs/own-tasks.md).
 
-A record is checked whole before anything is done with it, and every fault is one `UserError` that
-names the file and the key. What is kept of it (`args.json`, `evaluator.json`) is the record with
-its defaults, so that two files that say the same are the same.
+The content of a task file is called a record. A record is checked completely before it is used, and
+every error is one `UserError` that names the file and the key. `args.json` and `evaluator.json`
+store the record with defaults, so that files with the same meaning give equal records.
 """
 
 import json
@@ -40,7 +40,7 @@ def resolve_task(
     """Return (Task, data_dir) for the name of a GLUE task, a task file's path, or its content.
 
     Raises:
-        UserError: an unknown name, or a record with a fault.
+        UserError: the name is unknown, or the record is invalid.
     """
     if isinstance(task, str) and task in TASKS:
         return TASKS[task], data_dir
@@ -73,10 +73,10 @@ def read_task_file(path: str | Path, data_dir: str | Path | None = None) -> Reco
     """Return the validated content of a task file (its record).
 
     Args:
-        data_dir: where its data files lie; None: beside it.
+        data_dir: the folder of the data files; None: the folder of the task file.
 
     Raises:
-        UserError: the file cannot be read, a key is wrong.
+        UserError: the file cannot be read, or a key is wrong.
     """
     try:
         record = json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys)
@@ -102,16 +102,16 @@ def check_data_files(path: str | Path, record: Record, data_dir: str | Path | No
 def data_file(folder: str | Path, name: str) -> Path:
     """Return the path of a data file of a task file; UserError if it is no readable file.
 
-    A name outside the folder would be the same file whatever --data-dir is.
+    A name outside the folder is refused, because --data-dir would have no effect on it.
     """
     file, shard = Path(folder, name), SHARD.search(name)
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        what = f"{name} may lie outside of the data folder"
-        raise UserError(f"{what}: give its path inside that folder, and the folder as --data-dir")
-    if not os.path.isfile(file):  # Path's own raises where a name is too long
+        problem = f"{name} may lie outside of the data folder"
+        raise UserError(f"{problem}: give a path inside that folder, and the folder as --data-dir")
+    if not os.path.isfile(file):  # `Path.is_file` raises an error if a name is too long.
         raise UserError(f'there is no file {file}: check the task\'s "files" and --data-dir')
     if shard and int(shard[2]) > 1:
-        raise UserError(f"{file} is one of {int(shard[2])} files: give one that holds all rows")
+        raise UserError(f"{file} is one of {int(shard[2])} files: give a file with all examples")
     return file
 
 
@@ -130,9 +130,9 @@ def validate_record(record: Record, where: object) -> Record:
         is_tagging = isinstance(record, dict) and not {"words", "tags"}.isdisjoint(record)
         record = check_keys_of_tagging(record) if is_tagging else check_keys(record)
         check_name(record["name"])
-        for key, made in (KINDS | SOURCES | OPTIONS).items():
+        for key, parse in (KINDS | SOURCES | OPTIONS).items():
             if key in record:
-                record[key] = made(record[key])
+                record[key] = parse(record[key])
         check_suffixes(record.get("files", {}), SUFFIXES if is_tagging else tuple(READERS))
         check_excluded(**{key: record.get(key, ()) for key in (*KINDS, *OPTIONS)})
         check_metrics(record["metrics"], record.get("labels"), is_tagging)
@@ -176,8 +176,8 @@ def parse_word_columns(words: Json, tags: Json) -> dict[str, str]:
     columns = {"words": words, "tags": tags}
     for key, column in columns.items():
         is_number = isinstance(column, int) and not isinstance(column, bool) and column > 0
-        what = "give the name of a column, or in CoNLL files its number from 1"
-        require(is_number or matches(WORD, column), key, what)
+        advice = "give the name of a column, or in CoNLL files its number from 1"
+        require(is_number or matches(WORD, column), key, advice)
     require(str(words) != str(tags), "tags", f"{tags} is the column of the words")
     return {key: str(column) for key, column in columns.items()}
 
@@ -215,12 +215,12 @@ def normalize_label(word: str) -> str:
 
 def parse_excluded_labels(labels: Json) -> list[str | None]:
     """Return the labels of excluded examples as text; None stands for a missing label."""
-    what = "give a list of labels, or null for a missing one, each once"
-    require(isinstance(labels, list) and labels, "exclude_labels", what)
+    advice = "give a list of labels, or null for a missing one, each once"
+    require(isinstance(labels, list) and labels, "exclude_labels", advice)
     words = [label_text(label) for label in labels]
-    right = [label is None or word == "" or matches(WORD, word)
+    valid = [label is None or word == "" or matches(WORD, word)
              for label, word in zip(labels, words, strict=True)]  # fmt: skip
-    require(all(right) and len(set(words)) == len(words), "exclude_labels", what)
+    require(all(valid) and len(set(words)) == len(words), "exclude_labels", advice)
     return words
 
 
@@ -245,7 +245,7 @@ def parse_scores(scores: Json) -> list[float]:
 
 
 def check_metrics(metrics: Json, labels: list[str] | None, is_tagging: bool) -> None:
-    """Whether the metrics are known, and fit what is predicted: tags, labels or scores."""
+    """Raise a UserError unless the metrics are known and fit the task's tags, labels or scores."""
     kind = "tags" if is_tagging else "labels" if labels else "scores"
     fitting, known = METRICS[kind], [name for names in METRICS.values() for name in names]
     require(
@@ -256,8 +256,8 @@ def check_metrics(metrics: Json, labels: list[str] | None, is_tagging: bool) -> 
         require(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
     if "Entity-F1" in metrics:
         others = [label for label in labels or () if not re.fullmatch(ENTITY_TAG, label)]
-        what = f"Entity-F1 is for the tags O, B-..., I-..., not {', '.join(others[:3])}"
-        require(not others, "metrics", what)
+        message = f"Entity-F1 is for the tags O, B-..., I-..., not {', '.join(others[:3])}"
+        require(not others, "metrics", message)
     many = labels and len(labels) > 2
     require(
         not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more"
@@ -268,8 +268,8 @@ def parse_splits(splits: Json, key: str) -> dict[str, str]:
     """Return {split: file or Hub split}, sorted, so that the order in the file has no effect."""
     require(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
     for split, where in splits.items():
-        what = "name the splits train, validation, test, validation_... or test_..."
-        require(matches(SPLIT, split), key, f'unknown split "{split}"; {what}')
+        advice = "name the splits train, validation, test, validation_... or test_..."
+        require(matches(SPLIT, split), key, f'unknown split "{split}"; {advice}')
         require(matches(WORD, where), key, f"{split}: give a name, not {where!r}")
     for split in ("train", "validation"):
         require(split in splits, key, f'the split "{split}" is missing')

@@ -1,4 +1,4 @@
-"""The tasks, and what follows from a task: loss, predictions, scores, the form of saved logits.
+"""The tasks, and the functions that depend on a task: loss, predictions, scores, saved logits.
 
 This file lists the GLUE tasks. Columns, label order and metrics are those of the data set
 `nyu-mll/glue` and of the released BitFit code. TSV columns and server files are those of
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # the flags need this module, and -h imports no torch
+if TYPE_CHECKING:  # -h imports this module and must not import torch
     import torch
 
-METRICS = {  # by what is predicted; F1 is that of the second of two labels
+METRICS = {  # {predicted values: metrics}; F1 is the F1 of the second of two labels
     "labels": ("Accuracy", "F1", "Macro-F1", "MCC"),
     "scores": ("Spearman", "Pearson"),
     "tags": ("Accuracy", "Entity-F1", "Macro-F1", "MCC"),  # of words; of entities
@@ -29,20 +29,20 @@ class Task:
     """Everything that is specific to one task; no other code depends on task names."""
 
     name: str
-    folder: str  # GLUE's own folder, and the stem of the server's file
+    folder: str  # the name of GLUE's folder, and of the server's file without its suffix
     texts: tuple[str, ...]  # columns of nyu-mll/glue: one sentence, or two
-    labels: tuple[str, ...]  # in nyu-mll/glue's order; none means a score to regress on
-    metrics: tuple[str, ...] = ("Accuracy",)  # the main one first
-    tsv_texts: tuple[str, ...] = ()  # the same columns in GLUE's TSV files; (): so named there too
+    labels: tuple[str, ...]  # in nyu-mll/glue's order; empty for a regression
+    metrics: tuple[str, ...] = ("Accuracy",)  # the main metric first
+    tsv_texts: tuple[str, ...] = ()  # names of these columns in GLUE's TSV files; (): the same
     tsv_label: str = "label"
     tsv_names: tuple[str, ...] = ()  # the columns of a train or dev file that has no header line
     labels_by_name: bool = False  # TSV and server files hold names, not numbers
-    skips_short_rows: bool = False  # the published train file has broken rows, which all skip
+    skips_short_rows: bool = False  # the published train file has broken rows, which are skipped
     splits: dict[str, str] = field(default_factory=lambda: {"validation": "dev", "test": "test"})
-    validation_rows: tuple[int, ...] = ()  # of GLUE's validation splits, where they are known
-    score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; STS-B's
-    excluded_labels: tuple = ()  # of rows without a gold label: None, or as files write them
-    record: dict[str, Any] | None = None  # of a task of one's own: the JSON that it was made of
+    validation_rows: tuple[int, ...] = ()  # numbers of examples in GLUE's validation splits
+    score_range: tuple[float, float] = (0.0, 5.0)  # of a regression; the default is STS-B's
+    excluded_labels: tuple = ()  # None, or as files write them: labels of rows to leave out
+    record: dict[str, Any] | None = None  # of a custom task: the content of the task file
 
     @property
     def tsv_columns(self) -> tuple[str, ...]:
@@ -96,13 +96,13 @@ MNLI_SPLITS = {
     "validation_mismatched": "dev_mismatched",
     "test_matched": "test_matched",
     "test_mismatched": "test_mismatched",
-    "ax": "AX",  # the diagnostic set, predicted by the MNLI model; it has a folder of its own
+    "ax": "AX",  # the diagnostic set, in a separate folder, predicted by the MNLI model
 }
 ENTAILMENT = ("entailment", "not_entailment")
 PAIR = ("sentence1", "sentence2")
 QUESTIONS = ("question1", "question2")
 
-RECORDS = (
+GLUE_TASKS = (
     Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("MCC",),
          tsv_names=("source", "label", "annotation", "sentence"),
          validation_rows=(1043,)),
@@ -126,11 +126,11 @@ RECORDS = (
     Task("wnli", "WNLI", PAIR, ("not_entailment", "entailment"),
          validation_rows=(71,)),
 )  # fmt: skip
-TASKS = {task.name: task for task in RECORDS}
+TASKS = {task.name: task for task in GLUE_TASKS}
 
 
 def label_text(value: object) -> str | None:
-    """Return a label as task files write it: words, true or false, 1 for 1.0; None for others."""
+    """Return a label as text: words, "true" or "false", "1" for 1.0; None for other values."""
     if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
     if isinstance(value, numbers.Integral):
@@ -162,15 +162,15 @@ def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def compact(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Return logits (examples, C) in the form in which they are saved: half precision.
+    """Return logits (examples, C) as they are saved, in half precision.
 
-    The largest logit of each example becomes 0, so that rounding does not change which is largest.
+    The largest logit of each example becomes 0, so that rounding cannot change the prediction.
     The scores of a regression keep full precision, because their ranks need all digits.
     """
     if task.is_regression:
         return logits
     below = logits - logits.max(axis=1, keepdims=True)
-    half = np.finfo(np.float16)  # what is below 0 stays so, and finite
+    half = np.finfo(np.float16)  # Values below 0 stay below 0, and finite.
     return np.where(below < 0, below.clip(half.min, -half.smallest_subnormal), below).astype(
         half.dtype
     )
@@ -181,11 +181,11 @@ def score(
 ) -> dict[str, float]:
     """Return {metric: value} of float logits (rows, C) against labels (rows,).
 
-    A correlation with a constant is 0, as scikit-learn has it for Matthews', and no warning.
+    A correlation with a constant is 0, without a warning, as scikit-learn does for Matthews'.
 
     Args:
-        sentences: of tagging, whose logits and labels are those of words: the number of words of
-            each sentence, in order. Entities end with their sentence.
+        sentences: for tagging, where rows are words: the number of words of each sentence, in
+            order. Entities end with their sentence.
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

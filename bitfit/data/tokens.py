@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger("bitfit")
-# Of a larger training set, evenly spaced rows are scored: all would cost a third of an epoch.
-# All rows of validation splits are scored: the largest has 40,430.
+# Larger training sets are scored on this many evenly spaced rows, because all rows would take a
+# third of an epoch. Validation splits are scored completely: the largest has 40,430 rows.
 MAX_ROWS_SCORED = 50_000
 
 
@@ -71,10 +71,10 @@ class TokenizedSplit(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A tokenized split and the rows of it that each seed trains on or scores."""
+    """A tokenized split, and the numbers of the rows that each seed trains on or scores."""
 
     tokens: TokenizedSplit
-    rows_of_seed: dict[int, np.ndarray]  # {seed: its rows of `tokens`, as many for each}
+    rows_of_seed: dict[int, np.ndarray]  # {seed: row numbers in `tokens`}, equally many per seed
 
 
 def tokenize(
@@ -101,7 +101,7 @@ def tokenize(
         raise UserError(f"{message}: give it a text, or another --model-name")
     cut = int((lengths >= max_length).sum())
     if cut:
-        LOGGER.info("%d of %d rows fill %d tokens; what was longer is cut", cut, len(lengths),
+        LOGGER.info("%d of %d examples fill %d tokens; longer ones are cut", cut, len(lengths),
                     max_length)  # fmt: skip
     return TokenizedSplit(
         ids=flat(rows["input_ids"]),
@@ -179,7 +179,7 @@ class Dataset:
         """
         Args:
             data_dir, max_length: as in `splits.find_split` and `tokenize`.
-            train_size: the number of rows that each seed draws to train on; None is all.
+            train_size: the number of training rows that each seed draws; None: all.
         """
         self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
         self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
@@ -234,7 +234,7 @@ class Dataset:
     def scored(self) -> dict[str, Split]:
         """Return {name: Split} of the labelled splits, with a sample of a large training set."""
         tokens, rows = self.split("train")
-        train = Split(tokens, {seed: subsample_evenly(own) for seed, own in rows.items()})
+        train = Split(tokens, {seed: subsample_evenly(drawn) for seed, drawn in rows.items()})
         return {"train": train} | {name: self.split(name) for name in self.task.validation_splits}
 
 
@@ -244,7 +244,7 @@ def sample_training_rows(
     """Draw `size` of `total` rows for each seed.
 
     Returns:
-        (kept, rows): the rows that any seed has drawn, and {seed: positions of its rows in `kept`}.
+        (kept, rows): the rows that any seed has drawn, and {seed: positions in `kept`}.
     """
     drawn = {s: make_generator(s, "training rows").permutation(total)[:size] for s in seeds}
     kept = np.unique(np.concatenate([*drawn.values()]))

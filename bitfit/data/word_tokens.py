@@ -21,8 +21,8 @@ def tokens_for_text(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair:
     """Return the number of a row's tokens that are not special; UserError if there is none."""
     specials = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= specials:
-        what = f"leaves no room for text: this tokenizer adds {specials} special tokens a row"
-        raise UserError(f"--max-seq-length {max_length} {what}; give more")
+        problem = f"leaves no room for text: this tokenizer adds {specials} special tokens a row"
+        raise UserError(f"--max-seq-length {max_length} {problem}; give more")
     return max_length - specials
 
 
@@ -44,7 +44,7 @@ def split_long_sentences(
 ) -> TextColumns:
     """Return sentences of over `max_length` tokens as several rows, cut evenly between words.
 
-    A word alone may have more tokens: it is a row of its own, and `tokenize` cuts it.
+    A single word with more tokens becomes a row, which `tokenize` cuts.
 
     Raises:
         UserError: a word has no sub-token, or `max_length` leaves no room for words.
@@ -80,9 +80,9 @@ def cut_sentences(
         counts = np.bincount(np.array(ids, np.int64), minlength=len(words))
         if not counts.all():
             word = int(np.flatnonzero(counts == 0)[0])
-            where = place(number, word) if place else f"sentence {number + 1}, word {word + 1}"
-            what = f"{readers.quote_value(words[word])} has no sub-tokens in this model's tokenizer"
-            raise UserError(f"{where}: {what}: remove it, or give another --model-name")
+            start = place(number, word) if place else f"sentence {number + 1}, word {word + 1}"
+            problem = f"{readers.quote_value(words[word])} has no sub-tokens in this tokenizer"
+            raise UserError(f"{start}: {problem}: remove it, or give another --model-name")
         rows = -(-len(ids) // room)
         if rows == 1 or len(words) == 1:
             parts.append([words])

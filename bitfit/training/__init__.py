@@ -1,4 +1,4 @@
 """The plan, the state and the loop of a training, its checkpoints, and its progress.
 
-What a finished run writes beside its scores belongs in `bitfit.artifacts`.
+The files of a finished run, except scores, belong in `bitfit.artifacts`.
 """

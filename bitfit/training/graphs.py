@@ -18,7 +18,7 @@ from bitfit.model.batching import buffer_views, list_arrays, pack_into_buffer, r
 from utils import first_line, is_out_of_memory
 
 LOGGER = logging.getLogger("bitfit")
-Graph = tuple[Callable[[], None], torch.Tensor]  # (function that replays it, its result)
+Graph = tuple[Callable[[], None], torch.Tensor]  # (function that replays the graph, result)
 USES_BEFORE_CAPTURE = 3  # of a shape: capturing takes as long as some ten steps
 MAX_GRAPHS = 64
 
@@ -88,7 +88,7 @@ class StepGraphs:
 
 
 def capture_on_gpu(work: Callable[[], torch.Tensor], pool: object) -> Graph:
-    """Return (the function that replays the kernels of `work`, its result); nothing runs yet."""
+    """Return (function that replays the kernels of `work`, result); nothing runs yet."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

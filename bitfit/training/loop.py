@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
-READ_LOSS_SECONDS = 0.5  # between two readings of the loss: the host waits for the device
+READ_LOSS_SECONDS = 0.5  # between two readings of the loss, for which the host waits
 
 
 def step_graphs(state: TrainState) -> StepGraphs | None:
     """Return the `StepGraphs` of a training within `RunStack.patched`, or None if it has none.
 
-    Graphs compute in memory of the patched stack: do not use them after `patched` ends.
+    Graphs compute in memory of the patched stack, so they must not be used after `patched` ends.
     """
     plan, device = state.plan, state.stack.params.device
     if device.type != "cuda" or plan.group.size > 1 or not plan.forward.uses_varlen:
@@ -100,8 +100,8 @@ def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Ste
 def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     """Train all active runs for one step and return the losses (K,).
 
-    With packed rows the host never waits for the device; with padded ones transformers asks once a
-    micro-batch whether there is padding.
+    With packed rows the host never waits for the device. With padded rows transformers waits once
+    per micro-batch to find out whether there is padding.
 
     A run whose loss or gradient is not finite keeps its last finite values from then on, and
     `stack.bad_step` holds the number of the step.
@@ -115,7 +115,7 @@ def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch
 
     def attempt() -> tuple[Step | None, torch.Tensor]:
         if budget.max_tokens < tokens:
-            state.graphs = None  # the device is out of memory, of which they hold some
+            state.graphs = None  # The device is out of memory, and graphs hold some of it.
         planned = prepare_step(state, active, rows)
         if state.graphs and (run := state.graphs.find(planned)):
             return None, run()
@@ -189,7 +189,7 @@ def train_epoch(
         if reads_loss:
             finite = stack.finite_runs()
             if plan.group.size == 1 and not len(finite):
-                break  # ranks read it at different times
+                break  # Not with several ranks, which read the losses at different times.
             read = losses.cpu()[finite]
             progress.show(state, read.mean())
             progress.read_at = progress.clock()
@@ -211,7 +211,7 @@ def fit(
     checkpoints: "CheckpointManager",
     tracker: Tracker = OFF,
 ) -> str | None:
-    """Train the remaining epochs, and evaluate after those that are due and after the last.
+    """Train the remaining epochs; evaluate every `evaluation_frequency` epochs and after the last.
 
     Args:
         write: called after each evaluation.
@@ -302,8 +302,8 @@ def record_epoch(state: TrainState, scores: list[tuple]) -> None:
         if bad_step[k] < 0:
             record.train_loss.append(losses[k])
             continue
-        where = f"epoch {state.epoch + 1}, step {bad_step[k] - first + 1}"
-        record.diverged = f"the loss or its gradient was not finite at {where}"
+        time_of = f"epoch {state.epoch + 1}, step {bad_step[k] - first + 1}"
+        record.diverged = f"the loss or its gradient was not finite at {time_of}"
         if len(state.records) > 1:
             LOGGER.warning("%s diverged: %s", record.run.name, record.diverged)
     if not scores:

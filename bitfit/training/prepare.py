@@ -40,10 +40,10 @@ Trainable = dict[str, np.ndarray | None]  # parameter name -> flat positions; No
 
 @dataclass
 class PreparedModel:
-    """A model, what trains of it, and how it computes.
+    """A model with its trainable parameters, forward pass and token budget.
 
-    `selected_forward` is None until a split is given to `forward_for`: saved evaluators are loaded
-    without data.
+    `selected_forward` is None until a split is given to `forward_for`, because saved evaluators are
+    loaded without data.
     """
 
     model: "PreTrainedModel"
@@ -67,7 +67,7 @@ class PreparedModel:
         """Return the forward pass for a split, tried again if its rows are the longest so far.
 
         Args:
-            known: returns the tokens to try it on: those of all splits read so far.
+            known: returns the tokens for the trial: the tokens of all splits read so far.
         """
         if self.selected_forward is None or tokens.lengths.max() > self.max_length_tried:
             return self.select_forward(known())
@@ -98,7 +98,7 @@ class PreparedModel:
         return split_into_passes(self.runs if share is None else share, reason)
 
     def bias_changes(self, result: TrainingResult) -> tuple[list[str], np.ndarray]:
-        """Return (names, changes): how far each bias term moved; see `plots.bias_changes`."""
+        """Return (names, changes), the mean changes of bias terms; see `plots.bias_changes`."""
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before, after = result.values_before_and_after()
@@ -108,7 +108,7 @@ class PreparedModel:
     def with_mask(
         self, fine_tune_type: str, mask_size: int | None, result: TrainingResult | None
     ) -> "PreparedModel":
-        """Return a model in which a random mask trains; result: None unless it was trained."""
+        """Return a model in which a random mask trains; `result` is None unless it was trained."""
         if result or not trainable.trains_matrices(self.model, self.trainable):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
         method = replace(self.method, fine_tune_type=fine_tune_type, mask_size=mask_size)
@@ -129,7 +129,7 @@ class PreparedModel:
 
     @property
     def changed(self) -> Trainable:
-        """Return what differs from the base model: what trains, and what a warm start set."""
+        """Return the parameters that differ from the base model, by training or a warm start."""
         start = self.method.start
         return start.changed(self.model, self.trainable) if start else self.trainable
 
@@ -164,11 +164,11 @@ def assemble(
     max_tokens: int | None = None,
     tokens: TokenizedSplit | None = None,
 ) -> PreparedModel:
-    """Return a model with what it needs to train and to predict; other fields have defaults.
+    """Return a `PreparedModel` of a model on a device; the other fields have defaults.
 
     Args:
         max_tokens: in one forward pass; None: the default of the device.
-        tokens: rows to find the forward pass on; None: `forward_for` finds it later.
+        tokens: rows for the trial of the forward pass; None: `forward_for` selects it later.
     """
     device = next(model.parameters()).device
     budget = TokenBudget(max_tokens or MAX_TOKENS[device.type], device)
@@ -189,10 +189,10 @@ def prepare_model(
     before: PreparedModel | None = None,
     verbose: bool = False,
 ) -> PreparedModel:
-    """Load the base model, select what trains, and find how to compute.
+    """Load the base model, and select the trainable parameters and the forward pass.
 
     Args:
-        before: an earlier model of the evaluator: what it has logged is not logged again.
+        before: an earlier model of the evaluator, whose log lines are not repeated.
         verbose: print the trained tensors.
     """
     model, fields = load_base(setup, report=before is None)
@@ -220,22 +220,22 @@ def prepare_model(
 def select_trainable(
     model: "PreTrainedModel", method: Method, runs: list[Run], verbose: bool
 ) -> Trainable:
-    """Return what trains; the seed of the first run draws a random mask."""
+    """Return the trainable parameters; the seed of the first run draws a random mask."""
     rng = make_generator(runs[0].seed, "mask")
-    chosen = trainable.select_trainable(
+    selected = trainable.select_trainable(
         model, method.fine_tune_type, method.components, method.mask_size, rng
     )
     if verbose:
-        print_result(trainable.trainable_table(model, chosen))
-    return chosen
+        print_result(trainable.trainable_table(model, selected))
+    return selected
 
 
 def make_runs(
     learning_rates: list[float], seeds: list[int], only_seed: int | None = None
 ) -> list[Run]:
-    """Return a run for each pair of a learning rate and a seed, or those of one of the seeds."""
+    """Return a run for each pair of a learning rate and a seed, or for one of the seeds only."""
     if only_seed is not None and only_seed not in seeds:
-        raise UserError(f"seed {only_seed} is none of this evaluator's: {seeds}")
+        raise UserError(f"seed {only_seed} is not one of this evaluator's seeds: {seeds}")
     seeds = seeds if only_seed is None else [only_seed]
     runs = [Run(float(rate), seed) for rate in learning_rates for seed in seeds]
     if len(set(runs)) < len(runs):
@@ -244,7 +244,11 @@ def make_runs(
 
 
 def split_into_passes(runs: Sequence[Run], reason: str | None) -> list[list[Run]]:
-    """Return the runs that train together; reason: why they cannot share a pass, or None."""
+    """Return the groups of runs that train together.
+
+    Args:
+        reason: why runs cannot share a pass; None: they can.
+    """
     if len(runs) > 1:
         how = f"one after the other: {reason}" if reason else "in one pass"
         LOGGER.info("%d runs %s", len(runs), how)
@@ -283,7 +287,7 @@ def start_training(
         raise UserError(f"{len(runs)} runs cannot train in one pass, {reason}: "
                         "prepare and train one after the other")  # fmt: skip
     seed = runs[0].seed
-    if group.rank:  # each rank draws the dropout of its own rows
+    if group.rank:  # The ranks compute different rows, so they need different dropout masks.
         seed = int(make_generator(seed, f"dropout of rank {group.rank}").integers(2**63))
     set_seed(seed)
     scored = data.dataset.scored()

@@ -32,7 +32,7 @@ class TrainingResult:
 
     @property
     def caption(self) -> str:
-        """Return what the selected run is: its learning rate and seed, or an average of runs."""
+        """Return the learning rate and seed of the selected run as text, or "average of n"."""
         count = len(self.averaged)
         return f"average of {count}" if count else self.record.run.caption
 

@@ -70,7 +70,7 @@ def make_setup(
         task_name: a name in `bitfit.data.tasks.TASKS`, the path or the content of a task file.
         model_name: a name on the Hub, or a folder.
         device: GPU number; None for the CPU.
-        seed: of classifier, data order, dropout and masks; a list: one run for each; None:
+        seed: of classifier, data order, dropout and masks; a list: a run for each seed; None:
             the seed of `set_seed`.
         data_dir: GLUE's TSV folders or Parquet files; None: the Hub, or beside the task file.
         precision: "fp32" or "bf16"; None: bf16 on a GPU that supports it, else fp32.
@@ -178,9 +178,9 @@ class Method:
     """How to fine-tune, as `GLUEvaluator.prepare` describes it."""
 
     fine_tune_type: str = "bitfit"  # one of `options.FINE_TUNE_TYPES`
-    components: tuple[str, ...] = ()  # bias names relative to their layer
-    # The number of parameters of rand_uniform; None: the paper's for its models, else as many as
-    # bitfit trains.
+    components: tuple[str, ...] = ()  # bias names relative to a layer
+    # The number of parameters of rand_uniform; None: the paper's number for its three models, else
+    # as many as bitfit trains.
     mask_size: int | None = None
     optimizer: str = "adamw"
     start: WarmStart | None = None  # None: from the base model

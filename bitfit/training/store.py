@@ -41,14 +41,14 @@ def write_entry(
         if not tensors:
             new_metadata.write_text(dump(metadata | {"sha256": sha256(metadata)}), encoding="utf-8")
             return
-        with atomic_file(data) as new_data:  # both are written before either gets its name
+        with atomic_file(data) as new_data:  # Both are written before one gets its final name.
             save_tensors(tensors, new_data)
             metadata |= {"tensors": data.name, "tensors_sha256": file_sha256(new_data)}
             new_metadata.write_text(dump(metadata | {"sha256": sha256(metadata)}), encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Write a safetensors file; its errors become OSError."""
+    """Write a safetensors file; errors of safetensors become OSError."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
