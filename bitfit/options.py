@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import git_commit, installed_version, is_installed
@@ -82,14 +81,6 @@ class RunOptions:
     report_to: list[str]
     verbose: bool
     quiet: bool
-
-
-class ListOptions(NamedTuple):
-    """The flags of run_glue.py that go with --list-bias-terms."""
-
-    model_name: str
-    model_revision: str | None
-    add_biases: bool
 
 
 # fmt: off
@@ -255,19 +246,24 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
     return RunOptions(**vars(args) | {"export_model": export_model})
 
 
-def parse_listing(description: str, argv: Sequence[str] | None = None) -> ListOptions | None:
+def parse_listing(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace | None:
     """Return the flags of --list-bias-terms, or None without it; exit if another flag is given."""
     if "--list-bias-terms" not in (sys.argv[1:] if argv is None else argv):
         return None
     parser = make_parser(description)
     for action in parser._actions:
         action.required = False
-    args = vars(parser.parse_args(argv))
-    for name in args.keys() - {"list_bias_terms", *ListOptions._fields}:
-        if args[name] != parser.get_default(name):
+    args = parser.parse_args(argv)
+    for name in vars(args).keys() - {
+        "list_bias_terms",
+        "model_name",
+        "model_revision",
+        "add_biases",
+    }:
+        if getattr(args, name) != parser.get_default(name):
             parser.error("--list-bias-terms goes with --model-name, --model-revision and "
                          f"--add-biases only: leave --{name.replace('_', '-')} out")  # fmt: skip
-    return ListOptions(*(args[name] for name in ListOptions._fields))
+    return args
 
 
 def learning_rate_warning(options: RunOptions) -> str | None:

@@ -4,6 +4,7 @@ Modules that import torch are imported in the functions, so that a finished fold
 are reported at once.
 """
 
+from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from bitfit.cli.runs import Experiment, train_all_runs
 from bitfit.data import task_files
 from bitfit.distributed import Ranks
 from bitfit.model import hub
-from bitfit.options import ListOptions, RunOptions
+from bitfit.options import RunOptions
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
 
 if TYPE_CHECKING:
+    from bitfit.training.setup import Setup
     from glue_evaluator import GLUEvaluator
 
 
@@ -56,14 +58,16 @@ def read_task(options: RunOptions, ranks: Ranks) -> dict[str, Any] | None:
     return ranks.run_on_rank0(lambda: task_files.read_task_file(path, options.data_dir))
 
 
-def list_bias_terms(options: ListOptions) -> None:
+def list_bias_terms(options: Namespace) -> None:
     """Print the bias terms of a model; no weights are loaded."""
     hub.use_local_copies_when_offline(needs_hub=not hub.is_local(options.model_name))
-    from bitfit.model import bias_terms
+    from bitfit.data.tasks import TASKS
+    from bitfit.model.bias_terms import model_of_config, terms_table
 
-    revision, _ = hub.resolve_revision(options.model_name, options.model_revision)
-    model = bias_terms.model_of_config(options.model_name, options.add_biases, revision)
-    utils.print_result(bias_terms.terms_table(model))
+    name, added = options.model_name, options.add_biases
+    revision, _ = hub.resolve_revision(name, options.model_revision)
+    model = model_of_config(name, TASKS["rte"], revision=revision, added=added)
+    utils.print_result(terms_table(model))
 
 
 def fine_tune(
@@ -122,7 +126,7 @@ def prepare_evaluator(
         model_revision=options.model_revision,
         add_biases=options.add_biases,
     )
-    terms = bias_terms(options, evaluator)
+    terms = check_bias_terms(options, evaluator.setup)
     evaluator.preprocess_dataset(
         padding="longest",
         max_sequence_len=options.max_seq_length,
@@ -141,15 +145,13 @@ def prepare_evaluator(
     return evaluator
 
 
-def bias_terms(options: RunOptions, evaluator: "GLUEvaluator") -> list[str]:
-    """Return the bias terms to train; raise UserError, before any data are read, if there are none.
-
-    The model is built without weights to see which biases it has.
-    """
-    from bitfit.model.bias_terms import check_terms
+def check_bias_terms(options: RunOptions, setup: "Setup") -> list[str]:
+    """Return the bias terms to train; UserError, before data are read, if the model lacks one."""
+    from bitfit.model.bias_terms import model_of_config, select_components
 
     terms = (options.bias_terms or ["all"]) if options.fine_tune_type == "bitfit" else []
     if terms or options.add_biases:
-        revision = evaluator.setup.revision
-        check_terms(options.model_name, terms, add_biases=options.add_biases, revision=revision)
+        added, revision = options.add_biases, setup.revision
+        model = model_of_config(options.model_name, setup.task, revision=revision, added=added)
+        select_components(model, terms or ["all"])
     return terms

@@ -7,7 +7,6 @@ names of their parameters.
 
 import logging
 import re
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from bitfit.model.trainable import in_encoder, is_bias, relative_name
 from utils import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 LOGGER = logging.getLogger("bitfit")
@@ -46,7 +45,7 @@ def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
         module_name, _, kind = name.rpartition(".")
         zeros = torch.zeros(shape, dtype=torch.float32, device=device)
         setattr(model.get_submodule(module_name), kind, torch.nn.Parameter(zeros))
-    set_values(model.config, switches)
+    model.config.update(switches)
     if report:
         terms = {relative_name(model, n).removesuffix(".bias") for n in added}
         LOGGER.info(
@@ -68,23 +67,16 @@ def find_switches(model: "PreTrainedModel") -> dict[str, bool]:
     return found
 
 
-def added_parameters(model: "PreTrainedModel", values: Mapping[str, bool]) -> Shapes:
+def added_parameters(model: "PreTrainedModel", values: dict[str, bool]) -> Shapes:
     """Return the parameters that a model gains by values of its config; none if others change."""
     config = deepcopy(model.config)
-    set_values(config, values)
+    config.update(values)
     before = {name: parameter.shape for name, parameter in model.named_parameters()}
     try:
-        with torch.device("meta"):
-            other = type(model)(config)
-        after = {name: parameter.shape for name, parameter in other.named_parameters()}
+        with torch.device("meta"):  # without weights
+            after = {n: p.shape for n, p in type(model)(config).named_parameters()}
     except Exception:  # of any kind: the architecture does not support these values
         return {}
     if not before.items() <= after.items():
         return {}
     return {name: shape for name, shape in after.items() if name not in before}
-
-
-def set_values(config: "PreTrainedConfig", values: Mapping[str, bool]) -> None:
-    """Set attributes of a config."""
-    for name, value in values.items():
-        setattr(config, name, value)

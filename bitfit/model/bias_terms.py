@@ -5,15 +5,14 @@ the paper's name of the module with the same purpose (`intermediate`).
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from bitfit.data.tasks import TASKS
+from bitfit.data.tasks import Task
 from bitfit.model import loading
-from bitfit.model.added_biases import add_biases as add_zero_biases
-from bitfit.model.added_biases import find_switches
+from bitfit.model.added_biases import add_biases, find_switches
 from bitfit.model.trainable import ALL_BIASES, components_to_terms, encoder_biases
 from bitfit.options import TERMS
 from utils import UserError, convert_errors
@@ -25,9 +24,9 @@ LOGGER = logging.getLogger("bitfit")
 # The paper's term -> the modules with its purpose in other architectures. A norm before a block has
 # no counterpart in the paper, nor has a joint projection of query, key and value.
 ALIASES = {
-    "query": ("query", "query_proj", "q_proj", "q_lin", "attn.q"),
+    "query": ("query", "query_proj", "q_proj", "q_lin", "attn.q", "q_bias"),
     "key": ("key", "key_proj", "k_proj", "k_lin", "attn.k"),
-    "value": ("value", "value_proj", "v_proj", "v_lin", "attn.v"),
+    "value": ("value", "value_proj", "v_proj", "v_lin", "attn.v", "v_bias"),
     "attention_output": ("attn.Wo", "o_proj", "out_proj", "out_lin", "attention.dense",
                          "self_attention.dense", "attn.o", "attn.c_proj"),
     "attention_layernorm": ("sa_layer_norm",),
@@ -38,30 +37,18 @@ ALIASES = {
 }  # fmt: skip
 
 
-def check_terms(
-    model_name: str, terms: Sequence[str], *, add_biases: bool, revision: str | None = None
-) -> None:
-    """Check that a model has some bias terms, before its weights are loaded.
-
-    Raises:
-        UserError: it has no biases, its config cannot add any, or it has none of a term.
-    """
-    select_components(model_of_config(model_name, add_biases, revision), terms or ["all"])
-
-
 def model_of_config(
-    model_name: str, add_biases: bool, revision: str | None = None
+    model_name: str, task: Task, *, revision: str | None = None, added: bool = False
 ) -> "PreTrainedModel":
-    """Return a classifier with the parameters' names and shapes, without their trained values."""
+    """Return a classifier, perhaps with added biases, before its trained weights are loaded."""
     with convert_errors(lambda error: loading.cannot_load(model_name, error, revision)):
-        task = TASKS["rte"]
         config = loading.load_config(model_name, task, revision)
         try:
             model = loading.build_model_without_weights(config, task)
         except Exception:  # some models compute with weights when they are built
             model = loading.build_model(config, task)
-    if add_biases:
-        add_zero_biases(model)
+    if added:
+        add_biases(model)
     return model
 
 
@@ -77,63 +64,57 @@ def select_components(
     Raises:
         UserError: the model has no biases, or none of a term.
     """
-    biases, selected = encoder_biases(model), []
-    if not biases:
-        raise UserError(no_biases_message(model))
-    kinds = dict.fromkeys(biases.values())
+    biases, selected = need_biases(model), []
     for term in components_to_terms(terms):
-        found = [ALL_BIASES] if term == "all" else find_components(kinds, term)
+        found = [ALL_BIASES] if term == "all" else find_components(biases.values(), term)
         if not found:
-            raise UserError(unknown_term_message(model, kinds, term))
+            raise UserError(unknown_term_message(model, term))
         if report and term != "all":
-            names = [name for name, kind in biases.items() if kind in found]
-            size = sum(model.get_parameter(name).numel() for name in names)
+            sizes = [model.get_parameter(n).numel() for n, kind in biases.items() if kind in found]
             LOGGER.info("bias term %s: %s (%d tensors, %s parameters)", term, ", ".join(found),
-                        len(names), f"{size:,}")  # fmt: skip
+                        len(sizes), f"{sum(sizes):,}")  # fmt: skip
         selected += found
     return tuple(dict.fromkeys(selected))
 
 
-def find_components(kinds: Collection[str], term: str) -> list[str]:
-    """Return the relative names, among those of a model, that a term selects."""
-    exact = [kind for kind in (TERMS.get(term, (term,))[0], f"{term}.bias") if kind in kinds]
-    if exact:
-        return exact[:1]
-    ends = tuple(f".{module}.bias" for module in ALIASES.get(term, (term,)))
-    return [kind for kind in kinds if f".{kind}".endswith(ends)]
-
-
-def no_biases_message(model: "PreTrainedModel") -> str:
-    """Return the error message for an encoder without biases."""
-    problem = f"this {model.config.model_type} model has no biases at all, so bitfit cannot train "
+def need_biases(model: "PreTrainedModel") -> dict[str, str]:
+    """Return {name: relative name} of the encoder's biases; raise UserError if it has none."""
+    if biases := encoder_biases(model):
+        return biases
     switches = ", ".join(find_switches(model))
-    advice = f"--add-biases adds them ({switches} in its config)" if switches else "another model"
-    return f"{problem}it: {advice if switches else f'give {advice}'}"
+    advice = f"--add-biases adds them ({switches} in its config)" if switches else ""
+    problem = f"this {model.config.model_type} model has no biases at all, so bitfit cannot train"
+    raise UserError(f"{problem} it: {advice or 'give another model'}")
 
 
-def unknown_term_message(model: "PreTrainedModel", kinds: Collection[str], term: str) -> str:
+def find_components(kinds: Iterable[str], term: str) -> list[str]:
+    """Return the relative names, among those of a model, that a term selects."""
+    kinds = list(dict.fromkeys(kinds))
+    exact = [kind for kind in (TERMS.get(term, (term,))[0], f"{term}.bias") if kind in kinds]
+    ends = tuple(f".{name}{end}" for name in ALIASES.get(term, (term,)) for end in ("", ".bias"))
+    return exact[:1] or [kind for kind in kinds if f".{kind}".endswith(ends)]
+
+
+def unknown_term_message(model: "PreTrainedModel", term: str) -> str:
     """Return the error message for a term that selects no bias."""
-    has = ", ".join(components_to_terms([*kinds]))
-    problem = f"--bias-terms {term}: this {model.config.model_type} model has no such bias"
-    names = [f"{name} ({', '.join(components_to_terms(found))})" for name in TERMS
-             if (found := find_components(kinds, name)) and found != [TERMS[name][0]]]  # fmt: skip
-    paper = f"; of the paper's names apply: {', '.join(names)}" if names else ""
-    return f"{problem}; its terms: {has}, all{paper}"
+    kinds = dict.fromkeys(encoder_biases(model).values())
+    paper = {name: find_components(kinds, name) for name in TERMS}
+    names = [f"{name} ({', '.join(components_to_terms(found))})" for name, found in paper.items()
+             if found and found != [TERMS[name][0]]]  # fmt: skip
+    return (
+        f"--bias-terms {term}: this {model.config.model_type} model has no such bias; its terms: "
+        f"{', '.join(components_to_terms([*kinds]))}, all"
+        + f"; of the paper's names apply: {', '.join(names)}"
+        * bool(names)
+    )
 
 
 def terms_table(model: "PreTrainedModel") -> str:
-    """Return the model's terms with tensors, parameters and an example as text.
-
-    Raises:
-        UserError: the model has no biases.
-    """
-    biases = encoder_biases(model)
-    if not biases:
-        raise UserError(no_biases_message(model))
-    kinds = list(dict.fromkeys(biases.values()))
-    paper = {kind: term for term in TERMS for kind in find_components(kinds, term)}
+    """Return a table of the model's bias terms; raise UserError if it has none."""
+    biases = need_biases(model)
+    paper = {kind: term for term in TERMS for kind in find_components(biases.values(), term)}
     table = pd.DataFrame({
-        "term": [components_to_terms([kind])[0] for kind in biases.values()],
+        "term": components_to_terms([*biases.values()]),
         "in the paper": [paper.get(kind, "-") for kind in biases.values()],
         "tensors": 1,
         "parameters": [model.get_parameter(name).numel() for name in biases],

@@ -56,7 +56,8 @@ def check_model(model: str, commands: Sequence[dict[str, Any]]) -> None:
         (tuple(args["bias_terms"] or ["all"]), args["add_biases"])
         for args in commands if args["fine_tune_type"] == "bitfit" or args["add_biases"]
     ):  # fmt: skip
-        bias_terms.check_terms(model, terms, add_biases=add_biases)
+        empty = bias_terms.model_of_config(model, TASKS["rte"], added=add_biases)
+        bias_terms.select_components(empty, terms)
 
 
 def check_split(task: Task, split: str, folder: str, rows: int) -> None:
