@@ -169,7 +169,7 @@ ERRORS = [  # (suffix, content, message)
     (".conll", b"a O\nb\0 O\n", r":2: not text, there is a zero byte"),
     (".conllu", "1\ta\tO\n", r":1: 3 columns where 10 are expected"),
     (".conllu", f"1\ta\tl\tO{U}\n3\tb\tl\tO{U}\n", r":2: ID '3', expected 2; an empty lin"),
-    (".conllu", f"1\ta\tl\tO{U}\n1\tb\tl\tO{U}\n", r":2: ID '1' where 2 is expected"),
+    (".conllu", f"1\ta\tl\tO{U}\n1\tb\tl\tO{U}\n", r":2: ID '1', expected 2"),
     (".conllu", f"1\ta\tl\tO{U}\n2\tb\tl\t_{U}\n", r":2: the word 'b' has no tag, but '_'"),
     (".jsonl", '{"w": ["a"], "t": ["O"]}\n{"w": ["a"], "t": []}\n', r":2: 1 words, but in .* 0 ta"),
     (".jsonl", '{"w": [], "t": []}\n', r":1: no list of words in column 'w', but \[\]"),
