@@ -1,4 +1,4 @@
-"""Tagging through the evaluator: every fine-tune type, saved evaluators, exported models, deltas."""
+"""Tagging through the evaluator: fine-tune types, saved evaluators, exported models, deltas."""
 
 import json
 
