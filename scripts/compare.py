@@ -126,18 +126,32 @@ def group_by_seed(runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def line_styles(groups: list[list[Run]]) -> list[LineStyle]:
-    """Return a style for each group: the method's style if every method occurs once."""
-    short = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q",
-             ("value",): "b_v"}  # fmt: skip
-    methods = []
-    for (metrics, _), *_ in groups:
-        terms = tuple(sorted(metrics["bias_terms"]))
-        all_terms = terms in ((), ("all",)) and not metrics["random_encoder"]
-        methods.append(metrics["fine_tune_type"] if all_terms else short.get(terms, ""))
-    if len(set(methods)) == len(methods) and set(methods) <= set(METHOD_STYLES):
-        return [METHOD_STYLES[method] for method in methods]
-    return [series_style(number) for number in range(len(groups))]
+def study_method(metrics: dict[str, Any]) -> str:
+    """Return the name of a run's method in METHOD_STYLES, or "" if it is none of them."""
+    if metrics["random_encoder"] or "started_from" in metrics:
+        return ""
+    terms = tuple(sorted(metrics["bias_terms"]))
+    some = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q",
+            ("value",): "b_v"}  # fmt: skip
+    return metrics["fine_tune_type"] if terms in ((), ("all",)) else some.get(terms, "")
+
+
+def in_study_order(groups: list[list[Run]]) -> list[list[Run]]:
+    """Return the groups in the order of METHOD_STYLES; methods that it lacks are last."""
+    positions = {name: number for number, name in enumerate(METHOD_STYLES)}
+    return sorted(groups, key=lambda of: positions.get(study_method(of[0][0]), len(positions)))
+
+
+def line_styles(methods: list[str]) -> list[LineStyle]:
+    """Return a style for each line: its method's style where the method occurs once.
+
+    Other lines get styles of other colors, as far as there are any.
+    """
+    known = [METHOD_STYLES.get(m) if methods.count(m) == 1 else None for m in methods]
+    colors = {style.color for style in known if style}
+    others = [series_style(number) for number in range(7 * len(methods))]
+    free = iter(sorted(others, key=lambda style: style.color in colors))
+    return [style or next(free) for style in known]
 
 
 def group_label(runs: list[Run], differing: list[str]) -> str:
@@ -156,7 +170,7 @@ def plot_runs(runs: list[Run], path: str | Path) -> None:
 
     The line is the mean over the seeds, and the band reaches from the worst to the best seed.
     """
-    rows, groups = [describe(*run) for run in runs], group_by_seed(runs)
+    rows, groups = [describe(*run) for run in runs], in_study_order(group_by_seed(runs))
     names = ("task", "model")
     shared = [name for name in names if len({row[name] for row in rows}) == 1]
     caption = "".join(f"{rows[0][name]}, " for name in shared) + "validation score"
@@ -168,7 +182,8 @@ def plot_runs(runs: list[Run], path: str | Path) -> None:
     height = 4 + 0.22 * sum(label.count("\n") + 1 for label in labels)
     epochs = [epoch for run in runs for epoch in main_curve(*run).index]
     figure, axes = curve_figure(caption, xlabel, f"validation {metrics} × 100", epochs, height)
-    for group, style, label in zip(groups, line_styles(groups), labels, strict=True):
+    styles = line_styles([study_method(group[0][0]) for group in groups])
+    for group, style, label in zip(groups, styles, labels, strict=True):
         curves = pd.DataFrame({i: main_curve(*run) for i, run in enumerate(group)})
         band = (curves.min(axis=1), curves.max(axis=1)) if len(group) > 1 else None
         plot_curve(axes, curves.mean(axis=1), style, escape.plot(label), band)

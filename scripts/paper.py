@@ -89,6 +89,8 @@ def add_run(add: Callable) -> None:
 def add_report(add: Callable) -> None:
     add("--resamples", type=POSITIVE, metavar="N", default=1000,
         help="number of bootstrap resamples [%(default)s]")
+    add("--figure-formats", nargs="+", choices=("pdf", "svg"), metavar="FORMAT", default=[],
+        help="also write the figures as pdf or svg [png alone]")
 
 
 def add_submit(add: Callable) -> None:
@@ -197,7 +199,8 @@ def run(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from bitfit.study import report
 
-    utils.print_result(report.write_report(cells.read_study(args.output_path), args.resamples))
+    study = cells.read_study(args.output_path)
+    utils.print_result(report.write_report(study, args.resamples, args.figure_formats))
     return 0
 
 

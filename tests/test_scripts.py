@@ -19,6 +19,7 @@ from processes import run_script
 
 import run_glue
 from bitfit.options import TERMS
+from bitfit.results.plots import METHOD_STYLES
 
 
 def test_the_demo(checkout):
@@ -151,6 +152,16 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, messag
     assert said.out == ""
     assert said.err.startswith(f"compare.py: error: {message}")
     assert said.err.count("\n") == 1
+
+
+def test_methods_have_their_style_beside_others():
+    """Methods of the paper keep their style; the others have other colors, and all differ."""
+    styles = compare.line_styles(["full_ft", "bitfit", "", "", "frozen"])
+    expected = [METHOD_STYLES[name] for name in ("full_ft", "bitfit", "frozen")]
+    assert [styles[0], styles[1], styles[4]] == expected
+    assert not {styles[2].color, styles[3].color} & {style.color for style in expected}
+    assert len(set(styles)) == 5
+    assert len(set(compare.line_styles(["bitfit"] * 24))) == 24  # a sweep
 
 
 @pytest.mark.pictures

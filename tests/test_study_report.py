@@ -1,5 +1,6 @@
 """The study's results, report and submission, from a small study that was run."""
 
+import html
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from bitfit.study import (
     results,
     statistics,
     submit,
+    tables,
 )
 from utils import UserError
 
@@ -169,6 +171,15 @@ def test_the_gap_is_that_of_the_metrics(made, entries):
     assert gaps.loc[("full_ft", "CoLA"), "gap"] == pytest.approx(100 * np.mean(expected))
 
 
+def test_trials_are_counted_in_whole_numbers(made, entries):
+    found = figures.all_figures(made, entries)
+    (axes,) = next(figure for name, (figure, _) in found.items() if name.startswith("trials")).axes
+    trials = 2 * 3 * 3  # learning rates, seeds, epochs
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "5", "10"]
+    assert f"bitfit ({trials} trials)" in [line.get_label() for line in axes.get_lines()]
+
+
 def test_figure_1_is_the_mean_over_the_seeds(made, entries):
     entry = entries[MODEL, "bitfit", "CoLA", None]
     rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
@@ -186,7 +197,7 @@ def test_figure_1_is_the_mean_over_the_seeds(made, entries):
 
 
 def test_the_report_is_whole(study, capsys):
-    shown = report.write_report(study, resamples=20)
+    shown = report.write_report(study, resamples=20, formats=["svg"])
     assert "BitFit" in shown
     assert "Full-FT" in shown
     page = (study.output / "report.html").read_text(encoding="utf-8")
@@ -194,12 +205,15 @@ def test_the_report_is_whole(study, capsys):
     assert "Partial" not in page
     assert not re.search(r"(src|href)=['\"](?!data:)", page)  # needs nothing else
     pictures = set(figures.all_figures(study, results.read_entries(study)))
-    assert {path.stem for path in (study.output / "figures").iterdir()} == pictures
+    files = {path.name for path in (study.output / "figures").iterdir()}
+    assert files == {name + suffix for name in pictures for suffix in (".png", ".svg")}
     assert page.count("<img ") == len(pictures)
     for kind in ("figure1", "figure2", "gap", "curves", "trials"):
         assert any(name.startswith(kind) for name in pictures), kind
-    for cell in study.cells:
-        assert cell.name.split("/", 1)[1] in page
+    commands = re.findall("<pre>(.*?)</pre>", page)
+    shown_commands = [html.unescape(re.sub("</?span>", "", command)) for command in commands]
+    assert shown_commands == [cell.shell(study.output) for cell in study.cells]
+    assert all("<span>--learning-rate</span>" in command for command in commands)  # is not broken
     assert published.NOTE in page
     assert "60 training examples" in page
     assert "tiny_bert" in page
@@ -217,13 +231,13 @@ def test_published_numbers_stand_beside_ours(entries, monkeypatch):
     numbers = {("tiny_bert", row, "CoLA"): of for row, of in rows.items()}
     monkeypatch.setattr(results, "PUBLISHED", numbers)
     kept = {k: e for k, e in entries.items() if k[1] in rows and k[2:] == ("CoLA", None)}
-    table = report.headline_table(results.score_frame(kept), MODEL)
+    table = tables.headline_table(results.score_frame(kept), MODEL)
     assert "(" not in table["CoLA"]["BitFit"]
     for key, entry in kept.items():
         flags = [f for f in entry.results.cell.flags if f not in ("--train-size", "60")]
         own = entry.results._replace(cell=entry.results.cell._replace(flags=flags))
         kept[key] = entry._replace(results=own)
-    table = report.headline_table(results.score_frame(kept), MODEL)
+    table = tables.headline_table(results.score_frame(kept), MODEL)
     assert table["CoLA"]["BitFit"].endswith("(99.9 ± 0.1)!")
     assert table["CoLA"]["Full-FT"].endswith("(0.0 ± 200.0)")
 

@@ -123,6 +123,20 @@ def epoch_ticks(epochs: Iterable[int]) -> list[int]:
     return unique[::-1][:: max(step, 1)][::-1]
 
 
+def use_log_counts(axes: "Axes", ticks: Iterable[int]) -> None:
+    """Give the axes a logarithmic x axis of counts, with ticks at these whole numbers."""
+    ticks = list(ticks)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def count_ticks(largest: int) -> list[int]:
+    """Return 1, 2, 5, 10, 20, 50, ... up to the largest count."""
+    digits = range(len(str(largest)))
+    return [n for k in digits for n in (10**k, 2 * 10**k, 5 * 10**k) if n <= largest]
+
+
 def learning_curves(
     scores: pd.DataFrame, task: Task, caption: str, folder: Path | str | None = None
 ) -> dict[str, "Figure"]:

@@ -8,9 +8,11 @@ import pandas as pd
 from bitfit.results.plots import (
     METHOD_STYLES,
     bias_heatmap,
+    count_ticks,
     curve_figure,
     new_figure,
     plot_curve,
+    use_log_counts,
 )
 from bitfit.results.scores import mean_std
 from bitfit.study import results, statistics
@@ -96,9 +98,7 @@ def size_curves(entries: Entries, name: str) -> Figures:
             std = pd.Series([std for _, std, _ in stats], sizes).fillna(0)
             plot_curve(axes, mean, METHOD_STYLES[row], row, (mean - std, mean + std))
         all_sizes = sorted({size for sizes in of_row.values() for size in sizes})
-        axes.set_xscale("log")
-        axes.set_xticks(all_sizes, [f"{size:,}" for size in all_sizes])
-        axes.minorticks_off()
+        use_log_counts(axes, all_sizes)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = f"Figure 2 of the paper, on {column}: mean over the seeds ± standard deviation."
         figures[f"figure2_{name}_{column}"] = figure, text
@@ -114,7 +114,8 @@ def gaps(entries: Entries, name: str) -> Figures:
     rows = [row for row in METHOD_STYLES if row in set(frame["row"])]
     metrics = {column: next(iter(of_row.values())).results.task.metrics[0]
                for column, of_row in by_column(on_all_rows(entries)).items()}  # fmt: skip
-    figure = new_figure(max(5, 1.8 + 1.7 * len(columns)), 4.5, f"{name}: train - validation")
+    caption = f"{name}: gap between train and validation score in the last epoch"
+    figure = new_figure(max(5, 1.8 + 1.7 * len(columns)), 4.5, caption)
     axes, width = figure.subplots(), 0.8 / len(rows)
     hatches = ("", "//", "..", "\\\\", "xx", "**", "--", "oo", "++")  # to tell bars apart in grey
     for i, row in enumerate(rows):
@@ -125,9 +126,13 @@ def gaps(entries: Entries, name: str) -> Figures:
                  linewidth=0.5, error_kw={"elinewidth": 0.8})  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(columns)), [f"{column}\n{metrics[column]}" for column in columns])
-    axes.set_ylabel("train - validation score × 100, last epoch")
+    axes.set_xlabel("task and metric (bar: mean; whisker: ± standard deviation over seeds)")
+    axes.set_ylabel("train - validation score × 100")
     figure.legend(loc="outside lower center", frameon=False, ncols=min(len(rows), 4))
-    text = "How far each method's train score is above its validation score (± over the seeds)."
+    text = (
+        "Generalization gap: train minus validation score in the last epoch, mean over the seeds ± "
+        "standard deviation, at each method's best learning rate at the last epoch."
+    )
     return {f"gap_{name}": (figure, text)}
 
 
@@ -151,8 +156,8 @@ def learning_curves(entries: Entries, name: str) -> Figures:
             plot_curve(axes, curve["mean"], METHOD_STYLES[row], row, band)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = (
-            f"{column}: mean over the seeds ± standard deviation, at each row's best learning rate "
-            "at the last epoch."
+            f"{column}: mean over the seeds ± standard deviation, at each method's best learning "
+            "rate at the last epoch."
         )
         figures[f"curves_{name}_{column}"] = figure, text
     return figures
@@ -169,6 +174,7 @@ def trials(entries: Entries, name: str) -> Figures:
         metric = next(iter(of_row.values())).results.task.metrics[0]
         ylabel = f"expected best {metric} × 100"
         figure, axes = curve_figure(f"{name}, {column}", xlabel, ylabel)
+        most = 1
         for row, entry in of_row.items():
             logits = entry.results.logits[entry.split]
             labels = entry.results.labels[entry.split]
@@ -177,9 +183,9 @@ def trials(entries: Entries, name: str) -> Figures:
                 continue
             budgets = np.unique(np.geomspace(1, len(scores), 40).astype(int))
             best = pd.Series(statistics.expected_best(scores, budgets), budgets)
-            style = METHOD_STYLES[row]
-            plot_curve(axes, best, style, f"{row} ({len(scores)} trials)")
-        axes.set_xscale("log")
+            plot_curve(axes, best, METHOD_STYLES[row], f"{row} ({len(scores)} trials)")
+            most = max(most, len(scores))
+        use_log_counts(axes, count_ticks(most))
         figure.legend(loc="outside lower center", frameon=False, ncols=3)
         text = f"{column}: expected best score of n trials (Tang et al. 2020)."
         figures[f"trials_{name}_{column}"] = figure, text

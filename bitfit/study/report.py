@@ -2,8 +2,9 @@
 
 import base64
 import html
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,50 +13,51 @@ import pandas as pd
 from bitfit.files import write_text
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
-from bitfit.results.scores import format_mean_std
-from bitfit.study import cell_states, cost, figures, results
-from bitfit.study.cells import Study, slug
+from bitfit.study import cell_states, cost, figures, results, tables
+from bitfit.study.cells import Study
 from bitfit.study.protocol import (
     BATCH_SIZE,
     PAPER_MODELS,
-    ROWS,
     SEEDS,
     default_epochs,
     paper_learning_rates,
     paper_model_name,
 )
-from bitfit.study.published import COLUMNS, NOTE, average
+from bitfit.study.published import NOTE
 from utils import UserError
 
-SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "frozen": "Frozen",
-           "rand_uniform": "Rand uniform", "rand_row_col": "Rand row/col"}  # fmt: skip
 LEGEND = (
     "Scores × 100 on the validation set in the metric named in each column, mean ± sample standard "
     "deviation over the seeds. Learning rate and epoch are chosen on one half of the validation "
-    "rows and scored on the other, and the other way round (`split`). In brackets the paper's "
+    "examples and scored on the other, and the other way round (`split`). In brackets the paper's "
     f"number ({NOTE}); `!` where the 95 % CI of our mean does not overlap the paper's mean ± "
     "standard deviation; `...` where the cell is not finished. A run that diverged counts nowhere."
 )
 STATISTICS = (
     "a - b, by `split`, paired by seed, of finished cells, in the metric of the column × 100. The "
-    "95 % CI comes from a bootstrap over seeds and validation rows together, widened as Student's "
-    "t is for so few seeds; `all` is the mean over the tasks. The p-values come from a paired "
-    "sign-flip permutation test over seeds, so p cannot be below `least p`; p (Holm) is corrected "
-    "for all columns of a model's pairs, or for its pooled rows."
+    "95 % CI comes from a bootstrap over seeds and validation examples together, widened as "
+    "Student's t is for so few seeds; `all` is the mean over the tasks. The p-values come from a "
+    "paired sign-flip permutation test over seeds, so p cannot be below `least p`; p (Holm) is "
+    "corrected for all columns of a model's pairs, or for its pooled rows."
 )
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.2em .6em;"
     "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,"
     "th:first-child{text-align:left}img{width:100%;height:auto}figure{margin:1em 0}"
-    ".figures{display:grid;grid-template-columns:1fr 1fr;gap:1em 2em;align-items:start}"
-    "pre{background:#f6f6f6;padding:.8em;white-space:pre-wrap;overflow-wrap:anywhere;"
-    "font-size:12px}.table{overflow-x:auto}figcaption{color:#555}"
+    ".figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30em),1fr));"
+    "gap:1em 2em;align-items:start}"
+    "pre{background:#f6f6f6;padding:.2em .8em .2em 2.8em;margin:.3em 0;white-space:pre-wrap;"
+    "overflow-wrap:anywhere;font-size:12px;text-indent:-2em}pre span{white-space:nowrap}"
+    ".table{overflow-x:auto}figcaption{color:#555}"
 )
 
 
-def write_report(study: Study, resamples: int = 1000) -> str:
+def write_report(study: Study, resamples: int = 1000, formats: Sequence[str] = ()) -> str:
     """Write the report of the scores so far, and return the text to print.
+
+    Args:
+        formats: "pdf" or "svg", in which the figures are written beside PNG.
 
     Raises:
         UserError: no run has been scored yet.
@@ -65,112 +67,32 @@ def write_report(study: Study, resamples: int = 1000) -> str:
         raise UserError(f"{study.output} has no scores yet: `paper.py run` makes them")
     scores = results.score_frame(entries)
     differences = results.comparisons(entries, np.random.default_rng(0), resamples)
-    headline = headline_tables(scores)
-    captions = write_figures(study, entries)
-    out, metrics = study.output, column_labels(scores)
+    headline = tables.headline_tables(scores)
+    captions = write_figures(study, entries, formats)
+    out, metrics = study.output, tables.column_labels(scores)
     write_text(out / "tables.csv", scores.round(4).to_csv(index=False))
     write_text(out / "differences.csv", differences.round(4).to_csv(index=False))
-    shown_differences = difference_table(differences, metrics)
+    shown_differences = tables.difference_table(differences, metrics)
     write_text(out / "tables.md", markdown(study, headline, shown_differences))
     write_text(out / "tables.tex", latex(headline))
-    tables = [(model, table.to_html(border=0)) for model, table in headline.items()]
-    write_text(out / "report.html", page(study, tables, scores, shown_differences, captions))
+    page = html_page(study, headline, scores, shown_differences, captions)
+    write_text(out / "report.html", page)
     shown = "\n\n".join(f"{name}\n{table.to_string()}" for name, table in headline.items())
     return f"{shown}\n{out / 'report.html'}"
 
 
-def write_figures(study: Study, entries: results.Entries) -> dict[Path, str]:
-    """Write all figures, and return {file: caption}."""
+def write_figures(
+    study: Study, entries: results.Entries, formats: Sequence[str]
+) -> dict[Path, str]:
+    """Write all figures as PNG and in other formats, and return {PNG file: caption}."""
     folder = study.output / "figures"
     folder.mkdir(exist_ok=True)
     captions = {}
     for name, (figure, caption) in figures.all_figures(study, entries).items():
-        save_figure(figure, folder / f"{name}.png")
+        for suffix in ("png", *formats):
+            save_figure(figure, folder / f"{name}.{suffix}")
         captions[folder / f"{name}.png"] = caption
     return captions
-
-
-def headline_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return {model: table} for models with scores; the columns' names include the metrics."""
-    tables = {slug(m): headline_table(scores, m) for m in dict.fromkeys(scores["model"])}
-    labels = column_labels(scores)
-    return {name: table.rename(columns=labels) for name, table in tables.items() if len(table)}
-
-
-def column_labels(scores: pd.DataFrame) -> dict[str, str]:
-    """Return {column: column and metric}, such as "CoLA (MCC)"."""
-    return {c: f"{c} ({m})" for c, m in zip(scores["column"], scores["metric"], strict=True)}
-
-
-def headline_table(scores: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Return Tables 2 and 3 in the paper's layout, as text: rows × columns."""
-    split = scores[(scores["model"] == model) & (scores["selection"] == "split")]
-    split = split[split["train_size"].isna()]
-    columns = [c for c in [*COLUMNS, *split["column"]] if c in set(split["column"])]
-    rows = {}
-    for row in ROWS:
-        of_row = split[split["row"] == row].set_index("column")
-        if len(of_row):
-            texts = {c: entry_text(of_row.loc[c]) if c in of_row.index else "" for c in columns}
-            mean = average({c: of_row["mean"].get(c) for c in COLUMNS})
-            paper = average({c: of_row["published"].get(c) for c in COLUMNS})
-            texts["Avg."] = "" if mean is None else f"{mean:.1f}"
-            texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
-            rows[SYMBOLS.get(row, row)] = texts
-    table = pd.DataFrame(rows).T
-    has_average = len(table) and table["Avg."].any()
-    return table if has_average else table.drop(columns="Avg.", errors="ignore")
-
-
-def entry_text(entry: pd.Series) -> str:
-    """Return one cell of the headline table."""
-    text = spread(entry["mean"], entry["std"])
-    if pd.notna(entry["published"]):
-        text += f" ({spread(entry['published'], entry['published_std'])})"
-    text += "!" * (pd.notna(entry["off"]) and bool(entry["off"]))
-    if 0 < entry["seeds"] < entry["of"] and entry["state"] == "done":
-        text += f" ({entry['seeds']} of {entry['of']} seeds)"
-    return text + " ..." * (entry["state"] != "done")
-
-
-def spread(mean: float, std: float) -> str:
-    """Return mean ± standard deviation as text; NaN means that no run counts."""
-    return "no run counts" if pd.isna(mean) else format_mean_std(mean, std)
-
-
-def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Return the comparisons as a table of texts; `labels` are {column: name with metric}."""
-    shown = pd.DataFrame()
-    if differences.empty:
-        return shown
-    shown["a - b"] = differences["a"] + " - " + differences["b"]
-    shown["column"] = differences["column"].map(lambda column: labels.get(column, column))
-    shown["difference"] = differences["difference"].map("{:+.1f}".format)
-    limits = zip(differences["low"], differences["high"], strict=True)
-    shown["95 % CI"] = [f"{low:+.1f} to {high:+.1f}" for low, high in limits]
-    shown["pairs"] = differences["pairs"]
-    for name, title in (("p", "p"), ("p_holm", "p (Holm)"), ("least_p", "least p")):
-        shown[title] = differences[name].map("{:.4f}".format)
-    several = differences["model"].nunique() > 1
-    return shown.assign(model=differences["model"].map(slug)) if several else shown
-
-
-def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the three selections side by side, with trials and learning rates."""
-    whole = scores[scores["train_size"].isna()]
-    if whole.empty:
-        return pd.DataFrame()
-    keys = ["model", "row", "column", "metric"]
-    texts = whole.assign(text=[spread(*pair) for pair in zip(whole["mean"], whole["std"],
-                                                             strict=True)])  # fmt: skip
-    wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
-    wide.columns = ["last epoch", "best epoch (optimistic)", "split"]
-    more = whole[whole["selection"] == "split"].set_index(keys)[["seeds", "trials",
-                                                                 "learning_rate"]]  # fmt: skip
-    joined = wide.join(more)
-    order = [tuple(key) for key in whole[keys].drop_duplicates().to_numpy()]
-    table = joined.loc[order].reset_index().rename(columns={"learning_rate": "learning rate"})
-    return table.assign(model=table["model"].map(slug))
 
 
 def deviations(study: Study) -> list[str]:
@@ -239,9 +161,9 @@ def latex(headline: dict[str, pd.DataFrame]) -> str:
     return "% " + LEGEND + "\n" + "\n\n".join(parts) + "\n"
 
 
-def page(
+def html_page(
     study: Study,
-    tables: list[tuple[str, str]],
+    headline: dict[str, pd.DataFrame],
     scores: pd.DataFrame,
     differences: pd.DataFrame,
     captions: dict[Path, str],
@@ -249,23 +171,23 @@ def page(
     """Return one HTML page that needs no other file.
 
     Args:
-        tables: [(model, headline table in HTML)].
+        headline: {model: table}.
         captions: {file of a figure: caption}.
     """
-    commands = "\n".join(html.escape(cell.shell(study.output)) for cell in study.cells)
     parts = ["<h1>BitFit: the paper's tables, measured</h1>", paragraph(progress(study))]
     parts += [paragraph(LEGEND)]
-    for model, table in tables:
-        parts += [f"<h2>{html.escape(model)}</h2>", f"<div class='table'>{table}</div>"]
+    for model, table in headline.items():
+        parts += [f"<h2>{html.escape(model)}</h2>", html_table(table, index=True)]
     parts += ["<h2>Deviations from the paper</h2>", html_list(deviations(study))]
     if len(differences):
         parts += ["<h2>Differences between methods</h2>", paragraph(STATISTICS)]
         parts += [html_table(differences)]
-    parts += ["<h2>Three ways to select</h2>", html_table(selection_table(scores))]
+    parts += ["<h2>Three ways to select</h2>", html_table(tables.selection_table(scores))]
     images = [html_figure(path, caption) for path, caption in captions.items()]
     parts += ["<h2>Figures</h2>", "<div class='figures'>", *images, "</div>"]
     parts += ["<h2>Cost and machine</h2>", html_list(machine(study))]
-    parts += ["<h2>Commands</h2>", f"<pre>{commands}</pre>"]
+    commands = [html_command(cell.shell(study.output)) for cell in study.cells]
+    parts += ["<h2>Commands</h2>", *commands]
     head = f"<meta charset='utf-8'><title>BitFit: results</title><style>{STYLE}</style>"
     body = "\n".join(parts)
     return f"<!doctype html><html lang='en'><head>{head}</head><body>\n{body}\n</body></html>\n"
@@ -275,12 +197,18 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text).replace('`', '')}</p>"
 
 
-def html_table(frame: pd.DataFrame) -> str:
-    return f"<div class='table'>{frame.to_html(border=0, index=False)}</div>"
+def html_table(frame: pd.DataFrame, index: bool = False) -> str:
+    return f"<div class='table'>{frame.to_html(border=0, index=index)}</div>"
 
 
 def html_list(texts: list[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["-"]) + "</ul>"
+
+
+def html_command(command: str) -> str:
+    """Return a command in HTML; long ones wrap, but not within the name of a flag."""
+    words = re.sub(r"(?<= )--[a-z-]+", r"<span>\g<0></span>", html.escape(command))
+    return f"<pre>{words}</pre>"
 
 
 def html_figure(path: Path, caption: str) -> str:

@@ -1,0 +1,95 @@
+"""The tables of a study's report, as texts: scores, differences between methods, selections."""
+
+import pandas as pd
+
+from bitfit.results.scores import format_mean_std
+from bitfit.study import results
+from bitfit.study.cells import slug
+from bitfit.study.protocol import ROWS
+from bitfit.study.published import COLUMNS, average
+
+SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "frozen": "Frozen",
+           "rand_uniform": "Rand uniform", "rand_row_col": "Rand row/col"}  # fmt: skip
+
+
+def headline_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return {model: table} for models with scores; the columns' names include the metrics."""
+    tables = {slug(m): headline_table(scores, m) for m in dict.fromkeys(scores["model"])}
+    labels = column_labels(scores)
+    return {name: table.rename(columns=labels) for name, table in tables.items() if len(table)}
+
+
+def column_labels(scores: pd.DataFrame) -> dict[str, str]:
+    """Return {column: column and metric}, such as "CoLA (MCC)"."""
+    return {c: f"{c} ({m})" for c, m in zip(scores["column"], scores["metric"], strict=True)}
+
+
+def headline_table(scores: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Return Tables 2 and 3 in the paper's layout, as text: rows × columns."""
+    split = scores[(scores["model"] == model) & (scores["selection"] == "split")]
+    split = split[split["train_size"].isna()]
+    columns = [c for c in [*COLUMNS, *split["column"]] if c in set(split["column"])]
+    rows = {}
+    for row in ROWS:
+        of_row = split[split["row"] == row].set_index("column")
+        if len(of_row):
+            texts = {c: entry_text(of_row.loc[c]) if c in of_row.index else "" for c in columns}
+            mean = average({c: of_row["mean"].get(c) for c in COLUMNS})
+            paper = average({c: of_row["published"].get(c) for c in COLUMNS})
+            texts["Avg."] = "" if mean is None else f"{mean:.1f}"
+            texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
+            rows[SYMBOLS.get(row, row)] = texts
+    table = pd.DataFrame(rows).T
+    has_average = len(table) and table["Avg."].any()
+    return table if has_average else table.drop(columns="Avg.", errors="ignore")
+
+
+def entry_text(entry: pd.Series) -> str:
+    """Return one cell of the headline table."""
+    text = spread(entry["mean"], entry["std"])
+    if pd.notna(entry["published"]):
+        text += f" ({spread(entry['published'], entry['published_std'])})"
+    text += "!" * (pd.notna(entry["off"]) and bool(entry["off"]))
+    if 0 < entry["seeds"] < entry["of"] and entry["state"] == "done":
+        text += f" ({entry['seeds']} of {entry['of']} seeds)"
+    return text + " ..." * (entry["state"] != "done")
+
+
+def spread(mean: float, std: float) -> str:
+    """Return mean ± standard deviation as text; NaN means that no run counts."""
+    return "no run counts" if pd.isna(mean) else format_mean_std(mean, std)
+
+
+def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """Return the comparisons as a table of texts; `labels` are {column: name with metric}."""
+    shown = pd.DataFrame()
+    if differences.empty:
+        return shown
+    shown["a - b"] = differences["a"] + " - " + differences["b"]
+    shown["column"] = differences["column"].map(lambda column: labels.get(column, column))
+    shown["difference"] = differences["difference"].map("{:+.1f}".format)
+    limits = zip(differences["low"], differences["high"], strict=True)
+    shown["95 % CI"] = [f"{low:+.1f} to {high:+.1f}" for low, high in limits]
+    shown["pairs"] = differences["pairs"]
+    for name, title in (("p", "p"), ("p_holm", "p (Holm)"), ("least_p", "least p")):
+        shown[title] = differences[name].map("{:.4f}".format)
+    several = differences["model"].nunique() > 1
+    return shown.assign(model=differences["model"].map(slug)) if several else shown
+
+
+def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the three selections side by side, with trials and learning rates."""
+    whole = scores[scores["train_size"].isna()]
+    if whole.empty:
+        return pd.DataFrame()
+    keys = ["model", "row", "column", "metric"]
+    texts = whole.assign(text=[spread(*pair) for pair in zip(whole["mean"], whole["std"],
+                                                             strict=True)])  # fmt: skip
+    wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
+    wide.columns = ["last epoch", "best epoch (optimistic)", "split"]
+    more = whole[whole["selection"] == "split"].set_index(keys)[["seeds", "trials",
+                                                                 "learning_rate"]]  # fmt: skip
+    joined = wide.join(more)
+    order = [tuple(key) for key in whole[keys].drop_duplicates().to_numpy()]
+    table = joined.loc[order].reset_index().rename(columns={"learning_rate": "learning rate"})
+    return table.assign(model=table["model"].map(slug))
