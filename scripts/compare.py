@@ -145,12 +145,12 @@ def in_study_order(groups: list[list[Run]]) -> list[list[Run]]:
 def line_styles(methods: list[str]) -> list[LineStyle]:
     """Return a style for each line: its method's style where the method occurs once.
 
-    Other lines get styles of other colors, as far as there are any.
+    Other lines get styles of other colors and markers, as far as there are any.
     """
     known = [METHOD_STYLES.get(m) if methods.count(m) == 1 else None for m in methods]
-    colors = {style.color for style in known if style}
+    used = {value for style in known if style for value in (style.color, style.marker)}
     others = [series_style(number) for number in range(7 * len(methods))]
-    free = iter(sorted(others, key=lambda style: style.color in colors))
+    free = iter(sorted(others, key=lambda style: (style.color in used, style.marker in used)))
     return [style or next(free) for style in known]
 
 
