@@ -227,7 +227,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     if (args.task_name is None) == (args.task_file is None):
-        parser.error("give one of --task-name (a GLUE task) and --task-file (a task of your own)")
+        parser.error("give one of --task-name (a GLUE task) and --task-file (a custom task)")
     if args.bias_terms and args.fine_tune_type != "bitfit":
         parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
     if args.add_biases and args.fine_tune_type not in BIAS_TYPES:
