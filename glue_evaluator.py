@@ -10,6 +10,7 @@ evaluator.train_and_evaluate(16, "out")
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from bitfit.training.prepare import PreparedModel
 from bitfit.training.result import TrainingResult, new_result
 from bitfit.training.setup import LoadedData, Method, load_data, make_setup, need
 from bitfit.training.state import Record
+from bitfit.training.train import start_training, train
 from utils import Diverged, UserError, as_list
 from utils import set_seed as set_seed  # a name of the released code
 
@@ -84,7 +86,7 @@ class GLUEvaluator:
         """Read and tokenize the splits, as `LoadedData` says; padding does not change results."""
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        self.loaded = load_data(self.setup, max_sequence_len, batch_size, train_size)
+        self.loaded = load_data(self.setup, max_sequence_len, batch_size, train_size=train_size)
         self.loaded.read_splits(test_splits)
 
     def tokens(self, split: str) -> TokenizedSplit:
@@ -107,7 +109,7 @@ class GLUEvaluator:
         kind = Method.released_type(encoder_trainable, trainable_components)
         runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds, only_seed=seed)
         terms = trainable_components
-        self.prepare(kind, learning_rate, optimizer, terms, verbose=verbose, only=runs)
+        self.prepare(kind, learning_rate, optimizer, components=terms, verbose=verbose, only=runs)
 
     def prepare(
         self, fine_tune_type: str, learning_rate: float | Sequence[float],
@@ -124,11 +126,13 @@ class GLUEvaluator:
             start_from: folder of a saved evaluator, with whose values all runs start.
         """
         runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds)
-        start, base = None, self.need_loaded().base_fingerprints
-        if start_from is not None:
-            path = Path(start_from)
-            start = saved_evaluator.read_warm_start(path, self.setup, base, fine_tune_type)
-        method = Method(fine_tune_type, tuple(components or ()), mask_size, optimizer, start)
+        base = self.need_loaded().base_fingerprints
+        start = saved_evaluator.read_warm_start(
+            start_from, self.setup, base, fine_tune_type=fine_tune_type
+        )
+        method = Method(
+            fine_tune_type, tuple(components or ()), mask_size, optimizer=optimizer, start=start
+        )
         self.prepare_runs(runs if only is None else list(only), method, verbose)
 
     def prepare_runs(
@@ -138,7 +142,9 @@ class GLUEvaluator:
         before, method = self.prepared, method or self.need_prepared().method
         self.prepared, self.result = None, None
         data = self.need_loaded()
-        self.prepared = prepare.prepare_model(self.setup, data, runs, method, before, verbose)
+        self.prepared = prepare.prepare_model(
+            self.setup, data, runs, method=method, before=before, verbose=verbose
+        )
 
     def set_uniform_mask(self, mask_size: int | None = None) -> None:
         """Train parameters drawn uniformly from the encoder, and the classifier."""
@@ -174,18 +180,18 @@ class GLUEvaluator:
                 (with keep="best" the best) and the scores stay.
         """
         prepared, data = self.need_prepared(), self.need_loaded()
-        options = TrainOptions(data.batch_size, num_epochs, lr_schedule, warmup_ratio,
-                               evaluation_frequency, keep)  # fmt: skip
+        options = TrainOptions(data.batch_size, num_epochs, lr_schedule, warmup_ratio=warmup_ratio,
+                               evaluation_frequency=evaluation_frequency, keep=keep)  # fmt: skip
         if self.result:
             raise UserError("this evaluator has been trained: prepare it again to train again")
-        state = prepare.start_training(prepared, data, options, self.group)
+        state = start_training(prepared, data, options, group=self.group)
         self.result = new_result(state.stack)
-        folders = run_folder.run_folders(output_path, self.runs)
-        diverged = metrics_files.train(
-            state, self.result, dtype=self.setup.dtype, tracker=tracker, folders=folders,
-            checkpoints=checkpoints or CheckpointManager(),
-            metadata=metrics_files.metrics_metadata(self.setup, data, prepared),
-        )  # fmt: skip
+        folders = run_folder.make_run_folders(output_path, self.runs)
+        metadata = metrics_files.metrics_metadata(self.setup, data, prepared)
+        write = partial(metrics_files.write_metrics, state, self.result, folders, metadata)
+        checkpoints = checkpoints or CheckpointManager()
+        diverged = train(state, self.result, dtype=self.setup.dtype, checkpoints=checkpoints,
+                         tracker=tracker, folders=folders, write=write)  # fmt: skip
         for run, folder in folders.items() if curves else ():
             if len(self.result.scores_of(run)):
                 self.plot_learning_curves(folder, run)
@@ -211,7 +217,9 @@ class GLUEvaluator:
 
     def export_model_test_set_predictions(self, output_path: str | Path) -> list[Path]:
         """Write the test predictions as files for the GLUE server, and return their paths."""
-        return write_test_predictions(output_path, self.need_loaded(), self.predict, self.group)
+        return write_test_predictions(
+            output_path, self.need_loaded(), self.predict, group=self.group
+        )
 
     def score_table(self) -> str:
         """Return the last and best scores as text."""
@@ -224,7 +232,8 @@ class GLUEvaluator:
         """Return {metric: figure}, and save learning_curves_<metric>.png in a folder if given."""
         run = run or self.record.run
         caption = f"{self.setup.caption(self.need_prepared().method)}, {run.caption}"
-        return self.need_result().plot_learning_curves(run, self.task, caption, output_path)
+        scores = self.need_result().require_scores_of(run)
+        return plots.learning_curves(scores, self.task, caption, folder=output_path)
 
     def terms_changes(self) -> tuple[list[str], np.ndarray]:
         """Return (names, changes), the mean changes of bias terms; see `plots.bias_changes`."""
@@ -232,8 +241,7 @@ class GLUEvaluator:
 
     def plot_terms_changes(self, output_path: str | Path | None = None) -> "plots.Figure":
         """Return the paper's Figure 1; save the figure as .png and the numbers as .csv."""
-        names, changes = self.terms_changes()
-        return plots.plot_bias_changes(names, changes, self.caption, output_path)
+        return plots.plot_bias_changes(*self.terms_changes(), self.caption, path=output_path)
 
     def export_model(self, output_path: str | Path) -> None:
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""

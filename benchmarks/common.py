@@ -29,16 +29,16 @@ from bitfit.data.tokens import (  # noqa: E402
 )
 from bitfit.model import loading  # noqa: E402
 from bitfit.model.forward import Forward  # noqa: E402
-from bitfit.model.forward_trials import select_forward  # noqa: E402
 from bitfit.model.precision import DTYPES  # noqa: E402
 from bitfit.model.run_stack import Run  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select_trainable  # noqa: E402
 from bitfit.training.checkpoints import CheckpointManager  # noqa: E402
 from bitfit.training.loop import step_graphs, train_epoch  # noqa: E402
 from bitfit.training.plan import Plan, TrainOptions  # noqa: E402
-from bitfit.training.prepare import assemble, new_training  # noqa: E402
+from bitfit.training.prepare import assemble  # noqa: E402
 from bitfit.training.progress import Progress  # noqa: E402
 from bitfit.training.state import init_state  # noqa: E402
+from bitfit.training.train import new_training  # noqa: E402
 
 LENGTH = 128
 SIZES = {  # hidden size, layers, heads, intermediate size
@@ -158,22 +158,26 @@ class Ours:
         self.device = tokens.ids.device
         grid = [Run(1e-4 * (1 + k % 4), k // 4) for k in range(runs)]
         components = ["bias"] if method == "bitfit" else []
-        trainable = select_trainable(model, method, components, None, np.random.default_rng(0))
-        prepared = assemble(
-            model, "the model", trainable, grid, dtype=torch.float32, max_tokens=max_tokens
+        trainable = select_trainable(
+            model, method, components, mask_size=None, rng=np.random.default_rng(0)
         )
-        prepared.init_head = loading.init_head
-        prepared.selected_forward = Forward(model)
+        self.prepared = assemble(
+            model, "the model", trainable, runs=grid, dtype=torch.float32, max_tokens=max_tokens
+        )
+        self.prepared.init_head = loading.init_head
+        self.prepared.selected_forward = Forward(model)
         train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(tokens.lengths))))
-        state = new_training(prepared, task, train, {}, TrainOptions(batch_size, epochs=1))
+        state = new_training(
+            self.prepared, task, train, scored={}, options=TrainOptions(batch_size, epochs=1)
+        )
         self.plan, self.stack = state.plan, state.stack
         self.plans: dict[torch.dtype, Plan] = {}
 
     def plan_in(self, dtype: torch.dtype) -> Plan:
         """Return a plan with the fastest forward pass in a precision."""
         if dtype not in self.plans:
-            model, tokens = self.plan.forward.model, self.plan.train.tokens
-            forward = select_forward(model, "the model", tokens, dtype)
+            prepared = dataclasses.replace(self.prepared, dtype=dtype)
+            forward = prepared.select_forward(self.plan.train.tokens)
             self.plans[dtype] = dataclasses.replace(self.plan, forward=forward)
         return self.plans[dtype]
 

@@ -36,7 +36,7 @@ def check_kernels(args: argparse.Namespace, device: torch.device) -> Outcome:
         sequences = attention.pack_sequences(lengths, owner, stacked=True)[0]
         for size in (32, 64):
             for first in (False, True):
-                off = kernel_difference(sequences, size, first, dtype, device)
+                off = kernel_difference(sequences, size, first, dtype=dtype, device=device)
                 worst[dtype] = max(worst.get(dtype, 0.0), off / allowed)
     message = ", ".join(f"{str(d)[6:]} {off:.2f}" for d, off in worst.items())
     return max(worst.values()) < 1, f"differences, in shares of what is allowed: {message}"
@@ -84,7 +84,15 @@ def check_dropout(args: argparse.Namespace, device: torch.device) -> Outcome:
     q = torch.zeros(64 * 64, 12, 64, device=device, dtype=torch.bfloat16)
     v = torch.eye(64, device=device, dtype=q.dtype)[:, None].expand(-1, 12, -1).repeat(64, 1, 1)
     bounds = torch.arange(0, len(q) + 1, 64, device=device, dtype=torch.int32)
-    out = attention.varlen_kernel(q, q, v.contiguous(), (bounds, bounds), (64, 64), 0.1, 1.0)
+    out = attention.varlen_kernel(
+        q,
+        q,
+        v.contiguous(),
+        cu_seqlens=(bounds, bounds),
+        max_seqlen=(64, 64),
+        dropout=0.1,
+        scale=1.0,
+    )
     dropped = (out == 0).view(64, 64, 12, 64)  # (sequences, queries, heads, keys)
     rate = dropped.double().mean().item()
     same = [
@@ -117,7 +125,7 @@ def check_stack(args: argparse.Namespace, device: torch.device) -> Outcome:
     together = trained(stack, torch.float32, 3).stack.params.clone()
     off = moved = 0.0
     for k, run in enumerate(stack.stack.runs):
-        alone = Ours(model, tokens, TASKS["cola"], args.batch_size, 1)
+        alone = Ours(model, tokens, TASKS["cola"], batch_size=args.batch_size, runs=1)
         alone.stack.runs = [run]
         alone.stack.params.copy_(stack.stack.initial_params[k : k + 1])
         values = trained(alone, torch.float32, 3).stack.params[0]
@@ -145,7 +153,7 @@ def check_repeat(args: argparse.Namespace, device: torch.device) -> Outcome:
             set_seed(0)
             ours = make_runs(args, random_tokens("CoLA", 20 * args.batch_size, device), runs)
             set_seed(0)
-            state = trained(ours, DTYPES[args.precision], 40, graphs)
+            state = trained(ours, DTYPES[args.precision], 40, graphs=graphs)
             results.append(torch.cat([ours.stack.params.flatten(), state.loss_sum]))
             used = len(state.graphs.graphs) if state.graphs else 0
             good &= not (graphs and device.type == "cuda" and not used)

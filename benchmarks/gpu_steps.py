@@ -51,7 +51,7 @@ def random_tokens(kind: str, rows: int, device: torch.device) -> TokenizedSplit:
     ids = torch.from_numpy(rng.integers(5, 400, lengths.sum()).astype(np.int32))
     labels = torch.from_numpy(rng.integers(0, 2, rows))
     starts = lengths.cumsum() - lengths
-    return TokenizedSplit(ids, None, starts, labels, lengths, pad_id=0).to(device)
+    return TokenizedSplit(ids, None, starts, labels=labels, lengths=lengths, pad_id=0).to(device)
 
 
 def make_runs(
@@ -63,7 +63,7 @@ def make_runs(
 ) -> Ours:
     """Return K runs of a random model."""
     model = random_model(size or args.size).to(tokens.ids.device)
-    return Ours(model, tokens, TASKS["cola"], args.batch_size, runs, method=method)
+    return Ours(model, tokens, TASKS["cola"], batch_size=args.batch_size, runs=runs, method=method)
 
 
 @contextmanager

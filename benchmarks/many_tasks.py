@@ -61,7 +61,7 @@ def write_evaluators(folder: Path, model_name: str, tasks: list[str], count: int
     """Write evaluators with random deltas and return their folders."""
     folders = [folder / str(number) for number in range(count)]
     for first, task in enumerate(tasks[:count]):
-        evaluator = GLUEvaluator(task, model_name, None, 0, ROOT / "examples/glue")
+        evaluator = GLUEvaluator(task, model_name, None, seed=0, data_dir=ROOT / "examples/glue")
         evaluator.preprocess_dataset("longest", LENGTH, 8, train_size=8)
         evaluator.prepare("bitfit", 1e-3, components=["bias"], verbose=False)
         stack = evaluator.need_prepared().new_stack()
@@ -153,7 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model_name = base_model(args, folder)
-        folders = write_evaluators(folder, model_name, names, max(args.tasks))
+        folders = write_evaluators(folder, model_name, names, count=max(args.tasks))
         for count in args.tasks:
             measure(folders[:count], rows, args)
 

@@ -86,7 +86,7 @@ def make_trainer(
         with tempfile.TemporaryDirectory() as folder:
             trainer = transformers.Trainer(
                 model=train_biases(make_model()),
-                args=arguments(batch_size, precision, folder, device),
+                args=arguments(batch_size, precision, folder, device=device),
                 train_dataset=rows,
                 data_collator=transformers.DataCollatorWithPadding(tokenizer),
             )
@@ -104,10 +104,12 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     task, tokenizer, make_model, tokens, _ = setup(args)
     device, count = tokens.ids.device, len(tokens.lengths)
-    trainer = make_trainer(make_model, tokens, tokenizer, args.batch_size, args.datasets)
+    trainer = make_trainer(
+        make_model, tokens, tokenizer, batch_size=args.batch_size, as_dataset=args.datasets
+    )
     flop = flop_of(make_model(), tokens)
     for runs in args.runs:
-        ours = Ours(make_model().to(device), tokens, task, args.batch_size, runs)
+        ours = Ours(make_model().to(device), tokens, task, batch_size=args.batch_size, runs=runs)
         for precision in args.precision:
             ours.epoch(precision)
             trainer(precision)

@@ -42,11 +42,16 @@ def main() -> None:
     flop = flop_of(make_model(), tokens)
     print(f"{'K':>3} {'together: s':>18} {'one by one: s':>18} {'ratio':>17} {'runs/hour':>9} "
           f"{'GEMM share':>10} {'peak GiB':>8}")  # fmt: skip
-    one = Ours(make_model().to(device), tokens, task, args.batch_size, 1, args.max_tokens)
+
+    def make_runs(count: int) -> Ours:
+        return Ours(make_model().to(device), tokens, task, batch_size=args.batch_size, runs=count,
+                    max_tokens=args.max_tokens)  # fmt: skip
+
+    one = make_runs(1)
     for runs in args.runs:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        stack = Ours(make_model().to(device), tokens, task, args.batch_size, runs, args.max_tokens)
+        stack = make_runs(runs)
         for warmed in (stack, one):
             warmed.epoch(args.precision)
         pairs, rates = [], []

@@ -82,7 +82,7 @@ def main() -> None:
     task, _, make_model, tokens, _ = setup(args)
     device, count = tokens.ids.device, len(tokens.lengths)
     released = make_released(make_model(), tokens, args.batch_size)
-    ours = Ours(make_model().to(device), tokens, task, args.batch_size, runs=1)
+    ours = Ours(make_model().to(device), tokens, task, batch_size=args.batch_size, runs=1)
     print(f"padding: released {1 - tokens.lengths.sum() / (LENGTH * count):.0%}, ours none")
     released()
     for precision in args.precision:

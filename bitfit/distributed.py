@@ -225,7 +225,13 @@ class Ranks:
             if on_own_gpus:
                 device = dist.new_group(ranks, timeout=TIMEOUT, backend="nccl")
             if self.rank in ranks:
-                group = Group(ranks, ranks.index(self.rank), host, device, shows_progress)
+                group = Group(
+                    ranks,
+                    ranks.index(self.rank),
+                    host,
+                    device=device,
+                    shows_progress=shows_progress,
+                )
                 result = runs_of_group, group
         return result
 

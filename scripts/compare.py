@@ -181,12 +181,14 @@ def plot_runs(runs: list[Run], path: str | Path) -> None:
         xlabel += " (line: mean over the seeds; band: from the worst to the best seed)"
     height = 4 + 0.22 * sum(label.count("\n") + 1 for label in labels)
     epochs = [epoch for run in runs for epoch in main_curve(*run).index]
-    figure, axes = curve_figure(caption, xlabel, f"validation {metrics} × 100", epochs, height)
+    figure, axes = curve_figure(
+        caption, xlabel, f"validation {metrics} × 100", epochs=epochs, height=height
+    )
     styles = line_styles([study_method(group[0][0]) for group in groups])
     for group, style, label in zip(groups, styles, labels, strict=True):
         curves = pd.DataFrame({i: main_curve(*run) for i, run in enumerate(group)})
         band = (curves.min(axis=1), curves.max(axis=1)) if len(group) > 1 else None
-        plot_curve(axes, curves.mean(axis=1), style, escape.plot(label), band)
+        plot_curve(axes, curves.mean(axis=1), style, label=escape.plot(label), band=band)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     save_figure(figure, path)
 

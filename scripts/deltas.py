@@ -92,7 +92,7 @@ def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
         ("average", add_average, "write the average of several evaluators, and score it"),
         ("apply", add_apply, "write base model + delta as a Hugging Face model"),
     ]
-    return make_commands("deltas.py", __doc__.splitlines()[0], commands, add_base)
+    return make_commands("deltas.py", __doc__.splitlines()[0], commands, add_common=add_base)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -121,7 +121,9 @@ def load(args: argparse.Namespace, member: "SavedEvaluator") -> "GLUEvaluator":
     hub.use_local_copies_when_offline(needs_hub=not local)
     from glue_evaluator import GLUEvaluator
 
-    return GLUEvaluator.load(member.folder, utils.resolve_gpu(device), args.model_name, data)
+    return GLUEvaluator.load(
+        member.folder, utils.resolve_gpu(device), model_name=args.model_name, data_dir=data
+    )
 
 
 def show(args: argparse.Namespace) -> None:

@@ -115,7 +115,7 @@ def make_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
         ("report", add_report, "write tables, statistics and figures of the finished cells"),
         ("submit", add_submit, "write the zip file for the GLUE server"),
     ]
-    return make_commands("paper.py", __doc__.splitlines()[0], commands, add_folder)
+    return make_commands("paper.py", __doc__.splitlines()[0], commands, add_common=add_folder)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -131,7 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
         by_row = (("learning_rates", protocol.ROWS), ("seeds", protocol.ROWS), ("epochs", TASKS))
         for name, known in by_row:
-            setattr(args, name, collect(commands["plan"], name, getattr(args, name), known))
+            setattr(args, name, collect(commands["plan"], name, getattr(args, name), known=known))
         if any(len(values) > 1 for values in args.epochs.values()):
             commands["plan"].error("--epochs: give one number for all tasks, or one per task")
     return args
@@ -183,13 +183,15 @@ def run(args: argparse.Namespace) -> int:
     left: list[cells.Cell] = []
     if args.budget_hours:
         hub.use_local_copies_when_offline()
-        fit, left = plan.cells_within_budget(study, cells_here, args.budget_hours, states)
+        fit, left = plan.cells_within_budget(study, cells_here, args.budget_hours, states=states)
     if len(gpus) > 1:
         shards = [f"{part + parts * i + 1}/{parts * len(gpus)}" for i in range(len(gpus))]
         pairs = zip(gpus, shards, strict=True)
         statuses = worker.run_workers([worker_command(args, gpu, shard) for gpu, shard in pairs])
     else:
-        worker.run_cells(study, fit, states, gpus[0], args.shard is None, args.nproc_per_node)
+        worker.run_cells(
+            study, fit, states, gpu=gpus[0], shared=args.shard is None, ranks=args.nproc_per_node
+        )
         statuses = []
     utils.print_result(plan.states_summary(study, cells_here, left))
     bad = any(cell_states.cell_state(study, cell) in ("failed", "foreign") for cell in cells_here)
@@ -210,7 +212,9 @@ def submit(args: argparse.Namespace) -> int:
     name = f"submission_{cells.slug(cells.absolute_folder(args.model))}_{args.method}.zip"
     path = args.output_path / name
     study = cells.read_study(args.output_path)
-    lines = submit.write_submission(study, args.model, args.method, path, args.placeholder_missing)
+    lines = submit.write_submission(
+        study, args.model, args.method, path=path, placeholder=args.placeholder_missing
+    )
     utils.print_result("\n".join([*lines, str(path)]))
     return 0
 

@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> None:
         if not args.no_tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
         predictor = multi_task.load_predictor(
-            found, device, dtype, args.max_seq_length, args.max_tokens
+            found, device, dtype, max_length=args.max_seq_length, max_tokens=args.max_tokens
         )
         name = "standard input" if args.input == "-" else args.input
         with predictor.stack.patched(dtype):
-            for rows in answers.read_batches(predictor, lines, args.batch_size, name):
+            for rows in answers.read_batches(predictor, lines, args.batch_size, name=name):
                 answered = answers.predict_answers(predictor, rows)
                 utils.print_result("\n".join(map(json.dumps, answered)))
 

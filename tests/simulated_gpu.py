@@ -266,8 +266,12 @@ def simulated_gpu():
         "torch.cuda.graph_pool_handle": lambda: None,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "bitfit.training.graphs.capture_on_gpu": capture,
-        "bitfit.model.attention.varlen_kernel": lambda q, k, v, *rest: Kernel.apply(
-            q, k, v, gpu, *rest
+        "bitfit.model.attention.varlen_kernel": lambda q, k, v, **options: Kernel.apply(
+            q,
+            k,
+            v,
+            gpu,
+            *options.values(),  # in the order of the parameters
         ),
         "torch.optim.Optimizer._group_tensors_by_device_and_dtype": staticmethod(groups_by_device),
     }

@@ -103,8 +103,8 @@ def test_the_grouped_attention_where_flashattention_fails(broken):
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
         kernel = attention.varlen_kernel
 
-        def only_in_float32(query, *rest):
-            out = kernel(query, *rest)
+        def only_in_float32(*tensors, **options):
+            out = kernel(*tensors, **options)
             return out if out.dtype == torch.float32 else broken(out)
 
         patch.setattr(attention, "varlen_kernel", only_in_float32)
@@ -116,9 +116,9 @@ def test_flashattention_is_tried_on_several_sequences_in_bf16():
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
         kernel = attention.varlen_kernel
 
-        def mixes_sequences(query, key, value, bounds, *rest):
-            out = kernel(query, key, value, bounds, *rest)
-            several = len(bounds[1]) > 2 and out.dtype != torch.float32
+        def mixes_sequences(query, key, value, cu_seqlens, **options):
+            out = kernel(query, key, value, cu_seqlens=cu_seqlens, **options)
+            several = len(cu_seqlens[1]) > 2 and out.dtype != torch.float32
             return torch.zeros_like(out) if several else out
 
         patch.setattr(attention, "varlen_kernel", mixes_sequences)

@@ -126,7 +126,7 @@ def test_keep_best(tiny_bert, monkeypatch):
     scores = iter([0.3, 0.9, 0.5])
     values = []
 
-    def score(task, logits, labels):
+    def score(task, logits, labels, **options):
         value = {"Accuracy": next(scores)} if len(labels) != 40 else {"Accuracy": 0.0}
         values.append(evaluator.result.stack.params.clone())
         return value
@@ -307,7 +307,7 @@ def test_what_prepare_refuses(tiny_bert):
 def test_what_was_measured_outlives_an_interruption(tiny_bert, monkeypatch):
     evaluator = prepared(tiny_bert)
 
-    def stop(*args):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bitfit.training.loop.predict_runs", stop)

@@ -107,6 +107,35 @@ def functions(path):
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
 
 
+def defined_names(tree):
+    """Return the names of the functions and classes that a file defines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
+def positional_calls(path):
+    """Return the calls of the project's functions with more than three positional arguments.
+
+    They are found by the names of functions of the file, of imported ones, and of those after
+    `self.` or the name of an imported module.
+    """
+    tree = parse(path)
+    known, modules = defined_names(tree), {"self"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and unit_of(node.module or ""):
+            for alias in node.names:
+                is_module = f"{node.module}.{alias.name}" in MODULES
+                (modules if is_module else known).add(alias.asname or alias.name)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and len(node.args) > 3:
+            base, _, name = ast.unparse(node.func).rpartition(".")
+            is_ours = base in modules or (not base and name in known)
+            if is_ours and not any(isinstance(argument, ast.Starred) for argument in node.args):
+                found.append(f"line {node.lineno}: {name}")
+    return found
+
+
 def line_limit(path):
     return MAX_LINES.get(str(path), MAX_LINES.get(path.parts[0], 320))
 
@@ -160,6 +189,10 @@ def test_functions_are_short():
         for path in PROGRAM + TESTS
     }
     compare_to_exceptions(found, LONG_FUNCTIONS)
+
+
+def test_calls_with_more_than_three_arguments_use_keywords():
+    compare_to_exceptions({path: ", ".join(positional_calls(path)) for path in PROGRAM}, [])
 
 
 def package_error(path):

@@ -23,7 +23,7 @@ from bitfit.model.run_stack import Run, RunStack, reason_not_stackable
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import head_names, select_trainable
 from bitfit.options import FINE_TUNE_TYPES
-from bitfit.training import loop
+from bitfit.training import loop, train
 from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.state import init_state
@@ -269,7 +269,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(monkeypatch):
 def fit(state, checkpoints=None):
     torch.manual_seed(0)
     with state.stack.patched():
-        loop.fit(state, lambda: None, checkpoints or CheckpointManager())
+        train.fit(state, lambda: None, checkpoints or CheckpointManager())
     return state
 
 
@@ -320,7 +320,7 @@ def test_a_resumed_training_has_the_same_bits(kind, monkeypatch):
     whole, resumed = fit(start(), Stop()), start()
     resumed.load_state_dict(*saved[0])
     with resumed.stack.patched():
-        loop.fit(resumed, lambda: None, CheckpointManager())
+        train.fit(resumed, lambda: None, CheckpointManager())
     assert resumed.scores == whole.scores and len(whole.scores) == 8
     assert torch.equal(resumed.stack.params, whole.stack.params)
     assert torch.equal(resumed.best, whole.best)

@@ -1,4 +1,4 @@
-"""Train all runs of a state, and keep their result and their metrics files up to date."""
+"""The metrics and logits files of the runs of a training."""
 
 import json
 from pathlib import Path
@@ -12,62 +12,14 @@ from bitfit.data.tasks import Task
 from bitfit.files import atomic_file, write_text
 from bitfit.model.run_stack import Run
 from bitfit.model.trainable import components_to_terms, count_trainable
-from bitfit.results.scores import last_and_best, scores_by_split, scores_frame
-from bitfit.tracking.tracker import Tracker
+from bitfit.results.scores import last_and_best, scores_by_split
 from bitfit.training import store
-from bitfit.training.checkpoints import CheckpointManager
-from bitfit.training.loop import fit
 from bitfit.training.prepare import PreparedModel
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Setup
 from bitfit.training.state import Record, TrainState
 
 LOGITS = "validation_logits.safetensors"
-
-
-def train(
-    state: TrainState,
-    result: TrainingResult,
-    *,
-    dtype: torch.dtype,
-    checkpoints: CheckpointManager,
-    tracker: Tracker,
-    folders: dict[Run, Path],
-    metadata: dict[str, Any],
-) -> str | None:
-    """Train all runs, from the newest checkpoint if there is one, and write their metrics.
-
-    Args:
-        result: receives the scores and records, also if the training is interrupted.
-        folders: {run: folder} of the runs that write files.
-        metadata: the values that metrics.json contains beside scores.
-
-    Returns:
-        None, or a message if all runs have diverged.
-    """
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.load(state)
-    tracker.open_runs(state, folders)
-
-    def write() -> None:
-        take_scores(state, result)
-        write_metrics(state, result, folders, metadata)
-
-    try:
-        with state.stack.patched(dtype), checkpoints.defer_signals():
-            diverged = fit(state, write, checkpoints, tracker)
-    finally:
-        if state.best is not None:
-            state.stack.set_params(state.best)
-        take_scores(state, result)
-    write()
-    return diverged
-
-
-def take_scores(state: TrainState, result: TrainingResult) -> None:
-    """Put the scores and records so far into the result."""
-    result.records, result.scores = state.records, scores_frame(state.scores)
 
 
 def write_metrics(
@@ -77,7 +29,7 @@ def write_metrics(
     for k, record in enumerate(state.records):
         if record.run in folders:
             folder, scores = folders[record.run], result.scores_of(record.run)
-            write_run_metrics(folder, state.plan.task, record, scores, metadata)
+            write_run_metrics(folder, state.plan.task, record, scores=scores, metadata=metadata)
             write_logits(folder, state, k)
 
 

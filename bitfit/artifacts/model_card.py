@@ -66,7 +66,10 @@ def write_model_card(folder: Path, task: Task, metadata: Metadata) -> None:
     for picture in pictures:
         with atomic_file(folder / "model" / picture.name) as temporary:
             shutil.copyfile(picture, temporary)
-    lines = [LICENCE, *paragraphs(task, metrics, metadata, [picture.name for picture in pictures])]
+    lines = [
+        LICENCE,
+        *paragraphs(task, metrics, metadata, pictures=[picture.name for picture in pictures]),
+    ]
     yaml, body = card_metadata(task, metrics, metadata).to_yaml(), "\n\n".join(lines)
     card = ModelCard(f"---\n{yaml}\n---\n\n{body}\n")
     write_text(folder / "model" / "README.md", str(card))

@@ -36,7 +36,7 @@ def write_test_predictions(
         written.append(folder / name)
         predicted = predictions(task, predict(split))
         if group.rank == 0 and task.is_tagging:
-            write_tagged_split(written[-1], data, split, predicted)
+            write_tagged_split(written[-1], data, split, predicted=predicted)
         elif group.rank == 0:
             write_predictions(written[-1], task, predicted)
     return written

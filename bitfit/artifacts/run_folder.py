@@ -111,6 +111,16 @@ def run_folders(
     return {run: Path(output) / run.name if len(runs) > 1 else Path(output) for run in runs}
 
 
+def make_run_folders(
+    output: Path | str | dict["Run", Path] | None, runs: list["Run"]
+) -> dict["Run", Path]:
+    """Return `run_folders`, which exist then."""
+    folders = run_folders(output, runs)
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
 def read_args(folder: Path) -> dict[str, Any]:
     """Return the content of args.json; raise a UserError where it is missing or not ours."""
     try:

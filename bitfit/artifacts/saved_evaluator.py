@@ -78,7 +78,7 @@ def write_evaluator(
     else:
         metadata |= loaded.base_fingerprints
         tensors = changed_values(prepared, run)
-    store.write_entry(folder / METADATA, metadata, tensors, "delta.safetensors")
+    store.write_entry(folder / METADATA, metadata, tensors, tensors_name="delta.safetensors")
 
 
 def changed_values(prepared: PreparedModel, run: Run) -> Tensors:
@@ -193,8 +193,8 @@ def restore_evaluator(
     prepared = assemble(
         model,
         setup.model_name,
-        read_trainable(model, fields["encoder_sha256"], metadata, tensors, folder),
-        [run],
+        read_trainable(model, fields["encoder_sha256"], metadata, tensors=tensors, folder=folder),
+        runs=[run],
         dtype=setup.dtype,
         max_tokens=setup.max_tokens,
     )
@@ -218,15 +218,17 @@ def restore_evaluator(
 
 
 def read_warm_start(
-    folder: Path, setup: Setup, base_fingerprints: dict[str, Any], fine_tune_type: str
-) -> WarmStart:
-    """Return the warm start from the only saved evaluator in a folder.
+    folder: str | Path | None, setup: Setup, base_fingerprints: dict[str, Any], fine_tune_type: str
+) -> WarmStart | None:
+    """Return the warm start from the only saved evaluator in a folder; None: there is no folder.
 
     Raises:
         UserError: there is none or more than one, it has another base model, or everything trained
             and `fine_tune_type` would not save everything.
     """
-    folder = find_evaluator(folder)
+    if folder is None:
+        return None
+    folder = find_evaluator(Path(folder))
     metadata, values = read_files(folder, setup.model_name)
     source = task_of(metadata)
     if metadata["model_sha256"]:
@@ -235,7 +237,7 @@ def read_warm_start(
             raise UserError(f"{folder} changed all parameters (full_ft), so only full_ft can start "
                             f"from it: give --model-name {whole} instead")  # fmt: skip
         model, _ = load_model(whole, source)
-        read_trainable(model, "", metadata, {}, folder)
+        read_trainable(model, "", metadata, tensors={}, folder=folder)
         values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     else:
         check_base(folder, metadata, base_fingerprints)

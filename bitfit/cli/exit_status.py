@@ -45,7 +45,7 @@ def run_cli(
             exit_statuses.append(status)
         return status
     except BaseException as error:
-        found, message = outcome(error, after_signal, after_error, less_memory)
+        found, message = outcome(error, after_signal, after_error, less_memory=less_memory)
         if found is None:
             raise
         status = found

@@ -162,7 +162,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
         evaluator.plot_terms_changes(folder / "bias_term_changes")
     if writes:
         table = evaluator.score_table()
-        experiment.tracker.log_results(record.run.name, folder, table, record.diverged)
+        experiment.tracker.log_results(record.run.name, folder, table, diverged=record.diverged)
     if writes and kept and options.save_evaluator:
         evaluator.save(folder / "evaluator")
     if writes and kept and options.export_model:
@@ -190,7 +190,7 @@ def report(experiment: Experiment, folders: Folders) -> None:
         best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
         sweeps.remove_beaten_exports(folders, best)
     caption = evaluator.setup.caption(evaluator.need_prepared().method)
-    table = sweeps.write_report(output, evaluator.task, folders, caption)
+    table = sweeps.write_report(output, evaluator.task, folders, caption=caption)
     experiment.tracker.log_results("sweep", output, table)
     run_folder.write_args(output, experiment.metadata, finished=True)
     utils.print_result(table)

@@ -164,9 +164,9 @@ def read_tsv(
     rows = [line.split("\t") for line in lines]
     numbers: Sequence[int] = range(first, first + len(rows))
     if skips_broken_rows:
-        rows, numbers = drop_broken_rows(path, rows, numbers, len(names))
+        rows, numbers = drop_broken_rows(path, rows, numbers, width=len(names))
     wanted = [*wanted, *(name for name in optional if name in names)]
-    return make_table(path, names, rows, numbers, wanted)
+    return make_table(path, names, rows, numbers=numbers, wanted=wanted)
 
 
 def warn_of_carriage_returns(path: Path, lines: list[str]) -> None:
@@ -206,7 +206,7 @@ def read_csv(path: Path, wanted: Sequence[str]) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not CSV: {error}") from None
-    return make_table(path, rows[0] if rows else [], rows[1:], numbers[1:], wanted)
+    return make_table(path, rows[0] if rows else [], rows[1:], numbers=numbers[1:], wanted=wanted)
 
 
 def make_table(
@@ -288,9 +288,9 @@ def load_hub(
     name: str,
     config: str | None,
     split: str,
-    revision: str | None,
     advice: str,
     wanted: Sequence[str],
+    revision: str | None = None,
 ) -> tuple[Table, dict[str, Any]]:
     """Return the table and the features of a data set on the Hub.
 

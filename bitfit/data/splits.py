@@ -58,11 +58,10 @@ class TextColumns(NamedTuple):
         columns = tuple([column[i] for i in rows] for column in self.columns)
         if self.word_counts is None:
             return TextColumns(columns, None if self.labels is None else self.labels[rows])
-        labels = self.labels
-        if labels is not None:
-            labels = labels[word_positions(self.word_counts, np.asarray(rows))]
+        words = word_positions(self.word_counts, np.asarray(rows))
+        labels = None if self.labels is None else self.labels[words]
         continues = None if self.continues is None else self.continues[rows]
-        return TextColumns(columns, labels, self.word_counts[rows], continues)
+        return TextColumns(columns, labels, self.word_counts[rows], continues=continues)
 
 
 def word_positions(word_counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -114,7 +113,7 @@ def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
     if task.is_tagging:
         texts = make_tagged_columns(task, split, parts[0])
     else:
-        made = [make_text_columns(task, split, part, numbered) for part in parts]
+        made = [make_text_columns(task, split, part, numbered=numbered) for part in parts]
         texts = concatenate_texts(made)
     if not len(texts):
         problem = f"the {split} split of {task.name} is empty"
@@ -143,7 +142,7 @@ def read_hub(task: Task, split: str) -> list[readers.Table]:
     copies = "give local copies: --data-dir <folder> and --model-name <folder>"
     wanted = column_names(task, split, numbered=True)
     try:
-        return [readers.load_hub(HUB_DATASET, config, name, None, copies, wanted)[0]]
+        return [readers.load_hub(HUB_DATASET, config, name, advice=copies, wanted=wanted)[0]]
     except UserError as error:
         if split != "ax":
             raise
@@ -159,13 +158,12 @@ def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Tab
     shards = find_shards(data_dir / config, stem)
     if shards:
         wanted = column_names(task, split, numbered=True)
-        return [
-            readers.read_parquet(path, wanted, row_number_columns(split)) for path in shards
-        ], True
+        tables = [readers.read_parquet(path, wanted, row_number_columns(split)) for path in shards]
+        return tables, True
     names = AX_FILES if split == "ax" else tsv_names(task, split)
     found = [name for name in names if (data_dir / name).is_file()]
     if found:
-        return [read_glue_tsv(task, split, data_dir, found[0])], False
+        return [read_glue_tsv(task, split, data_dir, name=found[0])], False
     if split == "ax":
         return [], False
     expected = f"{names[0]} or {config}/{stem}-*.parquet"
@@ -179,7 +177,8 @@ def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.
         return read_mrpc_train_without_dev(path, wanted)
     names = task.tsv_names if is_labelled(split) else None
     skips = task.skips_short_rows and split == "train"
-    return readers.read_tsv(path, wanted, names, skips, row_number_columns(split))
+    optional = row_number_columns(split)
+    return readers.read_tsv(path, wanted, names, skips_broken_rows=skips, optional=optional)
 
 
 def source_file(task: Task, split: str, folder: str | Path) -> Path | None:
@@ -196,8 +195,10 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
         return (read_sentences if task.is_tagging else readers.read_file)(path, wanted)
     hub = record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
-    where = hub["name"], hub["config"], hub["splits"][split], hub["revision"]
-    table, features = readers.load_hub(*where, copies, wanted)
+    where = hub["name"], hub["config"], hub["splits"][split]
+    table, features = readers.load_hub(
+        *where, advice=copies, wanted=wanted, revision=hub["revision"]
+    )
     feature = features.get(task.tsv_label)
     classes = getattr(getattr(feature, "feature", feature), "names", None)
     if classes and is_labelled(split):  # Replace class numbers by the names of the classes.
@@ -217,7 +218,8 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
     table = drop_unlabelled_rows(task, table)
     *names, label = table.columns
     columns = tuple(check_texts(table, names))
-    return TextColumns(columns, decode_labels(task, table.columns[label], table.place, numbered))
+    labels = decode_labels(task, table.columns[label], table.place, numbered=numbered)
+    return TextColumns(columns, labels)
 
 
 def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextColumns:
@@ -225,12 +227,12 @@ def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextCol
     (words,) = task.texts
     sentences = check_words(table, words)
     counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
-    labels, place = None, partial(place_word, table)
+    labels, continues, place = None, np.zeros(len(counts), bool), partial(place_word, table)
     if is_labelled(split):
         tags = list(chain.from_iterable(check_tags(table, words, task.tsv_label)))
         places = [(row, n) for row, count in enumerate(counts) for n in range(count)]
         labels = decode_labels(task, tags, lambda word: place(*places[word]), numbered=False)
-    return TextColumns((sentences,), labels, counts, np.zeros(len(counts), bool), place)
+    return TextColumns((sentences,), labels, counts, continues=continues, place_word=place)
 
 
 def concatenate_texts(parts: list[TextColumns]) -> TextColumns:

@@ -68,7 +68,7 @@ def read_columns(path: Path) -> ColumnFile:
                 problem = f"ID {readers.quote_value(fields[0])}, expected {len(words[-1]) + 1}"
                 raise UserError(f"{path}:{index + 1}: {problem}; an empty line ends a sentence")
             words[-1].append((index, fields))
-    return ColumnFile(lines, words if words[-1] else words[:-1], columns, separator)
+    return ColumnFile(lines, words if words[-1] else words[:-1], columns, separator=separator)
 
 
 def split_fields(line: str, separator: str) -> list[str]:
@@ -155,14 +155,14 @@ def write_tags(
         rows = [row | {tags_name: predicted} for row, predicted in zip(rows, tags, strict=True)]
         write_text(path, json_lines(rows))
     elif source.suffix == ".parquet":
-        write_parquet(path, source, tags_name, tags)
+        write_parquet(path, source, tags_name, tags=tags)
     else:
         file = read_columns(source)
         column = file.columns.get(tags_name)
         for sentence, predicted in zip(file.words, tags, strict=True):
             for (index, _), tag in zip(sentence, predicted, strict=True):
                 line = file.lines[index]
-                file.lines[index] = replace_field(line, file.separator, column, tag)
+                file.lines[index] = replace_field(line, file.separator, column, value=tag)
         write_text(path, "".join(f"{line}\n" for line in file.lines))
 
 

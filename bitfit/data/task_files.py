@@ -290,7 +290,7 @@ def check_suffixes(files: dict[str, str], suffixes: Sequence[str]) -> None:
 
 
 def parse_hub(hub: Json) -> dict[str, Any]:
-    require_keys(hub, ("name", "splits"), ("config", "revision"), '"hub": ')
+    require_keys(hub, ("name", "splits"), ("config", "revision"), inside='"hub": ')
     hub = {"config": None, "revision": None, **hub}
     for key in ("name", "config", "revision"):
         right = matches(WORD, hub[key]) or (hub[key] is None and key != "name")

@@ -103,27 +103,28 @@ PAIR = ("sentence1", "sentence2")
 QUESTIONS = ("question1", "question2")
 
 GLUE_TASKS = (
-    Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("MCC",),
+    Task("cola", "CoLA", ("sentence",), labels=("unacceptable", "acceptable"), metrics=("MCC",),
          tsv_names=("source", "label", "annotation", "sentence"),
          validation_rows=(1043,)),
-    Task("mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+    Task("mnli", "MNLI", ("premise", "hypothesis"),
+         labels=("entailment", "neutral", "contradiction"),
          tsv_texts=PAIR, tsv_label="gold_label", splits=MNLI_SPLITS, labels_by_name=True,
          validation_rows=(9815, 9832)),
-    Task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent"), ("F1", "Accuracy"),
+    Task("mrpc", "MRPC", PAIR, labels=("not_equivalent", "equivalent"), metrics=("F1", "Accuracy"),
          tsv_texts=("#1 String", "#2 String"), tsv_label="Quality",
          validation_rows=(408,)),
-    Task("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, labels_by_name=True,
+    Task("qnli", "QNLI", ("question", "sentence"), labels=ENTAILMENT, labels_by_name=True,
          validation_rows=(5463,)),
-    Task("qqp", "QQP", QUESTIONS, ("not_duplicate", "duplicate"), ("F1", "Accuracy"),
+    Task("qqp", "QQP", QUESTIONS, labels=("not_duplicate", "duplicate"), metrics=("F1", "Accuracy"),
          tsv_label="is_duplicate", skips_short_rows=True,
          validation_rows=(40430,)),
-    Task("rte", "RTE", PAIR, ENTAILMENT, labels_by_name=True,
+    Task("rte", "RTE", PAIR, labels=ENTAILMENT, labels_by_name=True,
          validation_rows=(277,)),
-    Task("sst2", "SST-2", ("sentence",), ("negative", "positive"),
+    Task("sst2", "SST-2", ("sentence",), labels=("negative", "positive"),
          validation_rows=(872,)),
-    Task("stsb", "STS-B", PAIR, (), ("Spearman", "Pearson"), tsv_label="score",
+    Task("stsb", "STS-B", PAIR, labels=(), metrics=("Spearman", "Pearson"), tsv_label="score",
          validation_rows=(1500,)),
-    Task("wnli", "WNLI", PAIR, ("not_entailment", "entailment"),
+    Task("wnli", "WNLI", PAIR, labels=("not_entailment", "entailment"),
          validation_rows=(71,)),
 )  # fmt: skip
 TASKS = {task.name: task for task in GLUE_TASKS}
@@ -202,7 +203,7 @@ def score(
         "Macro-F1": lambda: f1_score(labels, predicted, average="macro", zero_division=0.0),
         "Spearman": lambda: correlation(spearmanr),
         "Pearson": lambda: correlation(pearsonr),
-        "Entity-F1": lambda: entity_f1(task, labels, predicted, sentences),
+        "Entity-F1": lambda: entity_f1(task, labels, predicted, sentences=sentences),
     }
     return {metric: float(compute[metric]()) for metric in task.metrics}
 

@@ -51,7 +51,7 @@ def split_long_sentences(
     """
     room = tokens_for_text(tokenizer, max_length, pair=False)
     (sentences,) = texts.columns
-    parts = cut_sentences(sentences, tokenizer, room, texts.place_word)
+    parts = cut_sentences(sentences, tokenizer, room, place=texts.place_word)
     counts = np.array([len(row) for rows in parts for row in rows], np.int64)
     continues = np.array([number > 0 for rows in parts for number in range(len(rows))])
     if continues.any():
@@ -59,7 +59,7 @@ def split_long_sentences(
         LOGGER.info("%d of %d sentences have more than %d tokens and are split into %d rows",
                     count, len(parts), max_length, count + continues.sum())  # fmt: skip
     rows = list(chain.from_iterable(parts))
-    return TextColumns((rows,), texts.labels, counts, continues)
+    return TextColumns((rows,), texts.labels, counts, continues=continues)
 
 
 def cut_sentences(

@@ -140,10 +140,14 @@ def varlen_attention(
         raise ValueError("the heads do not have the shape of the packed sequences")
     bounds, longest = (batch.cu_seqlens, batch.cu_seqlens), (batch.max_seqlen, batch.max_seqlen)
     if module not in layout.last_layer:
-        return varlen_kernel(query, key, value, bounds, longest, dropout, scaling)[None], None
+        return varlen_kernel(
+            query, key, value, cu_seqlens=bounds, max_seqlen=longest, dropout=dropout, scale=scaling
+        )[None], None
     bounds, longest = (batch.first_cu_seqlens, batch.cu_seqlens), (1, batch.max_seqlen)
     first = query.index_select(0, batch.sequence_starts)
-    out = varlen_kernel(first, key, value, bounds, longest, dropout, scaling)
+    out = varlen_kernel(
+        first, key, value, cu_seqlens=bounds, max_seqlen=longest, dropout=dropout, scale=scaling
+    )
     return torch.zeros_like(query).index_copy(0, batch.sequence_starts, out)[None], None
 
 

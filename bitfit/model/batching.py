@@ -37,13 +37,13 @@ def make_batch(tokens: TokenizedSplit, rows: np.ndarray, packed: bool) -> Batch:
     if packed:
         layout = pack_rows(lengths, MAX_BUCKET_PADDING[tokens.ids.device.type])
         token_index = (np.repeat(starts, lengths) + layout.position_ids)[None]
-        return Batch(index_labels(tokens, rows, token_index), token_index, None, layout)
+        return Batch(index_labels(tokens, rows, token_index), token_index, None, packed=layout)
     shift = lengths.max() - lengths[:, None] if tokens.pad_left else 0
     column = np.arange(lengths.max()) - shift
     valid = (column >= 0) & (column < lengths[:, None])
     token_index = starts[:, None] + np.where(valid, column, 0)
-    label_index = index_labels(tokens, rows, token_index, valid)
-    return Batch(label_index, token_index, None if valid.all() else valid, None)
+    label_index = index_labels(tokens, rows, token_index, valid=valid)
+    return Batch(label_index, token_index, None if valid.all() else valid, packed=None)
 
 
 def make_varlen_batch(
@@ -58,8 +58,8 @@ def make_varlen_batch(
     """
     layout, row, chunk_run_ids = pack_sequences(tokens.lengths[rows], run_ids, stacked)
     token_index = (np.where(row < 0, 0, tokens.starts[rows][row]) + layout.position_ids)[None]
-    label_index = index_labels(tokens, rows, token_index, row >= 0)
-    return Batch(label_index, token_index, None, layout), chunk_run_ids
+    label_index = index_labels(tokens, rows, token_index, valid=row >= 0)
+    return Batch(label_index, token_index, None, packed=layout), chunk_run_ids
 
 
 def index_labels(

@@ -66,7 +66,7 @@ def select_forward(
             model.eval()
             alone = {row: Forward(model).logits(tokens, rows[[i]]) for i, row in enumerate(rows)}
         warn_of_constant(model_name, alone, tokens.lengths[rows])
-        forward = first_independent(model, model_name, tokens, rows, alone, dtype)
+        forward = first_independent(model, model_name, tokens, rows=rows, alone=alone, dtype=dtype)
     if dtype != torch.float32:
         errors = convert_errors(cannot(model_name, "compute in bf16", "--precision fp32"))
         with errors, cast_parameters(model, dtype):
@@ -128,11 +128,11 @@ def first_independent(
     Raises:
         UserError: no `Forward` passes.
     """
-    candidates, problems = forward_candidates(model, tokens, rows, dtype), []
+    candidates, problems = forward_candidates(model, tokens, rows, dtype=dtype), []
     if not candidates[0][0].packed_encoder:
         problems.append("packed rows need other layers")
     for forward, batches in candidates:
-        problem = neighbour_problem(forward, tokens, batches, alone)
+        problem = neighbour_problem(forward, tokens, batches, alone=alone)
         if problem is None:
             reason = f" ({'; '.join(problems)})" if problems and not forward.packed_encoder else ""
             LOGGER.info("rows: %s%s", forward.batching_kind, reason)

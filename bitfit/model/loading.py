@@ -106,15 +106,17 @@ def load_model(
         if random_encoder:
             model = build_model(config, task, dtype=torch.float32)
             return model, frozenset(head_names(model))
-        model, info = load_checkpoint(model_name, config, task, revision)
+        model, info = load_checkpoint(model_name, config, task, revision=revision)
     weight_checks.check_weights(model, model_name, info)
     weight_checks.check_dtypes(model_name, revision)
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     raw = read_config(model_name, revision)[1]
-    initialized, outputs = weight_checks.align_head(model, task, absent, raw)
+    initialized, outputs = weight_checks.align_head(model, task, absent, raw=raw)
     weight_checks.check_finite(model, model_name, initialized)
     if report:
-        weight_checks.log_weights_used(model, model_name, info, absent, initialized, outputs)
+        weight_checks.log_weights_used(
+            model, model_name, info, absent=absent, initialized=initialized, outputs=outputs
+        )
     return model, frozenset(initialized)
 
 

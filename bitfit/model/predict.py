@@ -73,9 +73,9 @@ def predict_runs(
     shared = stack.shares_encoder and (tokens.word_index is None or forward.packed_encoder)
     if shared and others and all(np.array_equal(other, first) for other in others):
         with stack.routing():
-            logits = predict(forward, tokens, budget, first, group)
+            logits = predict(forward, tokens, budget, rows=first, group=group)
         yield from ((run, logits[run]) for run in rows)
         return
     for run, of_run in rows.items():
         stack.load_run(run)
-        yield run, predict(forward, tokens, budget, of_run, group)
+        yield run, predict(forward, tokens, budget, rows=of_run, group=group)

@@ -155,7 +155,7 @@ def route_rows(
         token_run_ids: (N,) int64, the run of each token if the rows are packed.
     """
     if num_runs == 1:  # the parameters of the model are those of the run
-        return RunRouting(RunIndex(run_ids, None, None, None, None), None)
+        return RunRouting(RunIndex(run_ids, None, None, valid_mask=None, unpad_index=None), None)
     tokens = None if token_run_ids is None else index_runs(token_run_ids)
     return RunRouting(index_runs(run_ids), tokens)
 
@@ -182,7 +182,13 @@ def index_runs(run_ids: np.ndarray, width_multiple: int = 1) -> RunIndex:
     unpad_index = np.empty_like(run_ids)
     unpad_index[order] = np.arange(len(run_ids)) - np.repeat(starts, counts)
     unpad_index += run * len(column)
-    return RunIndex(run_ids, active_runs, pad_index, valid[:, None].astype(np.float32), unpad_index)
+    return RunIndex(
+        run_ids,
+        active_runs,
+        pad_index,
+        valid_mask=valid[:, None].astype(np.float32),
+        unpad_index=unpad_index,
+    )
 
 
 def forward_per_run(

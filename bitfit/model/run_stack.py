@@ -282,7 +282,7 @@ def stacked_logits_differ(forward: Forward, trainable: Trainable, tokens: Tokeni
     noise = torch.randn(stack.params.shape, generator=generator)
     stack.params += 0.1 * noise.to(stack.params.device)
     distinct = 1 if forward.equal_length else len(tokens.lengths)
-    routed = forward.make_routed_batch(tokens, np.arange(2) % distinct, np.arange(2), 2)
+    routed = forward.make_routed_batch(tokens, np.arange(2) % distinct, np.arange(2), num_runs=2)
     batch, routing = to_device(routed, stack.params.device)
     run_ids = routing.run_ids_of(batch.label_index)
     try:

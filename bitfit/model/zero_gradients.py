@@ -49,8 +49,10 @@ def find_zero_gradients(
         rng = torch.Generator().manual_seed(0)
         try:
             with without_tf32(), cast_parameters(model, dtype):
-                masks = cancelled_in_all(model, trained, tokens, rows, rng)
-                if masks and logits_change(model, trained, masks, tokens, rows, rng):
+                masks = cancelled_in_all(model, trained, tokens, rows=rows, rng=rng)
+                if masks and logits_change(
+                    model, trained, masks, tokens=tokens, rows=rows, rng=rng
+                ):
                     masks = {}
             return {name: ranges(mask) for name, mask in masks.items()}
         except Exception:  # of any kind: `select_forward` reports the problems of a model
@@ -71,7 +73,7 @@ def cancelled_in_all(
     masks = {name: torch.ones(sizes[name], dtype=torch.bool) for name in biases}
     for row in rows:
         with shifted(model, trained, rng):
-            sums = gradient_sums(model, biases, tokens, row, rng)
+            sums = gradient_sums(model, biases, tokens, row=row, rng=rng)
         for name, mask in masks.items():
             total, size = sums.get(name, (torch.ones(()), torch.zeros(())))
             mask &= ((total.abs() <= ROUNDING * size) & (size > 0)).cpu()
@@ -192,7 +194,7 @@ def logits_change(
     forward = Forward(model)
     with shifted(model, trained, rng):
         before = torch.cat([forward.logits(tokens, row) for row in rows])
-        with shifted(model, list(masks), rng, masks):
+        with shifted(model, list(masks), rng, masks=masks):
             after = torch.cat([forward.logits(tokens, row) for row in rows])
     spread = (before - before.mean(0)).abs().max()
     rounding = 4 * torch.finfo(before.dtype).eps * before.abs().max()

@@ -141,7 +141,7 @@ def learning_curves(
     scores: pd.DataFrame, task: Task, caption: str, folder: Path | str | None = None
 ) -> dict[str, "Figure"]:
     """Return {metric: figure} of one run's scores, and write the figures to a folder if given."""
-    figures = {m: learning_curve(scores, task, caption, m) for m in task.metrics}
+    figures = {m: learning_curve(scores, task, caption, metric=m) for m in task.metrics}
     if folder:
         save_curves(figures, folder)
     return figures
@@ -152,7 +152,7 @@ def learning_curve(scores: pd.DataFrame, task: Task, caption: str, metric: str) 
     best = best_epochs(scores, task).iloc[0]
     main = f"{task.validation_splits[0].replace('_', ' ')} {task.metrics[0]}"
     xlabel = f"epoch (vertical line: best {main}, epoch {best})"
-    figure, axes = curve_figure(caption, xlabel, f"{metric} × 100", scores["epoch"])
+    figure, axes = curve_figure(caption, xlabel, f"{metric} × 100", epochs=scores["epoch"])
     by_split = scores[scores["metric"] == metric].groupby("split", sort=False)
     for number, (split, of_split) in enumerate(by_split):  # train is the first
         values = 100 * of_split.set_index("epoch")["value"]
@@ -160,7 +160,7 @@ def learning_curve(scores: pd.DataFrame, task: Task, caption: str, metric: str) 
         label = f"{split.replace('_', ' ')} ({last})"
         style = series_style(number - 1) if number else LineStyle("0.75", "-", "o")
         # Train's line is thick, so that it stays visible below the others.
-        plot_curve(axes, values, style, label, linewidth=1.5 if number else 4)
+        plot_curve(axes, values, style, label=label, linewidth=1.5 if number else 4)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
     axes.axvline(best, color="0.8", linewidth=1, zorder=0)
     figure.legend(loc="outside lower center", frameon=False)

@@ -148,14 +148,14 @@ def sweep_curves(
     scores = without_diverged(metadata, scores).merge(metadata[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
-    return {metric: sweep_curve(part, task, metric, caption) for metric, part in by_metric}
+    return {metric: sweep_curve(part, task, metric, caption=caption) for metric, part in by_metric}
 
 
 def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> "Figure":
     """Return a metric over the epochs: a line for each learning rate with a band over seeds."""
     x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
     y = f"{task.validation_splits[0].replace('_', ' ')} {metric} × 100"
-    figure, axes = plots.curve_figure(caption, x, y, scores["epoch"])
+    figure, axes = plots.curve_figure(caption, x, y, epochs=scores["epoch"])
     rates = scores.groupby("learning_rate")
     for number, (rate, of_rate) in enumerate(rates):
         curve = 100 * of_rate.groupby("epoch")["value"].agg(["mean", "min", "max"])
@@ -163,7 +163,7 @@ def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> 
         seeds = f"{count} seed" + "s" * (count > 1)
         label = f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
         band = (curve["min"], curve["max"])
-        plots.plot_curve(axes, curve["mean"], plots.series_style(number), label, band)
+        plots.plot_curve(axes, curve["mean"], plots.series_style(number), label=label, band=band)
     figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(rates) < 4 else 2)
     return figure
 
@@ -197,7 +197,7 @@ def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: 
     content = {"trials": len(metadata), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
     plots.save_curves(
-        sweep_curves(metadata, scores, task, f"{caption}, {len(metadata)} runs"), output
+        sweep_curves(metadata, scores, task, caption=f"{caption}, {len(metadata)} runs"), output
     )
     lines = [
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} × 100",

@@ -170,7 +170,7 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
         words += ["--train-size", str(size or args.train_size)]
     if row in ("full_ft", "bitfit") and not size and args.predict_test:
         words.append("--predict-test")
-    return Cell(model, row, task, size, words, flags_hash(words))
+    return Cell(model, row, task, size=size, flags=words, hash=flags_hash(words))
 
 
 def value_for(values: dict[str | None, list], name: str) -> list | None:
@@ -215,7 +215,9 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     """
     tables, figures = args.tables or [], args.figures or []
     models = args.models and [absolute_folder(model) for model in args.models]
-    keys = requested_cells(tables, figures, models, args.tasks, args.rows or ROWS, args.sizes)
+    keys = requested_cells(
+        tables, figures, models, tasks=args.tasks, rows=args.rows or ROWS, sizes=args.sizes
+    )
     if not keys and (tables or figures):
         raise UserError("these --tables have none of these --rows: give other rows, or none")
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
@@ -224,7 +226,7 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     old = (
         read_study(output)
         if os.path.exists(Path(output) / STUDY)
-        else Study(Path(output), [], [], [])
+        else Study(Path(output), [], [], cells=[])
     )
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:

@@ -29,8 +29,9 @@ from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
 from bitfit.training.loop import train_step
 from bitfit.training.plan import TrainOptions
-from bitfit.training.prepare import assemble, new_training
+from bitfit.training.prepare import assemble
 from bitfit.training.state import TrainState
+from bitfit.training.train import new_training
 from utils import UserError, convert_errors
 
 RATES = "rates.json"
@@ -69,7 +70,7 @@ def cell_sizes(cell: Cell) -> Sizes:
         tokens[split] = float(sample.lengths.mean())
     empty = model_without_weights(cell.model, task)
     parameters = sum(p.numel() for p in empty.parameters())
-    return Sizes(matrix_weights(empty), parameters, rows, tokens, task.num_labels)
+    return Sizes(matrix_weights(empty), parameters, rows, tokens=tokens, classes=task.num_labels)
 
 
 def model_without_weights(name: str, task: Task) -> torch.nn.Module:
@@ -216,7 +217,7 @@ def measure_rate(
         model.to(device),
         cell.model,
         select_trainable(model, method, ["bias"] if method == "bitfit" else []),
-        [Run(1e-5, seed) for seed in range(runs)],
+        runs=[Run(1e-5, seed) for seed in range(runs)],
         dtype=dtype,
         tokens=tokens,
     )
@@ -224,7 +225,9 @@ def measure_rate(
     if runs > 1 and prepared.reason_not_stackable(tokens):
         return measure_rate(cell, method, 1, device=device, dtype=dtype)
     train = Split(tokens, dict.fromkeys(range(runs), np.arange(len(picked))))
-    state = new_training(prepared, task, train, {}, TrainOptions(batch_size=size, epochs=1))
+    state = new_training(
+        prepared, task, train, scored={}, options=TrainOptions(batch_size=size, epochs=1)
+    )
     finite = np.arange(runs)
     model.train()
     with state.stack.patched(dtype):

@@ -96,7 +96,7 @@ def size_curves(entries: Entries, name: str) -> Figures:
             ]
             mean = pd.Series([mean for mean, _, _ in stats], sizes)
             std = pd.Series([std for _, std, _ in stats], sizes).fillna(0)
-            plot_curve(axes, mean, METHOD_STYLES[row], row, (mean - std, mean + std))
+            plot_curve(axes, mean, METHOD_STYLES[row], label=row, band=(mean - std, mean + std))
         all_sizes = sorted({size for sizes in of_row.values() for size in sizes})
         use_log_counts(axes, all_sizes)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
@@ -148,12 +148,12 @@ def learning_curves(entries: Entries, name: str) -> Figures:
             f"{name}, {column}",
             "epoch (line: mean; band: ± standard deviation over seeds)",
             label,
-            epochs,
+            epochs=epochs,
         )
         for row, curve in found.items():
             spread = curve["std"].fillna(0)
             band = (curve["mean"] - spread, curve["mean"] + spread)
-            plot_curve(axes, curve["mean"], METHOD_STYLES[row], row, band)
+            plot_curve(axes, curve["mean"], METHOD_STYLES[row], label=row, band=band)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = (
             f"{column}: mean over the seeds ± standard deviation, at each method's best learning "
@@ -183,7 +183,7 @@ def trials(entries: Entries, name: str) -> Figures:
                 continue
             budgets = np.unique(np.geomspace(1, len(scores), 40).astype(int))
             best = pd.Series(statistics.expected_best(scores, budgets), budgets)
-            plot_curve(axes, best, METHOD_STYLES[row], f"{row} ({len(scores)} trials)")
+            plot_curve(axes, best, METHOD_STYLES[row], label=f"{row} ({len(scores)} trials)")
             most = max(most, len(scores))
         use_log_counts(axes, count_ticks(most))
         figure.legend(loc="outside lower center", frameon=False, ncols=3)

@@ -75,7 +75,7 @@ def write_report(study: Study, resamples: int = 1000, formats: Sequence[str] = (
     shown_differences = tables.difference_table(differences, metrics)
     write_text(out / "tables.md", markdown(study, headline, shown_differences))
     write_text(out / "tables.tex", latex(headline))
-    page = html_page(study, headline, scores, shown_differences, captions)
+    page = html_page(study, headline, scores, differences=shown_differences, captions=captions)
     write_text(out / "report.html", page)
     shown = "\n\n".join(f"{name}\n{table.to_string()}" for name, table in headline.items())
     return f"{shown}\n{out / 'report.html'}"

@@ -72,7 +72,7 @@ def read_results(study: Study, cell: Cell) -> Results | None:
         logits[split] = stack_runs(
             [kept.get(run, {}).get(split) for run in folders], len(cell.rates)
         )
-    return Results(cell, state, logits, labels, pd.concat(scores))
+    return Results(cell, state, logits, labels=labels, scores=pd.concat(scores))
 
 
 def check_complete(folders: Iterable[Path]) -> None:
@@ -136,7 +136,7 @@ def read_entries(study: Study) -> Entries:
             continue
         for split, column in table_columns(cell.task).items():
             key = cell.model, cell.row, column, cell.size
-            found[key] = Entry(column, results, split, select(results, split))
+            found[key] = Entry(column, results, split, selected=select(results, split))
     return found
 
 
@@ -167,7 +167,7 @@ def score_frame(entries: Entries) -> pd.DataFrame:
                 "trials": entry.results.logits[entry.split][..., 0, 0].size,
                 "learning_rate": selected_rates(selected, cell),
                 "published": published, "published_std": published_std,
-                "off": differs_from_paper(low, high, published, published_std),
+                "off": differs_from_paper(low, high, published, std=published_std),
                 "state": entry.results.state,
             })  # fmt: skip
     return pd.DataFrame(rows)
@@ -226,12 +226,12 @@ def compare_pair(
             labels=first.results.labels[first.split], rng=rng, seeds=seeds,
         )  # fmt: skip
         of_task.setdefault(task.name, []).append((by_seed, drawn))
-        rows.append(difference_row(model, pair, column, [(by_seed, drawn)], rng=rng))
+        rows.append(difference_row(model, pair, column, columns=[(by_seed, drawn)], rng=rng))
     if len(of_task) > 1:
         means = [(np.mean([values for values, _ in pairs], axis=0),
                   np.mean([drawn for _, drawn in pairs], axis=0))
                  for pairs in of_task.values()]  # fmt: skip
-        rows.append(difference_row(model, pair, "all", means, rng=rng))
+        rows.append(difference_row(model, pair, "all", columns=means, rng=rng))
     return rows
 
 

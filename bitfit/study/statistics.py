@@ -46,7 +46,7 @@ class Difference(NamedTuple):
 
 def main_scores(task: Task, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the main metric of logits (..., rows, C) and labels (rows,), NaN if a logit is NaN."""
-    return resampled(task, logits, labels, np.ones((1, len(labels)), int))[0]
+    return resampled(task, logits, labels, counts=np.ones((1, len(labels)), int))[0]
 
 
 def resampled(task: Task, logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -216,7 +216,7 @@ def bootstrap_differences(
             raise ValueError("they are not scored on the same examples")
         both = zip(choices, (a_logits, b_logits), strict=True)
         chosen = np.stack([x[c.rate, kept, c.epoch[kept]][:, rows] for c, x in both])
-        values.append(row_bootstrap(task, chosen, labels[rows], rng, len(seeds)))
+        values.append(row_bootstrap(task, chosen, labels[rows], rng=rng, resamples=len(seeds)))
     a_values, b_values = np.mean(values, axis=0).swapaxes(0, 1)
     return ((a_values - b_values) * seeds).sum(axis=1) / len(kept)
 
@@ -227,7 +227,7 @@ def row_bootstrap(
     """Return the main metric (B, ...) on examples resampled with replacement."""
     sizes = (min(BLOCK, resamples - done) for done in range(0, resamples, BLOCK))
     counts = (draws(rng, len(labels), size) for size in sizes)
-    return np.concatenate([resampled(task, logits, labels, block) for block in counts])
+    return np.concatenate([resampled(task, logits, labels, counts=block) for block in counts])
 
 
 def difference(
@@ -243,7 +243,7 @@ def difference(
     """
     by_seed = [values for values, _ in columns]
     mean, p = pooled(by_seed, rng)
-    return Difference(mean, *interval(columns), p, sum(map(len, by_seed)))
+    return Difference(mean, *interval(columns), p=p, n=sum(map(len, by_seed)))
 
 
 def pooled(

@@ -86,7 +86,7 @@ def run_cells(
                 continue
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
             begun = cell_states.read_cell_args(study, cell) or {}
-            run_cell(study, cell, lock, gpu, ranks=begun.get("ranks") or ranks)
+            run_cell(study, cell, lock, gpu=gpu, ranks=begun.get("ranks") or ranks)
 
 
 def run_cell(
@@ -101,7 +101,7 @@ def run_cell(
     """
     log, begin = cell_states.sibling_file(study, cell, ".log"), time.monotonic()
     cell_states.remove_failure(study, cell)
-    status = run_command(study, cell, log, lock, gpu, ranks)
+    status = run_command(study, cell, log, lock=lock, gpu=gpu, ranks=ranks)
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
     killed = status in KILLED or (status and ranks > 1 and was_rank_killed(log))
     stuck = killed and cell_states.record_kill(study, cell)
@@ -113,7 +113,7 @@ def run_cell(
         LOGGER.info("%s: stopped by a signal after %s; the next worker resumes it", cell.name, took)
     else:
         line = NO_PROGRESS if stuck else last_message(log)
-        cell_states.write_failure(study, cell, status, line)
+        cell_states.write_failure(study, cell, status, line=line)
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
 
 

@@ -159,7 +159,7 @@ def average_evaluators(
         {"folder": str(saved.folder.resolve()), "weight": weight}
         for saved, weight in zip(evaluators, shares.tolist(), strict=True)
     ]
-    average = with_average(evaluator, evaluators, averaged, last)
+    average = with_average(evaluator, evaluators, averaged, last=last)
     table = pd.DataFrame(
         [*rows, {"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last]
     )

@@ -99,7 +99,7 @@ def load_predictor(
     trial = tokenize(TextColumns((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
     runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
     prepared = assemble(
-        model, name, trainable, runs, dtype=dtype, max_tokens=max_tokens, tokens=trial
+        model, name, trainable, runs=runs, dtype=dtype, max_tokens=max_tokens, tokens=trial
     )
     reason = prepared.reason_not_stackable(trial) if len(found) > 1 else None
     if reason:
@@ -109,8 +109,9 @@ def load_predictor(
         copy_delta(row, stack, tensors)
     names = answer_names([folder for folder, *_ in found], tasks)
     return MultiTaskPredictor(
-        names, tasks, lengths, tokenizer, prepared.forward, stack, prepared.token_budget
-    )
+        names, tasks, lengths, tokenizer=tokenizer, forward=prepared.forward, stack=stack,
+        token_budget=prepared.token_budget,
+    )  # fmt: skip
 
 
 def load_base(
@@ -125,18 +126,20 @@ def load_base(
     name = base["model_name"]
     revision, _ = hub.resolve_revision(name, base["model_revision"])
     tokenizer = loading.load_tokenizer(name, revision, task.is_tagging)
-    fingerprints = loading.base_fingerprints(name, task, tokenizer, revision)
+    fingerprints = loading.base_fingerprints(name, task, tokenizer, revision=revision)
     for folder, metadata, _ in found:
         saved_evaluator.check_base(folder, metadata, fingerprints)
-    loading.check_max_length(name, task, max_length, revision)
+    loading.check_max_length(name, task, max_length, revision=revision)
     random_encoder = base["random_encoder"] and not base["model_sha256"]
-    model, _ = loading.load_model(name, task, random_encoder, revision)
+    model, _ = loading.load_model(name, task, random_encoder, revision=revision)
     encoder = models_fingerprints.fingerprint(model)
     trainable: dict[str, np.ndarray | None] = {}
     if any(metadata["add_biases"] for _, metadata, _ in found):
         add_biases(model)
     for folder, metadata, tensors in found:
-        trainable |= saved_evaluator.read_trainable(model, encoder, metadata, tensors, folder)
+        trainable |= saved_evaluator.read_trainable(
+            model, encoder, metadata, tensors=tensors, folder=folder
+        )
     return model, tokenizer, trainable
 
 
@@ -193,12 +196,15 @@ def stacked_logits(
     lengths = tokens.lengths[flat]
     parts, outputs = (
         split_into_micro_batches(
-            lengths, predictor.token_budget.max_tokens, packed, predictor.forward.equal_length
+            lengths,
+            predictor.token_budget.max_tokens,
+            packed,
+            equal_length=predictor.forward.equal_length,
         ),
         [],
     )
     for part in parts:
-        pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], runs)
+        pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], num_runs=runs)
         batch, routing = to_device(pair, tokens.ids.device)
         with predictor.stack.routing(routing):
             outputs.append(predictor.forward(tokens, batch))

@@ -45,7 +45,9 @@ def read_evaluators(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
                 f"{evaluator.folder} trained everything (full_ft), so it has no delta: "
                 f"{evaluator.folder / 'model'} is the whole model"
             )
-    check_same(evaluators, "base models", lambda e: e.metadata["encoder_sha256"], describe_base)
+    check_same(
+        evaluators, "base models", lambda e: e.metadata["encoder_sha256"], describe=describe_base
+    )
     first, *others = evaluators
     for other in others:
         change = describe_change(first.metadata, other.metadata)
@@ -122,7 +124,7 @@ def check_same(
 
 def check_same_task(evaluators: Sequence[SavedEvaluator]) -> None:
     """Raise UserError unless all evaluators have the same task."""
-    check_same(evaluators, "tasks", task_of, lambda e: task_of(e).folder)
+    check_same(evaluators, "tasks", task_of, describe=lambda e: task_of(e).folder)
 
 
 def task_of(evaluator: SavedEvaluator) -> Task:
@@ -141,7 +143,7 @@ def check_same_trainable(evaluators: Sequence[SavedEvaluator]) -> None:
         components, saved = set(metadata["components"]), set(evaluator.tensors)
         return metadata["fine_tune_type"], components, saved, positions
 
-    check_same(evaluators, "trained parameters", key, describe_method)
+    check_same(evaluators, "trained parameters", key, describe=describe_method)
 
 
 def check_bitfit(evaluators: Iterable[SavedEvaluator], verb: str) -> None:

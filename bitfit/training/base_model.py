@@ -22,7 +22,7 @@ def load_base(setup: Setup, report: bool = False) -> tuple["PreTrainedModel", di
         report: log what is unusual about the weights.
     """
     model, initialized = loading.load_model(
-        setup.model_name, setup.task, setup.random_encoder, setup.revision, report
+        setup.model_name, setup.task, setup.random_encoder, revision=setup.revision, report=report
     )
     draw = partial(loading.init_head, names=initialized) if initialized else None
     fields = {"encoder_sha256": fingerprints.fingerprint(model), "init_head": draw}

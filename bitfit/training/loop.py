@@ -1,11 +1,10 @@
-"""The training loop, in reading order: step, epoch, all epochs.
+"""The training loop, in reading order: step, epoch, evaluation.
 
 Every function takes a `TrainState` and advances it by a step or an epoch.
 """
 
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,16 +23,13 @@ from bitfit.model.batching import (
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_routing import RunRouting
 from bitfit.model.run_stack import RunStack, clip_grad_norms_
-from bitfit.model.token_budget import free_gpu_bytes
 from bitfit.results.scores import best_epochs, format_epoch_scores, scores_frame
 from bitfit.signals import Stopped
 from bitfit.tracking.tracker import OFF, Tracker
 from bitfit.training.graphs import StepGraphs
-from bitfit.training.memory import fit_token_budget_to_memory
 from bitfit.training.plan import Plan
 from bitfit.training.progress import Progress
 from bitfit.training.state import TrainState
-from utils import CorruptFile
 
 if TYPE_CHECKING:
     from bitfit.training.checkpoints import CheckpointManager
@@ -82,19 +78,19 @@ def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Ste
     packed, equal = plan.forward.packed_encoder is not None, plan.forward.equal_length
     max_tokens = plan.token_budget.max_tokens
     micro_batches = (
-        split_into_micro_batches(tokens.lengths[flat], max_tokens, packed, equal)
+        split_into_micro_batches(tokens.lengths[flat], max_tokens, packed, equal_length=equal)
         if len(flat)
         else ()
     )
     parts = tuple(
-        plan.forward.make_routed_batch(tokens, flat[part], run_ids[part], len(runs))
+        plan.forward.make_routed_batch(tokens, flat[part], run_ids[part], num_runs=len(runs))
         for part in micro_batches
     )
     number = state.epoch * plan.steps_per_epoch + state.step
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
     labels = np.zeros(len(runs), np.float32)
     labels[active] = count_labels(tokens, rows).sum(axis=1)
-    return Step(parts, np.array(number), labels, rates)
+    return Step(parts, np.array(number), labels, rates=rates)
 
 
 def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -205,56 +201,6 @@ def train_epoch(
     state.seconds += time.perf_counter() - begin
 
 
-def fit(
-    state: TrainState,
-    write: Callable[[], None],
-    checkpoints: "CheckpointManager",
-    tracker: Tracker = OFF,
-) -> str | None:
-    """Train the remaining epochs; evaluate every `evaluation_frequency` epochs and after the last.
-
-    Args:
-        write: called after each evaluation.
-        checkpoints: writes the checkpoints, and raises Stopped after a signal.
-        tracker: gets losses and scores.
-
-    Returns:
-        None, or a message if all runs have diverged.
-    """
-    plan, runs = state.plan, len(state.records)
-    done = runs * plan.examples_before(state.epoch, state.step)
-    progress = Progress(plan, runs, done, plan.group.shows_progress)
-    if plan.token_budget.device.type == "cuda":
-        fit_token_budget_to_memory(state, free_gpu_bytes(plan.token_budget.device))
-    state.graphs = step_graphs(state)
-    with progress.shown():
-        while state.epoch < plan.epochs:
-            train_epoch(state, checkpoints, progress, tracker)
-            if not plan.group.replicas_equal(state.stack.params):
-                raise CorruptFile(f"ranks {plan.group.ranks} hold different values")
-            ended = state.epoch + 1
-            due = ended % plan.evaluation_frequency == 0 or ended == plan.epochs
-            scores = evaluate(state, checkpoints) if due else []
-            record_epoch(state, scores)
-            tracker.log_scores(state, scores)
-            state.loss_sum.zero_()
-            state.epoch, state.step, state.seconds = ended, 0, 0.0
-            if scores:
-                write()
-            if not len(state.stack.finite_runs()):
-                return divergence_message(state)
-            checkpoints.after_epoch(state, last=ended == plan.epochs)
-    return None
-
-
-def divergence_message(state: TrainState) -> str:
-    """Return the message for a training whose runs have all diverged."""
-    runs = len(state.records)
-    message = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
-    return (f"{message}; training stopped there: try a lower --learning-rate, or "
-            "--lr-schedule linear with --warmup-ratio")  # fmt: skip
-
-
 def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]:
     """Return the scores of the runs that have not diverged, as tuples like `TrainState.scores`.
 
@@ -269,7 +215,12 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
             for name, split in plan.scored.items() if len(active) else ():
                 rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in active}
                 for k, logits in predict_runs(
-                    plan.forward, stack, split.tokens, plan.token_budget, rows, plan.group
+                    plan.forward,
+                    stack,
+                    split.tokens,
+                    budget=plan.token_budget,
+                    rows=rows,
+                    group=plan.group,
                 ):
                     if name in state.logits:
                         kept = state.logits[name][state.epoch // plan.evaluation_frequency]
@@ -278,7 +229,7 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
                         plan.task,
                         logits,
                         split.tokens.labels_of(rows[k]),
-                        split.tokens.sentences_of(rows[k]),
+                        sentences=split.tokens.sentences_of(rows[k]),
                     )
                     for metric, value in of_run.items():
                         scores.append((stack.runs[k].name, state.epoch + 1, name, metric, value))

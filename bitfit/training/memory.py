@@ -25,7 +25,9 @@ def fit_token_budget_to_memory(state: TrainState, free: float) -> None:
     plan, stack = state.plan, state.stack
     tokens = plan.train.tokens
     row = np.array([tokens.lengths.argmax()])
-    step = plan.forward.make_routed_batch(tokens, row, np.zeros(1, np.int64), len(stack.runs))
+    step = plan.forward.make_routed_batch(
+        tokens, row, np.zeros(1, np.int64), num_runs=len(stack.runs)
+    )
     batch, routing = to_device(step, stack.params.device)
     plan.forward.model.train()
     with (

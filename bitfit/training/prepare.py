@@ -1,7 +1,7 @@
 """A model prepared for training and prediction.
 
 `assemble` puts forward pass, token budget and run stack together for all programs;
-`new_training` adds the plan and the state.
+`train.new_training` adds the plan and the state.
 """
 
 import logging
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bitfit.data.tasks import Task
-from bitfit.data.tokens import Split, TokenizedSplit
-from bitfit.distributed import SINGLE_PROCESS, Group
+from bitfit.data.tokens import TokenizedSplit
+from bitfit.distributed import Group
 from bitfit.model import fingerprints, predict, run_stack, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
 from bitfit.model.bias_terms import select_components
@@ -25,11 +24,9 @@ from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.results import plots
 from bitfit.training.base_model import apply_warm_start, load_base
-from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, need
-from bitfit.training.state import TrainState, init_state
-from utils import UserError, make_generator, print_result, set_seed
+from utils import UserError, make_generator, print_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +78,7 @@ class PreparedModel:
 
     def select_forward(self, tokens: TokenizedSplit) -> Forward:
         """Choose the fastest forward pass that gives the right logits on some rows."""
-        forward = select_forward(self.model, self.model_name, tokens, self.dtype)
+        forward = select_forward(self.model, self.model_name, tokens, dtype=self.dtype)
         self.selected_forward, self.max_length_tried = forward, tokens.lengths.max()
         return forward
 
@@ -112,7 +109,7 @@ class PreparedModel:
         if result or not trainable.trains_matrices(self.model, self.trainable):
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
         method = replace(self.method, fine_tune_type=fine_tune_type, mask_size=mask_size)
-        selected = select_trainable(self.model, method, self.runs, self.verbose)
+        selected = select_trainable(self.model, method, self.runs, verbose=self.verbose)
         return replace(self, method=method, trainable=selected, stackable_checked=False)
 
     def predict(self, data: LoadedData, split: str, group: Group) -> np.ndarray:
@@ -151,7 +148,13 @@ class PreparedModel:
 
     def new_stack(self) -> RunStack:
         """Return the stack of all runs at their initial values."""
-        return RunStack(self.model, self.trainable, self.runs, self.init_head, self.zero_gradient)
+        return RunStack(
+            self.model,
+            self.trainable,
+            self.runs,
+            init_run=self.init_head,
+            zero_gradient=self.zero_gradient,
+        )
 
 
 def assemble(
@@ -197,13 +200,13 @@ def prepare_model(
     """
     model, fields = load_base(setup, report=before is None)
     if method.start:
-        fields |= apply_warm_start(model, method.start, setup, fields, log=before is None)
+        fields |= apply_warm_start(model, method.start, setup, fields=fields, log=before is None)
     if method.fine_tune_type == "bitfit":
         components = select_components(model, method.components, report=before is None)
         method = replace(method, components=components)
-    selected = select_trainable(model, method, runs, verbose)
+    selected = select_trainable(model, method, runs, verbose=verbose)
     prepared = assemble(
-        model, setup.model_name, selected, runs, dtype=setup.dtype, max_tokens=setup.max_tokens
+        model, setup.model_name, selected, runs=runs, dtype=setup.dtype, max_tokens=setup.max_tokens
     )
     prepared = replace(prepared, method=method, verbose=verbose, **fields)
     tokens = data.tokens("train")
@@ -223,7 +226,7 @@ def select_trainable(
     """Return the trainable parameters; the seed of the first run draws a random mask."""
     rng = make_generator(runs[0].seed, "mask")
     selected = trainable.select_trainable(
-        model, method.fine_tune_type, method.components, method.mask_size, rng
+        model, method.fine_tune_type, method.components, mask_size=method.mask_size, rng=rng
     )
     if verbose:
         print_result(trainable.trainable_table(model, selected))
@@ -253,42 +256,3 @@ def split_into_passes(runs: Sequence[Run], reason: str | None) -> list[list[Run]
         how = f"one after the other: {reason}" if reason else "in one pass"
         LOGGER.info("%d runs %s", len(runs), how)
     return [[run] for run in runs] if reason else [list(runs)]
-
-
-def new_training(
-    prepared: PreparedModel,
-    task: Task,
-    train: Split,
-    scored: dict[str, Split],
-    options: TrainOptions,
-    group: Group = SINGLE_PROCESS,
-) -> TrainState:
-    """Return the state of a training before its first step.
-
-    Args:
-        scored: the splits to evaluate on; empty: none.
-        group: the processes that train together.
-    """
-    plan = Plan(
-        task=task, forward=prepared.forward, train=train, scored=scored,
-        token_budget=prepared.token_budget, options=options, group=group,
-    )  # fmt: skip
-    return init_state(plan, prepared.new_stack(), prepared.method.optimizer)
-
-
-def start_training(
-    prepared: PreparedModel, data: LoadedData, options: TrainOptions, group: Group
-) -> TrainState:
-    """Seed dropout and return the state before the first step; UserError if it cannot train."""
-    options.check()
-    train, runs = data.dataset.split("train"), prepared.runs
-    reason = prepared.reason_not_stackable(train.tokens) if len(runs) > 1 else None
-    if reason:
-        raise UserError(f"{len(runs)} runs cannot train in one pass, {reason}: "
-                        "prepare and train one after the other")  # fmt: skip
-    seed = runs[0].seed
-    if group.rank:  # The ranks compute different rows, so they need different dropout masks.
-        seed = int(make_generator(seed, f"dropout of rank {group.rank}").integers(2**63))
-    set_seed(seed)
-    scored = data.dataset.scored()
-    return new_training(prepared, data.dataset.task, train, scored, options, group)

@@ -1,15 +1,12 @@
 """The result of a training: the trained values, scores and records of all runs."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from bitfit.data.tasks import Task
 from bitfit.model.run_stack import Run, RunStack
-from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.training.state import Record
 from utils import UserError
@@ -53,14 +50,12 @@ class TrainingResult:
         """Return the scores of one run."""
         return self.scores[self.scores["run"] == run.name]
 
-    def plot_learning_curves(
-        self, run: Run, task: Task, caption: str, folder: str | Path | None
-    ) -> dict[str, Any]:
-        """Return {metric: figure} of one run; see `plots.learning_curves`."""
+    def require_scores_of(self, run: Run) -> pd.DataFrame:
+        """Return the scores of one run; UserError if there are none."""
         scores = self.scores_of(run)
         if scores.empty:
             raise UserError("call train_and_evaluate first: there are no scores to plot")
-        return plots.learning_curves(scores, task, caption, folder)
+        return scores
 
 
 def new_result(stack: RunStack) -> TrainingResult:

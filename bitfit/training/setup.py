@@ -150,7 +150,9 @@ def load_data(
     setup: Setup, max_sequence_len: int, batch_size: int, train_size: int | None
 ) -> LoadedData:
     """Check the length and load the tokenizer; no split is read yet."""
-    loading.check_max_length(setup.model_name, setup.task, max_sequence_len, setup.revision)
+    loading.check_max_length(
+        setup.model_name, setup.task, max_sequence_len, revision=setup.revision
+    )
     tokenizer = loading.load_tokenizer(setup.model_name, setup.revision, setup.task.is_tagging)
     dataset = Dataset(
         task=setup.task,
@@ -165,7 +167,7 @@ def load_data(
         dataset=dataset,
         tokenizer=tokenizer,
         base_fingerprints=loading.base_fingerprints(
-            setup.model_name, setup.task, tokenizer, setup.revision
+            setup.model_name, setup.task, tokenizer, revision=setup.revision
         ),
         max_sequence_len=max_sequence_len,
         batch_size=batch_size,
