@@ -3,7 +3,8 @@
     python scripts/predict.py out/cola/evaluator out/rte/evaluator --input texts.tsv
 
 A line of input is a text, or two texts with a tab between them. A line of output is a JSON object
-with one entry per evaluator, written as soon as the batch is predicted.
+with one entry per evaluator, written as soon as the batch is predicted. Evaluators of tagging tasks
+read words with blanks between them, or files of sentences with --output.
 """
 
 import os
@@ -22,6 +23,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import BinaryIO
 
 import utils
@@ -42,6 +44,8 @@ def make_parser() -> OneLineParser:
         help="saved evaluators: the folder evaluator/ of runs with --save-evaluator")
     add("--input", "-i", metavar="FILE", default="-",
         help="file with one text per line, or two with a tab between; -: standard input [-]")
+    add("--output", "-o", metavar="FILE",
+        help="for taggers: write the sentences of --input with their tags, in its format")
     add("--batch-size", "-b", metavar="N", type=POSITIVE, default=32,
         help="lines per batch; 1 answers each line immediately [%(default)s]")
     add("--model-name", "-m", metavar="MODEL",
@@ -66,10 +70,13 @@ def open_input(path: str) -> AbstractContextManager[BinaryIO]:
 
 def run(args: argparse.Namespace) -> None:
     with open_input(args.input) as lines:
+        from bitfit.artifacts import saved_evaluator
         from bitfit.model.precision import DTYPES
         from bitfit.tools import answers, multi_task
 
         found = multi_task.read_evaluators(args.evaluators, args.model_name)
+        tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
+        answers.check_files(tasks, args.input, args.output)
         local = hub.is_local(found[0][1]["model_name"])
         hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
@@ -84,6 +91,9 @@ def run(args: argparse.Namespace) -> None:
         )
         name = "standard input" if args.input == "-" else args.input
         with predictor.stack.patched(dtype):
+            if args.output:
+                answers.tag_file(predictor, Path(args.input), Path(args.output))
+                return
             for rows in answers.read_batches(predictor, lines, args.batch_size, name=name):
                 answered = answers.predict_answers(predictor, rows)
                 utils.print_result("\n".join(map(json.dumps, answered)))

@@ -90,8 +90,8 @@ def test_words_and_tags_come_back_from_every_format(name, tmp_path):
     task = make_task(tmp_path, text_of(sentences, gold), suffix, words, tags)
     assert read_tags(task, tmp_path) == (sentences, gold)
     source = tmp_path / f"data{suffix}"
-    names = task.texts[0], task.tsv_label
-    tagged_files.write_tags(source, source, names, sentences, predicted)  # in its own place
+    tags = {task.tsv_label: predicted}
+    tagged_files.write_tags(source, source, (task.texts[0], sentences), tags)  # in its own place
     assert read_tags(task, tmp_path) == (sentences, predicted)
     if suffix == ".parquet":
         expected = text_of(sentences, predicted)
@@ -115,7 +115,8 @@ def test_tags_are_added_to_files_without_them(suffix, tmp_path):
     assert read_split(task, "test", tmp_path).columns == ([["a", "c"], ["e"]],)
     out = tmp_path / task.server_files["test"]
     source = tmp_path / f"data{suffix}"
-    tagged_files.write_tags(out, source, names, [["a", "c"], ["e"]], [["O", "B-X"], ["I-X"]])
+    sentences, tags = [["a", "c"], ["e"]], [["O", "B-X"], ["I-X"]]
+    tagged_files.write_tags(out, source, (names[0], sentences), {names[1]: tags})
     if suffix == ".conll":
         assert out.read_text() == "a b O\nc d B-X\n\ne f I-X\n"
     else:
@@ -266,5 +267,6 @@ def test_class_labels_of_the_hub_are_read_as_their_names(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"row index 0: word 2: unknown tag 'I-X'"):
         read_split(task_files.resolve_task(record | {"labels": ["O", "B-X"]})[0], "train")
     out = tmp_path / "x.jsonl"
-    tagged_files.write_tags(out, None, ("tokens", "ner"), [["a"], ["c"]], [["O"], ["B-X"]])
+    tags = {"ner": [["O"], ["B-X"]]}
+    tagged_files.write_tags(out, None, ("tokens", [["a"], ["c"]]), tags)
     assert out.read_text() == '{"tokens": ["a"], "ner": ["O"]}\n{"tokens": ["c"], "ner": ["B-X"]}\n'

@@ -55,7 +55,6 @@ def write_tagged_split(path: Path, data: LoadedData, split: str, predicted: np.n
     if not np.array_equal(counts, () if known is None else known):
         raise UserError(f"the {split} split of {task.name} has changed since it was read")
     parts = np.split(np.array(task.labels)[predicted], np.cumsum(counts)[:-1])
-    write_tags(
-        path, source_file(task, split, folder), (task.texts[0], task.tsv_label),
-        sentences=sentences, tags=[part.tolist() for part in parts],
-    )  # fmt: skip
+    tags = {task.tsv_label: [part.tolist() for part in parts]}
+    source = source_file(task, split, folder)
+    write_tags(path, source, words=(task.texts[0], sentences), tags=tags)

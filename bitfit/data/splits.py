@@ -225,13 +225,22 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
 def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextColumns:
     """Return a table's sentences and, if the split has them, the tags of all words."""
     (words,) = task.texts
-    sentences = check_words(table, words)
-    counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
-    labels, continues, place = None, np.zeros(len(counts), bool), partial(place_word, table)
+    sentences, place, labels = check_words(table, words), partial(place_word, table), None
     if is_labelled(split):
         tags = list(chain.from_iterable(check_tags(table, words, task.tsv_label)))
-        places = [(row, n) for row, count in enumerate(counts) for n in range(count)]
+        places = [(row, n) for row, of_row in enumerate(sentences) for n in range(len(of_row))]
         labels = decode_labels(task, tags, lambda word: place(*places[word]), numbered=False)
+    return texts_of_words(sentences, labels, place)
+
+
+def texts_of_words(
+    sentences: list[list[str]],
+    labels: np.ndarray | None = None,
+    place: Callable[[int, int], str] | None = None,
+) -> TextColumns:
+    """Return sentences as `TextColumns`; the arguments are its columns, labels and place_word."""
+    counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
+    continues = np.zeros(len(counts), bool)
     return TextColumns((sentences,), labels, counts, continues=continues, place_word=place)
 
 

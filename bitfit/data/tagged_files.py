@@ -14,6 +14,7 @@ from bitfit.data.tasks import label_text
 from bitfit.files import atomic_file, write_text
 from utils import UserError
 
+Tags = dict[str, list[list[str]]]  # {column: the tags of each sentence}
 CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
 NEVER_EMPTY = {"UPOS", "XPOS", "DEPREL"}  # columns of CoNLL-U in which _ means a missing tag
 COLUMN_FILES = (".conll", ".txt", ".tsv", ".conllu")  # one word per line
@@ -136,34 +137,39 @@ def check_tags(table: readers.Table, words: str, tags: str) -> list[list[str]]:
 
 
 def write_tags(
-    path: Path, source: Path | None, names: tuple[str, str], sentences: list, tags: list[list[str]]
+    path: Path, source: Path | None, words: tuple[str, list[list[str]]], tags: Tags
 ) -> None:
     """Write sentences with predicted tags in the format of their file, atomically.
 
     Args:
-        source: the file of the sentences; None: the Hub, and JSON Lines are written.
-        names: the columns of words and tags. The column of tags is replaced, or added at the end.
-        sentences, tags: the words and the tags of all sentences.
+        source: the file of the sentences; None: they are of the Hub, and JSON Lines are written.
+        words: the column of the words, and the words of each sentence.
+        tags: {column: tags of each word of each sentence}. Columns that exist are replaced, others
+            are added as the last.
     """
-    words_name, tags_name = names
+    columns = dict([words]) if source is None else {}
+    by_row = [dict(zip(columns | tags, row, strict=True))
+              for row in zip(*(columns | tags).values(), strict=True)]  # fmt: skip
     if source is None:
-        pairs = zip(sentences, tags, strict=True)
-        rows = [{words_name: words, tags_name: predicted} for words, predicted in pairs]
-        write_text(path, json_lines(rows))
+        write_text(path, json_lines(by_row))
     elif source.suffix == ".jsonl":
         rows = [json.loads(line) for line in readers.read_lines(source)]
-        rows = [row | {tags_name: predicted} for row, predicted in zip(rows, tags, strict=True)]
-        write_text(path, json_lines(rows))
+        write_text(path, json_lines([row | new for row, new in zip(rows, by_row, strict=True)]))
     elif source.suffix == ".parquet":
-        write_parquet(path, source, tags_name, tags=tags)
+        write_parquet(path, source, tags)
     else:
-        file = read_columns(source)
-        column = file.columns.get(tags_name)
-        for sentence, predicted in zip(file.words, tags, strict=True):
-            for (index, _), tag in zip(sentence, predicted, strict=True):
-                line = file.lines[index]
-                file.lines[index] = replace_field(line, file.separator, column, value=tag)
-        write_text(path, "".join(f"{line}\n" for line in file.lines))
+        write_text(path, columns_text(read_columns(source), tags))
+
+
+def columns_text(file: ColumnFile, tags: Tags) -> str:
+    """Return the text of a CoNLL file with other tags."""
+    lines = list(file.lines)
+    for name, of_sentences in tags.items():
+        column = file.columns.get(name)
+        for sentence, of_words in zip(file.words, of_sentences, strict=True):
+            for (index, _), tag in zip(sentence, of_words, strict=True):
+                lines[index] = replace_field(lines[index], file.separator, column, value=tag)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -179,16 +185,17 @@ def replace_field(line: str, separator: str, column: int | None, value: str) -> 
     return "".join(parts)
 
 
-def write_parquet(path: Path, source: Path, name: str, tags: list[list[str]]) -> None:
-    """Write a Parquet file with a column of tags, which is replaced or added."""
+def write_parquet(path: Path, source: Path, tags: Tags) -> None:
+    """Write a Parquet file with columns of tags, which are replaced or added."""
     import pyarrow
     from pyarrow import parquet
 
     table = parquet.read_table(source).replace_schema_metadata(None)
-    column = pyarrow.array(tags, pyarrow.list_(pyarrow.string()))
-    if name in table.column_names:
-        table = table.set_column(table.column_names.index(name), name, column)
-    else:
-        table = table.append_column(name, column)
+    for name, values in tags.items():
+        column = pyarrow.array(values, pyarrow.list_(pyarrow.string()))
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), name, column)
+        else:
+            table = table.append_column(name, column)
     with atomic_file(path) as temporary:
         parquet.write_table(table, temporary)

@@ -1,13 +1,24 @@
 """Read lines of text and format predictions, for scripts/predict.py."""
 
+import os
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bitfit.data.splits import texts_of_words
+from bitfit.data.tagged_files import (
+    SUFFIXES,
+    check_words,
+    place_word,
+    read_sentences,
+    write_tags,
+)
 from bitfit.data.tasks import Task, predictions
-from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits
+from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits, predict_tags
 from utils import UserError
 
 INVALID_CHARACTERS = {  # signs that lines or letters would be misread
@@ -67,11 +78,57 @@ def line_texts(predictor: MultiTaskPredictor, line: bytes) -> tuple[str, ...]:
     return texts
 
 
+def check_files(tasks: Sequence[Task], source: str, output: str | None) -> None:
+    """Check --input and --output of scripts/predict.py before the model is loaded.
+
+    Raises:
+        UserError: the evaluators cannot read or write them.
+    """
+    suffix = Path(source).suffix
+    if output is None:
+        if tasks[0].is_tagging and suffix in (".conll", ".conllu", ".jsonl", ".parquet"):
+            raise UserError(f"--input {source}: to tag such a file, give --output FILE{suffix}")
+        return
+    if not tasks[0].is_tagging:
+        raise UserError("--output is for evaluators that tag words: leave it out")
+    if suffix not in SUFFIXES or Path(output).suffix != suffix:
+        raise UserError(
+            f"--output {output} has the format of --input: give both one of the endings "
+            f"{', '.join(SUFFIXES)}"
+        )
+    (words, *others), names = {task.texts[0] for task in tasks}, [task.tsv_label for task in tasks]
+    if others or len(set(names)) < len(names):
+        raise UserError("these evaluators read other words or write the same tags: give one")
+    if not check_words(read_sentences(Path(source), [words]), words):
+        raise UserError(f"--input {source} has no sentences")
+    if not os.access(Path(output).absolute().parent, os.W_OK):
+        raise UserError(f"--output {output}: its folder cannot be written")
+
+
+def tag_file(predictor: MultiTaskPredictor, source: Path, output: Path) -> None:
+    """Write a file of sentences with the tags of all evaluators, in its format."""
+    words = predictor.tasks[0].texts[0]
+    table = read_sentences(source, [words])
+    sentences = check_words(table, words)
+    by_task = predict_tags(predictor, texts_of_words(sentences, place=partial(place_word, table)))
+    names = [task.tsv_label for task in predictor.tasks]
+    tags = dict(zip(names, by_task, strict=True))
+    write_tags(output, source, words=(words, sentences), tags=tags)
+
+
 def predict_answers(
     predictor: MultiTaskPredictor, rows: Sequence[tuple[str, ...]]
 ) -> list[dict[str, dict[str, Any]]]:
     """Return {evaluator: answer} for examples of one or two texts; see `format_answers`."""
-    by_task = map(format_answers, predictor.tasks, predict_logits(predictor, rows))
+    by_task: Iterable[list[dict[str, Any]]]
+    if predictor.tasks[0].is_tagging:
+        sentences = [row[0].split() for row in rows]
+        by_task = [
+            [{"words": words, "tags": tags} for words, tags in zip(sentences, of_task, strict=True)]
+            for of_task in predict_tags(predictor, texts_of_words(sentences))
+        ]
+    else:
+        by_task = map(format_answers, predictor.tasks, predict_logits(predictor, rows))
     return [dict(zip(predictor.names, row, strict=True)) for row in zip(*by_task, strict=True)]
 
 

@@ -7,26 +7,31 @@ and the logits of a task are cut to its number of classes.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from bitfit.artifacts import saved_evaluator
-from bitfit.data.splits import TextColumns
-from bitfit.data.tasks import Task
+from bitfit.data.splits import TextColumns, texts_of_words, word_positions
+from bitfit.data.tasks import Task, predictions
 from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
+from bitfit.data.word_tokens import split_long_sentences
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
 from bitfit.model.added_biases import add_biases
 from bitfit.model.batching import split_into_micro_batches, to_device
+from bitfit.model.forward import select_labels
 from bitfit.model.predict import predict
 from bitfit.model.run_stack import Run, RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.tools.saved_evaluators import evaluator_folders
 from bitfit.training.prepare import assemble
 from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRIAL = tuple(
     " ".join(["a small film is good,"] * n) for n in (1, 4, 16)
@@ -58,6 +63,9 @@ def read_evaluators(folders: Iterable[str | Path], model_name: str | None = None
         (folder, *saved_evaluator.read_files(folder, model_name))
         for folder in evaluator_folders(folders)
     ]
+    if len({saved_evaluator.task_of(metadata).is_tagging for _, metadata, _ in found}) > 1:
+        message = "some of these evaluators tag words, and others read texts"
+        raise UserError(f"{message}: give evaluators of one kind")
     first, base, _ = found[0]
     for folder, metadata, tensors in found:
         has_matrices = metadata["model_sha256"] or any(
@@ -96,7 +104,7 @@ def load_predictor(
     model, tokenizer, trainable = load_base(found, widest, max(lengths))
     name = found[0][1]["model_name"]
     model.to(device)
-    trial = tokenize(TextColumns((list(TRIAL),), None), tokenizer, max(lengths)).to(device)
+    trial = tokenize_trial(widest, tokenizer, max(lengths)).to(device)
     runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
     prepared = assemble(
         model, name, trainable, runs=runs, dtype=dtype, max_tokens=max_tokens, tokens=trial
@@ -112,6 +120,17 @@ def load_predictor(
         names, tasks, lengths, tokenizer=tokenizer, forward=prepared.forward, stack=stack,
         token_budget=prepared.token_budget,
     )  # fmt: skip
+
+
+def tokenize_trial(
+    task: Task, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> TokenizedSplit:
+    """Return the tokens of TRIAL, read as texts or as sentences of words."""
+    texts = TextColumns((list(TRIAL),), None)
+    if task.is_tagging:
+        sentences = texts_of_words([text.split() for text in TRIAL])
+        texts = split_long_sentences(sentences, tokenizer, max_length)
+    return tokenize(texts, tokenizer, max_length)
 
 
 def load_base(
@@ -168,14 +187,47 @@ def predict_logits(
 
     If only heads trained, the encoder runs once for all evaluators.
     """
-    tokens, positions = tokenize_for_all(predictor, rows)
+    return logits_of_tokens(predictor, *tokenize_for_all(predictor, rows))
+
+
+def predict_tags(predictor: MultiTaskPredictor, texts: TextColumns) -> list[list[list[str]]]:
+    """Return the tags of each word of each sentence of K evaluators, within `stack.patched`.
+
+    Raises:
+        UserError: the evaluators have other lengths, or a word has no sub-tokens.
+    """
+    length = predictor.lengths[0]
+    if len(set(predictor.lengths)) > 1:
+        message = f"these evaluators were trained with other lengths: {predictor.lengths}"
+        raise UserError(f"{message}: give --max-seq-length")
+    rows = split_long_sentences(texts, predictor.tokenizer, length)
+    tokens = tokenize(rows, predictor.tokenizer, length)
+    positions = np.tile(np.arange(len(rows)), (len(predictor.tasks), 1))
+    logits = logits_of_tokens(predictor, tokens, positions)
+    ends = np.cumsum([len(words) for words in texts.columns[0]])[:-1]
+    return [
+        [
+            part.tolist()
+            for part in np.split(np.array(task.labels)[predictions(task, of_task)], ends)
+        ]
+        for task, of_task in zip(predictor.tasks, logits, strict=True)
+    ]
+
+
+def logits_of_tokens(
+    predictor: MultiTaskPredictor, tokens: TokenizedSplit, positions: np.ndarray
+) -> list[np.ndarray]:
+    """Return K arrays of logits (B, C) or (words, C) of the rows at `positions` (K, B)."""
     model = predictor.forward.model
     models_forward.check_ids(model, model.name_or_path, tokens)
     tokens = tokens.to(predictor.stack.params.device)
-    if predictor.stack.shares_encoder and len(predictor.tasks) > 1:
+    is_tagging = tokens.word_counts is not None
+    shares = predictor.stack.shares_encoder and len(predictor.tasks) > 1
+    if shares and not (is_tagging and predictor.forward.packed_encoder is None):
         with predictor.stack.routing():
-            all_logits = predict(predictor.forward, tokens, predictor.token_budget)  # (K, rows, C)
-        together = np.take_along_axis(all_logits, positions[..., None], axis=1)
+            together = predict(predictor.forward, tokens, predictor.token_budget)  # (K, rows, C)
+        if not is_tagging:
+            together = np.take_along_axis(together, positions[..., None], axis=1)
     else:
         together = predictor.token_budget.retry_on_oom(
             lambda: stacked_logits(predictor, tokens, positions)
@@ -189,7 +241,7 @@ def predict_logits(
 def stacked_logits(
     predictor: MultiTaskPredictor, tokens: TokenizedSplit, positions: np.ndarray
 ) -> np.ndarray:
-    """Return logits (K, B, C) on the host, for the positions (K, B) of the examples in `tokens`."""
+    """Return logits (K, B, C) or (K, words, C) on the host for rows at `positions` (K, B)."""
     predictor.forward.model.eval()
     runs, packed = len(positions), predictor.forward.packed_encoder is not None
     owner, flat = np.repeat(np.arange(runs), positions.shape[1]), positions.ravel()
@@ -207,11 +259,13 @@ def stacked_logits(
         pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], num_runs=runs)
         batch, routing = to_device(pair, tokens.ids.device)
         with predictor.stack.routing(routing):
-            outputs.append(predictor.forward(tokens, batch))
-    together = torch.cat(outputs)
+            outputs.append(select_labels(predictor.forward(tokens, batch), pair[0]))
+    together, order = torch.cat(outputs), np.concatenate(parts)
+    if tokens.word_counts is not None:
+        order = word_positions(tokens.word_counts[flat], order)
     logits = np.empty(together.shape, np.float32)
-    logits[np.concatenate(parts)] = together.cpu().numpy()
-    return logits.reshape(*positions.shape, -1)
+    logits[order] = together.cpu().numpy()
+    return logits.reshape(runs, -1, logits.shape[-1])
 
 
 def tokenize_for_all(
