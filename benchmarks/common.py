@@ -21,10 +21,12 @@ import transformers  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 from bitfit.data import splits  # noqa: E402
+from bitfit.data.task_files import resolve_task  # noqa: E402
 from bitfit.data.tasks import TASKS, Task  # noqa: E402
 from bitfit.data.tokens import (  # noqa: E402
     Split,
     TokenizedSplit,
+    split_long_sentences,
     tokenize,
 )
 from bitfit.model import loading  # noqa: E402
@@ -55,7 +57,8 @@ def make_parser(description: str, rows: int) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--task-name", default="cola", choices=TASKS)
-    parser.add_argument("--data-dir", default=str(ROOT / "examples/glue"))
+    parser.set_defaults(task_file=None)
+    parser.add_argument("--data-dir", help="None: the toy data, or the folder of the task file")
     parser.add_argument("--model-name", help="a folder; None: a random encoder")
     parser.add_argument("--size", default="minilm", choices=SIZES, help="of the random encoder")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -91,7 +94,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def random_model(size: str, labels: int = 2) -> PreTrainedModel:
+def random_model(size: str, labels: int = 2, is_tagging: bool = False) -> PreTrainedModel:
     """Return a random BERT of one of SIZES, always with the same weights."""
     hidden, layers, heads, inner = SIZES[size]
     config = transformers.BertConfig(
@@ -99,6 +102,8 @@ def random_model(size: str, labels: int = 2) -> PreTrainedModel:
         intermediate_size=inner, num_labels=labels,
     )  # fmt: skip
     torch.manual_seed(0)
+    if is_tagging:
+        return transformers.BertForTokenClassification(config)
     return transformers.BertForSequenceClassification(config)
 
 
@@ -106,28 +111,43 @@ def load(
     args: argparse.Namespace, task: Task
 ) -> tuple[PreTrainedTokenizerBase, Callable[[], PreTrainedModel]]:
     """Return (tokenizer, function that returns a new model with the same weights)."""
+    name = args.model_name or str(ROOT / "examples/tiny_bert")
+    tokenizer = loading.load_tokenizer(name, for_words=task.is_tagging)
     if args.model_name:
-        tokenizer = loading.load_tokenizer(args.model_name)
-        return tokenizer, lambda: loading.load_model(args.model_name, task)[0]
-    tokenizer = loading.load_tokenizer(str(ROOT / "examples/tiny_bert"))
-    return tokenizer, lambda: random_model(args.size, task.num_labels)
+        return tokenizer, lambda: loading.load_model(name, task)[0]
+    return tokenizer, lambda: random_model(args.size, task.num_labels, task.is_tagging)
 
 
-def pick_rows(args: argparse.Namespace, task: Task) -> tuple[splits.TextColumns, int]:
-    """Return (positions of the training examples to use, number of training examples)."""
-    texts = splits.read_split(task, "train", args.data_dir)
+def find_task(args: argparse.Namespace) -> tuple[Task, Any]:
+    """Return (task, folder of its data)."""
+    if args.task_file:
+        return resolve_task(args.task_file, args.data_dir)
+    return TASKS[args.task_name], args.data_dir or ROOT / "examples/glue"
+
+
+def pick_rows(
+    args: argparse.Namespace, task: Task, data_dir: str | Path | None
+) -> tuple[splits.TextColumns, int]:
+    """Return (the training examples to use, number of training examples)."""
+    texts = splits.read_split(task, "train", data_dir)
     picked = np.random.default_rng(0).permutation(len(texts))[: args.rows]
     return texts.take(picked), len(texts)
 
 
 def examples(tokens: TokenizedSplit) -> list[dict[str, Any]]:
-    """Return the examples of a split: [{"input_ids", "token_type_ids", "labels"}] of lists."""
-    assert tokens.labels is not None
-    ids, labels = tokens.ids.cpu().numpy(), tokens.labels.tolist()
+    """Return the examples of a split: [{"input_ids", "token_type_ids", "labels"}] of lists.
+
+    In tagging a word's label is at its first token, and -100 at all other tokens.
+    """
+    ids, labels = tokens.ids.cpu().numpy(), tokens.require_labels().cpu().numpy()
     types = None if tokens.types is None else tokens.types.cpu().numpy()
+    of_token = np.full(len(ids), -100)
+    if tokens.word_index is not None:
+        of_token[tokens.word_index] = labels
     rows = []
-    for begin, length, label in zip(tokens.starts, tokens.lengths, labels, strict=True):
-        row = {"input_ids": ids[begin : begin + length].tolist(), "labels": label}
+    for number, (begin, length) in enumerate(zip(tokens.starts, tokens.lengths, strict=True)):
+        label = labels[number] if tokens.word_index is None else of_token[begin : begin + length]
+        row = {"input_ids": ids[begin : begin + length].tolist(), "labels": label.tolist()}
         if types is not None:
             row["token_type_ids"] = types[begin : begin + length].tolist()
         rows.append(row)
@@ -246,9 +266,11 @@ def setup(
 
     Prints a line about the machine and the data.
     """
-    task, device = TASKS[args.task_name], pick_device()
+    (task, data_dir), device = find_task(args), pick_device()
     tokenizer, make_model = load(args, task)
-    texts, total = pick_rows(args, task)
+    texts, total = pick_rows(args, task, data_dir)
+    if task.is_tagging:
+        texts = split_long_sentences(texts, tokenizer, LENGTH)
     print(
         f"{task.name}, {len(texts)} examples per run, batch {args.batch_size}, {args.rounds} "
         f"rounds: median (range), {machine(device)}",

@@ -24,6 +24,7 @@ from common import (
     DTYPES,
     LENGTH,
     ROOT,
+    find_task,
     loading,
     machine,
     make_parser,
@@ -142,8 +143,8 @@ def measure(folders: list[Path], rows: list[tuple[str, ...]], args: argparse.Nam
 
 def main() -> None:
     args = parse_args()
-    task = TASKS[args.task_name]
-    texts, _ = pick_rows(args, task)
+    task, data_dir = find_task(args)
+    texts, _ = pick_rows(args, task, data_dir)
     rows = list(zip(*texts.columns, strict=True))
     names = [name for name, other in TASKS.items() if len(other.texts) <= len(task.texts)]
     print(f"{len(rows)} rows of {task.name}, {args.precision}, batch {args.batch_size}, "

@@ -2,6 +2,7 @@
 
     pip install accelerate
     python benchmarks/peers.py --task-name cola --data-dir <GLUE folder> --model-name <folder>
+    python benchmarks/peers.py --task-file examples/tagging/toy-pos.json --model-name <folder>
 
 Trainer gets its best flags: length grouping, bf16 autocast, the fused AdamW, no logging and no
 checkpoints. Both train the same parameters (all biases and the classifier) on the same examples at
@@ -40,6 +41,7 @@ from bitfit.data.tokens import TokenizedSplit
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, rows=512)
+    parser.add_argument("--task-file", help="instead of --task-name, such as a tagging task's")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--datasets", action="store_true",
@@ -76,6 +78,12 @@ def make_trainer(
     It needs a new model every time, since Trainer wraps the forward pass of its model.
     """
     rows, device = examples(tokens), tokens.ids.device
+    is_tagging = tokens.word_index is not None
+    collator = (
+        transformers.DataCollatorForTokenClassification
+        if is_tagging
+        else transformers.DataCollatorWithPadding
+    )
     if as_dataset:
         import datasets
 
@@ -88,7 +96,7 @@ def make_trainer(
                 model=train_biases(make_model()),
                 args=arguments(batch_size, precision, folder, device=device),
                 train_dataset=rows,
-                data_collator=transformers.DataCollatorWithPadding(tokenizer),
+                data_collator=collator(tokenizer),
             )
             trainer.remove_callback(transformers.PrinterCallback)
             return trainer.train().metrics["train_runtime"]

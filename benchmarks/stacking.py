@@ -29,6 +29,7 @@ from bitfit.tracking.tracker import peak_gib
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, rows=64)
+    parser.add_argument("--task-file", help="instead of --task-name, such as a tagging task's")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--max-tokens", type=int, help="None: the device's default")
