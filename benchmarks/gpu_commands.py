@@ -28,6 +28,7 @@ Outcome = tuple[bool, str]  # whether a check passed, and its message
 TYPES = ("bitfit", "frozen", "full_ft", "rand_uniform", "rand_row_col")
 TOY = ["--task-name", "cola", "--data-dir", str(ROOT / "examples/glue"), "--train-size", "64",
        "--batch-size", "8", "--quiet"]  # fmt: skip
+TAGGING = ["--task-file", str(ROOT / "examples/tagging/toy-pos.json"), *TOY[4:]]
 SWEEP = [*TOY, "--fine-tune-type", "bitfit", "--learning-rate", "1e-3", "3e-3", "--seed", "0", "1",
          "2", "--epochs", "6"]  # fmt: skip
 
@@ -101,6 +102,38 @@ def check_type(method: str, precision: str, model: str, folder: Path) -> Outcome
     return off < (2e-3 if precision == "fp32" else 3e-2), f"losses differ by {off:.1e}"
 
 
+def write_modernbert(folder: Path) -> str:
+    """Write a random ModernBERT, which has no biases and no dropout, with the tiny tokenizer."""
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    model = folder / "modernbert"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "examples/tiny_bert")
+    config = transformers.ModernBertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=96, max_position_embeddings=128, local_attention=16,
+        pad_token_id=tokenizer.pad_token_id, cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id, bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.ModernBertForMaskedLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return str(model)
+
+
+def check_sweep(name: str, flags: Sequence[str], precision: str, folder: Path) -> Outcome:
+    """Compare the runs of a sweep with the CPU in float32."""
+    flags = [*flags, "--fine-tune-type", "bitfit", "--learning-rate", "5e-4", "1e-3",
+             "--seed", "0", "1", "--epochs", "3"]  # fmt: skip
+    gpu, cpu = folder / f"{name}-{precision}", folder / f"{name}-{precision}-cpu"
+    run_glue(gpu, *flags, "--precision", precision, "--no-tf32", "--predict-test")
+    run_glue(cpu, *flags, "--precision", "fp32", "--gpu-device", "cpu")
+    off = difference(gpu, cpu)
+    return off < (2e-3 if precision == "fp32" else 3e-2), f"losses differ by {off:.1e}"
+
+
 def check_predict(folder: Path) -> Outcome:
     """Predict a sentence with a saved evaluator."""
     script = str(ROOT / "scripts/predict.py")
@@ -156,6 +189,12 @@ def check(args: argparse.Namespace, folder: Path) -> bool:
             for method in TYPES
             for precision in ("fp32", "bf16")
         }
+        tagging = [*TAGGING, "--model-name", model]
+        added = [*TOY, "--model-name", write_modernbert(folder), "--add-biases"]
+        for precision in ("fp32", "bf16"):
+            for name, flags in (("tagging", tagging), ("added biases", added)):
+                job = pool.submit(check_sweep, name, flags, precision, folder)
+                jobs[f"{name} in {precision}"] = job
         jobs["a sweep in micro-batches"] = pool.submit(check_micro_batches, model, folder)
         jobs["a sweep stopped and resumed"] = pool.submit(check_resume, folder)
         jobs["two ranks"] = pool.submit(check_ranks, model, folder)
