@@ -97,13 +97,14 @@ def test_one_line_says_which_biases_were_added(modern, caplog):
     ]
 
 
-def test_runs_in_one_pass_equal_single_runs(modern):
+@pytest.mark.parametrize("kind", ["modernbert", "eurobert"])
+def test_runs_in_one_pass_equal_single_runs(modern, kind):
     """Each row gets the biases of its run; no dropout in this model."""
-    together = prepared(modern["modernbert"], 0, 1, add_biases=True)
+    together = prepared(modern[kind], 0, 1, add_biases=True)
     assert together.prepared.reason_not_stackable(together.tokens("train")) is None
     together.train_and_evaluate(2)
     for number in (0, 1):
-        alone = prepared(modern["modernbert"], number, add_biases=True)
+        alone = prepared(modern[kind], number, add_biases=True)
         alone.train_and_evaluate(2)
         together.select(number)
         assert together.record.train_loss == pytest.approx(alone.record.train_loss, rel=1e-4)
