@@ -58,17 +58,17 @@ def kernel_difference(
         for _ in range(3)
     )
     arrays = sequences.first_cu_seqlens if first else sequences.cu_seqlens, sequences.cu_seqlens
-    bounds = tuple(torch.from_numpy(own).to(device) for own in arrays)
+    bounds = tuple(torch.from_numpy(array).to(device) for array in arrays)
     longest = 1 if first else sequences.max_seqlen, sequences.max_seqlen
     rows = torch.from_numpy(sequences.sequence_starts).to(device)
     results = []
     fast = attention.varlen_kernel if device.type == "cuda" else attention.plain_varlen_kernel
-    for kernel, of in ((fast, dtype), (attention.plain_varlen_kernel, torch.float64)):
-        own = [x.detach().to(of).requires_grad_() for x in (q, k, v)]
-        query = own[0].index_select(0, rows) if first else own[0]
-        out = kernel(query, own[1], own[2], bounds, longest, 0.0, size**-0.5)
+    for kernel, kind in ((fast, dtype), (attention.plain_varlen_kernel, torch.float64)):
+        inputs = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        query = inputs[0].index_select(0, rows) if first else inputs[0]
+        out = kernel(query, inputs[1], inputs[2], bounds, longest, 0.0, size**-0.5)
         out.double().square().sum().backward()
-        results.append([out.detach(), *(x.grad for x in own)])
+        results.append([out.detach(), *(x.grad for x in inputs)])
     pairs = ((a.double(), b.double()) for a, b in zip(*results, strict=True))
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
@@ -99,9 +99,9 @@ def check_dropout(args: argparse.Namespace, device: torch.device) -> Outcome:
         (dropped.select(axis, 0) == dropped.select(axis, 1)).double().mean().item()
         for axis in range(4)
     ]
-    alike = max(abs(share - (rate**2 + (1 - rate) ** 2)) for share in same)
-    message = f"{rate:.4f}, two masks are alike as often as by chance to {alike:.3f}"
-    return abs(rate - 0.1) < 3e-3 and alike < 0.01, message
+    deviation = max(abs(share - (rate**2 + (1 - rate) ** 2)) for share in same)
+    message = f"{rate:.4f}, two masks are alike as often as by chance to {deviation:.3f}"
+    return abs(rate - 0.1) < 3e-3 and deviation < 0.01, message
 
 
 def check_packing(args: argparse.Namespace, device: torch.device) -> Outcome:
@@ -109,9 +109,9 @@ def check_packing(args: argparse.Namespace, device: torch.device) -> Outcome:
     ours = make_runs(args, random_tokens("RTE", 64, device), 1)
     packed_encoder = ours.plan_in(DTYPES[args.precision]).forward.packed_encoder
     fused = device.type == "cuda" and args.precision == "bf16"
-    good = packed_encoder and packed_encoder.after_attention and packed_encoder.varlen == fused
+    passed = packed_encoder and packed_encoder.after_attention and packed_encoder.varlen == fused
     return bool(
-        good
+        passed
     ), "off" if not packed_encoder else "fused" if packed_encoder.varlen else "grouped"
 
 
@@ -146,7 +146,7 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
 
 def check_repeat(args: argparse.Namespace, device: torch.device) -> Outcome:
     """Compare a training with a second one, and with one without CUDA graphs, bit by bit."""
-    messages, good = [], True
+    messages, passed = [], True
     for runs in (1, 3):
         results = []
         for graphs in (True, True, False):
@@ -156,12 +156,12 @@ def check_repeat(args: argparse.Namespace, device: torch.device) -> Outcome:
             state = trained(ours, DTYPES[args.precision], 40, graphs=graphs)
             results.append(torch.cat([ours.stack.params.flatten(), state.loss_sum]))
             used = len(state.graphs.graphs) if state.graphs else 0
-            good &= not (graphs and device.type == "cuda" and not used)
+            passed &= not (graphs and device.type == "cuda" and not used)
             messages.append(f"{used} graphs" if graphs and len(results) == 1 else "")
         off = [(results[0] - other).abs().max().item() for other in results[1:]]
-        good &= off == [0, 0]
+        passed &= off == [0, 0]
         messages.append(f"{runs} runs: again off by {off[0]:.0e}, without graphs {off[1]:.0e}")
-    return good, ", ".join(filter(None, messages))
+    return passed, ", ".join(filter(None, messages))
 
 
 def check_waits(args: argparse.Namespace, device: torch.device) -> Outcome:
@@ -169,7 +169,7 @@ def check_waits(args: argparse.Namespace, device: torch.device) -> Outcome:
     if device.type == "cpu":
         return True, "not asked: no GPU"
     tokens, dtype = random_tokens("CoLA", 16 * args.batch_size, device), DTYPES[args.precision]
-    messages, good = [], True
+    messages, passed = [], True
     for graphs in (False, True):
         ours = make_runs(args, tokens, 5)
         with training(ours, dtype, graphs) as state:
@@ -181,8 +181,8 @@ def check_waits(args: argparse.Namespace, device: torch.device) -> Outcome:
         copies = {e.key: e.count for e in seen.key_averages() if "HtoD" in e.key}
         pageable = sum(n for name, n in copies.items() if "Pageable" in name)
         messages.append(f"{sum(copies.values()) / 8:.1f} copies a step, {pageable} stalled")
-        good &= pageable == 0
-    return good, f"none; without graphs {messages[0]}; with graphs {messages[1]}"
+        passed &= pageable == 0
+    return passed, f"none; without graphs {messages[0]}; with graphs {messages[1]}"
 
 
 @contextmanager
@@ -271,10 +271,10 @@ def failed_checks(args: argparse.Namespace, device: torch.device) -> bool:
     failed = False
     for name, work in CHECKS.items():
         begin = time.perf_counter()
-        good, message = work(args, device)
-        failed |= not good
+        passed, message = work(args, device)
+        failed |= not passed
         taken = time.perf_counter() - begin
-        print(f"{'ok  ' if good else 'FAIL'} {name}: {message} ({taken:.1f} s)", flush=True)
+        print(f"{'ok  ' if passed else 'FAIL'} {name}: {message} ({taken:.1f} s)", flush=True)
     return failed
 
 

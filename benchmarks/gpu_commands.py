@@ -69,11 +69,11 @@ def losses(output: Path) -> dict[Path, list[float]]:
     }
 
 
-def difference(one: Path, other: Path) -> float:
+def difference(path: Path, other: Path) -> float:
     """Return the largest difference of two output folders' losses, relative to the loss."""
-    a, b = losses(one), losses(other)
+    a, b = losses(path), losses(other)
     if a.keys() != b.keys() or not a:
-        raise RuntimeError(f"{one} has the runs {list(a)}, {other} {list(b)}")
+        raise RuntimeError(f"{path} has the runs {list(a)}, {other} {list(b)}")
     pairs = [(x, y) for run in a for x, y in zip(a[run], b[run], strict=True)]
     return max(abs(x - y) / abs(y) for x, y in pairs)
 
@@ -207,11 +207,11 @@ def check(args: argparse.Namespace, folder: Path) -> bool:
 def report(name: str, work: Callable[[], Outcome]) -> bool:
     """Print what a check found, and return whether it passed."""
     try:
-        good, message = work()
+        passed, message = work()
     except Exception as error:  # the other checks go on
-        good, message = False, f"{type(error).__name__}: {error}"
-    print(f"{'ok  ' if good else 'FAIL'} {name}: {message}", flush=True)
-    return good
+        passed, message = False, f"{type(error).__name__}: {error}"
+    print(f"{'ok  ' if passed else 'FAIL'} {name}: {message}", flush=True)
+    return passed
 
 
 def write_data(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
@@ -263,8 +263,8 @@ def train_with_trainer(args: argparse.Namespace) -> None:
         trainer = transformers.Trainer(
             model=train_biases(model), args=settings, train_dataset=train, eval_dataset=dev,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda own: {
-                "accuracy": np.mean(own.predictions.argmax(-1) == own.label_ids)
+            compute_metrics=lambda output: {
+                "accuracy": np.mean(output.predictions.argmax(-1) == output.label_ids)
             },
         )  # fmt: skip
         trainer.train()

@@ -108,9 +108,9 @@ def main() -> int:
             plain = measure([sys.executable], 2, flags_of(args, case))
             pairs.append((plain, measure(TORCHRUN, 1, flags_of(args, case))))
         for i, part in enumerate(("training", "command")):
-            one, two = ([side[i] for side in sides] for sides in zip(*pairs, strict=True))
-            print(f"{case}, {part}: one process {spread(one)} s | two ranks {spread(two)} s | "
-                  f"ratio {ratio(zip(one, two, strict=True))}", flush=True)  # fmt: skip
+            alone, split = ([side[i] for side in sides] for sides in zip(*pairs, strict=True))
+            print(f"{case}, {part}: one process {spread(alone)} s | two ranks {spread(split)} s | "
+                  f"ratio {ratio(zip(alone, split, strict=True))}", flush=True)  # fmt: skip
     steps = math.ceil(int(args.train_size) / int(args.batch_size))
     for case in args.cases:
         calls = traffic(args, case)

@@ -48,18 +48,18 @@ def main() -> None:
         return Ours(make_model().to(device), tokens, task, batch_size=args.batch_size, runs=count,
                     max_tokens=args.max_tokens)  # fmt: skip
 
-    one = make_runs(1)
+    single = make_runs(1)
     for runs in args.runs:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         stack = make_runs(runs)
-        for warmed in (stack, one):
+        for warmed in (stack, single):
             warmed.epoch(args.precision)
         pairs, rates = [], []
         for _ in range(args.rounds):
             rates.append(gemm_rate(args.precision, device))
             stacked = stack.epoch(args.precision)
-            pairs.append((sum(one.epoch(args.precision) for _ in range(runs)), stacked))
+            pairs.append((sum(single.epoch(args.precision) for _ in range(runs)), stacked))
         apart, together = ([pair[i] for pair in pairs] for i in (0, 1))
         hourly = 3600 * runs / (median(together) * total / count)
         share = runs * flop / median(together) / max(rates)

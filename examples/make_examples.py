@@ -30,7 +30,7 @@ IGNORED = -100  # the label that cross_entropy skips
 def make_tokenizer() -> BertTokenizerFast:
     """BERT's tokenizer with the language's words, and single characters for all others."""
     characters = [*string.ascii_lowercase, *string.digits]
-    pieces = [*string.punctuation, *characters, *("##" + one for one in characters)]
+    pieces = [*string.punctuation, *characters, *("##" + character for character in characters)]
     tokens = list(dict.fromkeys([*SPECIAL_TOKENS, *toy.vocabulary(), *pieces]))
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=128)

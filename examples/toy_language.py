@@ -132,12 +132,12 @@ def predicate(fact: Fact, plural: bool) -> str:
     """Return the verb phrase of a fact, with the verb in the given number."""
     word, negated = fact["word"], fact["negated"]
     if SCALES[word] in STATES:
-        said = [("are" if plural else "is"), *(["not"] if negated else []), word]
+        words = [("are" if plural else "is"), *(["not"] if negated else []), word]
     elif negated:
-        said = [("do" if plural else "does"), "not", word]
+        words = [("do" if plural else "does"), "not", word]
     else:
-        said = [word if plural else with_s(word)]
-    return " ".join(said + ([name(*fact["object"])] if fact["object"] else []))
+        words = [word if plural else with_s(word)]
+    return " ".join(words + ([name(*fact["object"])] if fact["object"] else []))
 
 
 def place_words(fact: Fact) -> str:

@@ -131,15 +131,17 @@ def study_method(metrics: dict[str, Any]) -> str:
     if metrics["random_encoder"] or "started_from" in metrics:
         return ""
     terms = tuple(sorted(metrics["bias_terms"]))
-    some = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q",
+    names = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q",
             ("value",): "b_v"}  # fmt: skip
-    return metrics["fine_tune_type"] if terms in ((), ("all",)) else some.get(terms, "")
+    return metrics["fine_tune_type"] if terms in ((), ("all",)) else names.get(terms, "")
 
 
 def in_study_order(groups: list[list[Run]]) -> list[list[Run]]:
     """Return the groups in the order of METHOD_STYLES; methods that it lacks are last."""
     positions = {name: number for number, name in enumerate(METHOD_STYLES)}
-    return sorted(groups, key=lambda of: positions.get(study_method(of[0][0]), len(positions)))
+    return sorted(
+        groups, key=lambda group: positions.get(study_method(group[0][0]), len(positions))
+    )
 
 
 def line_styles(methods: list[str]) -> list[LineStyle]:

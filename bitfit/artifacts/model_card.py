@@ -158,8 +158,8 @@ def paragraphs(
     if task.record:
         yield f"The task file:\n\n```json\n{json.dumps(task.record, indent=2)}\n```"
     versions = ", ".join(f"{name} {metadata[name]}" for name in ("torch", "transformers", "python"))
-    made = f"Learning rate {metrics['learning_rate']:g}, seed {metrics['seed']}"
-    yield f"{made}, {metadata['precision']} on {metadata['device']}, {versions}."
+    run = f"Learning rate {metrics['learning_rate']:g}, seed {metrics['seed']}"
+    yield f"{run}, {metadata['precision']} on {metadata['device']}, {versions}."
 
 
 def sentences(task: Task, metrics: Metadata, metadata: Metadata) -> Iterator[str]:
@@ -184,8 +184,8 @@ def sentences(task: Task, metrics: Metadata, metadata: Metadata) -> Iterator[str
     yield f"{TRAINED[metrics['fine_tune_type']]}:"
     if metrics["bias_terms"] not in ([], ["all"]):
         yield f"{', '.join(metrics['bias_terms'])};"
-    count, of = metrics["trained_parameters"], metrics["all_parameters"]
-    yield f"{count:,} of {of:,} parameters ({count / of:.2%})."
+    count, total = metrics["trained_parameters"], metrics["all_parameters"]
+    yield f"{count:,} of {total:,} parameters ({count / total:.2%})."
 
 
 def which_weights(metrics: Metadata, metadata: Metadata) -> str:

@@ -50,7 +50,7 @@ def flag_values(options: RunOptions, task: dict[str, Any] | None) -> dict[str, A
 
 
 def run_metadata(evaluator: "GLUEvaluator") -> dict[str, Any]:
-    """Return what args.json has beside flags and fingerprints: program, model and machine."""
+    """Return the values of program, model and machine in args.json."""
     import torch
 
     on_gpu = evaluator.setup.device.type == "cuda"

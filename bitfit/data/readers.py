@@ -101,17 +101,17 @@ def code_points(letters: str) -> str:
     return " ".join(f"U+{ord(c):04X}" for c in letters) or "nothing"
 
 
-def check_column_names(where: object, names: Sequence[str], wanted: Sequence[str]) -> None:
+def check_column_names(source: object, names: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise a UserError if a column occurs twice or is missing."""
     counted = set()
     for name in names:
         if name in counted:
-            raise UserError(f"{where}: the column {quote_value(name)} occurs twice: give it once")
+            raise UserError(f"{source}: the column {quote_value(name)} occurs twice: give it once")
         counted.add(name)
     for name in wanted:
         if name not in counted:
             among = f"{quote_names(names)}{describe_look_alike(name, names)}"
-            raise UserError(f"{where}: no column {quote_value(name)} among {among}")
+            raise UserError(f"{source}: no column {quote_value(name)} among {among}")
 
 
 def check_no_lfs_pointer(path: Path) -> None:

@@ -32,10 +32,10 @@ def require_keys(
         raise UserError(f'{inside}the key "{missing[0]}" is missing')
 
 
-def require_one_of(record: dict[str, Json], one: str, other: str) -> None:
-    if (one in record) == (other in record):
-        both = "not both" if one in record else "none is there"
-        raise UserError(f'give one of the keys "{one}" and "{other}", {both}')
+def require_one_of(record: dict[str, Json], first: str, second: str) -> None:
+    if (first in record) == (second in record):
+        reason = "not both" if first in record else "none is there"
+        raise UserError(f'give one of the keys "{first}" and "{second}", {reason}')
 
 
 def matches(pattern: str, word: Json) -> bool:

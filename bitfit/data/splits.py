@@ -113,8 +113,8 @@ def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
     if task.is_tagging:
         texts = make_tagged_columns(task, split, parts[0])
     else:
-        made = [make_text_columns(task, split, part, numbered=numbered) for part in parts]
-        texts = concatenate_texts(made)
+        tables = [make_text_columns(task, split, part, numbered=numbered) for part in parts]
+        texts = concatenate_texts(tables)
     if not len(texts):
         problem = f"the {split} split of {task.name} is empty"
         raise UserError(f"{problem}: {parts[0].source} has no rows; give a file with rows")
@@ -195,9 +195,9 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
         return (read_sentences if task.is_tagging else readers.read_file)(path, wanted)
     hub = record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
-    where = hub["name"], hub["config"], hub["splits"][split]
+    dataset = hub["name"], hub["config"], hub["splits"][split]
     table, features = readers.load_hub(
-        *where, advice=copies, wanted=wanted, revision=hub["revision"]
+        *dataset, advice=copies, wanted=wanted, revision=hub["revision"]
     )
     feature = features.get(task.tsv_label)
     classes = getattr(getattr(feature, "feature", feature), "names", None)

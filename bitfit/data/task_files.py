@@ -63,7 +63,7 @@ def task_of(record: Record) -> Task:
         texts=tuple([record["words"]] if "words" in record else record["texts"]),
         labels=tuple(record.get("labels", ())), metrics=tuple(record["metrics"]),
         tsv_label=record["tags" if "words" in record else "label"], labels_by_name=True,
-        splits={name: where for name, where in splits.items() if name != "train"},
+        splits={name: source for name, source in splits.items() if name != "train"},
         score_range=tuple(record.get("scores", Task.score_range)), record=record,
         excluded_labels=tuple(record.get("exclude_labels", ())),
     )  # fmt: skip
@@ -120,11 +120,11 @@ def default_data_dir(path: str | Path) -> str:
     return str(Path(path).parent)
 
 
-def validate_record(record: Record, where: object) -> Record:
+def validate_record(record: Record, source: object) -> Record:
     """Return the content of a task file with defaults, labels as text, and splits by name.
 
     Raises:
-        UserError: the message begins with `where` and names the key.
+        UserError: the message begins with `source` and names the key.
     """
     try:
         is_tagging = isinstance(record, dict) and not {"words", "tags"}.isdisjoint(record)
@@ -138,7 +138,7 @@ def validate_record(record: Record, where: object) -> Record:
         check_metrics(record["metrics"], record.get("labels"), is_tagging)
         return record
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
 def check_keys(record: Json) -> Record:
@@ -202,8 +202,8 @@ def parse_labels(labels: Json) -> list[str]:
     seen: dict[str, str] = {}
     for word in words:
         other = seen.setdefault(normalize_label(word), word)
-        alike = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
-        require(other == word, "labels", f"{alike} look alike: give one of them")
+        pair = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
+        require(other == word, "labels", f"{pair} look alike: give one of them")
     return words
 
 
@@ -238,9 +238,9 @@ def check_excluded(
 
 
 def parse_scores(scores: Json) -> list[float]:
-    right = isinstance(scores, list) and len(scores) == 2
-    right = right and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)
-    require(right and scores[0] < scores[1], "scores", "give the lowest and the highest, as [0, 5]")
+    valid = isinstance(scores, list) and len(scores) == 2
+    valid = valid and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)
+    require(valid and scores[0] < scores[1], "scores", "give the lowest and the highest, as [0, 5]")
     return [float(score) for score in scores]
 
 
@@ -258,19 +258,21 @@ def check_metrics(metrics: Json, labels: list[str] | None, is_tagging: bool) -> 
         others = [label for label in labels or () if not re.fullmatch(ENTITY_TAG, label)]
         message = f"Entity-F1 is for the tags O, B-..., I-..., not {', '.join(others[:3])}"
         require(not others, "metrics", message)
-    many = labels and len(labels) > 2
+    multiclass = labels and len(labels) > 2
     require(
-        not many or "F1" not in metrics, "metrics", "F1 is for two labels; Macro-F1 is for more"
+        not multiclass or "F1" not in metrics,
+        "metrics",
+        "F1 is for two labels; Macro-F1 is for more",
     )
 
 
 def parse_splits(splits: Json, key: str) -> dict[str, str]:
     """Return {split: file or Hub split}, sorted, so that the order in the file has no effect."""
     require(isinstance(splits, dict) and splits, key, 'give an object, {"train": ..., ...}')
-    for split, where in splits.items():
+    for split, source in splits.items():
         advice = "name the splits train, validation, test, validation_... or test_..."
         require(matches(SPLIT, split), key, f'unknown split "{split}"; {advice}')
-        require(matches(WORD, where), key, f"{split}: give a name, not {where!r}")
+        require(matches(WORD, source), key, f"{split}: give a name, not {source!r}")
     for split in ("train", "validation"):
         require(split in splits, key, f'the split "{split}" is missing')
     return dict(sorted(splits.items()))
@@ -293,8 +295,8 @@ def parse_hub(hub: Json) -> dict[str, Any]:
     require_keys(hub, ("name", "splits"), ("config", "revision"), inside='"hub": ')
     hub = {"config": None, "revision": None, **hub}
     for key in ("name", "config", "revision"):
-        right = matches(WORD, hub[key]) or (hub[key] is None and key != "name")
-        require(right, "hub", f"{key}: give a name, not {hub[key]!r}")
+        valid = matches(WORD, hub[key]) or (hub[key] is None and key != "name")
+        require(valid, "hub", f"{key}: give a name, not {hub[key]!r}")
     return hub | {"splits": parse_splits(hub["splits"], "splits")}
 
 

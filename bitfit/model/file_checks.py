@@ -62,8 +62,8 @@ def cannot_load(
             "is missing: fetch it"
         )
     if "does not appear to have a file named" in message and not hub.is_local(model_name):
-        where = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
-        return UserError(f"cannot load the model {name}: {first_line(error)}: {unconverted(where)}")
+        place = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
+        return UserError(f"cannot load the model {name}: {first_line(error)}: {unconverted(place)}")
     if problem := broken_file(Path(model_name), error):
         return UserError(f"cannot load the model {name}: {problem}")
     return UserError(
@@ -115,12 +115,12 @@ def broken_file(folder: Path, error: BaseException) -> str | None:
     return None if weights else "there is no model.safetensors in it: fetch it, or save the model"
 
 
-def unconverted(where: str) -> str:
+def unconverted(place: str) -> str:
     """Return why pickled weights are not read, and how to convert them."""
     problem = (
         "pickled weights (pytorch_model.bin) are not read, as they can hold code: convert them"
     )
-    return f'{problem} {where} with python -c "{CONVERT}"'
+    return f'{problem} {place} with python -c "{CONVERT}"'
 
 
 def unreadable(path: Path) -> str | None:

@@ -123,16 +123,16 @@ def read_words_like_text(tokenizer: "PreTrainedTokenizerBase", model_name: str |
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        what = "is written in Python and does not tell the tokens of each word"
-        raise UserError(f"the tokenizer of {model_name} {what}: tagging needs a fast tokenizer")
+        problem = "is written in Python and does not tell the tokens of each word"
+        raise UserError(f"the tokenizer of {model_name} {problem}: tagging needs a fast tokenizer")
     if backend.pre_tokenizer is not None and not reads_words_like_text(tokenizer):
         content = backend.to_str().replace('"add_prefix_space":false', '"add_prefix_space":true')
         content = content.replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
         backend.pre_tokenizer = Tokenizer.from_str(content).pre_tokenizer
         tokenizer.add_prefix_space = True  # for its saved copy
     if not reads_words_like_text(tokenizer):
-        what = "reads words otherwise than texts: the results may be worse"
-        LOGGER.warning("the tokenizer of %s %s", model_name, what)
+        problem = "reads words in another way than texts: the results may be worse"
+        LOGGER.warning("the tokenizer of %s %s", model_name, problem)
 
 
 def reads_words_like_text(tokenizer: "PreTrainedTokenizerBase") -> bool:

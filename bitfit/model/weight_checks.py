@@ -221,21 +221,25 @@ def log_weights_used(
         initialized, outputs: the result of `align_head`.
     """
     kept = {n for n in head_names(model) if n not in initialized}
-    both = {module_of(n) for n in kept} & {module_of(n) for n in initialized}
-    alike = modules_of(n for n in absent if in_encoder(model, n))
+    partly = {module_of(n) for n in kept} & {module_of(n) for n in initialized}
+    random_modules = modules_of(n for n in absent if in_encoder(model, n))
     unused = sorted({".".join(module_of(n).split(".")[:2]) or n for n in info["unexpected_keys"]})
-    parts = ["kept the encoder" + "".join(f", {name}" for name in modules_of(kept, both))]
-    if alike:
-        parts.append(f"{', '.join(alike)} is absent: initialized at random, alike in all runs")
+    parts = ["kept the encoder" + "".join(f", {name}" for name in modules_of(kept, partly))]
+    if random_modules:
+        parts.append(
+            f"{', '.join(random_modules)} is absent: initialized at random, alike in all runs"
+        )
     if initialized:
-        parts.append(f"initialized from the run's seed: {', '.join(modules_of(initialized, both))}")
+        parts.append(
+            f"initialized from the run's seed: {', '.join(modules_of(initialized, partly))}"
+        )
     parts += [outputs] if outputs else []
     if unused:
         more = f" and {len(unused) - 4} more" * (len(unused) > 4)
         parts.append(f"not used: {', '.join(unused[:4])}{more}")
     lost = any(in_encoder(model, n) and ".pooler." not in n and not re.search(BUFFERS, n)
                for n in info["unexpected_keys"])  # fmt: skip
-    level = logging.WARNING if alike or outputs or lost else logging.INFO
+    level = logging.WARNING if random_modules or outputs or lost else logging.INFO
     LOGGER.log(level, "weights of %s: %s", model_name, "; ".join(parts))
 
 

@@ -29,9 +29,9 @@ def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """Return {split: {metric: [value per scored epoch]}} of one run."""
     return {
         split: {
-            metric: list(values) for metric, values in of.groupby("metric", sort=False)["value"]
+            metric: list(values) for metric, values in part.groupby("metric", sort=False)["value"]
         }
-        for split, of in scores.groupby("split", sort=False)
+        for split, part in scores.groupby("split", sort=False)
     }
 
 
@@ -58,8 +58,8 @@ def last_and_best(scores: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]
     epochs = {"last": scores["epoch"].iloc[-1], "best": best_epochs(scores, task).iloc[0]}
     return {
         name: {"epoch": int(epoch)} | {
-            split: {metric: values[0] for metric, values in of.items()}
-            for split, of in scores_by_split(scores[scores["epoch"] == epoch]).items()
+            split: {metric: values[0] for metric, values in part.items()}
+            for split, part in scores_by_split(scores[scores["epoch"] == epoch]).items()
         }
         for name, epoch in epochs.items()
     }  # fmt: skip

@@ -113,8 +113,8 @@ def totals_line(study: Study, costs: Costs, left: Sequence[Cell]) -> str:
         values = [function(cell) for cell in study.cells]
         known = [value for value in values if value is not None]
         if known:
-            some = "" if len(known) == len(values) else f" (of {len(known)} cells)"
-            parts.append(f"{format_hours(sum(known))} {name}{some}")
+            subset = "" if len(known) == len(values) else f" (of {len(known)} cells)"
+            parts.append(f"{format_hours(sum(known))} {name}{subset}")
     to_do = [value for value in map(costs.seconds, left) if value is not None]
     parts.append(
         f"left: {len(left)} cells" + (f", {format_hours(sum(to_do))} hours" if to_do else "")

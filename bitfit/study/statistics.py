@@ -86,7 +86,7 @@ def matthews(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.n
 
 
 def spearman(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    drawn = [np.repeat(np.arange(len(labels)), of) for of in counts]
+    drawn = [np.repeat(np.arange(len(labels)), resample) for resample in counts]
     return np.stack([rank_correlation(logits[..., r, 0], labels[r]) for r in drawn], axis=-1)
 
 
@@ -110,8 +110,8 @@ def best_mean(values: np.ndarray) -> tuple:
     Indices without a missing seed come first. If all lack one, the mean is over the other seeds.
     """
     means = np.ma.masked_invalid(values).mean(axis=-1).filled(-np.inf)
-    whole = ~np.isnan(values).any(axis=-1)
-    means = np.where(whole | ~whole.any(), means, -np.inf)
+    complete = ~np.isnan(values).any(axis=-1)
+    means = np.where(complete | ~complete.any(), means, -np.inf)
     # Equal scores, summed in another order, may differ in the last bit.
     return np.unravel_index(means.round(12).argmax(), means.shape)
 

@@ -79,17 +79,17 @@ def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.Da
 
 def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the three selections side by side, with trials and learning rates."""
-    whole = scores[scores["train_size"].isna()]
-    if whole.empty:
+    selected = scores[scores["train_size"].isna()]
+    if selected.empty:
         return pd.DataFrame()
     keys = ["model", "row", "column", "metric"]
-    texts = whole.assign(text=[spread(*pair) for pair in zip(whole["mean"], whole["std"],
+    texts = selected.assign(text=[spread(*pair) for pair in zip(selected["mean"], selected["std"],
                                                              strict=True)])  # fmt: skip
     wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
     wide.columns = ["last epoch", "best epoch (optimistic)", "split"]
-    more = whole[whole["selection"] == "split"].set_index(keys)[["seeds", "trials",
+    more = selected[selected["selection"] == "split"].set_index(keys)[["seeds", "trials",
                                                                  "learning_rate"]]  # fmt: skip
     joined = wide.join(more)
-    order = [tuple(key) for key in whole[keys].drop_duplicates().to_numpy()]
+    order = [tuple(key) for key in selected[keys].drop_duplicates().to_numpy()]
     table = joined.loc[order].reset_index().rename(columns={"learning_rate": "learning rate"})
     return table.assign(model=table["model"].map(slug))

@@ -163,7 +163,7 @@ def average_evaluators(
     table = pd.DataFrame(
         [*rows, {"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last]
     )
-    table = table.rename(columns={of: " ".join(of) for of in last})
+    table = table.rename(columns={key: " ".join(key) for key in last})
     return average, table
 
 
@@ -178,7 +178,7 @@ def with_average(
     run = evaluator.record.run
     if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
         prepared = replace(prepared, zero_gradient={})  # Earlier versions trained these biases.
-    rows = [(run.name, 0, *of, value) for of, value in last.items()]
+    rows = [(run.name, 0, *key, value) for key, value in last.items()]
     result = replace(
         result, records=[Record(run)], scores=scores.scores_frame(rows), averaged=averaged
     )

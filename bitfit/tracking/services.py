@@ -141,14 +141,14 @@ class MLflow:
         from mlflow.entities import Param
 
         self.client = client = self.new_client()
-        made = []
+        created = []
 
         def make() -> str:
-            made.append(client.create_run(self.experiment(client, output), run_name=name))
-            return made[0].info.run_id
+            created.append(client.create_run(self.experiment(client, output), run_name=name))
+            return created[0].info.run_id
 
         self.id = kept_id(folder, "mlflow", make)
-        if made:
+        if created:
             params = [Param(n, str(value)[:MAX_PARAMETER_LENGTH]) for n, value in metadata.items()]
             client.log_batch(self.id, params=params)
         else:

@@ -16,10 +16,10 @@ LOGGER = logging.getLogger("bitfit")
 
 
 def load_base(setup: Setup, report: bool = False) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Return the base model on its device, and the fields of `PreparedModel` that follow from it.
+    """Return the base model on the device, and fields of `PreparedModel` that depend on it.
 
     Args:
-        report: log what is unusual about the weights.
+        report: log which weights of the checkpoint are used.
     """
     model, initialized = loading.load_model(
         setup.model_name, setup.task, setup.random_encoder, revision=setup.revision, report=report

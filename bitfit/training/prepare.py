@@ -253,6 +253,6 @@ def split_into_passes(runs: Sequence[Run], reason: str | None) -> list[list[Run]
         reason: why runs cannot share a pass; None: they can.
     """
     if len(runs) > 1:
-        how = f"one after the other: {reason}" if reason else "in one pass"
-        LOGGER.info("%d runs %s", len(runs), how)
+        order = f"one after the other: {reason}" if reason else "in one pass"
+        LOGGER.info("%d runs %s", len(runs), order)
     return [[run] for run in runs] if reason else [list(runs)]
