@@ -2,19 +2,22 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
 import predict
 import pytest
 from conftest import ROOT, TINY_BERT
+from documentation import commands
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
+from toy_tagging import write_tagging
 
 import run_glue
 from bitfit.data.splits import read_split
 from bitfit.data.tagged_files import read_sentences
-from bitfit.data.task_files import resolve_task
+from bitfit.data.task_files import resolve_task, validate_record
 from bitfit.data.tasks import score
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -159,3 +162,26 @@ def test_taggers_and_classifiers_do_not_answer_together(outputs, tmp_path, capsy
     assert "give evaluators of one kind" in capsys.readouterr().err
     assert predict.main([other, "-i", str(TAGGING / "test.conll"), "-o", "x.conll", *CPU]) == 2
     assert "--output is for evaluators that tag words" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_documentation(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    train, tag = [line.split() for line in commands() if "examples/tagging" in line]
+    assert run_glue.main([*train[2:], *CPU, "--epochs", "1"]) == 0
+    assert predict.main([*tag[2:], *CPU]) == 0
+    predicted = checkout / "out" / "phrases" / "toy-phrases.conll"
+    assert (checkout / "out" / "tagged.conll").read_text() == predicted.read_text()
+
+
+def test_the_task_file_of_the_documentation_is_valid():
+    text = (ROOT / "docs" / "tagging.md").read_text(encoding="utf-8")
+    records = re.findall(r"```json\n(\{\n.*?)```", text, re.DOTALL)
+    assert records
+    for record in records:
+        assert validate_record(json.loads(record), "")["words"] == "FORM"
+
+
+def test_the_toy_sentences_are_generated(tmp_path):
+    write_tagging(tmp_path, seed=0)
+    for path in TAGGING.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()

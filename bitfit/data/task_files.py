@@ -30,7 +30,7 @@ from utils import UserError
 
 Record = dict[str, Json]
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
-ENTITY_TAG = r"O|[BIESLU]-.+"
+ENTITY_TAG = r"O|[BIES]-.+"  # as seqeval reads them
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 
 
