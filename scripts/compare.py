@@ -60,6 +60,11 @@ def read_run(folder: str | Path) -> Run:
 
     def unreadable(error: Exception) -> UserError:
         message = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            is_folder = Path(folder).is_dir()
+            message = "it has no metrics.json" if is_folder else "there is no such folder"
+        elif isinstance(error, OSError):
+            message = f"{error.strerror}: {error.filename}"
         return UserError(f"{folder} holds no scores of run_glue.py: {message}")
 
     with convert_errors(unreadable):

@@ -132,7 +132,7 @@ def test_the_deltas_commands(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere holds no scores of run_glue.py: FileNotFoundError: "),
+        (["nowhere"], "nowhere holds no scores of run_glue.py: there is no such folder"),
         (["sweep"], "sweep is a sweep without scored runs: give"),
         (["empty"], "empty holds no scores of run_glue.py: KeyError: 'main_metric'"),
         (["nowhere", "--plot", "x.pdf"], "nowhere holds no scores"),

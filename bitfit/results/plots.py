@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -232,8 +232,6 @@ def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Fi
     Args:
         names, changes: as from `bias_changes`.
     """
-    from seaborn import heatmap
-
     labels = term_labels(names)
     changes = pd.DataFrame(changes, index=names).loc[list(labels)].to_numpy()
     changes = np.column_stack([changes, pd.DataFrame(changes).mean(axis=1)])
@@ -243,10 +241,14 @@ def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Fi
     caption = f"Mean absolute change of each bias term, by layer: {caption}"
     figure = new_figure(width, 2 + 0.5 * len(names), caption)
     axes = figure.subplots()
-    options: dict[str, Any] = {"vmin": 0, "vmax": 1.0 if fixed.all() else None, "cmap": "Blues"}
-    heatmap(changes, ax=axes, xticklabels=[*range(1, layers + 1), "Avg."],
-            yticklabels=list(labels.values()), cbar_kws={"label": "mean absolute change"},
-            **options)  # fmt: skip
+    # Not seaborn's heatmap: it draws the whole figure once more, to look for overlapping labels.
+    mesh = axes.pcolormesh(np.ma.masked_invalid(changes), vmin=0,
+                           vmax=1.0 if fixed.all() else None, cmap="Blues")  # fmt: skip
+    figure.colorbar(mesh, ax=axes, label="mean absolute change").outline.set_linewidth(0)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(layers + 1) + 0.5, [*range(1, layers + 1), "Avg."])
+    axes.set_yticks(np.arange(len(labels)) + 0.5, list(labels.values()), va="center")
     for row in np.flatnonzero(fixed):
         axes.text((layers + 1) / 2, row + 0.5, FIXED, ha="center", va="center", color="0.4")
     axes.axvline(layers, color="white", linewidth=4)
