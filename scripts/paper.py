@@ -28,7 +28,7 @@ from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
 from bitfit.parsing import POSITIVE, OneLineParser, gpu, make_commands, number
-from bitfit.study import cells, protocol
+from bitfit.study import cell_tasks, cells, protocol
 
 # Flags of `plan` that plan no cells, so `plan` may be repeated with them alone.
 NOT_PLANNING = ("command", "output_path", "calibrate", "gpu_device", "precision")
@@ -39,8 +39,9 @@ def add_plan(add: Callable) -> None:
     add("--tables", type=int, nargs="+", choices=(2, 3), help="tables of the paper")
     add("--figures", type=int, nargs="+", choices=(1, 2),
         help="figures of the paper: 1 shows how far biases move; 2, scores by number of examples")
-    add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
-        help="GLUE tasks [those of Table 2; rte for Figure 1, qnli for Figure 2]")
+    add("--tasks", nargs="+", type=cell_tasks.task_argument, metavar="TASK",
+        help="GLUE tasks, or task files (*.json) [those of Table 2; rte for Figure 1, qnli for "
+             "Figure 2]")
     add("--rows", nargs="+", choices=protocol.ROWS, metavar="ROW",
         help=f"methods, the rows of a table: some of {', '.join(protocol.ROWS)} [all]")
     add("--models", nargs="+", metavar="MODEL",

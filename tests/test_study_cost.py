@@ -37,7 +37,8 @@ def test_a_budget_takes_the_cheapest(study, capsys):
 def test_operations_are_counted_from_the_sizes(study):
     cell = study.cells[0]
     sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10, "test": 7},
-                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 2)  # fmt: skip
+                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 2,
+                       {"validation": 10})  # fmt: skip
     training = 4 * 2 * 24 * 5  # operations, epochs, rows, tokens
     scoring = 2 * (2 * (24 * 5 + 10 * 4) + 7 * 3)
     assert cost.operations(cell, sizes) == 1000 * 2 * (training + scoring)  # two runs
@@ -56,13 +57,16 @@ def cell_of(tmp_path, row, *more, task="rte"):
 
 def test_a_large_training_set_is_scored_in_part(tmp_path):
     cell = cell_of(tmp_path, "bitfit", "--train-size", "70000")
-    sizes = cost.Sizes(1, 1, {"train": 80_000, "validation": 0}, {"train": 1.0, "validation": 0}, 2)
+    sizes = cost.Sizes(
+        1, 1, {"train": 80_000, "validation": 0}, {"train": 1.0, "validation": 0}, 2, {}
+    )
     assert cost.operations(cell, sizes) == 2 * (4 * 2 * 70_000 + 2 * 2 * 50_000)
 
 
 def test_what_a_cell_has_on_disk(tmp_path):
     sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10, "test": 7},
-                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 1)  # fmt: skip
+                       {"train": 5.0, "validation": 4.0, "test": 3.0}, 1,
+                       {"validation": 10})  # fmt: skip
     regression = cell_of(tmp_path, "frozen", task="stsb")  # float32, and no test predictions
     assert cost.disk_bytes(regression, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 4)
     whole = cell_of(tmp_path, "full_ft", task="stsb")  # two checkpoints of values and moments
@@ -74,7 +78,7 @@ def test_hours_from_rates(study, monkeypatch):
     """Done cells of the row count before those of the kind, and all of them before --calibrate."""
     costs, (stacked, single) = cost.Costs(study), study.cells
     sizes = cost.Sizes(1000, 2000, {"train": 100, "validation": 10}, {"train": 5.0,
-                       "validation": 4.0}, 2)  # fmt: skip
+                       "validation": 4.0}, 2, {"validation": 10})  # fmt: skip
     monkeypatch.setattr(costs, "cell_sizes", lambda cell: sizes)
     rates = {"stacked": 800.0, "single": 100.0, "full": 50.0}
     costs.measured = {"tiny_bert": rates}

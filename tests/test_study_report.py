@@ -132,7 +132,7 @@ def test_differences_are_paired_and_pooled(entries):
 
 def entry_of(task, column, right):
     """An entry of one rate, epoch and ten rows, of which seeds know all or none: right (S,)."""
-    split = next(s for s, own in results.table_columns(task).items() if own == column)
+    split = next(s for s, own in results.table_columns(TASKS[task]).items() if own == column)
     logits = np.zeros((1, len(right), 1, 10, TASKS[task].num_labels), np.float32)
     logits[0, :, 0, :, 0] = np.where(right, 1, -1)[:, None]
     cell = SimpleNamespace(task=task, seeds=list(range(len(right))), rates=[1e-3])

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitfit import options
 from bitfit.artifacts.run_folder import HARMLESS, NEW_FLAGS, run_folders
-from bitfit.data.tasks import TASKS
 from bitfit.files import write_text
 from bitfit.parsing import number
+from bitfit.study.cell_tasks import check_metric, task_of
 from bitfit.study.protocol import (
     PAPER_MODELS,
     PAPER_TASKS,
@@ -155,8 +155,8 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
         value_for(args.seeds, row) or SEEDS,
         value_for(args.epochs, task) or [default_epochs(task)],
     )
-    words = ["--task-name", task, "--model-name", model]
-    words += ["--fine-tune-type", kind.fine_tune_type]
+    words = ["--task-file" if task.endswith(".json") else "--task-name", task]
+    words += ["--model-name", model, "--fine-tune-type", kind.fine_tune_type]
     words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
     words += ["--add-biases"] * (args.add_biases and kind.fine_tune_type in options.BIAS_TYPES)
     words += ["--learning-rate", *map(repr, rates)]
@@ -168,9 +168,11 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     if size or args.train_size:
         words += ["--train-size", str(size or args.train_size)]
-    if row in ("full_ft", "bitfit") and not size and args.predict_test:
+    known = task_of(parse_flags(words))
+    check_metric(known)
+    if row in ("full_ft", "bitfit") and not size and args.predict_test and known.server_files:
         words.append("--predict-test")
-    return Cell(model, row, task, size=size, flags=words, hash=flags_hash(words))
+    return Cell(model, row, known.name, size=size, flags=words, hash=flags_hash(words))
 
 
 def value_for(values: dict[str | None, list], name: str) -> list | None:
@@ -185,8 +187,9 @@ def flags_hash(words: Iterable[str]) -> str:
 
 def result_settings(words: Iterable[str]) -> dict[str, Any]:
     """Return {option: value} of the options that results depend on."""
-    free = HARMLESS - {"data_dir", "model_name"}
-    return {name: value for name, value in parse_flags(words).items() if name not in free}
+    free, flags = HARMLESS - {"data_dir", "model_name"}, parse_flags(words)
+    settings = {name: value for name, value in flags.items() if name not in free}
+    return settings | ({"task": task_of(flags).record} if flags["task_file"] else {})
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
@@ -295,9 +298,8 @@ def is_unchanged(cell: Cell) -> bool:
             same = flags_hash(cell.flags) == cell.hash
     except SystemExit:  # The words are not flags of run_glue.py.
         return False
-    same = same and cell.args["model_name"] == cell.model and cell.args["task_name"] == cell.task
-    known = cell.task in TASKS and cell.row in ROWS
-    return same and known and (cell.size is None or isinstance(cell.size, int))
+    same = same and cell.args["model_name"] == cell.model and task_of(cell.args).name == cell.task
+    return same and cell.row in ROWS and (cell.size is None or isinstance(cell.size, int))
 
 
 def named_numbers(

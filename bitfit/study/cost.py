@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bitfit.data.splits import find_split, read_split
-from bitfit.data.tasks import TASKS, Task
+from bitfit.data.tasks import Task
 from bitfit.data.tokens import MAX_ROWS_SCORED, Split, tokenize
 from bitfit.files import write_text
 from bitfit.model import loading
@@ -25,6 +25,7 @@ from bitfit.model.run_stack import Run
 from bitfit.model.trainable import matrix_weights, select_trainable
 from bitfit.results.scores import explain_unreadable, read_metrics
 from bitfit.study import cell_states
+from bitfit.study.cell_tasks import data_dir_of, task_of
 from bitfit.study.cells import Cell, Study, slug
 from bitfit.study.protocol import ROWS
 from bitfit.training.loop import train_step
@@ -52,25 +53,30 @@ class Sizes(NamedTuple):
     rows: dict[str, int]  # {split: examples}
     tokens: dict[str, float]  # {split: mean tokens per example}
     classes: int
+    labels: dict[str, int]  # {split: examples, or for tagging words}
 
 
 def cell_sizes(cell: Cell) -> Sizes:
     """Return the sizes of a cell's model and data; UserError if they cannot be read."""
-    args, task = cell.args, TASKS[cell.task]
-    tokenizer = loading.load_tokenizer(cell.model)
-    rows, tokens = {}, {}
+    args, task = cell.args, task_of(cell.args)
+    tokenizer = loading.load_tokenizer(cell.model, for_words=task.is_tagging)
+    rows, labels, tokens = {}, {}, {}
     tests = task.server_files if args["predict_test"] else ()
     for split in ("train", *task.validation_splits, *tests):
-        texts = find_split(task, split, args["data_dir"])
+        texts = find_split(task, split, data_dir_of(args))
         if texts is None:
             continue
         rows[split] = len(texts)
+        labels[split] = len(texts) if texts.labels is None else len(texts.labels)
         sampled = np.unique(np.linspace(0, len(texts) - 1, min(SAMPLED, len(texts))).astype(int))
         sample = tokenize(texts.take(sampled), tokenizer, args["max_seq_length"])
         tokens[split] = float(sample.lengths.mean())
     empty = model_without_weights(cell.model, task)
     parameters = sum(p.numel() for p in empty.parameters())
-    return Sizes(matrix_weights(empty), parameters, rows, tokens=tokens, classes=task.num_labels)
+    return Sizes(
+        weights=matrix_weights(empty), parameters=parameters, rows=rows, labels=labels,
+        tokens=tokens, classes=task.num_labels,
+    )  # fmt: skip
 
 
 def model_without_weights(name: str, task: Task) -> torch.nn.Module:
@@ -81,7 +87,7 @@ def model_without_weights(name: str, task: Task) -> torch.nn.Module:
 
 def operations(cell: Cell, sizes: Sizes) -> float:
     """Return the floating point operations of a cell: training, scoring and test predictions."""
-    args, task, row = cell.args, TASKS[cell.task], ROWS[cell.row]
+    args, task, row = cell.args, task_of(cell.args), ROWS[cell.row]
     examples = min(args["train_size"] or sizes.rows["train"], sizes.rows["train"])
     training = OPERATIONS[row.fine_tune_type] * args["epochs"] * examples * sizes.tokens["train"]
     scored = min(examples, MAX_ROWS_SCORED) * sizes.tokens["train"]
@@ -97,12 +103,12 @@ def disk_bytes(cell: Cell, sizes: Sizes) -> int:
     A cell's files are the logits of all evaluations, test predictions, and for full_ft two
     checkpoints with parameters and AdamW's moments.
     """
-    task, args = TASKS[cell.task], cell.args
+    task, args = task_of(cell.args), cell.args
     bytes_per_logit = 4 if task.is_regression else 2
-    rows = sum(sizes.rows[s] for s in task.validation_splits)
+    labels = sum(sizes.labels[s] for s in task.validation_splits)
     tests = sum(sizes.rows.get(s, 0) for s in task.server_files) * args["predict_test"]
     checkpoints = 2 * 3 * 4 * sizes.parameters if cell.row == "full_ft" else 0
-    run_bytes = RUN_BYTES + args["epochs"] * rows * sizes.classes * bytes_per_logit + 10 * tests
+    run_bytes = RUN_BYTES + args["epochs"] * labels * sizes.classes * bytes_per_logit + 10 * tests
     return cell.runs * run_bytes + checkpoints
 
 
@@ -204,11 +210,11 @@ def measure_rate(
     cell: Cell, method: str, runs: int, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Return the median FLOP/s of four training steps, after one that is not counted."""
-    task, args = TASKS[cell.task], cell.args
-    texts = read_split(task, "train", args["data_dir"])
+    task, args = task_of(cell.args), cell.args
+    texts = read_split(task, "train", data_dir_of(args))
     size = min(len(texts), args["batch_size"])
     picked = np.linspace(0, len(texts) - 1, 5 * size).astype(int)
-    tokenizer = loading.load_tokenizer(cell.model)
+    tokenizer = loading.load_tokenizer(cell.model, for_words=task.is_tagging)
     tokens = tokenize(texts.take(picked), tokenizer, args["max_seq_length"]).to(device)
     model, _ = loading.load_model(cell.model, task)
     if args["add_biases"]:

@@ -13,6 +13,7 @@ from bitfit.files import write_text
 from bitfit.model import bias_terms, hub
 from bitfit.model.loading import load_tokenizer
 from bitfit.study import cell_states, cost
+from bitfit.study.cell_tasks import data_dir_of, task_of
 from bitfit.study.cells import Cell, Study
 from bitfit.study.cost import Costs
 from utils import UserError
@@ -30,15 +31,16 @@ def check_study(study: Study) -> None:
         of_model = [cell.args for cell in study.cells if cell.model == model]
         messages += error_messages(partial(check_model, model, of_model))
     needed: dict[tuple[str, str], dict[str, int]] = {}  # {(task, folder): {split: examples}}
+    tasks = {cell.task: task_of(cell.args) for cell in study.cells}
     for cell in study.cells:
-        if cell.args["data_dir"]:
-            splits = needed.setdefault((cell.task, cell.args["data_dir"]), {"train": 0})
+        if folder := data_dir_of(cell.args):
+            task, splits = tasks[cell.task], needed.setdefault((cell.task, folder), {"train": 0})
             splits["train"] = max(splits["train"], cell.args["train_size"] or 0)
-            tests = TASKS[cell.task].server_files if cell.args["predict_test"] else ()
-            splits |= dict.fromkeys((*TASKS[cell.task].validation_splits, *tests), 0)
-    for (task, folder), splits in needed.items():
+            tests = task.server_files if cell.args["predict_test"] else ()
+            splits |= dict.fromkeys((*task.validation_splits, *tests), 0)
+    for (name, folder), splits in needed.items():
         for split, rows in splits.items():
-            messages += error_messages(partial(check_split, TASKS[task], split, folder, rows))
+            messages += error_messages(partial(check_split, tasks[name], split, folder, rows))
     if messages:
         raise UserError("; ".join(dict.fromkeys(messages)))
 

@@ -15,6 +15,7 @@ from bitfit.artifacts.metrics_files import LOGITS
 from bitfit.data.tasks import TASKS, Task
 from bitfit.results.scores import explain_unreadable, mean_std, read_metrics, select_scores
 from bitfit.study import cell_states, statistics
+from bitfit.study.cell_tasks import task_of
 from bitfit.study.cells import Cell, Study
 from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
@@ -40,7 +41,7 @@ class Results(NamedTuple):
 
     @property
     def task(self) -> Task:
-        return TASKS[self.cell.task]
+        return task_of(self.cell.args)
 
 
 def read_results(study: Study, cell: Cell) -> Results | None:
@@ -62,12 +63,12 @@ def read_results(study: Study, cell: Cell) -> Results | None:
                 content, table = read_metrics(folder)
                 diverged = content["diverged"]
             scores.append(table.assign(learning_rate=run.learning_rate, seed=run.seed))
-            for split in TASKS[cell.task].validation_splits if diverged else ():
+            for split in task_of(cell.args).validation_splits if diverged else ():
                 kept[run][split][:] = np.nan
     if not kept:
         return None
     logits, labels = {}, {}
-    for split in TASKS[cell.task].validation_splits:
+    for split in task_of(cell.args).validation_splits:
         labels[split] = next(iter(kept.values()))[f"{split}.labels"]
         logits[split] = stack_runs(
             [kept.get(run, {}).get(split) for run in folders], len(cell.rates)
@@ -129,21 +130,22 @@ Entries = dict[tuple[str, str, str, int | None], Entry]  # by model, row, column
 def read_entries(study: Study) -> Entries:
     """Return the entries of all cells that have scores, in the paper's order."""
     found: Entries = {}
-    tasks, rows = [task for task, _ in COLUMNS.values()] + list(TASKS), list(ROWS)
+    tasks = [task for task, _ in COLUMNS.values()] + list(TASKS) + [c.task for c in study.cells]
+    rows = list(ROWS)
     for cell in sorted(study.cells, key=lambda c: (tasks.index(c.task), rows.index(c.row))):
         results = read_results(study, cell)
         if results is None:
             continue
-        for split, column in table_columns(cell.task).items():
+        for split, column in table_columns(task_of(cell.args)).items():
             key = cell.model, cell.row, column, cell.size
             found[key] = Entry(column, results, split, selected=select(results, split))
     return found
 
 
-def table_columns(task: str) -> dict[str, str]:
+def table_columns(task: Task) -> dict[str, str]:
     """Return {validation split: column in the tables}."""
-    known = {split: name for name, (of_task, split) in COLUMNS.items() if of_task == task}
-    return known or {TASKS[task].validation_splits[0]: TASKS[task].folder}
+    known = {split: name for name, (of_task, split) in COLUMNS.items() if of_task == task.name}
+    return known or {task.validation_splits[0]: task.folder}
 
 
 def score_frame(entries: Entries) -> pd.DataFrame:
