@@ -20,7 +20,7 @@ from bitfit.model import forward, loading
 from bitfit.model.packed_encoder import packed_encoders
 
 pytest_plugins = [  # modules with fixtures
-    "documentation", "model_folders", "modern_encoders", "own_tasks", "resumable",
+    "documentation", "model_folders", "modern_encoders", "own_tasks", "quick_python", "resumable",
     "small_training", "toy_study", "tracked",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,15 @@ def forward_of(model, packed=True):
     return forward.Forward(model, packed_encoders(model, first)[0])
 
 
+def forbid_loading(monkeypatch):
+    """From now on the test fails where a tokenizer is loaded: nothing that takes time may begin."""
+
+    def fail(*args, **options):
+        raise AssertionError("a tokenizer is loaded")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+
+
 def wait_for(condition):
     """What `condition()` gives, once it is true."""
     end = time.monotonic() + 120
@@ -97,6 +106,18 @@ def tiny_roberta(tmp_path_factory):
     torch.manual_seed(0)
     transformers.RobertaForMaskedLM(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def few_glue(tmp_path_factory):
+    """The toy data with fewer examples: up to 128 for training, and 32 in every other split."""
+    folder = tmp_path_factory.mktemp("few") / "glue"
+    for path in GLUE.glob("*/*.tsv"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        few = folder / path.relative_to(GLUE)
+        few.parent.mkdir(parents=True, exist_ok=True)
+        few.write_text("".join(lines[: 129 if few.stem == "train" else 33]), encoding="utf-8")
+    return folder
 
 
 COMMITS = {"main": "b" * 40, "v1": "a" * 40}  # of the model org/tiny in `hub`

@@ -6,15 +6,13 @@ import shutil
 import sys
 
 import pytest
-from conftest import GLUE, ROOT
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 TEXT = "\n".join([README, *(path.read_text(encoding="utf-8") for path in PAGES)])
-
-SMALL = ["--data-dir", str(GLUE), "--epochs", "1", "--train-size", "16", "--gpu-device", "cpu"]
 
 
 def commands():
@@ -32,6 +30,12 @@ def active_environment():
     """As if this Python's environment had been activated."""
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path}
+
+
+@pytest.fixture(scope="session")
+def small(few_glue):
+    """Flags that make a command short."""
+    return f"--data-dir {few_glue} --epochs 1 --train-size 16 --gpu-device cpu".split()
 
 
 @pytest.fixture(scope="session")

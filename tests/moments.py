@@ -6,7 +6,9 @@ from itertools import count
 from pathlib import Path
 from unittest import mock
 
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import OutOfMemoryError
+from torch.nn import Embedding
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
@@ -34,6 +36,51 @@ def at_step(number, action):
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def at_passes(action, evaluation=False):
+    """Call `action(number, ids)` in each forward pass of a model that trains, numbered from 1.
+
+    Args:
+        evaluation: whether passes in evaluation mode count too.
+        action: may raise, or return a factor for the word embeddings; NaN gives a loss of NaN.
+            `ids` are the token ids of the pass.
+    """
+    passes = count(1)
+
+    def hook(module, args, output):
+        words = isinstance(module, Embedding) and module.num_embeddings > 200  # not positions
+        counts = words and (module.training or evaluation)
+        factor = action(next(passes), *args) if counts else None
+        return None if factor is None else output * factor
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def limited_memory(tokens):
+    """Run out of memory in each pass of more than so many tokens."""
+
+    def fail(number, ids):
+        if ids.numel() > tokens:
+            raise OutOfMemoryError("no room")
+
+    with at_passes(fail, evaluation=True):
+        yield
+
+
+def raises(error):
+    """Return a function that raises an exception."""
+
+    def action(*args, **options):
+        raise error
+
+    return action
 
 
 @contextmanager

@@ -6,13 +6,10 @@ signals during it, or shells start one nevertheless.
 
 import multiprocessing
 import os
-import runpy
 import sys
-from contextlib import chdir, nullcontext
+from contextlib import chdir
 from multiprocessing import forkserver
 from pathlib import Path
-from subprocess import CompletedProcess
-from tempfile import TemporaryDirectory
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,32 +56,6 @@ def run_program(flags, log):
     sys.exit(run_glue.main(flags))
 
 
-def execute(script, words, folder, output, error, draws):
-    """Run a script in this process as `python script words...` does."""
-    import pictures
-
-    write_output_to(output, error)
-    os.chdir(folder)
-    sys.argv = [str(script), *words]
-    sys.path.insert(0, str(Path(script).parent))
-    with pictures.real_pictures() if draws else nullcontext():
-        runpy.run_path(str(script), run_name="__main__")
-
-
-def run_script(script, *words, cwd=ROOT, draws=False):
-    """Run a script of the project in a forked process, and return its `CompletedProcess`.
-
-    Args:
-        draws: whether pictures are drawn; else placeholders are written.
-    """
-    with TemporaryDirectory() as folder:
-        output, error = Path(folder, "output"), Path(folder, "error")
-        process = start_process(execute, ROOT / script, words, cwd, output, error, draws)
-        process.join()
-        texts = output.read_text(), error.read_text()
-        return CompletedProcess([script, *words], process.exitcode, *texts)
-
-
 def be_rank(rank, size, port, work, *args):
     """Call `work(*args)` as one of `size` ranks that torchrun has started."""
     import torch
@@ -97,12 +68,22 @@ def be_rank(rank, size, port, work, *args):
     work(*args)
 
 
-def in_ranks(size, work, *args):
-    """Call `work(*args)` in `size` ranks, and return their exit statuses."""
+def start_ranks(size, work, *args):
+    """Call `work(*args)` in `size` ranks, and return a function that waits for exit statuses."""
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     ranks = [start_process(be_rank, rank, size, store.port, work, *args) for rank in range(size)]
-    for rank in ranks:
-        rank.join(120)
-    return [rank.exitcode for rank in ranks]
+
+    def wait():
+        for rank in ranks:
+            rank.join(120)
+        assert store.port
+        return [rank.exitcode for rank in ranks]
+
+    return wait
+
+
+def in_ranks(size, work, *args):
+    """Call `work(*args)` in `size` ranks, and return their exit statuses."""
+    return start_ranks(size, work, *args)()

@@ -205,9 +205,9 @@ def test_what_cannot_answer_together(saved, names, message):
 
 def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
     (tmp_path / "evaluator").symlink_to(saved["cola"])
-    ((folder, facts, _),) = multi_task.read_evaluators([tmp_path])
+    ((folder, metadata, _),) = multi_task.read_evaluators([tmp_path])
     assert folder == tmp_path / "evaluator"
-    assert facts["task_name"] == "cola"
+    assert metadata["task_name"] == "cola"
     with pytest.raises(UserError, match=r"cola is given twice"):  # by another name
         multi_task.read_evaluators([tmp_path, saved["cola"]])
 
@@ -224,8 +224,8 @@ def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
 def main(capsys, *argv):
     """(status, the objects on standard output, standard error) of the command."""
     status = predict.main([*argv, "-d", "cpu"])
-    said = capsys.readouterr()
-    return status, [json.loads(line) for line in said.out.splitlines()], said.err
+    captured = capsys.readouterr()
+    return status, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
 def test_the_command(saved, lines, capsys):
@@ -355,7 +355,7 @@ def started(*words, **options):
     )
 
 
-def test_it_answers_as_lines_come_and_ends_without_a_traceback(saved):
+def test_it_answers_as_lines_come_and_ends_without_a_traceback(quick_python, saved):
     """What is asked is answered before the input ends; an interrupt is one line, and a reader that
     has seen enough is none."""
     both = [started(saved["cola"], saved["sst2"], "--batch-size", "1") for _ in range(2)]
@@ -369,9 +369,9 @@ def test_it_answers_as_lines_come_and_ends_without_a_traceback(saved):
     unread.stdout.close()  # as `| head -2` does
     unread.stdin.write(b"the film\n")
     unread.stdin.flush()
-    said = b"predict.py: stopped: SIGINT\n"
+    message = b"predict.py: stopped: SIGINT\n"
     for process, number, line in (
-        (interrupted, signal.SIGINT, said), (unread, signal.SIGPIPE, b""),
+        (interrupted, signal.SIGINT, message), (unread, signal.SIGPIPE, b""),
     ):  # fmt: skip
         assert process.wait(timeout=60) == -number
         assert process.stderr.read() == line

@@ -121,11 +121,11 @@ def test_evaluator_of_any_bytes(saved, tmp_path, content):
 @given(data=st.data())
 def test_evaluator_of_any_facts(saved, tmp_path, data):
     """One fact after the other is anything JSON can say: an edited file is refused."""
-    facts = json.loads((saved / "evaluator.json").read_text())
-    name, value = data.draw(st.sampled_from(sorted(facts))), data.draw(values)
+    metadata = json.loads((saved / "evaluator.json").read_text())
+    name, value = data.draw(st.sampled_from(sorted(metadata))), data.draw(values)
     shutil.copytree(saved, tmp_path / "e", dirs_exist_ok=True)
-    (tmp_path / "e" / "evaluator.json").write_text(store.dump(facts | {name: value}))
-    if store.dump(facts) == store.dump(facts | {name: value}):
+    (tmp_path / "e" / "evaluator.json").write_text(store.dump(metadata | {name: value}))
+    if store.dump(metadata) == store.dump(metadata | {name: value}):
         return load(tmp_path / "e")
     with pytest.raises(UserError) as error:
         GLUEvaluator.load(tmp_path / "e", None)
@@ -167,11 +167,11 @@ def assert_one_line(error):
 @many
 @given(data=st.data(), finished=st.booleans())
 def test_resuming_with_any_facts(a_run, tmp_path, data, finished):
-    facts = json.loads((a_run / "args.json").read_text()) | {"finished": finished}
-    name, value = data.draw(st.sampled_from(sorted(facts))), data.draw(edits)
+    metadata = json.loads((a_run / "args.json").read_text()) | {"finished": finished}
+    name, value = data.draw(st.sampled_from(sorted(metadata))), data.draw(edits)
     command = vars(options.parse_args("", ["-o", str(tmp_path), *ARGV, "--resume"]))
-    loaded = {name: fact for name, fact in facts.items() if name not in command}
-    (tmp_path / "args.json").write_text(json.dumps(facts | {name: value}))
+    loaded = {name: fact for name, fact in metadata.items() if name not in command}
+    (tmp_path / "args.json").write_text(json.dumps(metadata | {name: value}))
     for known in (command, loaded | command | {"precision": "fp32", "max_tokens": 2048}):
         try:
             state = run_folder.folder_state(tmp_path, known)

@@ -46,7 +46,7 @@ def run(tmp_path, model, *more):
 
 @pytest.mark.pictures
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "more", "message"),
     [
         ("layoutlm", {}, "2 runs in one pass"),  # these two make their own mask from (B, T)
         ("esm", {"mask_token_id": 4}, "2 runs in one pass"),
@@ -59,11 +59,11 @@ def run(tmp_path, model, *more):
         ("electra", {"embedding_size": 32}, "2 runs in one pass"),
     ],
 )
-def test_trained(tmp_path, name, more, said, caplog):
+def test_trained(tmp_path, name, more, message, caplog):
     """Each leaves its pictures too: CANINE has several layers of one number."""
     with caplog.at_level("INFO", "bitfit"):
         assert run(tmp_path, folder_of(tmp_path / "model", name, **more), "-s", "0", "1") == 0
-    assert said in caplog.text
+    assert message in caplog.text
     assert len(list(tmp_path.glob("out/*/bias_term_changes.png"))) == 2
 
 

@@ -94,21 +94,21 @@ def card(made, tmp_path):
 
     def make(task="rte", rows=None, scores=None, model=None, **changed):
         splits = TASKS[task].validation_splits
-        metrics, facts = (
+        metrics, metadata = (
             json.loads((made[0] / f"{n}.json").read_text()) for n in ("metrics", "args")
         )
-        facts |= {"learning_rate": [1e-3], "seed": [0], "keep": "last", "train_size": None}
+        metadata |= {"learning_rate": [1e-3], "seed": [0], "keep": "last", "train_size": None}
         metrics |= {"task": task, "main_metric": TASKS[task].metrics[0]}
         metrics["validation_rows"] = dict(
             zip(splits, rows or TASKS[task].validation_rows, strict=True)
         )
         metrics["last"] = {"epoch": 2, **dict.fromkeys(splits, scores or {"Accuracy": 0.5})}
         metrics |= {name: value for name, value in changed.items() if name in metrics}
-        facts |= {name: value for name, value in changed.items() if name in facts}
+        metadata |= {name: value for name, value in changed.items() if name in metadata}
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
         (tmp_path / "metrics.csv").write_text("epoch,split,metric,value\n")
         (tmp_path / "model").mkdir()
-        model_card.write_model_card(tmp_path, TASKS[task], facts)
+        model_card.write_model_card(tmp_path, TASKS[task], metadata)
         return read(tmp_path)
 
     return make

@@ -106,8 +106,10 @@ def test_training_rows_that_occur_elsewhere_are_counted(tokenizer, monkeypatch, 
         "test_matched": [("a", "b"), ("a", "b"), ("c", "d"), ("ab", "")],
     }
     data_of(tokenizer, splits, monkeypatch)
-    what = "of 4 training examples 2 also occur in validation_matched, 4 also occur in test_matched"
-    assert caplog.messages == [what]
+    message = (
+        "of 4 training examples 2 also occur in validation_matched, 4 also occur in test_matched"
+    )
+    assert caplog.messages == [message]
     caplog.clear()
     data_of(tokenizer, splits | {"train": [("b", "b")]}, monkeypatch)
     others = "validation_matched or validation_mismatched or test_matched"

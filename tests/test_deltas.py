@@ -218,11 +218,11 @@ def test_an_average_with_one_whose_key_moved(here):
 
 def test_the_order_of_bias_terms_is_no_difference():
     query, value = "attention.self.query.bias", "attention.self.value.bias"
-    facts = {"fine_tune_type": "bitfit", "seed": 0}
-    pair = [saved_evaluators.SavedEvaluator("a", Path("a"), facts | {"components": own}, {})
+    metadata = {"fine_tune_type": "bitfit", "seed": 0}
+    pair = [saved_evaluators.SavedEvaluator("a", Path("a"), metadata | {"components": own}, {})
             for own in ([query, value], [value, query])]  # fmt: skip
     saved_evaluators.check_same_trainable(pair)
-    other = pair[0]._replace(metadata=facts | {"components": [query]})
+    other = pair[0]._replace(metadata=metadata | {"components": [query]})
     with pytest.raises(saved_evaluators.UserError, match="different trained parameters"):
         saved_evaluators.check_same_trainable([pair[0], other])
 
@@ -294,8 +294,8 @@ def test_a_moved_base_model_and_moved_data(here):
     (here / "base").symlink_to(TINY_BERT)
     words = ["--model-name", "base", "--data-dir", str(GLUE)]
     assert main(["average", *SEEDS[:2], "-o", "soup", *words]) == 0
-    facts = json.loads((here / "soup/evaluator.json").read_text())
-    assert facts["model_name"] == str(TINY_BERT)
+    metadata = json.loads((here / "soup/evaluator.json").read_text())
+    assert metadata["model_name"] == str(TINY_BERT)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +354,12 @@ def test_what_is_refused(here, capsys, command, message):
         transformers.AutoTokenizer.from_pretrained(TINY_BERT).save_pretrained("other")
     before = sorted(here.rglob("*"))
     status = exit_status(main, command.split())
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     assert status == 2
-    assert message in said.err
-    assert said.err.startswith("deltas.py")
-    assert said.err.count("\n") == 1
-    assert said.out == ""
+    assert message in captured.err
+    assert captured.err.startswith("deltas.py")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
     assert sorted(here.rglob("*")) == before
 
 

@@ -4,20 +4,20 @@
 """
 
 import json
-import os
 import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import GLUE, TINY_BERT, forward_of
+from moments import at_file, at_passes, send
 from simulated_gpu import CUDA, RejectedByCUDA, simulated_gpu
 
 import run_glue
 from bitfit.data import splits
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split, tokenize
-from bitfit.model import attention, batching, loading, run_stack
+from bitfit.model import attention, loading
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.predict import predict_runs
 from bitfit.model.run_stack import Run, RunStack
@@ -25,7 +25,6 @@ from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop, memory
-from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.graphs import USES_BEFORE_CAPTURE
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.state import init_state
@@ -138,21 +137,18 @@ def test_a_limit_lowered_to_the_free_memory_is_logged(caplog):
     assert f"--max-tokens {state.plan.token_budget.max_tokens}: more does not fit" in caplog.text
 
 
-def test_graphs_give_their_memory_back_where_it_runs_out(monkeypatch):
+def test_graphs_give_their_memory_back_where_it_runs_out():
     with simulated_gpu():
         state = new_state("bitfit", 1, torch.bfloat16, packed=True)
         with state.stack.patched(torch.bfloat16):
             state.graphs = loop.step_graphs(state)
-            fails = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
 
-            def pass_or_fail(*args):
-                if error := next(fails):
-                    raise error
-                return forward_backward(*args)
+            def fail(number, ids):
+                if number == 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
 
-            forward_backward = loop.forward_backward
-            monkeypatch.setattr(loop, "forward_backward", pass_or_fail)
-            train_steps(state, 1)
+            with at_passes(fail, evaluation=True):
+                train_steps(state, 1)
         assert state.graphs is None and state.plan.token_budget.max_tokens == 1000
 
 
@@ -182,17 +178,10 @@ def test_commands(method, flags, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_a_sweep_stopped_and_resumed(tmp_path, capsys, monkeypatch):
+def test_a_sweep_stopped_and_resumed(tmp_path, capsys):
     flags = ["-f", "bitfit", "-l", "1e-3", "2e-3", "--keep", "best"]
     with simulated_gpu():
-        with monkeypatch.context() as patch:
-            after = CheckpointManager.after_epoch
-
-            def stop(self, state, last):
-                os.kill(os.getpid(), signal.SIGTERM)
-                after(self, state, last)
-
-            patch.setattr(CheckpointManager, "after_epoch", stop)
+        with at_file("checkpoints/*.json", 1, send(signal.SIGTERM)):
             assert command(tmp_path / "out", *flags) == 128 + signal.SIGTERM
         assert command(tmp_path / "out", *flags, "--resume") == 0
     found = sorted((tmp_path / "out").rglob("metrics.json"))
@@ -200,36 +189,15 @@ def test_a_sweep_stopped_and_resumed(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
 
 
-def left_on_the_host(value, device):
-    return batching.replace_arrays(value, map(torch.from_numpy, batching.list_arrays(value)))
-
-
-def drawn_on_the_gpu(model, seed):
-    rng = torch.Generator().manual_seed(seed)
-    torch.nn.init.normal_(model.classifier.weight, generator=rng)
-
-
-def clipped_with_a_look(grads, max_norm=1.0):
-    grads.mul_(max_norm / max(1.0, grads.norm().item()))
-    return grads.norm(dim=1)
-
-
-def test_what_cuda_rejects_is_found(monkeypatch):
-    with simulated_gpu(), pytest.raises(RejectedByCUDA, match="generator of the host"):
-        monkeypatch.setattr(loading, "init_head", drawn_on_the_gpu)
-        new_state("bitfit", 1, torch.bfloat16, packed=False)
-    monkeypatch.undo()
-    with simulated_gpu(), pytest.raises(RejectedByCUDA, match=r"on the host|two devices"):
-        monkeypatch.setattr(loop, "to_device", left_on_the_host)
-        state = new_state("bitfit", 3, torch.bfloat16, packed=True)
-        with state.stack.patched(torch.bfloat16):
-            train_steps(state, 1)
-    monkeypatch.undo()
+def test_what_cuda_rejects_is_found():
+    """Draws from a generator of the host, tensors on two devices, and waits for values."""
     with simulated_gpu() as gpu:
-        monkeypatch.setattr(loop, "clip_grad_norms_", clipped_with_a_look)
-        state = new_state("bitfit", 3, torch.bfloat16, packed=True)
-        with state.stack.patched(torch.bfloat16):
-            gpu.clear()
-            train_steps(state, 1)
+        weights = torch.ones(3, 4).to(CUDA)
+        gpu.clear()
+        with pytest.raises(RejectedByCUDA, match="generator of the host"):
+            torch.nn.init.normal_(weights, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(RejectedByCUDA, match=r"on the host|two devices"):
+            weights @ torch.ones(4, 2)
+        assert not gpu.waits
+        assert weights.norm().item() > 0
         assert any("item" in wait for wait in gpu.waits)
-    assert run_stack.clip_grad_norms_ is not loop.clip_grad_norms_

@@ -3,14 +3,13 @@
 import re
 import shlex
 import subprocess
-import sys
 
 import deltas
 import paper
 import predict
 import pytest
 from conftest import ROOT, TINY_BERT
-from documentation import PAGES, README, SMALL, TEXT, active_environment, commands, plain
+from documentation import PAGES, README, TEXT, active_environment, commands, plain
 from torch.distributed import run as torchrun
 
 import run_glue
@@ -47,23 +46,23 @@ RUN_GLUE = [line for line in RUN_GLUE if not {"--task-file", "--list-bias-terms"
 
 
 @pytest.mark.parametrize("command", RUN_GLUE)
-def test_run_glue_commands(command, tmp_path, monkeypatch, modern):
+def test_run_glue_commands(command, small, tmp_path, monkeypatch, modern):
     command = command.replace("answerdotai/ModernBERT-base", str(modern["modernbert"]))
     words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)).split("run_glue.py")[1])
     words[words.index("--output-path") + 1] = str(tmp_path / "out")
     monkeypatch.chdir(ROOT)
-    assert run_glue.main([*words, *SMALL]) == 0
+    assert run_glue.main([*words, *small]) == 0
     args = flags.parse_args("", words)
     result = "results.csv" if len(args.seed) * len(args.learning_rate) > 1 else "metrics.json"
     assert (tmp_path / "out" / result).exists()
 
 
-def test_the_torchrun_command(tmp_path):
+def test_the_torchrun_command(quick_python, small, tmp_path):
     (command,) = plain("torchrun ")
     words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)))
     words[words.index("--output-path") + 1] = str(tmp_path / "out")
     result = subprocess.run(
-        [*words, *SMALL], cwd=ROOT, env=active_environment(), capture_output=True, text=True
+        [*words, *small], cwd=ROOT, env=active_environment(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 1 + 4
@@ -86,14 +85,11 @@ def test_both_lists_of_requirements_pin_all_versions():
     assert not set(runtime) & set(development)
 
 
-def test_the_python_example(tmp_path):
+def test_the_python_example(tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    script = block.replace('"out/', f'"{tmp_path}/out/')
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Accuracy" in result.stdout
+    monkeypatch.chdir(ROOT)
+    exec(block.replace('"out/', f'"{tmp_path}/out/'), {})
+    assert "Accuracy" in capsys.readouterr().out
     assert (tmp_path / "out/python/RTE.tsv").exists()
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
 from moments import at_file, send
-from processes import run_script
+from quick_python import run_script
 
 import run_glue
 
@@ -122,9 +122,9 @@ def test_a_finished_run_stays_finished(tmp_path, monkeypatch, number, more, caps
     monkeypatch.setattr("builtins.print", shown)
     monkeypatch.chdir(tmp_path)
     assert run_glue.main([*PROGRAMS["run_glue.py"], *more]) == 0
-    said = capsys.readouterr()
-    assert "validation" in said.out
-    assert said.err.splitlines()[-1] == f"run_glue.py: finished before {number.name}"
+    captured = capsys.readouterr()
+    assert "validation" in captured.out
+    assert captured.err.splitlines()[-1] == f"run_glue.py: finished before {number.name}"
 
 
 def test_what_is_not_finished_is_stopped_before_its_table(tmp_path, monkeypatch, capsys):
@@ -142,7 +142,7 @@ def notes(folder):
 
 
 @pytest.mark.parametrize("more", [[], ["-s", "0", "1"]], ids=["one run", "sweep"])
-def test_compare_tells_what_is_not_finished(tmp_path, monkeypatch, capsys, more):
+def test_compare_tells_what_is_not_finished(quick_python, tmp_path, monkeypatch, capsys, more):
     """No checkpoint lies beside the scores: of a run there is none yet, a sweep has its own."""
     monkeypatch.chdir(tmp_path)
     command = [*PROGRAMS["run_glue.py"], *more, "--checkpoint-every", "0"]

@@ -11,38 +11,36 @@ from bitfit.data.tasks import TASKS
 from bitfit.results.scores import main_scores
 from glue_evaluator import GLUEvaluator
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 RUNS = {  # as in scripts/demo.sh: all?, components, learning rate, epochs, random encoder
     "bitfit": (False, ["bias"], 3e-3, 24, False),
     "full_ft": (True, None, 3e-4, 8, False),
     "frozen": (False, None, 1e-2, 24, False),
     "random": (False, ["bias"], 3e-3, 8, True),
 }
+# Lowest and highest Matthews correlation: BitFit does nearly as well as full fine-tuning, a frozen
+# encoder stays behind, and one that was never trained learns nothing.
+EXPECTED = {"bitfit": (0.85, 1), "full_ft": (0.95, 1), "frozen": (-1, 0.5), "random": (-1, 0.3)}
 
 
-def matthews(method):
-    """The last validation score of each seed; what can be trained in one pass is."""
+@pytest.mark.parametrize(
+    ("method", "seeds"),
+    [("bitfit", SEEDS), *(("full_ft", (seed,)) for seed in SEEDS), ("frozen", SEEDS),
+     ("random", SEEDS)],
+)  # fmt: skip
+def test_the_papers_finding_in_small(method, seeds):
+    """All seeds that share a pass train together."""
     encoder_trainable, components, learning_rate, epochs, random_encoder = RUNS[method]
-    scores = []
-    for seeds in [[seed] for seed in SEEDS] if encoder_trainable else [list(SEEDS)]:
-        evaluator = GLUEvaluator(
-            "cola", TINY_BERT, None, seed=seeds, data_dir=GLUE, random_encoder=random_encoder
-        )
-        evaluator.preprocess_dataset("longest", 128, 8)
-        evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
-        evaluator.train_and_evaluate(epochs, evaluation_frequency=epochs)
-        scores += main_scores(evaluator.result.scores, evaluator.task).iloc[-1].tolist()
-    return np.array(scores)
-
-
-def test_the_papers_finding_in_small():
-    """Biases do nearly what everything does; frozen stays behind; unlearned encoders fail."""
-    scores = {method: matthews(method) for method in RUNS}
-    shown = {method: values.round(3).tolist() for method, values in scores.items()}
-    assert scores["full_ft"].min() > 0.8, shown
-    assert (scores["bitfit"] > scores["full_ft"] - 0.1).all(), shown
-    assert (scores["frozen"] < scores["bitfit"] - 0.2).all(), shown
-    assert (scores["random"] < 0.3).all(), shown
+    evaluator = GLUEvaluator(
+        "cola", TINY_BERT, None, seed=list(seeds), data_dir=GLUE, random_encoder=random_encoder
+    )
+    evaluator.preprocess_dataset("longest", 128, 8)
+    evaluator.training_preparation(learning_rate, "adamw", encoder_trainable, components, False)
+    evaluator.train_and_evaluate(epochs, evaluation_frequency=epochs)
+    scores = main_scores(evaluator.result.scores, evaluator.task).iloc[-1].to_numpy()
+    lowest, highest = EXPECTED[method]
+    assert len(scores) == len(seeds)
+    assert scores.min() > lowest and scores.max() <= highest, scores
 
 
 def test_the_demo_runs_the_same():

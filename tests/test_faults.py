@@ -2,37 +2,36 @@
 
 import errno
 import os
+import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from interruption import differences, output_contents
-from moments import at_evaluation, at_step
+from moments import at_evaluation, at_passes, at_step
+from processes import run_program, start_process
 from resumable import assert_as_if_never_stopped, at_call, flags
 
 import run_glue
 import utils
-from bitfit import files, output_paths
-from bitfit.model import forward
+from bitfit import output_paths
 
 
 class Writes:
     """Counts the files and folders that are written, and fails at one of them."""
 
     def __init__(self, patch, failing=None, number=errno.ENOSPC):
-        self.count, self.plain = 0, files.sync_to_disk
+        self.count, plain = 0, os.fsync
 
-        def sync_to_disk(path):
+        def fsync(descriptor):
             self.count += 1
             if self.count == failing:
-                raise OSError(number, os.strerror(number), str(path))
-            self.plain(path)
+                path = os.readlink(f"/proc/self/fd/{descriptor}")
+                raise OSError(number, os.strerror(number), path)
+            plain(descriptor)
 
-        patch.setattr(files, "sync_to_disk", sync_to_disk)
+        patch.setattr(os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("kind", ["stacked", "one by one"])
@@ -70,20 +69,19 @@ def test_other_write_errors(tmp_path, monkeypatch, quiet, number, capsys):
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")
 
 
+def run_with_short_files(flags, log):
+    """Run the command; the system refuses to write beyond 60,000 bytes of any file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    run_program(flags, log)
+
+
 def test_a_file_system_that_takes_no_more_in_the_middle_of_a_file(tmp_path):
-    """For real: the system refuses to write beyond 60,000 bytes of any file."""
-    script = (
-        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1));"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-        "import run_glue; sys.exit(run_glue.main(sys.argv[1:]))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT), *flags(tmp_path / "out")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert "File too large" in result.stderr.splitlines()[-1]
+    process = start_process(run_with_short_files, flags(tmp_path / "out"), tmp_path / "log")
+    process.join()
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 1
+    assert "Traceback" not in log
+    assert "File too large" in log.splitlines()[-1]
     assert not list((tmp_path / "out").rglob("checkpoints/*"))
     assert not list((tmp_path / "out").rglob(".*"))
 
@@ -106,16 +104,16 @@ def test_an_output_folder_that_vanishes(tmp_path, monkeypatch, capsys):
     ],
     ids=["cuda", "cpu", "cuda library", "oneDNN", "python"],
 )
-def test_no_memory_at_all(tmp_path, monkeypatch, quiet, error, capsys):
+def test_no_memory_at_all(tmp_path, quiet, error, capsys):
     """Where halving the passes does not help: one line, and the checkpoint before it."""
 
-    def fail():
-        def always(*args):
+    failing: list[int] = []
+
+    def fail(number, ids):
+        if failing:
             raise error
 
-        patch.setattr(forward.Forward, "__call__", always)
-
-    with monkeypatch.context() as patch, at_step(5, fail):
+    with at_step(5, lambda: failing.append(5)), at_passes(fail):
         assert run_glue.main(flags(tmp_path / "out")) == 1
     assert "stopped: out of memory (a lower --max-tokens" in capsys.readouterr().err
     assert_as_if_never_stopped(tmp_path / "out", quiet, "stacked")

@@ -86,8 +86,8 @@ def test_another_config_or_tokenizer_is_refused(trained, base, file, keys, value
     (base / "texts").write_text("a\tb\n")
     assert predict.main([str(trained), "-m", str(base), "-i", str(base / "texts")]) == 2
     assert deltas.main(["show", str(trained), "-m", str(base)]) == 2
-    said, asked = capsys.readouterr()
-    assert said == "" and asked.count(message) == asked.count("error: ") == 2
+    text, asked = capsys.readouterr()
+    assert text == "" and asked.count(message) == asked.count("error: ") == 2
 
 
 @pytest.mark.parametrize(("key", "value"), NAMES)
@@ -104,12 +104,12 @@ def test_members_of_bases_that_differ_in_config_alone(trained, base, tmp_path):
 
 
 def test_another_version_of_transformers_may_know_other_keys(trained):
-    facts, _ = saved_evaluator.read_files(trained)
-    other = {**facts["model_config"], "transformers_version": "9.9", "new_in_that_version": 1}
+    metadata, _ = saved_evaluator.read_files(trained)
+    other = {**metadata["model_config"], "transformers_version": "9.9", "new_in_that_version": 1}
     del other["chunk_size_feed_forward"]
-    assert describe_change(facts, facts | {"model_config": other}) is None
+    assert describe_change(metadata, metadata | {"model_config": other}) is None
     other["layer_norm_eps"] = 1.0
-    change = describe_change(facts, facts | {"model_config": other})
+    change = describe_change(metadata, metadata | {"model_config": other})
     assert change and "layer_norm_eps" in change
 
 
@@ -141,10 +141,10 @@ def test_a_file_added_to_a_whole_model(whole, tmp_path):
 def as_before(folder, copy):
     """A copy as earlier versions of this program wrote it: the same format, fewer facts."""
     shutil.copytree(folder, copy)
-    facts, tensors = store.read_entry(copy / saved_evaluator.METADATA)
+    metadata, tensors = store.read_entry(copy / saved_evaluator.METADATA)
     for name in ("model_config", "tokenizer", "model_files"):
-        facts.pop(name, None)
-    store.write_entry(copy / saved_evaluator.METADATA, facts, tensors, "delta.safetensors")
+        metadata.pop(name, None)
+    store.write_entry(copy / saved_evaluator.METADATA, metadata, tensors, "delta.safetensors")
     return copy
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 from conftest import GLUE
+from moments import at_evaluation, raises
 from pictures import real_pictures
+from safetensors.numpy import load_file
 
 from bitfit.data import splits
-from bitfit.data.tasks import TASKS
+from bitfit.data.tasks import TASKS, compact
 from glue_evaluator import GLUEvaluator, set_seed
 from utils import UserError
 
@@ -122,20 +124,16 @@ def test_seeds_matter_and_set_seed_is_the_default(tiny_bert):
     assert first.setup.seeds == second.setup.seeds == [1]
 
 
-def test_keep_best(tiny_bert, monkeypatch):
-    scores = iter([0.3, 0.9, 0.5])
-    values = []
-
-    def score(task, logits, labels, **options):
-        value = {"Accuracy": next(scores)} if len(labels) != 40 else {"Accuracy": 0.0}
-        values.append(evaluator.result.stack.params.clone())
-        return value
-
-    monkeypatch.setattr("bitfit.training.loop.score", score)
+def test_keep_best(tmp_path, tiny_bert):
+    """The values are those after the best evaluation, which is not the last."""
     evaluator = prepared(tiny_bert)
-    evaluator.train_and_evaluate(3, keep="best")
-    assert torch.equal(evaluator.result.stack.params, values[3])  # after the second epoch
-    assert not torch.equal(evaluator.result.stack.params, values[5])
+    evaluator.train_and_evaluate(4, tmp_path, keep="best")
+    scores = evaluator.evaluations["validation"]["Accuracy"]
+    best = int(np.argmax(scores))
+    assert best < 3, scores
+    logits = load_file(tmp_path / "validation_logits.safetensors")["validation"]
+    assert np.array_equal(compact(TASKS["rte"], evaluator.predict("validation")), logits[best])
+    assert not np.array_equal(logits[best], logits[-1])
     name = "classifier.weight"
     assert torch.equal(
         evaluator.result.stack.named_params()[name], evaluator.model.classifier.weight
@@ -269,9 +267,9 @@ def saved(tmp_path_factory):
     ],
 )
 def test_edited_facts(saved, tmp_path, change, message):
-    facts = json.loads((saved / "evaluator.json").read_text())
-    change(facts)
-    (tmp_path / "evaluator.json").write_text(json.dumps(facts))
+    metadata = json.loads((saved / "evaluator.json").read_text())
+    change(metadata)
+    (tmp_path / "evaluator.json").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match=message):
         GLUEvaluator.load(tmp_path, None)
 
@@ -304,14 +302,9 @@ def test_what_prepare_refuses(tiny_bert):
             evaluator.train_and_evaluate(1)  # not what was prepared before
 
 
-def test_what_was_measured_outlives_an_interruption(tiny_bert, monkeypatch):
+def test_what_was_measured_outlives_an_interruption(tiny_bert):
     evaluator = prepared(tiny_bert)
-
-    def stop(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("bitfit.training.loop.predict_runs", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), at_evaluation(1, raises(KeyboardInterrupt)):
         evaluator.train_and_evaluate(3, evaluation_frequency=3)
     assert len(evaluator.record.train_loss) == 2
 

@@ -149,5 +149,5 @@ def test_one_line_says_which_weights_are_used(folder, caplog, kind):
     caplog.set_level("INFO", logger="bitfit")
     for _ in range(2):  # as for runs one after the other
         evaluator.training_preparation(1e-3, "adamw", False, verbose=False)
-    said = [m for m in caplog.messages if m.startswith("weights of ")]
-    assert said == [f"weights of {folder}: {expected}"]
+    message = [m for m in caplog.messages if m.startswith("weights of ")]
+    assert message == [f"weights of {folder}: {expected}"]

@@ -11,12 +11,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import transformers
-from conftest import COMMITS, GLUE, ROOT, TINY_BERT
+from conftest import COMMITS, GLUE, ROOT, TINY_BERT, forbid_loading
 from processes import exit_status
 
 import run_glue
 from bitfit import versions
-from bitfit.cli import experiment
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
 from bitfit.model.fingerprints import fingerprint
@@ -119,9 +118,9 @@ def test_the_commit_is_kept_and_a_saved_evaluator_goes_back_to_it(hub, tmp_path)
         GLUEvaluator.load(pinned, None, model_name="org/tiny")  # its main branch
     GLUEvaluator.load(pinned, None, model_name=folder).save(tmp_path / "moved")
     assert GLUEvaluator.load(tmp_path / "moved", None).setup.model_name == str(folder)
-    facts, tensors = store.read_entry(pinned / "evaluator.json")
-    del facts["model_commit"]  # as it was saved before commits were kept
-    store.write_entry(pinned / "evaluator.json", facts, tensors, "delta.safetensors")
+    metadata, tensors = store.read_entry(pinned / "evaluator.json")
+    del metadata["model_commit"]  # as it was saved before commits were kept
+    store.write_entry(pinned / "evaluator.json", metadata, tensors, "delta.safetensors")
     assert GLUEvaluator.load(pinned, None, model_name=folder).setup.model_commit is None
 
 
@@ -165,9 +164,9 @@ def test_resume_compares_the_models_not_their_names(hub, tmp_path, capsys, monke
 def test_revisions_that_are_not_there(hub, tmp_path, capsys, model, revision, message):
     argv = flags(tmp_path / "out", "--model-revision", revision, model=model)
     assert run_glue.main(argv) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith(f"run_glue.py: error: {message}")
-    assert len(said) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith(f"run_glue.py: error: {message}")
+    assert len(error) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -215,8 +214,8 @@ def test_one_run_is_pushed_at_the_end(online, monkeypatch, tmp_path, capsys):
     assert read(output / "args.json")["finished"]
     assert taken == {"me/rte-bitfit": names(output / "model")}
     assert {"README.md", "config.json", "model.safetensors"} < taken["me/rte-bitfit"]
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "pushed to https://huggingface.co/me/rte-bitfit"
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed == "pushed to https://huggingface.co/me/rte-bitfit"
 
 
 def test_of_many_runs_the_best_one_is_pushed(online, monkeypatch, tmp_path):
@@ -232,17 +231,17 @@ def test_a_push_that_fails_loses_nothing(online, monkeypatch, tmp_path, capsys):
     output = tmp_path / "out"
     argv = flags(output, "--push-to-hub", "me/x", model=TINY_BERT)
     assert run_glue.main(argv) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
     kept = f"run_glue.py: stopped: the training is finished, all of it is in {output}, but the push"
-    assert said.startswith(f"{kept} failed: Cannot reach https://huggingface.co/api/repos/create")
+    assert error.startswith(f"{kept} failed: Cannot reach https://huggingface.co/api/repos/create")
     assert read(output / "args.json")["finished"]
-    later = shlex.split(said.split("to push it later: ")[1])
+    later = shlex.split(error.split("to push it later: ")[1])
     assert later == ["hf", "upload", "me/x", str(output / "model"), "."]
     program = Path(sys.executable).with_name("hf")
     result = subprocess.run([program, *later[1:]], capture_output=True, text=True)
     assert "offline mode is enabled" in result.stderr + result.stdout  # its words were understood
     taken = take(monkeypatch)
-    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
+    forbid_loading(monkeypatch)
     argv = [*flags(output, "--push-to-hub", "me/y", model=TINY_BERT), "--resume"]
     assert run_glue.main(argv) == 0
     assert taken == {"me/y": names(output / "model")}
@@ -278,13 +277,13 @@ def test_a_push_that_cannot_be_is_refused_before_any_work(
         monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
     argv = flags(tmp_path / "out", model=TINY_BERT)
     argv += [word for word in more if word not in ("HF_TOKEN", "online")]
-    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
+    forbid_loading(monkeypatch)
     status = exit_status(run_glue.main, argv)
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert status == 2
-    assert said.startswith("run_glue.py: error: ")
-    assert message in said
-    assert said.count("\n") == 1
+    assert error.startswith("run_glue.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

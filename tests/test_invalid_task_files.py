@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import forbid_loading
 from own_tasks import CB, ON_HUB, flags, task_with
 
 import run_glue
@@ -107,7 +108,7 @@ def assert_one_line(argv, message, output, capsys):
 
 @pytest.mark.parametrize(("changes", "message"), FAULTS)
 def test_a_fault_of_the_record(superglue, tmp_path, monkeypatch, capsys, changes, message):
-    monkeypatch.setattr("glue_evaluator.GLUEvaluator", None)  # a call would fail: no work begins
+    forbid_loading(monkeypatch)
     record = {key: value for key, value in (CB | changes).items() if value is not REMOVED}
     file = superglue / "mine.json"
     file.write_text(json.dumps(record))

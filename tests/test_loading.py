@@ -167,9 +167,9 @@ def test_code_in_a_model_folder_is_never_run(folder, tmp_path, monkeypatch, caps
     for random in ([], ["--random-encoder"]):
         assert run_glue.main(["-o", "new", *argv, *random]) == 2
     assert predict.main(["out", "--gpu-device", "cpu"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3
-    assert all("custom code is not supported" in line for line in said)
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 3
+    assert all("custom code is not supported" in line for line in error)
     with pytest.raises(UserError, match="custom code is not supported"):
         GLUEvaluator.load("out/evaluator", None)
     with pytest.raises(UserError, match="custom code is not supported"):
@@ -193,15 +193,15 @@ def test_a_folder_that_hides_a_model_on_the_hub(tmp_path, monkeypatch, capsys, c
     Path("bert-base-cased").mkdir()
     argv = ["-o", "out", "-t", "rte", "-f", "bitfit", "--data-dir", str(GLUE)]
     assert run_glue.main(argv) == 2  # the default model
-    said = capsys.readouterr().err
-    assert f"the folder {tmp_path}/bert-base-cased has no config.json; it hides a model of" in said
-    assert len(said.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert f"the folder {tmp_path}/bert-base-cased has no config.json; it hides a model of" in error
+    assert len(error.splitlines()) == 1
     for name, warned in {"./own": 0, "some/folder": 0, "own": 1, "org/tiny": 1}.items():
         shutil.copytree(TINY_BERT, name, dirs_exist_ok=True)
         caplog.clear()
         loading.load_tokenizer(name)
-        said = f"--model-name {name} is the folder of that name here, not a model on the Hub"
-        assert [r.getMessage().startswith(said) for r in caplog.records] == [True] * warned
+        error = f"--model-name {name} is the folder of that name here, not a model on the Hub"
+        assert [r.getMessage().startswith(error) for r in caplog.records] == [True] * warned
 
 
 def test_bad_models_end_the_programs_with_one_line(folder, tmp_path, capsys, monkeypatch):
@@ -213,9 +213,9 @@ def test_bad_models_end_the_programs_with_one_line(folder, tmp_path, capsys, mon
     capsys.readouterr()
     assert run_glue.main(["-o", str(tmp_path / "new"), *argv]) == 2
     assert predict.main([str(output), "--gpu-device", "cpu"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in said[-2:]] == ["run_glue.py", "predict.py"]
-    assert all("1 of its tensors hold NaN or infinite values" in line for line in said[-2:])
+    error = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in error[-2:]] == ["run_glue.py", "predict.py"]
+    assert all("1 of its tensors hold NaN or infinite values" in line for line in error[-2:])
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="NaN or infinite"):
         GLUEvaluator.load(output / "evaluator", None)

@@ -13,13 +13,12 @@ import deltas
 import paper
 import predict
 import pytest
-from conftest import GLUE, ROOT, TINY_BERT
+from conftest import GLUE, ROOT, TINY_BERT, forbid_loading
 from pictures import real_pictures
 
 import run_glue
 from bitfit import output_paths
 from bitfit.artifacts import model_card
-from bitfit.cli import experiment
 from bitfit.results import escape
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -46,12 +45,12 @@ def refused(main, argv, capsys):
         status = main(argv)
     except SystemExit as stop:
         status = stop.code
-    said = capsys.readouterr()
-    assert status == 2, said.err
-    assert said.err.count("\n") == 1, said.err
-    assert said.out == ""
-    assert said.err.isascii()
-    return said.err
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.out == ""
+    assert captured.err.isascii()
+    return captured.err
 
 
 @pytest.mark.parametrize("program", MAINS)
@@ -59,9 +58,9 @@ def refused(main, argv, capsys):
 def test_control_characters_are_refused(program, name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main, argv = MAINS[program]
-    said = refused(main, [*argv, name], capsys)
-    assert said.startswith(f"{program}: error: the argument 'a\\")
-    assert "has control characters, or bytes that are not UTF-8" in said
+    message = refused(main, [*argv, name], capsys)
+    assert message.startswith(f"{program}: error: the argument 'a\\")
+    assert "has control characters, or bytes that are not UTF-8" in message
     assert os.listdir(tmp_path) == []
 
 
@@ -112,7 +111,7 @@ PLACES = {
 def test_an_output_path_that_cannot_be(tmp_path, place, capsys, monkeypatch):
     path = str(PLACES[place](tmp_path))
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # a call would fail
+    forbid_loading(monkeypatch)
     assert "--output-path" in refused(run_glue.main, flags(path), capsys)
     assert "--output-path" in refused(run_glue.main, flags(path, "--resume"), capsys)
     assert "--output-path" in refused(deltas.main, ["apply", "e", "-o", path], capsys)
@@ -245,8 +244,12 @@ def test_a_study(tmp_path, monkeypatch, capsys):
     assert f"\n{name}" in tex
     assert all(line.count("&") - line.count(r"\&") == 1 + ("Avg." in tex)
                for line in tex.splitlines() if line.endswith(r"\\"))  # fmt: skip
-    facts = Path(next((tmp_path / "study").rglob("bitfit/rte/args.json")))
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"commit": 7, "precision": []}))
+    metadata = Path(next((tmp_path / "study").rglob("bitfit/rte/args.json")))
+    metadata.write_text(
+        json.dumps(json.loads(metadata.read_text()) | {"commit": 7, "precision": []})
+    )
     assert paper.main(["report", *study]) == 0
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"commit": None, "ranks": "many"}))
+    metadata.write_text(
+        json.dumps(json.loads(metadata.read_text()) | {"commit": None, "ranks": "many"})
+    )
     assert paper.main(["plan", *study]) == 0

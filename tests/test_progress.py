@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import GLUE, ROOT, TINY_BERT
-from processes import run_script
+from quick_python import run_script
 from test_train import new_model, new_state, tokens_of
 
 import run_glue
@@ -38,8 +38,8 @@ def test_a_log_file_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog, capf
     assert re.fullmatch(form.format(1, "", 1), lines[0])
     assert re.fullmatch(form.format(2, r"best \d+\.\d  ", 3), lines[-1])
     assert lines[-1].endswith("00:00 left")
-    said = "".join(capfd.readouterr())
-    assert "\r" not in said and "\x1b" not in said
+    message = "".join(capfd.readouterr())
+    assert "\r" not in message and "\x1b" not in message
 
 
 class SlowClock:
@@ -101,7 +101,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, shows):
         assert terminal.getvalue() == ""
 
 
-def test_quiet_says_the_results_alone(tmp_path, capfd, monkeypatch):
+def test_quiet_says_the_results_alone(quick_python, tmp_path):
     result = run_script("run_glue.py", "-o", str(tmp_path / "out"), *FLAGS, "--quiet")
     assert (result.returncode, result.stderr) == (0, "")
     assert "best of 2 trials" in result.stdout
@@ -111,8 +111,8 @@ def test_versions(capsys):
     with pytest.raises(SystemExit) as stop:
         run_glue.main(["--version"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert re.fullmatch(r"run_glue.py: commit \w+, torch [\d.+a-z]+, transformers .*\n", said)
+    output = capsys.readouterr().out
+    assert re.fullmatch(r"run_glue.py: commit \w+, torch [\d.+a-z]+, transformers .*\n", output)
 
 
 def test_the_examples_of_the_help_are_good():

@@ -5,21 +5,20 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import GLUE, ROOT, TINY_BERT, wait_for
-from processes import in_ranks, run_program
+from moments import limited_memory
+from processes import in_ranks, run_program, start_ranks
 from safetensors.torch import load_file, save_file
 
 import run_glue
 from bitfit.distributed import Ranks, assign_runs
-from bitfit.model import forward as models
 from bitfit.model.run_stack import Run
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -43,8 +42,13 @@ def train_all_types(folder, model, memory=None):
         (folder / "first").touch()
     group.barrier()
     assert (folder / "first").exists()
-    if group.rank and group.rank == group.size - 1:
-        limit_memory(memory)
+    is_last = group.rank and group.rank == group.size - 1
+    with limited_memory(memory) if is_last else nullcontext():
+        train_types(folder, model, group)
+    ranks.shutdown()
+
+
+def train_types(folder, model, group):
     for kind in TYPES:
         evaluator = GLUEvaluator("rte", str(model), None, 0, GLUE)
         evaluator.preprocess_dataset("longest", 64, 8, train_size=17)
@@ -58,19 +62,6 @@ def train_all_types(folder, model, memory=None):
         save_file({"logits": logits, "values": evaluator.result.stack.params, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted
-    ranks.shutdown()
-
-
-def limit_memory(tokens):
-    """From now on a pass of more tokens is out of memory."""
-    plain = models.Forward.__call__
-
-    def tight(forward, tokens_of_split, batch):
-        if batch.token_index.numel() > tokens:
-            raise torch.OutOfMemoryError("no room")
-        return plain(forward, tokens_of_split, batch)
-
-    mock.patch.object(models.Forward, "__call__", tight).start()
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +82,8 @@ def alone(no_dropout, tmp_path_factory):
 
 
 def measured(folder, kind):
-    facts = json.loads((folder / kind / "metrics.json").read_text())
-    return facts["train_loss"], facts["evaluations"]
+    metadata = json.loads((folder / kind / "metrics.json").read_text())
+    return metadata["train_loss"], metadata["evaluations"]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -130,9 +121,8 @@ def run(output, *words, status=0):
 
 def torchrun(output, *words, options):
     """The same by torchrun itself, as a process that goes on."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
     program = [str(ROOT / "run_glue.py"), "--output-path", str(output), *FLAGS, *words]
-    command = [*start, "--nproc-per-node", "2", *program]
+    command = ["torchrun", "--standalone", *options, "--nproc-per-node", "2", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, env=environment, stderr=subprocess.PIPE)
 
@@ -151,9 +141,9 @@ def left(folder):
     files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     told = (".json", ".md")  # a model card has the command
     content = {name: path.read_bytes() for name, path in files.items() if path.suffix not in told}
-    facts = json.loads((folder / "metrics.json").read_text())
-    same = facts.keys() - {"seconds", "runs_in_one_pass"}
-    return content | {"metrics": {name: facts[name] for name in same}}
+    metadata = json.loads((folder / "metrics.json").read_text())
+    same = metadata.keys() - {"seconds", "runs_in_one_pass"}
+    return content | {"metrics": {name: metadata[name] for name in same}}
 
 
 def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_path):
@@ -166,9 +156,9 @@ def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_p
     assert left(both / "lr0.001_seed0") == left(tmp_path / "first")
     for name in ("lr0.001_seed1", "lr0.001_seed2"):
         assert left(both / name) == left(tmp_path / "rest" / name)
-    facts = [json.loads((both / f"lr0.001_seed{s}" / "args.json").read_text()) for s in range(3)]
-    assert [fact["trained_by"] for fact in facts] == [[0], [1], [1]]
-    assert all(fact["finished"] and fact["ranks"] == 2 for fact in facts)
+    metadata = [json.loads((both / f"lr0.001_seed{s}" / "args.json").read_text()) for s in range(3)]
+    assert [fact["trained_by"] for fact in metadata] == [[0], [1], [1]]
+    assert all(fact["finished"] and fact["ranks"] == 2 for fact in metadata)
     rows = (both / "results.csv").read_text().splitlines()
     assert len(rows) == 4 and printed.count("best of 3 trials") == 1
     assert not list(both.rglob("checkpoints"))
@@ -183,8 +173,7 @@ def process_of_rank(torchrun, rank):
     return None
 
 
-@pytest.mark.pictures  # torchrun's ranks draw real pictures, too
-def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, tmp_path):
+def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, quick_python, tmp_path):
     """SIGKILL to one of two ranks, each with a run of its own that cannot be stacked."""
     more = ["--fine-tune-type", "rand_uniform", "--seed", "0", "1", "--epochs", "12", "--resume"]
     killed, checkpoint = tmp_path / "killed", tmp_path / "killed/lr0.001_seed1/checkpoints"
@@ -199,8 +188,9 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, tmp_path)
         assert left(killed / name) == left(tmp_path / "plain" / name)
 
 
-@pytest.mark.pictures  # torchrun's ranks draw real pictures, too
-def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_path, capsys):
+def test_ranks_that_were_stopped_together_end_as_if_never_stopped(
+    plain, quick_python, tmp_path, capsys
+):
     """SIGUSR1 to torchrun. Each rank draws dropout of its own: the checkpoint has both."""
     output = tmp_path / "out"
     more = ["--fine-tune-type", "bitfit", "--epochs", "30", "--export-model", "--predict-test"]
@@ -211,8 +201,8 @@ def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_pat
     error = process.communicate(timeout=60)[1]
     assert error.count("to go on: torchrun --standalone --nproc-per-node 2 run_glue.py") == 1
     assert error.count("SIGUSR1: finishing the step") == 1
-    facts = json.loads((output / "metrics.json").read_text())
-    assert len(facts["epochs"]) < 30  # or nothing was stopped
+    metadata = json.loads((output / "metrics.json").read_text())
+    assert len(metadata["epochs"]) < 30  # or nothing was stopped
     assert plain(output, *more, "--resume") == 2
     assert "--nproc-per-node 2" in capsys.readouterr().err
     run(output, *more, "--resume")
@@ -220,11 +210,23 @@ def test_ranks_that_were_stopped_together_end_as_if_never_stopped(plain, tmp_pat
     assert left(output) == left(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("words", [["--fine-tune-type", "bitfit", "--model-name", "nowhere/"],
-                                   ["--fine-tune-type", "nothing"]])  # fmt: skip
-def test_bad_input_is_one_line_whatever_the_ranks(words, tmp_path):
-    error = run(tmp_path / "out", *words, status=2)
-    assert error.count("run_glue.py: error: ") == 1
+def test_bad_input_is_one_line_whatever_the_ranks(tmp_path):
+    """Three commands at once: a rank waits some seconds for the line of rank 0."""
+    task = ["--task-file", str(tmp_path / "nowhere.json")]
+    commands = [
+        [*FLAGS, "--fine-tune-type", "bitfit", "--model-name", "nowhere/"],
+        [*FLAGS, "--fine-tune-type", "nothing"],
+        [*FLAGS[2:], "--fine-tune-type", "bitfit", *task],
+    ]
+    output = ["--output-path", str(tmp_path / "out")]
+    logs = [tmp_path / f"log{i}" for i in range(3)]
+    waits = [
+        start_ranks(2, run_program, [*words, *output], log)
+        for words, log in zip(commands, logs, strict=True)
+    ]
+    for wait, log in zip(waits, logs, strict=True):
+        assert wait() == [2, 2]
+        assert log.read_text().count("run_glue.py: error: ") == 1
     assert not (tmp_path / "out").exists()
 
 

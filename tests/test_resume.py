@@ -7,16 +7,15 @@ import signal
 import pytest
 import torch
 import transformers
-from conftest import GLUE, TINY_BERT
+from conftest import GLUE, TINY_BERT, forbid_loading
 from interruption import differences, output_contents
 from moments import at_step, send
-from resumable import assert_as_if_never_stopped, flags
+from resumable import assert_as_if_never_stopped, at_call, flags
 
 import run_glue
 import utils
 from bitfit import files, output_paths
 from bitfit import options as flags_of_program
-from bitfit.cli import experiment
 from bitfit.training.checkpoints import list_checkpoints
 
 
@@ -138,7 +137,7 @@ def test_a_finished_run_says_so(tmp_path, capsys, monkeypatch):
     before = output_contents(tmp_path / "out")
     (tmp_path / "out/.lock").touch()  # the process was killed after its last file
     capsys.readouterr()
-    monkeypatch.setattr(experiment, "prepare_evaluator", None)  # not even loaded
+    forbid_loading(monkeypatch)
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 0
     assert "is finished: there is nothing to resume" in capsys.readouterr().out
     assert output_contents(tmp_path / "out") == before
@@ -149,8 +148,8 @@ def test_a_finished_run_is_not_taken_for_another(tmp_path, more, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
     args = flags_of_program.parse_args("", flags(folder))
-    facts = vars(args) | {"precision": "fp32", "finished": True}
-    (folder / "args.json").write_text(json.dumps(facts))
+    metadata = vars(args) | {"precision": "fp32", "finished": True}
+    (folder / "args.json").write_text(json.dumps(metadata))
     assert run_glue.main([*flags(folder), "--resume"]) == 0
     assert run_glue.main([*flags(folder), "--resume", *more]) == 2
     assert {"-m": "--model-name"}.get(more[0], more[0]) + " was " in (capsys.readouterr().err)
@@ -161,8 +160,8 @@ def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / ".notes.tmp").write_text("mine")
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "was begun by another version of this program" in capsys.readouterr().err
-    facts = {"finished": False, "precision": "fp32", "format": utils.FORMAT}
-    (tmp_path / "args.json").write_text(json.dumps(facts))
+    metadata = {"finished": False, "precision": "fp32", "format": utils.FORMAT}
+    (tmp_path / "args.json").write_text(json.dumps(metadata))
     assert run_glue.main([*flags(tmp_path), "--resume"]) == 2
     assert "args.json there does not say " in capsys.readouterr().err.splitlines()[-1]
     files.remove_temporaries(tmp_path)
@@ -178,19 +177,15 @@ def test_what_another_version_began_is_refused(interrupted, capsys):
 
 def test_another_process_was_faster(tmp_path, monkeypatch, capsys):
     """It begins and ends while this one still loads: what it left counts."""
-    folder = tmp_path / "out"
-    plain = experiment.prepare_evaluator
+    command = [*flags(tmp_path / "out"), "--resume"]
 
-    def slow(*args):
-        evaluator = plain(*args)
-        monkeypatch.setattr(experiment, "prepare_evaluator", plain)
-        assert run_glue.main([*flags(folder), "--resume"]) == 0
-        return evaluator
+    def run_it_first():
+        assert run_glue.main(command) == 0
 
-    monkeypatch.setattr(experiment, "prepare_evaluator", slow)
-    assert run_glue.main([*flags(folder), "--resume"]) == 0
+    at_call(monkeypatch, transformers.AutoTokenizer, "from_pretrained", 1, run_it_first)
+    assert run_glue.main(command) == 0
     assert "is finished: there is nothing to resume" in capsys.readouterr().out
-    assert json.loads((folder / "args.json").read_text())["finished"]
+    assert json.loads((tmp_path / "out/args.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"finished": []}', '"finished"'])

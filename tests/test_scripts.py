@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,16 +14,17 @@ import pandas as pd
 import paper
 import predict
 import pytest
-from conftest import GLUE, ROOT, TINY_BERT
-from documentation import SMALL, TEXT, active_environment, plain
-from processes import run_script
+from conftest import ROOT, TINY_BERT
+from documentation import TEXT, active_environment, plain
+from quick_python import run_script
 
 import run_glue
 from bitfit.options import TERMS
 from bitfit.results.plots import METHOD_STYLES
 
 
-def test_the_demo(checkout):
+def test_the_demo(checkout, quick_python, monkeypatch):
+    monkeypatch.setenv("REAL_PICTURES", "1")
     result = subprocess.run(
         ["bash", "scripts/demo.sh", "--epochs", "1", "--train-size", "16"],
         cwd=checkout, env=active_environment(), capture_output=True, text=True,
@@ -37,20 +39,30 @@ def test_the_demo(checkout):
     assert not (checkout / ".venv").exists()  # the active environment was used
 
 
-def test_the_test_command(checkout):
-    result = subprocess.run(
-        ["bash", "scripts/test.sh", "tests/test_tasks.py", "-n", "0"],
-        cwd=checkout, env=active_environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
+@pytest.mark.parametrize("failing", [None, "ruff", "mypy", "pytest"])
+def test_the_test_command_runs_all_tools_until_one_fails(failing, tmp_path):
+    """With a stand-in for Python, which writes its arguments to a file."""
+    (tmp_path / "python").write_text(f"""#!/bin/bash
+        [ "$1" = - ] && exit 0  # all requirements are installed
+        echo "$*" >>{tmp_path}/log
+        [ "$2" != "{failing}" ]""")
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "VIRTUAL_ENV": str(tmp_path)}
+    command = ["bash", "scripts/test.sh", "tests/test_tasks.py", "-x"]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == int(bool(failing))
+    lines = (tmp_path / "log").read_text().splitlines()
+    tools = [line.split()[1] for line in lines]
+    assert tools == {None: ["ruff", "ruff", "mypy", "pytest"], "ruff": ["ruff"],
+                     "mypy": ["ruff", "ruff", "mypy"]}.get(failing, tools)  # fmt: skip
+    assert failing in ("ruff", "mypy") or lines[-1] == "-m pytest tests/test_tasks.py -x"
 
 
-def test_the_sweep_script(checkout):
+def test_the_sweep_script(checkout, small, quick_python):
     (command,) = plain("bash scripts/sweep_learning_rates.sh")
-    small = [*SMALL, "--model-name", str(TINY_BERT), "--learning-rate", "1e-3", "--seed", "0", "1"]
+    flags = [*small, "--model-name", str(TINY_BERT), "--learning-rate", "1e-3", "--seed", "0", "1"]
     result = subprocess.run(
-        [*command.split(), *small], cwd=checkout, env=active_environment(),
+        [*command.split(), *flags], cwd=checkout, env=active_environment(),
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -66,24 +78,25 @@ def test_the_sweep_script(checkout):
     assert nothing.stderr.startswith("The paper's grid on one task: bash scripts/sweep")
 
 
-def test_compare(checkout, tmp_path, monkeypatch):
+def test_compare(quick_python, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("REAL_PICTURES", "1")
     (command,) = plain("python scripts/compare.py ")
     monkeypatch.chdir(ROOT)
     for name, kind in (("rte-bitfit", "bitfit"), ("rte-full", "full_ft")):
         argv = ["-o", str(tmp_path / "out" / name), "-t", "rte", "-f", kind, "-m", str(TINY_BERT)]
-        assert run_glue.main([*argv, *SMALL]) == 0
+        assert run_glue.main([*argv, *small]) == 0
     words = command.split()[2:]
-    result = run_script("scripts/compare.py", *words, cwd=tmp_path, draws=True)
+    result = run_script("scripts/compare.py", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("RTE ") == 2
     assert (tmp_path / "out/methods.png").stat().st_size > 10_000
 
 
-def test_predict(tmp_path, monkeypatch, capsys):
+def test_predict(small, tmp_path, monkeypatch, capsys):
     (command,) = plain("python scripts/predict.py ")
     for task in ("cola", "rte", "stsb"):
         argv = ["-o", str(tmp_path / "out" / task), "-t", task, "-f", "bitfit", "--save-evaluator"]
-        assert run_glue.main([*argv, "-m", str(TINY_BERT), *SMALL]) == 0
+        assert run_glue.main([*argv, "-m", str(TINY_BERT), *small]) == 0
     (tmp_path / "texts.tsv").write_text("the glad wug grows\tthe happy wug swells\n")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -95,11 +108,11 @@ def test_predict(tmp_path, monkeypatch, capsys):
     }
 
 
-def test_the_papers_commands(tmp_path, monkeypatch, capsys):
+def test_the_papers_commands(quick_python, few_glue, tmp_path, monkeypatch, capsys):
     """One after the other, on one small cell each."""
-    small = ["--models", str(TINY_BERT), "--data-dir", str(GLUE), "--epochs", "1", "--tasks", "rte",
-             "--train-size", "16", "--learning-rates", "1e-3", "--seeds", "0", "1", "--rows",
-             "bitfit", "--sizes", "16"]  # fmt: skip
+    small = ["--models", str(TINY_BERT), "--data-dir", str(few_glue), "--epochs", "1", "--tasks",
+             "rte", "--train-size", "16", "--learning-rates", "1e-3", "--seeds", "0", "1",
+             "--rows", "bitfit", "--sizes", "16"]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     seen = []
     steps = ("plan", "run", "report", "submit")  # in this order, whichever page has them
@@ -116,12 +129,12 @@ def test_the_papers_commands(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.pictures
-def test_the_deltas_commands(tmp_path, monkeypatch):
+def test_the_deltas_commands(small, tmp_path, monkeypatch):
     """One after the other, on the evaluators of a small sweep."""
     monkeypatch.chdir(tmp_path)
     argv = ["-o", "out/sst2", "-t", "sst2", "-f", "bitfit", "-m", str(TINY_BERT)]
     argv += ["-l", "1e-3", "--seed", "0", "1", "--save-evaluator"]
-    assert run_glue.main([*argv, *SMALL]) == 0
+    assert run_glue.main([*argv, *small]) == 0
     for command in plain("python scripts/deltas.py "):
         globs = (sorted(glob.glob(word)) or [word] for word in shlex.split(command)[2:])
         assert deltas.main([word for words in globs for word in words]) == 0, command
@@ -147,11 +160,11 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, messag
     (tmp_path / "empty/metrics.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
         compare.main()
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     assert stop.value.code == 2
-    assert said.out == ""
-    assert said.err.startswith(f"compare.py: error: {message}")
-    assert said.err.count("\n") == 1
+    assert captured.out == ""
+    assert captured.err.startswith(f"compare.py: error: {message}")
+    assert captured.err.count("\n") == 1
 
 
 def test_methods_have_their_style_beside_others():
@@ -167,7 +180,7 @@ def test_methods_have_their_style_beside_others():
 @pytest.mark.pictures
 def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
     """Long names and 24 curves of two seeds: nothing is cut off (a warning would be an error)."""
-    facts = {
+    metadata = {
         "task": "rte", "model": "bert", "main_metric": "Accuracy", "fine_tune_type": "bitfit",
         "bias_terms": [*TERMS], "random_encoder": False, "learning_rate": 1e-3, "seconds": {},
         "trained_parameters": 1, "all_parameters": 2, "finished": True,
@@ -176,7 +189,7 @@ def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
     scores = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
     figures = []
     monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
-    runs = [(facts | {"seed": k % 2, "learning_rate": k // 2}, scores) for k in range(48)]
+    runs = [(metadata | {"seed": k % 2, "learning_rate": k // 2}, scores) for k in range(48)]
     compare.plot_runs(runs, tmp_path / "x.png")
     figures[0].canvas.draw()
     drawn, canvas = figures[0].get_tightbbox(), figures[0].get_size_inches()

@@ -10,7 +10,7 @@ import subprocess
 import paper
 import pytest
 from conftest import ROOT, TINY_BERT, wait_for
-from documentation import SMALL, TEXT, active_environment
+from documentation import TEXT, active_environment
 
 from bitfit import options as flags
 
@@ -23,14 +23,14 @@ STAND_INS = {
 }
 
 
-def test_the_slurm_job_of_several_machines(tmp_path):
+def test_the_slurm_job_of_several_machines(quick_python, small, tmp_path):
     """Two torchruns that meet; TERM before the limit, and the job is to be started again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    small = f"--model-name {TINY_BERT} {' '.join(SMALL)} --epochs 30 --learning-rate"
+    flags = f"--model-name {TINY_BERT} {' '.join(small)} --epochs 30 --learning-rate"
     job = SBATCH[1].replace("8", "1").replace("29500", port).replace("mnli", "rte")
-    job = job.replace("run_glue.py", str(ROOT / "run_glue.py")).replace("--learning-rate", small)
+    job = job.replace("run_glue.py", str(ROOT / "run_glue.py")).replace("--learning-rate", flags)
     job = job.replace("--seed 0 1 2 3 4", "--seed 0")
     (tmp_path / "job").write_text(job)
     for name, body in STAND_INS.items():

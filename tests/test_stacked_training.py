@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import forward_of, set_dropout
+from moments import at_passes, at_step
 from small_training import BUDGET, COLA, GRID, choose, new_state, next_epoch, tokens_of
 
 from bitfit.model import loading
@@ -11,7 +12,6 @@ from bitfit.model.precision import DTYPES
 from bitfit.model.predict import predict, predict_runs
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.training import loop
 
 
 def stack_of(model_path, method, runs, optimizer="adamw", epochs=2, rows=44, precision="fp32"):
@@ -79,7 +79,7 @@ def test_permuted_runs_give_permuted_results(model_path):
 
 
 @pytest.mark.parametrize(("packed", "cap"), [(True, 2048), (True, 60), (False, 100), (True, 1)])
-def test_a_run_that_diverges_cannot_touch_the_others(model_path, monkeypatch, packed, cap):
+def test_a_run_that_diverges_cannot_touch_the_others(model_path, packed, cap):
     """Run 1's rows turn to infinity inside the model at its third step, and it stays as it was.
 
     In one pass or in many, which then hold rows of some runs only, the last of a single row.
@@ -89,22 +89,20 @@ def test_a_run_that_diverges_cannot_touch_the_others(model_path, monkeypatch, pa
     trainable = choose(model, "bitfit")
     options = {"draw": loading.init_head, "packed": packed, "token_budget": TokenBudget(cap)}
     state = new_state(model, tokens_of(model_path), trainable, GRID, **options)
-    stack, kept, steps = state.stack, [], iter(range(100))
-    plain = loop.forward_backward
+    stack = state.stack
+    steps: list[int] = []
+    kept: list[torch.Tensor] = []
 
-    def sometimes_infinite(plan, stack, step):
-        number = next(steps)
-        if number == 2:
+    def overflow(number, ids):
+        if steps and not kept:
             kept.append(stack.params.clone())
             stack.params[1] *= float("inf")  # NaN and infinite biases: all it computes is bad
-        try:
-            return plain(plan, stack, step)
-        finally:
-            if number == 2:
-                stack.params[1] = kept[0][1]
 
-    monkeypatch.setattr(loop, "forward_backward", sometimes_infinite)
-    losses = [next_epoch(state) for _ in range(3)]
+    def restore():
+        stack.params[1] = kept[0][1]
+
+    with at_step(2, lambda: steps.append(2)), at_passes(overflow), at_step(3, restore):
+        losses = [next_epoch(state) for _ in range(3)]
     assert stack.bad_step.tolist() == [-1, 2, -1, -1]
     assert stack.finite_runs().tolist() == [0, 2, 3]
     assert torch.equal(stack.params[1], kept[0][1])
@@ -115,24 +113,19 @@ def test_a_run_that_diverges_cannot_touch_the_others(model_path, monkeypatch, pa
         assert_same_values(stack, k, one)
 
 
-def test_frozen_runs_share_the_encoder_when_scored(model_path, monkeypatch):
+def test_frozen_runs_share_the_encoder_when_scored(model_path):
     """Three runs, one pass: the same logits as run by run."""
     model, _ = loading.load_model(model_path, COLA)
     stack = RunStack(model, choose(model, "frozen"), GRID, loading.init_head)
     forward, tokens = forward_of(model), tokens_of(model_path)
     rows = {k: np.arange(44) for k in range(4)}
-    passes, plain = [], type(model.base_model).forward
-
-    def watched(*args, **options):
-        passes.append(1)
-        return plain(*args, **options)
-
+    passes = []
     with stack.patched():
         together = dict(predict_runs(forward, stack, tokens, BUDGET, rows))
         for k in rows:
             stack.load_run(k)
             assert np.allclose(together[k], predict(forward, tokens, BUDGET), atol=1e-5)
-        monkeypatch.setattr(type(model.base_model), "forward", watched)
+        model.base_model.register_forward_pre_hook(lambda module, args: passes.append(1))
         list(predict_runs(forward, stack, tokens, BUDGET, rows))
         shared = len(passes)
         rows[0] = rows[0][::-1].copy()  # other rows: no sharing

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from moments import at_passes
 from small_training import GRID, choose, new_model, new_state, next_epoch, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit.data import tokens as data
 from bitfit.model import batching, loading, packing
-from bitfit.model import forward as models_forward
 from bitfit.model.run_stack import Run
 from bitfit.model.token_budget import TokenBudget
 from bitfit.options import FINE_TUNE_TYPES
@@ -18,9 +18,8 @@ from bitfit.training import loop, memory
 CPU = torch.device("cpu")
 
 
-def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatch):
+def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert):
     """A device that takes 300 tokens at most gives what a cap of that size gives."""
-    plain = models_forward.Forward.__call__
 
     def run(cap, room):
         budget, model = TokenBudget(cap), new_model(tiny_bert, dropout=0.1)
@@ -34,15 +33,14 @@ def test_out_of_memory_halves_the_cap_and_repeats_the_step(tiny_bert, monkeypatc
             token_budget=budget,
         )
 
-        def tight(forward, tokens, batch):
+        def tight(number, ids):
             torch.nn.functional.dropout(torch.ones(3))  # moves the generator before it fails
-            if batch.token_index.numel() > room:
+            if ids.numel() > room:
                 raise torch.OutOfMemoryError("no room")
-            return plain(forward, tokens, batch)
 
-        monkeypatch.setattr(models_forward.Forward, "__call__", tight)
         torch.manual_seed(0)
-        return next_epoch(state), state.stack.params, budget.max_tokens
+        with at_passes(tight):
+            return next_epoch(state), state.stack.params, budget.max_tokens
 
     losses, values, cap = run(2048, room=300)
     assert cap == 256

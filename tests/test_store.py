@@ -2,9 +2,11 @@
 
 import random
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+from moments import raises
 
 from bitfit.training import store
 from utils import CorruptFile
@@ -21,8 +23,8 @@ def entry(tmp_path):
 
 def test_what_is_read_is_what_was_written(entry):
     path, tensors = entry
-    facts, found = store.read_entry(path)
-    assert facts == {"format": store.FORMAT} | FACTS
+    metadata, found = store.read_entry(path)
+    assert metadata == {"format": store.FORMAT} | FACTS
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -71,10 +73,9 @@ def test_another_format_says_so(entry):
 def test_what_was_there_stays_when_there_is_no_room(entry, monkeypatch):
     """The disk is full while the facts are written over others: both files are the old ones."""
     path, tensors = entry
-    monkeypatch.setattr(store, "dump", lambda facts: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(Path, "write_text", raises(OSError("no space")))
     with pytest.raises(OSError):
         store.write_entry(path, {"name": "new"}, {"a": torch.zeros(3)})
-    monkeypatch.undo()
     assert store.read_entry(path)[0]["name"] == FACTS["name"]
     assert torch.equal(store.read_entry(path)[1]["a"], tensors["a"])
     assert not list(path.parent.glob(".*"))

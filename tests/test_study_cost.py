@@ -1,13 +1,12 @@
 """Estimated hours and sizes of a study's cells, and the hours a worker may take."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import paper
 import pytest
-import torch
+from small_training import choose, new_model, new_state, tokens_of
 from toy_study import TOY, plan
 
+from bitfit.model.run_stack import Run
 from bitfit.study import cell_states, cells, cost
 
 
@@ -18,7 +17,7 @@ def test_rates_that_cannot_be_read_are_none(study, content, capsys):
     assert "`plan --calibrate` estimates them" in capsys.readouterr().out
 
 
-def test_a_budget_takes_the_cheapest(study, capsys):
+def test_a_budget_takes_the_cheapest(quick_python, study, capsys):
     assert paper.main(["run", "-o", str(study.output), "--budget-hours", "1"]) == 2
     assert "--calibrate" in capsys.readouterr().err
     assert plan(study.output, "--rows", "bitfit", "--calibrate") == 0
@@ -98,15 +97,17 @@ def test_hours_from_rates(study, monkeypatch):
     assert costs.seconds_one_by_one(stacked) == work_of / (1000 / 8) + 2 * (8 + 1)
 
 
-def test_the_tokens_of_all_runs_count(monkeypatch):
-    clock = [0.0]
+def test_the_tokens_of_all_runs_count(tiny_bert):
+    seconds = 0.0
 
-    def step(state, alive, rows):
-        clock[0] += 2
-        return torch.zeros(rows.shape)
+    def clock():
+        nonlocal seconds
+        seconds += 2.0
+        return seconds
 
-    monkeypatch.setattr(cost, "train_step", step)
-    tokens = SimpleNamespace(lengths=np.array([5, 7, 9]))
-    state = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(tokens=tokens)))
-    found = cost.tokens_per_second(state, np.arange(4), np.array([0, 2]), clock=lambda: clock[0])
-    assert found == 4 * 14 / 2
+    model, tokens, rows = new_model(tiny_bert), tokens_of(tiny_bert), np.array([0, 2])
+    runs = [Run(1e-3, seed) for seed in range(4)]
+    state = new_state(model, tokens, choose(model, "bitfit"), runs)
+    with state.stack.patched():
+        found = cost.tokens_per_second(state, np.arange(4), rows, clock=clock)
+    assert found == 4 * tokens.lengths[rows].sum() / 2

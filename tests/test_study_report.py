@@ -34,10 +34,10 @@ MODEL = str(TINY_BERT)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(few_glue, tmp_path_factory):
     """Two rows on two tasks, one more row on one, and a train-size curve."""
     output = tmp_path_factory.mktemp("study") / "toy"
-    common = ["--models", MODEL, "--data-dir", str(GLUE), "--epochs", "3", "--seeds", "0", "1",
+    common = ["--models", MODEL, "--data-dir", str(few_glue), "--epochs", "3", "--seeds", "0", "1",
               "2"]  # fmt: skip
     rates = ["--learning-rates", "1e-3,3e-3", "full_ft=1e-4,3e-4"]
     table = ["--tables", "3", "--tasks", "cola", "mnli", "--rows", "bitfit", "full_ft",
@@ -162,12 +162,12 @@ def test_the_gap_is_that_of_the_metrics(made, entries):
     gaps = results.train_gaps(entries).set_index(["row", "column"])
     entry = entries[MODEL, "full_ft", "CoLA", None]
     rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]
-    facts = [
+    metadata = [
         read_metrics(folder)[0]
         for run, folder in entry.results.cell.folders(made.output).items()
         if run.learning_rate == rate
     ]
-    expected = [f["last"]["train"]["MCC"] - f["last"]["validation"]["MCC"] for f in facts]
+    expected = [f["last"]["train"]["MCC"] - f["last"]["validation"]["MCC"] for f in metadata]
     assert gaps.loc[("full_ft", "CoLA"), "gap"] == pytest.approx(100 * np.mean(expected))
 
 
@@ -348,9 +348,9 @@ def test_submission_of_the_winners(study, server, tmp_path):
         submit.write_submission(study, MODEL, "bitfit", path)
     assert "CoLA.tsv" not in str(error.value)
     assert not path.exists()
-    said = submit.write_submission(study, MODEL, "bitfit", path, placeholder=True)
-    assert len(said) == 11
-    assert sum("NOT PREDICTED" in line for line in said) == 7
+    message = submit.write_submission(study, MODEL, "bitfit", path, placeholder=True)
+    assert len(message) == 11
+    assert sum("NOT PREDICTED" in line for line in message) == 7
     with zipfile.ZipFile(path) as archive:
         assert archive.namelist() == list(submit.SERVER)
         kept = archive.read("CoLA.tsv").decode()

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from conftest import ROOT, TINY_BERT
-from toy_study import states
+from toy_study import replace_python, states
 
 import run_glue
 from bitfit import output_paths
@@ -37,10 +37,10 @@ def test_done_is_what_finished_under_the_same_settings(study):
     folder = cell_states.cell_folder(study, study.cells[0])
     folder.mkdir(parents=True)
     assert states(study)[0] == "missing"
-    facts = study.cells[0].args | {"finished": False, "precision": "fp32"}
+    metadata = study.cells[0].args | {"finished": False, "precision": "fp32"}
 
     def state(**changes):
-        (folder / "args.json").write_text(json.dumps(facts | changes))
+        (folder / "args.json").write_text(json.dumps(metadata | changes))
         return states(study)[0]
 
     assert state() == "interrupted"
@@ -93,17 +93,17 @@ def test_a_lock_is_held_as_long_as_anybody_has_it(study):
     assert states(study)[0] == "missing"
 
 
-def test_a_command_begun_by_hand_is_running(study, monkeypatch):
+def test_a_command_begun_by_hand_is_running(study, tmp_path, monkeypatch):
     """It holds the lock in its folder; whoever takes the cell beside it leaves it alone."""
-    cell, begun = study.cells[0], []
-    monkeypatch.setattr(worker, "run_cell", lambda study, cell, *_, **__: begun.append(cell))
-    folder = cell_states.cell_folder(study, cell)
-    with output_paths.lock_folder(folder):
-        facts = cell.args | {"finished": False, "precision": "fp32"}
-        (folder / "args.json").write_text(json.dumps(facts))
+    replace_python(monkeypatch, tmp_path, f'echo "$*" >>{tmp_path}/log; kill -TERM $$')
+    first, second = (cell_states.cell_folder(study, cell) for cell in study.cells)
+    with output_paths.lock_folder(first):
+        metadata = study.cells[0].args | {"finished": False, "precision": "fp32"}
+        (first / "args.json").write_text(json.dumps(metadata))
         assert states(study) == ["running", "missing"]
         worker.run_cells(study, study.cells, worker.states_to_run(retry_failed=True))
-        assert begun == study.cells[1:]
+        (command,) = (tmp_path / "log").read_text().splitlines()
+        assert f"--output-path {second}" in command
     assert states(study)[0] == "interrupted"
 
 

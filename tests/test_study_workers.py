@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,13 @@ import time
 import paper
 import pytest
 from conftest import GLUE, ROOT
-from toy_study import plan, states
+from toy_study import plan, replace_python, states
 
 from bitfit.study import cell_states, cells, worker
 from utils import UserError
 
 
-def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
+def test_run_goes_past_a_failure_and_says_so(quick_python, tmp_path, capsys, monkeypatch):
     data = tmp_path / "glue"
     shutil.copytree(GLUE / "RTE", data / "RTE")
     shutil.copytree(GLUE / "CoLA", data / "CoLA")
@@ -34,9 +35,9 @@ def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
     command = ["run", "--output-path", str(output), "--gpus", "cpu"]
     assert paper.main(command) == 1
     assert states(study) == ["failed", "done"]
-    said = capsys.readouterr().out
-    assert "1 failed, 1 done" in said
-    assert "tiny_bert/bitfit/cola, status 2: run_glue.py: error:" in said
+    printed = capsys.readouterr().out
+    assert "1 failed, 1 done" in printed
+    assert "tiny_bert/bitfit/cola, status 2: run_glue.py: error:" in printed
     failure = cell_states.read_failure(study, study.cells[0])
     assert failure["status"] == 2
     assert "CoLA" in failure["line"]
@@ -51,7 +52,7 @@ def test_run_goes_past_a_failure_and_says_so(tmp_path, capsys, monkeypatch):
     assert done.stat().st_mtime < begun  # what is done is not done again
 
 
-RUNS = ["--rows", "bitfit", "rand_uniform", "full_ft", "b_q"]
+RUNS = ["--rows", "bitfit", "rand_uniform", "full_ft", "b_q", "b_m2", "frozen"]
 
 
 def results(study):
@@ -65,7 +66,7 @@ def results(study):
     return found
 
 
-def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkeypatch):
+def test_four_workers_killed_at_random_do_each_run_once(quick_python, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rng, many, one = random.Random(0), tmp_path / "many", tmp_path / "one"
     for output in (many, one):
@@ -81,8 +82,8 @@ def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkey
     deadline = time.monotonic() + 300
     while states(study) != ["done"] * len(study.cells):
         assert time.monotonic() < deadline
-        time.sleep(rng.uniform(0.5, 1.5))
-        if kills < 6:
+        time.sleep(rng.uniform(0.2, 0.6))
+        if kills < 8:
             # SIGKILL leaves the command behind; SIGTERM is passed on to it.
             victim = rng.randrange(4)
             workers[victim].send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
@@ -90,7 +91,7 @@ def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkey
         for i, process in enumerate(workers):
             if process.poll() is not None:
                 workers[i] = begin()
-    assert kills >= 4
+    assert kills >= 6
     for process in workers:
         process.wait()
     assert results(study) == results(cells.read_study(one))
@@ -100,7 +101,7 @@ def test_four_workers_killed_at_random_do_each_run_once(tmp_path, capsys, monkey
         assert log.count("nothing to resume") == 0
 
 
-def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(study, tmp_path):
+def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(quick_python, study):
     command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(study.output)]
     worker = subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.PIPE,
                               text=True)  # fmt: skip
@@ -120,7 +121,7 @@ left = pathlib.Path(os.environ["LEFT"])
 steps = left.read_text()
 left.write_text(steps[1:])
 if not steps:
-    os.execv(sys.executable, [sys.executable, PROGRAM, *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 if steps[0] == "e":
     sys.exit("a fault")
 if steps[0] == "p":  # progress: one more checkpoint
@@ -147,14 +148,12 @@ os.kill(os.getpid(), 9)
     ],
 )
 def test_a_killed_command_goes_on_until_it_gets_no_further(
-    study, tmp_path, monkeypatch, kills, ranks, expected
+    quick_python, study, tmp_path, monkeypatch, kills, ranks, expected
 ):
     """The kernel kills what takes too much memory; before args.json a cell counts as missing."""
-    program, left = tmp_path / "killed.py", tmp_path / "left"
-    program.write_text(KILLED.replace("PROGRAM", repr(str(worker.PROGRAM))))
+    left = tmp_path / "left"
     left.write_text(kills)
-    monkeypatch.setattr(worker, "PROGRAM", program)
-    monkeypatch.setattr(worker, "launch_command", lambda ranks: [sys.executable])
+    replace_python(monkeypatch, tmp_path, KILLED, interpreter=sys.executable)
     monkeypatch.setenv("LEFT", str(left))
     seen = []
     for _ in expected:
@@ -190,7 +189,7 @@ def test_shards(word, environment, part):
         assert worker.parse_shard(word, environment) == part
 
 
-def test_shards_are_the_whole(study, capsys):
+def test_shards_are_the_whole(quick_python, study, capsys):
     for part in ("1/2", "2/2"):
         command = ["run", "-o", str(study.output), "--gpus", "cpu", "--shard", part]
         assert paper.main(command) == 0
@@ -198,36 +197,37 @@ def test_shards_are_the_whole(study, capsys):
     assert states(study) == ["done", "done"]
 
 
-def test_a_file_system_without_locks(study, capsys, monkeypatch):
+def test_a_file_system_without_locks(study, tmp_path, capsys, monkeypatch):
     def fails(file, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", fails)
-    monkeypatch.setattr(worker, "run_cell", lambda *args, **options: True)
+    replace_python(monkeypatch, tmp_path, "kill -TERM $$")  # the command is stopped at once
     command = ["run", "-o", str(study.output), "--gpus", "cpu"]
     assert paper.main(command) == 2
     assert "divide the cells with --shard I/N" in capsys.readouterr().err
     assert paper.main([*command, "--shard", "1/1"]) == 0
 
 
-def test_a_worker_for_each_gpu(study, capsys, monkeypatch):
+def test_a_worker_for_each_gpu(quick_python, study, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 0
     assert states(study) == ["done", "done"]
 
 
-def test_ranks_for_each_command(tmp_path, monkeypatch, capsys):
-    output, seen = tmp_path / "study", []
+def test_ranks_for_each_command(quick_python, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "study"
     assert plan(output, "--rows", "bitfit") == 0
     command = ["run", "-o", str(output), "--gpus", "cpu"]
     assert paper.main([*command, "--nproc-per-node", "2"]) == 0
     args = output / "tiny_bert/bitfit/rte/args.json"
-    facts = json.loads(args.read_text())
-    assert facts["finished"] and facts["ranks"] == 2
-    args.write_text(json.dumps(facts | {"finished": False}))
-    monkeypatch.setattr(worker, "run_cell", lambda *args, ranks: seen.append(ranks))
+    metadata = json.loads(args.read_text())
+    assert metadata["finished"] and metadata["ranks"] == 2
+    args.write_text(json.dumps(metadata | {"finished": False}))
+    replace_python(monkeypatch, tmp_path, f'echo "$*" >{tmp_path}/log; kill -TERM $$')
     paper.main(command)
-    assert seen == [2]  # a cell begun by two ranks is resumed by two
+    log = (tmp_path / "log").read_text()
+    assert "--nproc-per-node 2 " in log  # a cell begun by two ranks is resumed by two
 
 
 @pytest.mark.parametrize(
@@ -257,21 +257,15 @@ def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
     assert states(study) == ["missing", "missing"]
 
 
-def test_workers_that_are_killed_are_no_success(study, monkeypatch, capsys):
-    monkeypatch.setattr(worker, "run_workers", lambda commands: [-9, 0])
+def test_workers_that_are_killed_are_no_success(study, tmp_path, monkeypatch):
+    replace_python(monkeypatch, tmp_path, f"mkdir {tmp_path}/first && kill -KILL $$")
     assert paper.main(["run", "-o", str(study.output), "--gpus", "cpu", "cpu"]) == 1
 
 
-def test_workers_of_a_shard_divide_it(study, monkeypatch):
-    seen = []
-
-    def run_workers(commands):
-        seen.extend(commands)
-        return [0]
-
-    monkeypatch.setattr(worker, "run_workers", run_workers)
+def test_workers_of_a_shard_divide_it(study, tmp_path, monkeypatch):
+    replace_python(monkeypatch, tmp_path, f'echo "$*" >>{tmp_path}/log')
     words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
     assert paper.main(words) == 0
-    shards = [command[command.index("--shard") + 1] for command in seen]
+    shards = re.findall(r"--shard (\S+)", (tmp_path / "log").read_text())
     own = [list(range(60))[part::parts] for part, parts in map(worker.parse_shard, shards)]
     assert sorted(own[0] + own[1]) == list(range(60))[1::3]

@@ -148,8 +148,8 @@ def test_a_rate_with_a_score_that_is_no_number_is_not_the_best(tmp_path):
 
 
 def test_curves_show_mean_and_range(tmp_path):
-    facts, scores = sweeps.read_sweep(write(tmp_path, RESULTS))
-    figures = sweeps.sweep_curves(facts, scores, RTE, "a caption")
+    metadata, scores = sweeps.read_sweep(write(tmp_path, RESULTS))
+    figures = sweeps.sweep_curves(metadata, scores, RTE, "a caption")
     axes = figures["Accuracy"].axes[0]
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.get_lines()}
     assert np.allclose(lines["learning rate 0.001 (2 seeds, last 65.0)"], [60, 67.5, 65])

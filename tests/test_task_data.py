@@ -138,8 +138,8 @@ def test_blank_texts_are_texts_in_every_format(tmp_path, caplog, ending):
     for split in ("train", "validation", "test"):
         assert read_split(task, split, tmp_path).columns == (rows["text"],)
         (line,) = caplog.messages
-        what = "a blank text in column 'text'; 3 of 5 rows have one, and are used as they are"
-        assert line == f"{tmp_path / 'x'}.{ending}{first}: {what}"
+        message = "a blank text in column 'text'; 3 of 5 rows have one, and are used as they are"
+        assert line == f"{tmp_path / 'x'}.{ending}{first}: {message}"
         caplog.clear()
 
 
@@ -218,8 +218,8 @@ def test_no_row_with_a_gold_label(tmp_path):
 def test_labels_that_look_alike(tmp_path, label, message):
     write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": label}])
     task = task_with(labels=["neutral", "entailment"])
-    what = f"unknown label {label!r} (it looks like 'entailment', but has {message}); expected neut"
-    with pytest.raises(UserError, match=re.escape(what)):
+    text = f"unknown label {label!r} (it looks like 'entailment', but has {message}); expected neut"
+    with pytest.raises(UserError, match=re.escape(text)):
         read_split(task, "train", tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Task files: the docs' tasks from data to predictions, and resuming with the same task file."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -29,14 +30,12 @@ from own_tasks import (
     predicted,
     task_with,
 )
+from processes import in_ranks, run_program
 from sklearn.metrics import f1_score
 
 import run_glue
-from bitfit.cli import experiment
 from bitfit.data import task_files
 from bitfit.data.tasks import TASKS, score
-from bitfit.distributed import Ranks
-from bitfit.options import parse_args
 from bitfit.results.scores import write_predictions
 from bitfit.tools import answers, multi_task
 from glue_evaluator import GLUEvaluator
@@ -192,10 +191,10 @@ def test_a_command_tells_what_it_leaves_out_and_what_leaks(tmp_path, caplog, end
     (tmp_path / "own.json").write_text(json.dumps(record | NO_GOLD))
     argv = flags(tmp_path / "out", tmp_path / "own.json", "--predict-test", kind="frozen")
     assert run_glue.main(argv) == 0
-    said = caplog.text
-    assert f"train.{ending}: 1 of 11 rows have no gold label and are left out" in said
-    assert f"validation.{ending}: 1 of 6 rows have no gold label and are left out" in said
-    assert "of 10 training examples 2 also occur in validation, 1 also occur in test" in said
+    message = caplog.text
+    assert f"train.{ending}: 1 of 11 rows have no gold label and are left out" in message
+    assert f"validation.{ending}: 1 of 6 rows have no gold label and are left out" in message
+    assert "of 10 training examples 2 also occur in validation, 1 also occur in test" in message
     assert len(predicted(tmp_path / "out/own.tsv")) == 4
 
 
@@ -233,8 +232,10 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(CB | {"metrics": ["Macro-F1", "Accuracy"]}))
     capsys.readouterr()
     assert run_glue.main([*flags(tmp_path / "out", file, *more), "--resume"]) == 2
-    said = capsys.readouterr().err
-    assert "not the interrupted run: the task of --task-file has another metrics: give that" in said
+    error = capsys.readouterr().err
+    assert (
+        "not the interrupted run: the task of --task-file has another metrics: give that" in error
+    )
     keys = list(reversed(CB))
     (tmp_path / "b.json").write_text(json.dumps({key: CB[key] for key in keys}, indent=8))
     again = flags(tmp_path / "out", tmp_path / "b.json", *more, "--data-dir", str(superglue))
@@ -251,17 +252,17 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     assert "--task-name was None and is now rte" in capsys.readouterr().err
 
 
-def test_all_ranks_work_with_the_record_that_the_first_has_read(tmp_path, monkeypatch):
-    """A second rank opens no task file. (`trained_by` two ranks: tried by hand, it takes long.)"""
-    options = parse_args("", flags(tmp_path / "out", tmp_path / "nowhere.json"))
+def run_as_rank(folder, files):
+    """Run two seeds with the task file of this rank."""
+    file = files[int(os.environ["RANK"])]
+    run_program(flags(folder / "out", file, "--train-size", "16", "-s", "0", "1"), folder / "log")
+
+
+def test_all_ranks_work_with_the_record_that_the_first_has_read(superglue, tmp_path):
+    """The second rank opens no task file."""
+    files = [superglue / "cb.json", superglue / "nowhere.json"]
+    assert in_ranks(2, run_as_rank, tmp_path, files) == [0, 0], (tmp_path / "log").read_text()
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/args.json")]
     record = json.loads(json.dumps(task_files.validate_record(CB, "")))
-    said = iter([None, record])  # nothing wrong, the record
-    ranks = Ranks()
-    ranks.rank, ranks.size = 1, 2
-    monkeypatch.setattr(ranks, "all_gather_object", lambda value: [next(said), value])
-    assert experiment.read_task(options, ranks) == record == task_files.validate_record(CB, "")
-    said = iter([None, record, None, True])  # then: nothing wrong, finished
-    experiment.run(options, None, ranks)
-    said = iter(["mine.json: there is something wrong", None])
-    with pytest.raises(UserError, match="there is something wrong"):
-        experiment.run(options, None, ranks)
+    assert [args["task"] for args in found] == [record, record]
+    assert sorted(args["trained_by"] for args in found) == [[0], [1]]

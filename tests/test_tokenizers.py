@@ -81,9 +81,9 @@ def test_a_vocabulary_and_its_lower_casing(folder, caplog, letters, lower, messa
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     tokenizer = loading.load_tokenizer(folder)
     assert tokenizer.tokenize("a") == ["a"]
-    said = [r.getMessage() for r in caplog.records]
-    assert len(said) == (message is not None)
-    assert message is None or message in said[0]
+    text = [r.getMessage() for r in caplog.records]
+    assert len(text) == (message is not None)
+    assert message is None or message in text[0]
 
 
 def test_a_vocabulary_of_bytes_has_no_capitals_for_its_spaces(tmp_path, caplog):
@@ -140,8 +140,8 @@ def test_a_much_smaller_vocabulary_than_the_embeddings(folder, caplog):
     change(folder, lambda t: t | {WORDS: torch.randn(400, 128)})
     set_json(folder, vocab_size=400)
     loading.load_tokenizer(folder)
-    (said,) = (r.getMessage() for r in caplog.records)
-    assert "has 345 tokens, and the model embeddings for 400" in said
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert "has 345 tokens, and the model embeddings for 400" in message
 
 
 @OLDER_DEBERTA

@@ -141,8 +141,8 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, capsys, kind):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "out", "--report-to", kind)
     assert stop.value.code == 2
-    said = f"--report-to {kind} needs a package that is not there: pip install {kind}"
-    assert capsys.readouterr().err == f"run_glue.py: error: {said}\n"
+    message = f"--report-to {kind} needs a package that is not there: pip install {kind}"
+    assert capsys.readouterr().err == f"run_glue.py: error: {message}\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -154,18 +154,18 @@ def test_a_folder_is_no_library(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value", "said"),
+    ("kind", "name", "value", "message"),
     [("mlflow", "MLFLOW_TRACKING_URI", "nowhere://x", "unsupported URI 'nowhere://x'"),
      ("wandb", "WANDB_MODE", "online", "No API key configured.")],
 )  # fmt: skip
 def test_one_that_cannot_be_reached_is_one_line(
-    tmp_path, monkeypatch, capsys, kind, name, value, said
+    tmp_path, monkeypatch, capsys, kind, name, value, message
 ):
     monkeypatch.setenv(name, value)
     wandb.teardown()  # it has read the environment
     assert run(tmp_path / "out", "--report-to", kind) == 2
     wandb.teardown()
     error = capsys.readouterr().err
-    assert error.startswith(f"run_glue.py: error: --report-to {kind}: ") and said in error
+    assert error.startswith(f"run_glue.py: error: --report-to {kind}: ") and message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

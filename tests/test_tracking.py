@@ -7,12 +7,12 @@ import struct
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from moments import at_step, raises
 from pictures import real_pictures
 from tracked import ALL, OVER, RATES, TRACKED, fail, mlflow_runs, run, warnings
 
 from bitfit.tracking import services
 from bitfit.tracking import tracker as tracking
-from bitfit.training import loop
 
 RUNS = ["lr0.001_seed0", "lr0.003_seed0"]
 
@@ -29,9 +29,9 @@ def left(folder):
         if path.is_file() and name.parts[0] not in ALL and name.name != "tracking.json":
             found[str(name)] = path.read_bytes()
             if path.suffix == ".json":
-                facts = json.loads(found[str(name)])
-                told = facts.keys() - {"seconds", "report_to", "output_path", "best"}
-                found[str(name)] = {fact: facts[fact] for fact in told}
+                metadata = json.loads(found[str(name)])
+                told = metadata.keys() - {"seconds", "report_to", "output_path", "best"}
+                found[str(name)] = {fact: metadata[fact] for fact in told}
     return {name: own for name, own in found.items() if name != "results.csv"}  # it has seconds
 
 
@@ -49,10 +49,10 @@ def sweep(offline, tmp_path_factory):
 
 def expected(output, run):
     """{name: {step: value}} of one run's scores and losses, from its metrics.json."""
-    facts = json.loads((output / run / "metrics.json").read_text())
+    metadata = json.loads((output / run / "metrics.json").read_text())
     steps = [5, 10, 15]
-    curves = {"train/mean_loss": facts["train_loss"]}
-    for split, of in facts["evaluations"].items():
+    curves = {"train/mean_loss": metadata["train_loss"]}
+    for split, of in metadata["evaluations"].items():
         curves |= {f"{split}/{metric}": values for metric, values in of.items()}
     rate = float(run.split("_")[0].removeprefix("lr"))
     rates = {step: rate * (STEPS - step + 1) / STEPS for step in range(1, STEPS + 1)}
@@ -196,8 +196,8 @@ def test_a_diverged_run_has_failed_and_the_others_have_not(tmp_path):
     status = {name: run.info.status for name, (run, *_) in mlflow_runs(output).items()}
     assert status == {name: "FAILED" if bad else "FINISHED" for name, bad in failed.items()}
     assert {begun.display_name: ended for begun, _, ended in wandb_runs(output)} == failed
-    said = text(events(output, "lr1e+36_seed0"), "results")
-    assert "was not finite at epoch 1, step" in said
+    message = text(events(output, "lr1e+36_seed0"), "results")
+    assert "was not finite at epoch 1, step" in message
     assert "not finite" not in text(events(output, "lr0.001_seed0"), "results")
 
 
@@ -209,21 +209,13 @@ def test_a_single_run_that_diverges_has_failed(tmp_path):
     assert (run_.info.status, ended) == ("FAILED", 1)
 
 
-def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, capsys):
     """A fault in step 13; it goes on from the checkpoint after step 10."""
-    output, steps, plain = tmp_path / "resumed", [], loop.train_step
-
-    def fault(*given):
-        steps.append(1)
-        if len(steps) == 13:
-            raise OSError("no space")
-        return plain(*given)
-
-    monkeypatch.setattr(loop, "train_step", fault)
-    assert run(output, "--report-to", *ALL) == 1
+    output = tmp_path / "resumed"
+    with at_step(13, raises(OSError("no space"))):
+        assert run(output, "--report-to", *ALL) == 1
     ids = (output / "tracking.json").read_bytes()
     assert mlflow_runs(output)["lr0.001_seed0"][0].info.status == "FAILED"
-    monkeypatch.setattr(loop, "train_step", plain)
     assert run(output, "--resume", "--report-to", *reversed(ALL)) == 0  # they may be others
     assert (output / "tracking.json").read_bytes() == ids
     shutil.copytree(output, output / "lr0.001_seed0", ignore=shutil.ignore_patterns("wandb"))

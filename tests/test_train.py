@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GLUE, forward_of
+from moments import at_passes
 from small_training import (
     BUDGET,
     COLA,
@@ -197,21 +198,18 @@ def test_schedules():
     assert learning_rate_factors("linear", 0, 4).tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert):
     model, tokens = new_model(tiny_bert), tokens_of(tiny_bert)
     state = new_state(model, tokens, choose(model, "bitfit"))
     stack, kept = state.stack, []
-    calls = iter(range(100))
 
-    def losses(task, logits, labels):
-        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        call = next(calls)
-        if call == 1:
-            kept.append(stack.params.clone())  # after the first step, before the bad one
-        return each * float("nan") if call == 1 else each
+    def second_step_is_bad(number, ids):
+        if number == 2:
+            kept.append(stack.params.clone())
+            return float("nan")
 
-    monkeypatch.setattr(loop, "row_losses", losses)
-    (loss,) = next_epoch(state)
+    with at_passes(second_step_is_bad):
+        (loss,) = next_epoch(state)
     assert np.isnan(loss)
     assert stack.bad_step.tolist() == [1]
     assert not len(stack.finite_runs())

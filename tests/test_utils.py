@@ -160,12 +160,12 @@ def test_the_machines_faults(error, out_of_memory, fault):
 
 
 def test_a_message_is_one_line_and_no_file():
-    said = str(utils.UserError("no \n\t\x1b[31m\u2028\udcff\x85 é ±"))
-    assert said == r"no \n\t\x1b[31m\u2028\udcff\x85 é ±"
-    said = str(utils.UserError(f"task.tsv:1: {'x' * 10**6}; give columns"))
-    assert len(said) < 2100
-    assert said.startswith("task.tsv:1: xxx")
-    assert said.endswith("xxx; give columns")
+    message = str(utils.UserError("no \n\t\x1b[31m\u2028\udcff\x85 é ±"))
+    assert message == r"no \n\t\x1b[31m\u2028\udcff\x85 é ±"
+    message = str(utils.UserError(f"task.tsv:1: {'x' * 10**6}; give columns"))
+    assert len(message) < 2100
+    assert message.startswith("task.tsv:1: xxx")
+    assert message.endswith("xxx; give columns")
 
 
 class Broken(io.RawIOBase):
@@ -186,10 +186,10 @@ def test_results_are_printed_whatever_the_encoding(monkeypatch, encoding):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding))
     utils.print_result("56.0 ± 1.5 \u4e2d \udcff")
-    said = buffer.getvalue().decode(encoding)
+    message = buffer.getvalue().decode(encoding)
     plus_minus = r"\xb1" if encoding == "ascii" else "±"
     other = "\u4e2d" if encoding == "utf-8" else r"\u4e2d"
-    assert said == f"56.0 {plus_minus} 1.5 {other} \\udcff\n"
+    assert message == f"56.0 {plus_minus} 1.5 {other} \\udcff\n"
 
 
 def test_a_reader_that_left_is_no_error_and_a_full_disk_is_one(monkeypatch):

@@ -103,9 +103,9 @@ def test_bf16_moves_the_terms_as_float32_does(tmp_path, caplog):
     assert list(fp32.index[fp32.isna()]) == [KEY]
     assert list(bf16.index[bf16.isna()]) == [KEY]
     assert np.allclose(fp32.dropna(), bf16.dropna(), rtol=0.01)
-    said = [r.getMessage() for r in caplog.records if "gradient is zero" in r.getMessage()]
-    assert len(said) == 2
-    assert said[0].endswith(f"(its gradient is zero): {KEY}")
+    message = [r.getMessage() for r in caplog.records if "gradient is zero" in r.getMessage()]
+    assert len(message) == 2
+    assert message[0].endswith(f"(its gradient is zero): {KEY}")
 
 
 @pytest.mark.parametrize("seeds", [["0"], ["0", "1"]])

@@ -1,5 +1,7 @@
 """A small study of two cells for the tests, planned by `paper.py plan`."""
 
+import sys
+
 import paper
 import pytest
 from conftest import GLUE, TINY_BERT
@@ -26,3 +28,11 @@ def study(tmp_path, capsys):
 
 def states(study):
     return [cell_states.cell_state(study, cell) for cell in study.cells]
+
+
+def replace_python(monkeypatch, folder, body, interpreter="/bin/bash"):
+    """Let commands run a script in place of Python."""
+    path = folder / "python"
+    path.write_text(f"#!{interpreter}\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
