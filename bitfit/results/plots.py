@@ -214,14 +214,14 @@ def write_changes(names: Sequence[str], changes: np.ndarray, path: Path | str) -
 def term_labels(names: Sequence[str]) -> dict[str, str]:
     """Return {bias name: label}, in the order in which a layer computes.
 
-    A label has the name in --bias-terms and the paper's symbol. Other biases follow under their
-    parameter names.
+    A label has the name in --bias-terms and the paper's symbol. Other biases follow without one.
     """
     labels = {
         name: rf"{term}  $\mathbf{{{symbol}}}^{{\ell}}$" for term, (name, symbol) in TERMS.items()
     }
     known = {name: label for name, label in labels.items() if name in names}
-    return known | {name: name for name in sorted(names) if name not in known}
+    others = sorted(name for name in names if name not in known)
+    return known | {name: name.removesuffix(".bias") for name in others}
 
 
 def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Figure":
