@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def measure_peers(args: argparse.Namespace, tokens: TokenizedSplit) -> tuple[float, float]:
-    """Milliseconds of a step of the released loop and of Trainer, medians of 3 epochs."""
+    """Return the median milliseconds of a step of the released loop and of Trainer."""
 
     def step(epoch: Callable[[], float], rounds: int) -> float:
         epoch()

@@ -91,7 +91,7 @@ def add_what_to_run(add: AddFlag) -> None:
     add("--task-name", "-t", metavar="TASK", choices=TASK_NAMES,
         help=f"one of {', '.join(TASK_NAMES)}")
     add("--task-file", metavar="FILE",
-        help="instead of --task-name: a JSON file that describes your own task; its data files are "
+        help="instead of --task-name: a JSON file that describes a custom task; its data files are "
              "beside it or in --data-dir (docs/own-tasks.md)")
     add("--model-name", "-m", metavar="MODEL", default="bert-base-cased",
         help="name on the Hugging Face Hub, or a folder [%(default)s]")

@@ -1,4 +1,4 @@
-"""Makes the example data of this project: a toy GLUE and a tiny BERT that knows its language.
+"""Make the example data of this project: a toy GLUE and a tiny BERT pre-trained on its language.
 
     python examples/make_examples.py --seed 0 --output-path examples
 
@@ -28,7 +28,7 @@ IGNORED = -100  # the label that cross_entropy skips
 
 
 def make_tokenizer() -> BertTokenizerFast:
-    """BERT's tokenizer with the language's words, and single characters for all others."""
+    """Return BERT's tokenizer with the words of the language, and characters for other words."""
     characters = [*string.ascii_lowercase, *string.digits]
     pieces = [*string.punctuation, *characters, *("##" + character for character in characters)]
     tokens = list(dict.fromkeys([*SPECIAL_TOKENS, *toy.vocabulary(), *pieces]))
@@ -54,13 +54,13 @@ def make_model(tokenizer: BertTokenizerFast) -> BertForPreTraining:
 
 
 def restating_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    """Return a fact, then one that follows from it."""
+    """Return a fact and a fact that follows from it."""
     fact = toy.draw_fact(rng, nouns)
     return toy.sentence(fact), toy.sentence(toy.entailed(rng, fact))
 
 
 def question_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    """Return a question, then its answer or the question in other words."""
+    """Return a question, and the answer or the question in other words."""
     fact, asked = toy.draw_question(rng, nouns)
     again = fact | {"word": toy.synonym(fact["word"])} if rng.random() < 0.5 else fact
     if rng.random() < 0.3:
@@ -69,7 +69,7 @@ def question_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
 
 
 def review_story(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    """Return two reviews of one opinion (the nouns play no part)."""
+    """Return two reviews with the same opinion, about any nouns."""
     good = rng.random() < 0.5
     return toy.review(rng, good), toy.review(rng, good)
 
@@ -92,7 +92,7 @@ def draw_pair(rng: random.Random) -> tuple[str, str, int]:
 
 
 def draw_single(rng: random.Random) -> str:
-    """Return a text on its own: a review, a fact, or two facts joined."""
+    """Return a single text: a review, a fact, or two facts joined."""
     if rng.random() < 0.15:
         return toy.review(rng, rng.random() < 0.5)
     facts = [toy.draw_fact(rng) for _ in range(rng.choice((1, 2)))]
@@ -102,7 +102,7 @@ def draw_single(rng: random.Random) -> str:
 def draw_batch(
     rng: random.Random, tokenizer: BertTokenizerFast, single: bool
 ) -> tuple[BatchEncoding, list[int]]:
-    """Encoded sentences or pairs, and each pair's next-sentence label."""
+    """Return encoded sentences or pairs, and the next-sentence labels of pairs."""
     if single:
         texts = [draw_single(rng) for _ in range(BATCH_SIZE)]
         return tokenizer(texts, padding=True, return_tensors="pt"), [IGNORED] * BATCH_SIZE
@@ -144,7 +144,7 @@ def losses(
 def pretrain(
     model: BertForPreTraining, tokenizer: BertTokenizerFast, rng: random.Random, steps: int
 ) -> None:
-    """Trains the model on text drawn anew at every step."""
+    """Train the model on text that is drawn at every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.08
@@ -162,7 +162,7 @@ def pretrain(
 
 
 def main() -> None:
-    """Reads the command line and writes both examples."""
+    """Read the command line and write both examples."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-path", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Toy GLUE: the nine tasks and AX in the toy language, in GLUE's own TSV layouts.
+"""Toy GLUE: the nine tasks and AX in the toy language, in GLUE's TSV layouts.
 
 `write_glue(folder, seed)` draws every split from the seed. The labels follow from the rules
 of toy_language.py; each label is given to as many rows, and no row is in two splits.
@@ -48,7 +48,7 @@ def mrpc_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str
 
 
 def qqp_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str, str]:
-    """Return two questions that ask the same, or differ in what they ask."""
+    """Return two questions that ask the same, or different questions."""
     fact, asked = toy.draw_question(rng, nouns)
     second = fact | {"word": toy.synonym(fact["word"])}
     if not same:
@@ -58,7 +58,7 @@ def qqp_texts(rng: random.Random, same: int, nouns: Sequence[str]) -> tuple[str,
 
 
 def stsb_texts(rng: random.Random, score: str, nouns: Sequence[str]) -> tuple[str, str]:
-    """Return two sentences of five slots each; the score counts the slots of the same meaning."""
+    """Return two sentences of five slots; the score counts the slots with the same meaning."""
     fact = toy.draw_fact(rng, nouns, toy.DEEDS)
     fact["adjective"] = fact["adjective"] or rng.choice(toy.words_of(toy.STATES))
     fact["place"] = fact["place"] or toy.draw_place(rng, rng.choice(nouns))
@@ -101,7 +101,7 @@ def qnli_texts(rng: random.Random, label: str, nouns: Sequence[str]) -> tuple[st
 
 
 def wnli_texts(rng: random.Random, resolved: int, nouns: Sequence[str]) -> tuple[str, str]:
-    """Return a sentence with a pronoun, and what it says of the right or of the wrong noun."""
+    """Return a sentence with a pronoun, and the sentence with the right or the wrong noun."""
     return toy.pronoun_pair(rng, nouns, bool(resolved))
 
 
@@ -147,7 +147,7 @@ FILLER = {"mark": "", "source": "toy", "genre": "toy"}  # any other column holds
 def sample_training_rows(
     rng: random.Random, task: str, count: int, seen: set[Texts], nouns: Sequence[str] = toy.NOUNS
 ) -> list[tuple[Texts, Label]]:
-    """Texts and label of each row of a split: no texts seen before, labels in equal parts."""
+    """Return texts and label of the rows of a split: new texts, with labels in equal parts."""
     texts_of, labels = TASKS[task][:2]
     rows: list[tuple[Texts, Label]] = []
     while len(rows) < count:
@@ -191,7 +191,7 @@ def write_rows(
 
 
 def write_split(folder: Path, rng: random.Random, task: str, split: str, seen: set[Texts]) -> None:
-    """Draws one split of a task and writes its file."""
+    """Draw one split of a task and write the file."""
     nouns = {"MNLI": MATCHED_NOUNS}.get(task, toy.NOUNS)
     nouns = MISMATCHED_NOUNS if split.endswith("mismatched") else nouns
     drawn = sample_training_rows(rng, task, SPLIT_ROWS[split.split("_")[0]], seen, nouns)
@@ -203,7 +203,7 @@ def write_split(folder: Path, rng: random.Random, task: str, split: str, seen: s
 
 
 def write_glue(folder: Path, seed: int) -> None:
-    """Writes all tasks below the folder; each task has a random generator of its own."""
+    """Write all tasks below the folder, with a separate random generator for each task."""
     for task in TASKS:
         rng = random.Random(f"{task} {seed}")
         seen: set[Texts] = set()

@@ -1,4 +1,4 @@
-"""The toy language of the examples: its words, its sentences, and what follows from what.
+"""The toy language of the examples: words, sentences, and which facts follow from others.
 
 A fact is a plain dictionary (see `draw_fact`); `sentence` puts it into words and the other
 functions make the facts that restate it, follow from it, or differ from it. The rules:
@@ -243,7 +243,7 @@ def question(fact: Fact, asked: str) -> str:
 
 
 def draw_question(rng: Random, nouns: Sequence[str] = NOUNS) -> tuple[Fact, str]:
-    """Return a fact and what is asked about it."""
+    """Return a fact and the question word for the asked part."""
     asked = rng.choice(("who", "where", "what"))
     fact = draw_fact(rng, nouns, DEEDS if asked == "what" else None) | {"negated": False}
     if asked == "where":

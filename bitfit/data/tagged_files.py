@@ -77,7 +77,7 @@ def split_fields(line: str, separator: str) -> list[str]:
 
 
 def read_sentences(path: Path, wanted: Sequence[str]) -> readers.Table:
-    """Return the table of a file; its suffix tells the format.
+    """Return the table of a file, in the format of the file's suffix.
 
     Args:
         wanted: the names of the columns to return; in CoNLL files also their numbers, from 1.

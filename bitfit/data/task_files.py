@@ -283,7 +283,7 @@ def parse_files(files: Json) -> dict[str, str]:
 
 
 def check_suffixes(files: dict[str, str], suffixes: Sequence[str]) -> None:
-    """Raise a UserError if the suffix of a file does not tell its format."""
+    """Raise a UserError if the suffix of a file is not that of a known format."""
     for split, name in files.items():
         known = ", ".join(suffixes)
         require(

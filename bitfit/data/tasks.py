@@ -81,7 +81,7 @@ class Task:
 
     @property
     def server_files(self) -> dict[str, str]:
-        """{test split: the file of its predictions, for GLUE's tasks as the server expects it}"""
+        """The files of test predictions, {test split: name}; GLUE's server expects these names."""
         if self.record:
             tests = [split for split in self.splits if split.startswith("test")]
             endings = {s: s.removeprefix("test").replace("_", "-") for s in tests}

@@ -88,7 +88,7 @@ def need_biases(model: "PreTrainedModel") -> dict[str, str]:
 
 
 def find_components(kinds: Iterable[str], term: str) -> list[str]:
-    """Return the relative names, among those of a model, that a term selects."""
+    """Return the relative names that a term selects among all relative names of a model."""
     kinds = list(dict.fromkeys(kinds))
     exact = [kind for kind in (TERMS.get(term, (term,))[0], f"{term}.bias") if kind in kinds]
     ends = tuple(f".{name}{end}" for name in ALIASES.get(term, (term,)) for end in ("", ".bias"))

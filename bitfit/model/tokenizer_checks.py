@@ -123,7 +123,7 @@ def read_words_like_text(tokenizer: "PreTrainedTokenizerBase", model_name: str |
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        problem = "is written in Python and does not tell the tokens of each word"
+        problem = "is written in Python and does not say which tokens belong to a word"
         raise UserError(f"the tokenizer of {model_name} {problem}: tagging needs a fast tokenizer")
     if backend.pre_tokenizer is not None and not reads_words_like_text(tokenizer):
         content = backend.to_str().replace('"add_prefix_space":false', '"add_prefix_space":true')

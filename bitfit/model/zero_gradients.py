@@ -135,7 +135,7 @@ def add_gradient(sums: Sums, name: str, axis: int, gradient: torch.Tensor) -> No
 def watch_output(
     sums: Sums, name: str, module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple
 ) -> None:
-    """Forward hook: add the gradient of a module's output to the sums of its bias."""
+    """Add the gradient of a module's output to the sums of its bias, as a forward hook."""
     output = output[0] if isinstance(output, tuple) else output
     axis = 1 if isinstance(module, torch.nn.Conv1d) else -1
     if output.shape[axis] == len(module.bias) and output.requires_grad:
