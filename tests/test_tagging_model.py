@@ -1,6 +1,7 @@
 """Token classification: all tokens are read, and every path equals the plain Hugging Face model."""
 
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from bitfit.model.trainable import head_names, select_trainable
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop, train
 from bitfit.training.checkpoints import CheckpointManager
+from bitfit.training.graphs import StepGraphs
 from bitfit.training.plan import Plan, TrainOptions
 from bitfit.training.state import init_state
 
@@ -220,6 +222,46 @@ def test_predictions_are_the_plain_models_words_in_order(kind, method, monkeypat
     assert np.array_equal(count_labels(split, rows), split.word_counts[rows])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_divide_the_words_of_a_prediction(kind, monkeypatch):
+    """Each computes the words of some rows; their sum is the prediction of a single process."""
+    model, split = tagger("bert"), tagged()
+    forward, rows = forward_of(kind, model, split, monkeypatch), np.array([3, 0, 5, 2])
+    monkeypatch.setattr(Group, "all_reduce_sum_", lambda group, *tensors: None)
+    groups = [Group((0, 1), rank=rank) for rank in (0, 1)]
+    parts = [predict(forward, split, TokenBudget(30), rows, group) for group in groups]
+    assert all((part == 0).all(axis=1).any() for part in parts)
+    assert np.allclose(sum(parts), predict(forward, split, TokenBudget(30), rows), atol=1e-5)
+
+
+def test_cuda_graphs_serve_steps_with_any_number_of_words(monkeypatch):
+    """The shapes of a step depend on its tokens alone, and the losses are those without graphs."""
+
+    def capture(work):
+        result = torch.zeros(2)
+        return lambda: result.copy_(work()), result
+
+    def train(graphs):
+        model, split = tagger("bert"), tagged()
+        state = new_state(forward_of("varlen", model, split, monkeypatch), split, runs=2, epochs=9)
+        if graphs:
+            state.graphs = StepGraphs(partial(loop.whole_step, state), torch.device("cpu"), capture)
+        order, losses = np.random.default_rng(0), []
+        with state.stack.patched():
+            for step in range(12):
+                state.epoch, state.step = divmod(step, 2)
+                rows = np.stack([order.permutation(len(ROWS))[:3] for _ in range(2)])
+                losses.append(loop.train_step(state, np.arange(2), rows).tolist())
+                counts.add(tuple(count_labels(split, rows).sum(axis=1)))
+        return state, losses
+
+    counts: set[tuple] = set()
+    (plain, expected), (state, losses) = train(graphs=False), train(graphs=True)
+    assert state.graphs and len(state.graphs.uses) < len(counts)
+    assert state.graphs.graphs and losses == expected
+    assert torch.equal(state.stack.params, plain.stack.params)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_forward_pass_is_found_by_trial(name):
     """Also if all rows are equally long: half a row keeps its words."""
@@ -353,7 +395,5 @@ def test_the_head_is_the_classifier():
     """Token classifiers have no pooler."""
     for name in FAMILY:
         model = tagger(name)
-        names = head_names(model)
-        assert "classifier.weight" in names
+        assert "classifier.weight" in head_names(model)
         assert not any("pooler" in n for n, _ in model.named_parameters())
-        assert set(choose(model, "frozen")) == set(names)

@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     """B rows of a split, packed or padded: NumPy arrays, then tensors on the device."""
 
     # (B,) int64, the number of each row's label in the split; for tagging in the shape of
-    # `token_index`, the number of the word that begins at a token, -1 for all other tokens.
+    # `token_index`, the number of the word that begins at a token, -1 for all other tokens. So the
+    # shapes of a step do not depend on the number of words, and few CUDA graphs serve all steps.
     label_index: torch.Tensor
     token_index: torch.Tensor  # (1, N) packed or (B, T) padded, int64, among the split's tokens
     mask: torch.Tensor | None  # (B, T) bool, False at padding; None: nothing is padded
