@@ -125,15 +125,11 @@ class GLUEvaluator:
             only: some of the runs; None: all pairs of a learning rate and a seed.
             start_from: folder of a saved evaluator, with whose values all runs start.
         """
-        runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds)
-        base = self.need_loaded().base_fingerprints
-        start = saved_evaluator.read_warm_start(
-            start_from, self.setup, base, fine_tune_type=fine_tune_type
-        )
-        method = Method(
-            fine_tune_type, tuple(components or ()), mask_size, optimizer=optimizer, start=start
-        )
-        self.prepare_runs(runs if only is None else list(only), method, verbose)
+        runs = only or prepare.make_runs(as_list(learning_rate), self.setup.seeds)
+        terms, source = tuple(components or ()), (start_from, self.setup, self.need_loaded())
+        start = saved_evaluator.read_warm_start(*source, fine_tune_type=fine_tune_type)
+        method = Method(fine_tune_type, terms, mask_size, optimizer=optimizer, start=start)
+        self.prepare_runs(list(runs), method, verbose)
 
     def prepare_runs(
         self, runs: list[Run], method: Method | None = None, verbose: bool = False
@@ -142,9 +138,8 @@ class GLUEvaluator:
         before, method = self.prepared, method or self.need_prepared().method
         self.prepared, self.result = None, None
         data = self.need_loaded()
-        self.prepared = prepare.prepare_model(
-            self.setup, data, runs, method=method, before=before, verbose=verbose
-        )
+        self.prepared = prepare.prepare_model(self.setup, data, runs, method=method, before=before,
+                                              verbose=verbose)  # fmt: skip
 
     def set_uniform_mask(self, mask_size: int | None = None) -> None:
         """Train parameters drawn uniformly from the encoder, and the classifier."""
@@ -197,6 +192,11 @@ class GLUEvaluator:
                 self.plot_learning_curves(folder, run)
         if diverged:
             raise Diverged(diverged)
+
+    def evaluate_only(self, folders: dict[Run, Path]) -> None:
+        """Score the prepared model without training; write metrics and logits to the folders."""
+        parts = self.setup, self.need_loaded(), self.need_prepared()
+        self.result = metrics_files.score_initial(*parts, group=self.group, folders=folders)
 
     def select(self, run: int) -> None:
         """Select a run, counted from 0, for the model and for the results of all methods."""

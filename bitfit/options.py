@@ -25,6 +25,12 @@ TERMS = {
     "output_layernorm": ("output.LayerNorm.bias", "b_{LN_2}"),
 }
 BIAS_TYPES = ("bitfit", "full_ft", "rand_uniform")  # fine-tune types that train added biases
+TRAINING_FLAGS = (  # without an effect on --evaluate-only
+    "fine_tune_type", "bias_terms", "mask_size", "random_encoder", "train_size", "learning_rate",
+    "epochs", "batch_size", "optimizer", "lr_schedule", "warmup_ratio", "seed", "checkpoint_every",
+    "checkpoint_minutes", "evaluation_frequency", "keep", "save_evaluator", "export_model",
+    "push_to_hub", "report_to", "verbose",
+)  # fmt: skip
 DEFAULT_LEARNING_RATES = [1e-3]  # the released code's, for all fine-tune types
 EXAMPLES = """\
 examples:
@@ -55,6 +61,7 @@ class RunOptions:
     mask_size: int | None
     random_encoder: bool
     add_biases: bool
+    start_from: str | None
     data_dir: str | None
     max_seq_length: int
     train_size: int | None
@@ -78,6 +85,7 @@ class RunOptions:
     export_model: bool  # also with --push-to-hub
     push_to_hub: str | None
     predict_test: bool
+    evaluate_only: bool
     report_to: list[str]
     verbose: bool
     quiet: bool
@@ -97,7 +105,7 @@ def add_what_to_run(add: AddFlag) -> None:
         help="name on the Hugging Face Hub, or a folder [%(default)s]")
     add("--model-revision", metavar="REV",
         help="tag, branch or commit of a model on the Hub [its main branch]")
-    add("--fine-tune-type", "-f", metavar="TYPE", required=True, choices=FINE_TUNE_TYPES,
+    add("--fine-tune-type", "-f", metavar="TYPE", choices=FINE_TUNE_TYPES,
         help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
     add("--bias-terms", metavar="TERM", nargs="+",
         help=f"for bitfit: all, or some of {', '.join(TERMS)}; other models have other terms, see "
@@ -112,6 +120,9 @@ def add_what_to_run(add: AddFlag) -> None:
     add("--add-biases", action="store_true",
         help="for a model without biases, such as ModernBERT: switch them on in its config; they "
              "are zero before training (docs/modern-encoders.md) [off]")
+    add("--start-from", metavar="FOLDER",
+        help="start all runs from the values of a saved evaluator, usually of another task such as "
+             "MNLI: the evaluator's folder, or its run's (docs/warm-start.md) [the base model]")
 
 
 def add_data(add: AddFlag) -> None:
@@ -176,6 +187,9 @@ def add_results(add: AddFlag) -> None:
         help="export the model and upload it to the Hub under this name at the end [off]")
     add("--predict-test", action="store_true",
         help="write the predictions of the test set, in the GLUE server's format [off]")
+    add("--evaluate-only", action="store_true",
+        help="score the model of --model-name, or the evaluator of --start-from, without training, "
+             "and write the same files [off]")
     add("--report-to", metavar="TRACKER", nargs="+", choices=TRACKERS, default=[],
         help=f"show losses and scores while training, in some of {', '.join(TRACKERS)} [off]")
     add("--verbose", action="store_true", help="list the trained parameters [off]")
@@ -226,11 +240,12 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
 
         argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
+    check_type(parser, args)
     if (args.task_name is None) == (args.task_file is None):
         parser.error("give one of --task-name (a GLUE task) and --task-file (a custom task)")
     if args.bias_terms and args.fine_tune_type != "bitfit":
         parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
-    if args.add_biases and args.fine_tune_type not in BIAS_TYPES:
+    if args.add_biases and args.fine_tune_type not in BIAS_TYPES and not args.start_from:
         parser.error(f"--add-biases: {args.fine_tune_type} would leave the biases at zero: leave "
                      "it out")  # fmt: skip
     for name, values in (("--learning-rate", args.learning_rate), ("--seed", args.seed)):
@@ -238,6 +253,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
             parser.error(f"{name} has a value twice: give each once")
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
+    if args.start_from and args.random_encoder:
+        parser.error("--start-from has a trained encoder, --random-encoder none: give one of them")
     for kind in (kind for kind in args.report_to if not is_installed(kind)):
         parser.error(f"--report-to {kind} needs a package that is not there: pip install {kind}")
     if args.push_to_hub and args.keep != "best" and len(args.learning_rate) * len(args.seed) > 1:
@@ -264,6 +281,18 @@ def parse_listing(description: str, argv: Sequence[str] | None = None) -> argpar
             parser.error("--list-bias-terms goes with --model-name, --model-revision and "
                          f"--add-biases only: leave --{name.replace('_', '-')} out")  # fmt: skip
     return args
+
+
+def check_type(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Require --fine-tune-type for a training, and refuse flags of a training for a scoring."""
+    if not args.evaluate_only and args.fine_tune_type is None:
+        parser.error("the following arguments are required: --fine-tune-type/-f")
+    if args.evaluate_only:
+        given = [n for n in TRAINING_FLAGS if getattr(args, n) != parser.get_default(n)]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            parser.error(f"--evaluate-only trains nothing: leave out {names}")
+        args.fine_tune_type, args.learning_rate = "none", [0.0]
 
 
 def learning_rate_warning(options: RunOptions) -> str | None:

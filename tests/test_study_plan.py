@@ -19,9 +19,9 @@ def names(output):
 
 
 def test_tables_and_figures_are_the_papers(tmp_path):
-    keys = cells.requested_cells([2, 3], [1, 2], None, None, protocol.ROWS, protocol.SIZES)
+    keys = protocol.requested_cells([2, 3], [1, 2], None, None, protocol.ROWS, protocol.SIZES)
     assert len(keys) == len(set(keys)) == 3 * 8 * 2 + 8 * 7 + 6 * 2
-    rows = {key[1] for key in cells.requested_cells([3], [], None, None, protocol.ROWS, ())}
+    rows = {key[1] for key in protocol.requested_cells([3], [], None, None, protocol.ROWS, ())}
     assert rows == set(protocol.ROWS)
     args = paper.parse_args(["plan", "-o", str(tmp_path), "--tables", "2"])
     study = cells.plan_study(tmp_path, args)

@@ -1,6 +1,7 @@
 """The metrics and logits files of the runs of a training."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,52 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bitfit.data.tasks import Task
+from bitfit.data.tasks import Task, compact, score
+from bitfit.data.tokens import TokenizedSplit
+from bitfit.distributed import Group
 from bitfit.files import atomic_file, write_text
 from bitfit.model.run_stack import Run
 from bitfit.model.trainable import components_to_terms, count_trainable
-from bitfit.results.scores import last_and_best, scores_by_split
+from bitfit.results.scores import last_and_best, scores_by_split, scores_frame
 from bitfit.training import store
 from bitfit.training.prepare import PreparedModel
-from bitfit.training.result import TrainingResult
+from bitfit.training.result import TrainingResult, new_result
 from bitfit.training.setup import LoadedData, Setup
 from bitfit.training.state import Record, TrainState
 
 LOGITS = "validation_logits.safetensors"
+
+
+def score_initial(
+    setup: Setup,
+    data: LoadedData,
+    prepared: PreparedModel,
+    *,
+    group: Group,
+    folders: dict[Run, Path],
+) -> TrainingResult:
+    """Score a model that was not trained, as epoch 0, and write the metrics of its run."""
+    (run,), result = prepared.runs, new_result(prepared.new_stack())
+    task, begin, scores, tensors = data.dataset.task, time.perf_counter(), [], {}
+    for name, split in data.dataset.scored().items():
+        rows, tokens = split.rows_of_seed[data.dataset.seeds[0]], split.tokens
+        logits = prepared.predict(data, name, group=group, rows=rows)
+        labels, sentences = tokens.labels_of(rows), tokens.sentences_of(rows)
+        of_split = score(task, logits, labels=labels, sentences=sentences)
+        scores += [(run.name, 0, name, metric, value) for metric, value in of_split.items()]
+        if name != "train":
+            tensors[name] = torch.from_numpy(compact(task, logits)[None])
+            tensors |= label_tensors(name, tokens)
+    result.scores = scores_frame(scores)
+    result.record.seconds["evaluation"] = time.perf_counter() - begin
+    metadata = metrics_metadata(setup, data, prepared) | {"trained_parameters": 0}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_run_metrics(
+            folder, task, record=result.record, scores=result.scores, metadata=metadata
+        )
+        save_logits(folder, tensors)
+    return result
 
 
 def write_metrics(
@@ -80,11 +115,21 @@ def write_logits(folder: Path, state: TrainState, k: int) -> None:
     tensors, done = {}, state.evaluation_count
     for split, logits in state.logits.items() if done else ():
         tensors[split] = torch.from_numpy(logits[:done, k].copy())
-        tokens = state.plan.scored[split].tokens
-        tensors[f"{split}.labels"] = tokens.require_labels().cpu()
-        sentences = tokens.sentences_of(np.arange(len(tokens.lengths)))
-        if sentences is not None:
-            tensors[f"{split}.sentences"] = torch.from_numpy(sentences)
+        tensors |= label_tensors(split, state.plan.scored[split].tokens)
+    save_logits(folder, tensors)
+
+
+def label_tensors(split: str, tokens: TokenizedSplit) -> dict[str, torch.Tensor]:
+    """Return the labels of a split, and the sentence of each word if the task tags words."""
+    tensors = {f"{split}.labels": tokens.require_labels().cpu()}
+    sentences = tokens.sentences_of(np.arange(len(tokens.lengths)))
+    if sentences is not None:
+        tensors[f"{split}.sentences"] = torch.from_numpy(sentences)
+    return tensors
+
+
+def save_logits(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write validation_logits.safetensors, unless there are no logits."""
     if tensors:
         with atomic_file(folder / LOGITS) as temporary:
             store.save_tensors(tensors, temporary)

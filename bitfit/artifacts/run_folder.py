@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bitfit.files import write_text
 from bitfit.model.fingerprints import describe_change
+from bitfit.model.trainable import components_to_terms
 from bitfit.output_paths import LOCK, has_files, in_use_message, is_locked
-from utils import FORMAT, UserError, as_list
+from utils import FORMAT, UserError, as_list, convert_errors, first_line
 
 if TYPE_CHECKING:
     from bitfit.model.run_stack import Run
@@ -39,7 +40,9 @@ FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
 NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
 # Values that earlier versions of this format did not write, as their commands ran.
-NEW_FLAGS = {"start_from": None, "start_sha256": None, "add_biases": False}
+NEW_FLAGS = {
+    "start_from": None, "start_sha256": None, "evaluate_only": False, "add_biases": False,
+}  # fmt: skip
 NAMES = {
     "data": "the data",
     "test": "the test data",
@@ -100,6 +103,17 @@ def find_evaluator(folder: Path) -> Path:
         if found:
             return Path(found[0])
     raise UserError(f"there is no saved evaluator in {folder}: train with --save-evaluator")
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """Return the values of the flags with which the saved evaluator in a folder was trained."""
+    path = find_evaluator(folder) / EVALUATOR
+    with convert_errors(lambda error: UserError(f"{path} cannot be read: {first_line(error)}")):
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        settings = {name: metadata[name] for name in ("fine_tune_type", "random_encoder")}
+        settings |= {name: [metadata[name]] for name in ("learning_rate", "seed")}
+        settings |= {"add_biases": metadata.get("add_biases", False)}
+        return settings | {"bias_terms": components_to_terms(metadata["components"]) or None}
 
 
 def run_folders(

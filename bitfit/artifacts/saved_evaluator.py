@@ -218,7 +218,7 @@ def restore_evaluator(
 
 
 def read_warm_start(
-    folder: str | Path | None, setup: Setup, base_fingerprints: dict[str, Any], fine_tune_type: str
+    folder: str | Path | None, setup: Setup, loaded: LoadedData, fine_tune_type: str
 ) -> WarmStart | None:
     """Return the warm start from the only saved evaluator in a folder; None: there is no folder.
 
@@ -240,7 +240,7 @@ def read_warm_start(
         read_trainable(model, "", metadata, tensors={}, folder=folder)
         values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     else:
-        check_base(folder, metadata, base_fingerprints)
+        check_base(folder, metadata, loaded.base_fingerprints)
     positions = {
         name: values[name + POSITIONS].numpy() if name + POSITIONS in values else None
         for name in values

@@ -6,6 +6,7 @@ are reported at once.
 
 from argparse import Namespace
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from bitfit.model import hub
 from bitfit.options import RunOptions
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
+from utils import UserError
 
 if TYPE_CHECKING:
     from bitfit.training.setup import Setup
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 def run(options: RunOptions, signals: StopSignals, ranks: Ranks) -> None:
     """Check the output folder, fine-tune all runs, and upload the model if asked to."""
+    start = options.start_from and Path(options.start_from)
+    if options.evaluate_only and start:
+        options = replace(options, **ranks.run_on_rank0(lambda: run_folder.saved_settings(start)))
     output, task = Path(options.output_path), read_task(options, ranks)
     task_file, push_to = options.task_file, options.push_to_hub
     flags = flag_values(options, task)
@@ -36,6 +41,8 @@ def run(options: RunOptions, signals: StopSignals, ranks: Ranks) -> None:
         return
     if task_file and task and not finished:
         ranks.run_on_rank0(lambda: task_files.check_data_files(task_file, task, options.data_dir))
+    if start and not finished:
+        ranks.run_on_rank0(lambda: str(run_folder.find_evaluator(start)))
     ranks.run_on_rank0(lambda: tracking.check_connections(options.report_to, output))
     has_files = "files" in task if task else options.data_dir is not None
     all_local = has_files and hub.is_local(options.model_name)
@@ -111,15 +118,13 @@ def prepare_evaluator(
     from glue_evaluator import GLUEvaluator, set_seed
 
     set_seed(options.seed[0])
-    data_dir = options.data_dir
-    if options.task_file and not data_dir:
-        data_dir = task_files.default_data_dir(options.task_file)
+    folder = options.task_file and task_files.default_data_dir(options.task_file)
     evaluator = GLUEvaluator(
         task_name=task or str(options.task_name),  # one of the two is given
         model_name=options.model_name,
         device=ranks.local_gpu(options.gpu_device),
         seed=options.seed,
-        data_dir=data_dir,
+        data_dir=options.data_dir or folder,
         precision=options.precision,
         random_encoder=options.random_encoder,
         max_tokens=options.max_tokens,
@@ -141,8 +146,19 @@ def prepare_evaluator(
         components=terms,
         mask_size=options.mask_size,
         verbose=options.verbose and ranks.rank == 0,
+        start_from=options.start_from,
     )
+    if options.evaluate_only:
+        check_classifier(options, evaluator)
     return evaluator
+
+
+def check_classifier(options: RunOptions, evaluator: "GLUEvaluator") -> None:
+    """Raise UserError unless all weights of the classifier are loaded."""
+    if evaluator.need_prepared().init_head:
+        source, task = options.start_from or options.model_name, evaluator.task.name
+        raise UserError(f"--evaluate-only: {source} has no classifier with the labels of {task}: "
+                        "there is nothing to score")  # fmt: skip
 
 
 def check_bias_terms(options: RunOptions, setup: "Setup") -> list[str]:

@@ -52,8 +52,11 @@ def train_all_runs(experiment: Experiment) -> None:
         unfinished = unfinished_runs(runs, folders, evaluator.group)
         if unfinished and evaluator.runs != runs:
             evaluator.prepare_runs(runs)
-        if unfinished:
+        if unfinished and options.evaluate_only:
+            evaluator.evaluate_only(unfinished if evaluator.group.rank == 0 else {})
+        elif unfinished:
             train(experiment, unfinished, home, single=len(folders) == 1)
+        if unfinished:
             export_runs(experiment, unfinished, {run: folders[run] for run in share})
         if group.rank == 0:
             run_folder.remove_checkpoints(home)
@@ -156,7 +159,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
 
     options, evaluator = experiment.options, experiment.evaluator
     writes, record = evaluator.group.rank == 0, evaluator.record
-    if writes:
+    if writes and not options.evaluate_only:
         plot_curves(evaluator, folder)
     if writes and evaluator.need_prepared().trains_only_biases:
         evaluator.plot_terms_changes(folder / "bias_term_changes")

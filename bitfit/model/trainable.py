@@ -195,6 +195,7 @@ SELECTORS: dict[str, Callable[..., Trainable]] = {
     "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
     "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
     "frozen": lambda model, **_: train_fully(head_names(model)),
+    "none": lambda model, **_: train_fully(head_names(model)),  # --evaluate-only, of a plain model
     "rand_uniform": lambda model, mask_size, rng, **_: draw_uniform_mask(
         model, mask_size or default_mask_size(model), rng
     ),

@@ -40,15 +40,18 @@ class WarmStart:
         """Write the values into a base model, and return the former values of its biases.
 
         Raises:
-            UserError: the values belong to another base model.
+            UserError: the values belong to another base model, or to biases that it lacks.
         """
         if encoder_sha256 != self.encoder_sha256:
             raise base_error(self.record["folder"], model.name_or_path)
+        parameters = dict(model.named_parameters())
+        if any(name not in parameters for name in self.used_names(model)):
+            raise UserError(f"{self.record['folder']} has added biases: give --add-biases too")
         before, known = {}, {name for name, _ in model.named_parameters()}
         for name in self.used_names(model):
             if name not in known:
                 raise UserError(f"{self.record['folder']} has added biases: give --add-biases too")
-            target, values = model.get_parameter(name).data, self.values[name]
+            target, values = parameters[name].data, self.values[name]
             if in_encoder(model, name) and is_bias(name):
                 before[name] = target.clone()
             if name in output_names(model, task):

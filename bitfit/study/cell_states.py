@@ -3,6 +3,7 @@
 missing      the folder has no run
 running      a process holds the lock
 interrupted  started, not finished, not locked; the next worker resumes the cell
+waiting      not finished, and the cell that it starts from is not done
 failed       the last attempt ended with an error, or SIGKILL ended two attempts without progress
              between them; <cell>.failed.json has the reason
 foreign      the folder belongs to another command
@@ -26,7 +27,7 @@ from bitfit.output_paths import is_locked
 from bitfit.study.cells import Cell, Study, has_settings_of
 from utils import UserError
 
-STATES = ("missing", "running", "interrupted", "failed", "foreign", "done")
+STATES = ("missing", "running", "interrupted", "waiting", "failed", "foreign", "done")
 
 
 def cell_folder(study: Study, cell: Cell) -> Path:
@@ -52,7 +53,18 @@ def cell_state(study: Study, cell: Cell) -> str:
     """Return the cell's state, one of `STATES`."""
     locked = is_locked(sibling_file(study, cell, ".lock"))
     state = locked_cell_state(study, cell)
-    return "running" if locked and state not in ("foreign", "done") else state
+    if locked and state not in ("foreign", "done"):
+        return "running"
+    source = source_cell(study, cell)
+    if source is None or state not in ("missing", "interrupted", "failed"):
+        return state
+    return state if cell_state(study, source) == "done" else "waiting"
+
+
+def source_cell(study: Study, cell: Cell) -> Cell | None:
+    """Return the cell that a cell starts from, or None if it starts from the base model."""
+    key = cell.model, cell.row, cell.start, None
+    return next((c for c in study.cells if (c.model, c.row, c.task, c.size) == key), None)
 
 
 def locked_cell_state(study: Study, cell: Cell) -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -25,12 +25,11 @@ from bitfit.files import write_text
 from bitfit.parsing import number
 from bitfit.study.cell_tasks import check_metric, task_of
 from bitfit.study.protocol import (
-    PAPER_MODELS,
-    PAPER_TASKS,
     ROWS,
     SEEDS,
     default_epochs,
     paper_learning_rates,
+    requested_cells,
 )
 from utils import UserError, as_list, first_line
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from bitfit.model.run_stack import Run
 
 STUDY = "study.json"
-Key = tuple[str, str, str, int | None]  # model, row, task, training size
 
 
 class Cell(NamedTuple):
@@ -54,7 +52,13 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         size = "" if self.size is None else f"-{self.size}"
-        return f"{slug(self.model)}/{self.row}/{self.task}{size}"
+        start = f"-from-{self.start}" if self.start else ""
+        return f"{slug(self.model)}/{self.row}/{self.task}{size}{start}"
+
+    @property
+    def start(self) -> str | None:
+        """The task whose cell of the same row gives the first values; None: the base model's."""
+        return self.args["start_from"]
 
     @property
     def args(self) -> dict[str, Any]:
@@ -83,7 +87,9 @@ class Cell(NamedTuple):
     def command(self, output: Path, *more: str) -> list[str]:
         """Return the words of the command that starts or resumes this cell."""
         target = ["--output-path", str(Path(output) / self.name), "--resume"]
-        return ["python", "run_glue.py", *self.flags, *more, *target]
+        if self.start:
+            target += ["--start-from", str(Path(output) / slug(self.model) / self.row / self.start)]
+        return ["python", "run_glue.py", *self.flags, *target, *more]
 
     def shell(self, output: Path) -> str:
         return shlex.join(self.command(output))
@@ -121,40 +127,12 @@ def parse_cached(words: tuple[str, ...]) -> dict[str, Any]:
     return asdict(options.parse_args("", ["--output-path", "-", *words]))
 
 
-def requested_cells(
-    tables: Iterable[int],
-    figures: Iterable[int],
-    models: Sequence[str] | None,
-    tasks: Sequence[str] | None,
-    rows: Iterable[str],
-    sizes: Iterable[int],
-) -> list[Key]:
-    """Return (model, row, task, size) of all cells of tables and figures, without repetitions."""
-    base = list(models or PAPER_MODELS[:1])
-    cells: list[Key] = []
-    if 2 in tables:
-        two = [row for row in ("full_ft", "bitfit") if row in rows]
-        cells += [(m, r, t, None) for m in models or PAPER_MODELS for t in tasks or PAPER_TASKS
-                  for r in two]  # fmt: skip
-    if 3 in tables:
-        cells += [(m, r, t, None) for m in base for t in tasks or PAPER_TASKS for r in rows]
-    if 1 in figures:
-        cells += [(m, r, t, None) for m in base for t in tasks or ("rte",)
-                  for r in ("bitfit", "b_m2+b_q")]  # fmt: skip
-    if 2 in figures:
-        cells += [(m, r, t, n) for m in base for t in tasks or ("qnli",) for n in sizes
-                  for r in ("full_ft", "bitfit")]  # fmt: skip
-    return list(dict.fromkeys(cells))
-
-
 def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.Namespace) -> Cell:
     """Return the `Cell` of one key of `requested_cells` under the flags of `plan`."""
     kind = ROWS[row]
     rates = value_for(args.learning_rates, row) or paper_learning_rates(model, row)
-    seeds, epochs = (
-        value_for(args.seeds, row) or SEEDS,
-        value_for(args.epochs, task) or [default_epochs(task)],
-    )
+    seeds = value_for(args.seeds, row) or SEEDS
+    epochs = value_for(args.epochs, task) or [default_epochs(task)]
     words = ["--task-file" if task.endswith(".json") else "--task-name", task]
     words += ["--model-name", model, "--fine-tune-type", kind.fine_tune_type]
     words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
@@ -162,7 +140,9 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
     words += ["--learning-rate", *map(repr, rates)]
     words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
     words += ["--batch-size", str(args.batch_size)]
-    more = {"max_seq_length": args.max_seq_length, "precision": args.precision}
+    start = args.start_from if args.start_from != task else None
+    words += ["--save-evaluator"] if args.start_from == task and not size else []
+    more = {"start_from": start, "max_seq_length": args.max_seq_length, "precision": args.precision}
     data_dir = None if args.data_dir is None else absolute_folder(args.data_dir)
     for name, value in ({"data_dir": data_dir} | more).items():
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
@@ -187,7 +167,7 @@ def flags_hash(words: Iterable[str]) -> str:
 
 def result_settings(words: Iterable[str]) -> dict[str, Any]:
     """Return {option: value} of the options that results depend on."""
-    free, flags = HARMLESS - {"data_dir", "model_name"}, parse_flags(words)
+    free, flags = HARMLESS - {"data_dir", "model_name", "start_from"}, parse_flags(words)
     settings = {name: value for name, value in flags.items() if name not in free}
     return settings | ({"task": task_of(flags).record} if flags["task_file"] else {})
 
@@ -202,8 +182,8 @@ def settings_hash(settings: dict[str, Any]) -> str:
 def has_settings_of(metadata: dict[str, Any], cell: Cell) -> bool:
     """Return whether the content of an args.json belongs to a cell's command."""
     expected, metadata = result_settings(cell.flags), NEW_FLAGS | metadata
-    free = () if expected["precision"] else ("precision",)
-    return all(
+    free = {"start_from"} if expected["precision"] else {"start_from", "precision"}
+    return bool(metadata["start_from"]) == bool(cell.start) and all(
         name in metadata and as_list(metadata[name]) == as_list(value)
         for name, value in expected.items()
         if name not in free
@@ -221,16 +201,15 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     keys = requested_cells(
         tables, figures, models, tasks=args.tasks, rows=args.rows or ROWS, sizes=args.sizes
     )
+    if args.start_from:  # a source is planned before its cells
+        keys = list(dict.fromkeys([(m, r, args.start_from, None) for m, r, *_ in keys] + keys))
     if not keys and (tables or figures):
         raise UserError("these --tables have none of these --rows: give other rows, or none")
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
-    old = (
-        read_study(output)
-        if os.path.exists(Path(output) / STUDY)
-        else Study(Path(output), [], [], cells=[])
-    )
+    exists = os.path.exists(Path(output) / STUDY)
+    old = read_study(output) if exists else Study(Path(output), [], [], cells=[])
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
             change = f"{cell.name}: {describe_difference(cell, new[cell.name])}"

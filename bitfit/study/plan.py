@@ -157,6 +157,7 @@ def cells_within_budget(
         UserError: the cost of a cell is unknown.
     """
     costs, spent, fit = cost.Costs(study), 0.0, []
+    states = states | {"waiting"}
     open_cells = [cell for cell in cells if cell_states.cell_state(study, cell) in states]
     prices = {cell.name: costs.seconds(cell) for cell in open_cells}
     if None in prices.values():
@@ -181,6 +182,10 @@ def states_summary(study: Study, cells: Sequence[Cell], left: Sequence[Cell]) ->
             log = cell_states.sibling_file(study, cell, ".log")
             reason = f"status {failure.get('status')}: {failure.get('line')}"
             lines.append(f"failed: {cell.name}, {reason} ({log})")
+        if state == "waiting":
+            lines.append(
+                f"waiting: {cell.name}, until the cell of {cell.args['start_from']} is done"
+            )
         if state == "foreign":
             lines.append(
                 f"foreign: {cell_states.cell_folder(study, cell)} belongs to another command"

@@ -1,9 +1,12 @@
 """The experiments of the paper: models, tasks, table rows, learning rates, epochs and seeds."""
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 PAPER_MODELS = ("bert-base-cased", "bert-large-cased", "roberta-base")
 PAPER_TASKS = ("qnli", "sst2", "mnli", "cola", "mrpc", "stsb", "rte", "qqp")  # Table 2's columns
+
+Key = tuple[str, str, str, int | None]  # model, row, task, training size
 
 
 class Row(NamedTuple):
@@ -54,3 +57,29 @@ def paper_learning_rates(model: str, row: str) -> tuple[float, ...]:
 
 def default_epochs(task: str) -> int:
     return EPOCHS.get(task, OTHER_EPOCHS)
+
+
+def requested_cells(
+    tables: Iterable[int],
+    figures: Iterable[int],
+    models: Sequence[str] | None,
+    tasks: Sequence[str] | None,
+    rows: Iterable[str],
+    sizes: Iterable[int],
+) -> list[Key]:
+    """Return (model, row, task, size) of all cells of tables and figures, without repetitions."""
+    base = list(models or PAPER_MODELS[:1])
+    cells: list[Key] = []
+    if 2 in tables:
+        two = [row for row in ("full_ft", "bitfit") if row in rows]
+        cells += [(m, r, t, None) for m in models or PAPER_MODELS for t in tasks or PAPER_TASKS
+                  for r in two]  # fmt: skip
+    if 3 in tables:
+        cells += [(m, r, t, None) for m in base for t in tasks or PAPER_TASKS for r in rows]
+    if 1 in figures:
+        cells += [(m, r, t, None) for m in base for t in tasks or ("rte",)
+                  for r in ("bitfit", "b_m2+b_q")]  # fmt: skip
+    if 2 in figures:
+        cells += [(m, r, t, n) for m in base for t in tasks or ("qnli",) for n in sizes
+                  for r in ("full_ft", "bitfit")]  # fmt: skip
+    return list(dict.fromkeys(cells))

@@ -113,14 +113,14 @@ def deviations(study: Study) -> list[str]:
             messages.append(f"data of {cell.args['data_dir']}")
         if cell.args["train_size"] and not cell.size:
             messages.append(f"{cell.args['train_size']} training examples, sampled by each seed")
+        if cell.start:
+            messages.append(f"{cell.task} starts from {cell.start}")
         if cell.args["epochs"] != default_epochs(cell.task):
             messages.append(
                 f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)"
             )
-    precisions = {
-        (cell_states.read_cell_args(study, cell) or {}).get("precision") for cell in study.cells
-    }
-    if "bf16" in precisions:
+    metadata = [cell_states.read_cell_args(study, cell) or {} for cell in study.cells]
+    if "bf16" in [content.get("precision") for content in metadata]:
         messages.append("computed in bf16; the trained parameters are kept in float32")
     return list(dict.fromkeys(messages))
 

@@ -137,6 +137,7 @@ def read_entries(study: Study) -> Entries:
         if results is None:
             continue
         for split, column in table_columns(task_of(cell.args)).items():
+            column += f"-from-{cell.start}" if cell.start else ""
             key = cell.model, cell.row, column, cell.size
             found[key] = Entry(column, results, split, selected=select(results, split))
     return found

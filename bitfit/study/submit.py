@@ -68,7 +68,7 @@ def best_run_folders(study: Study, model: str, row: str) -> dict[str, Path | Non
     name = slug(absolute_folder(model))
     folders = {
         cell.task: best_run_folder(study, cell)
-        for cell in study.cells
+        for cell in sorted(study.cells, key=lambda cell: not cell.start)  # the last one counts
         if (slug(cell.model), cell.row, cell.size) == (name, row, None)
     }
     if not folders:

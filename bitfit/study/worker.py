@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bitfit import signals
 from bitfit.signals import Stopped
-from bitfit.study import cell_states
+from bitfit.study import cell_states, submit
 from bitfit.study.cells import Cell, Study
 from utils import UserError
 
@@ -23,6 +23,7 @@ LOGGER = logging.getLogger("bitfit")
 PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # torchrun passes these on to the ranks
 STOPPED = {status for n in signals.NUMBERS for status in (128 + n, -n)}
+POLL_SECONDS = 5.0
 KILLED = {128 + signal.SIGKILL, -signal.SIGKILL}  # The kernel sends it when memory runs out.
 NO_PROGRESS = (
     "killed (SIGKILL) twice without progress in between: memory may have run out; give it more, "
@@ -67,7 +68,7 @@ def run_cells(
     shared: bool = True,
     ranks: int = 1,
 ) -> None:
-    """Run the cells that are in one of the given states, in order.
+    """Run the cells that are in one of the given states, in order, once each.
 
     Args:
         ranks: ranks of torchrun for each command. A resumed cell keeps its number of ranks.
@@ -77,9 +78,10 @@ def run_cells(
         Stopped: on a signal; the running cell has written a checkpoint.
         UserError: the cells are shared, and the file system has no locks.
     """
-    for number, cell in enumerate(cells, 1):
-        if cell_states.cell_state(study, cell) not in states:
-            continue
+    tried: set[str] = set()
+    while cell := next_cell(study, [c for c in cells if c.name not in tried], states):
+        tried.add(cell.name)
+        number = cells.index(cell) + 1
         with cell_states.lock_cell(study, cell, shared) as lock:
             # The state may have changed before the cell was locked.
             if lock is None or cell_states.locked_cell_state(study, cell) not in states:
@@ -87,6 +89,22 @@ def run_cells(
             LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
             begun = cell_states.read_cell_args(study, cell) or {}
             run_cell(study, cell, lock, gpu=gpu, ranks=begun.get("ranks") or ranks)
+
+
+def next_cell(study: Study, cells: Sequence[Cell], states: set[str]) -> Cell | None:
+    """Return the first cell in one of the states, or None.
+
+    While other workers run the cells that some of these cells start from, it waits.
+    """
+    while True:
+        for cell in cells:
+            if cell_states.cell_state(study, cell) in states:
+                return cell
+        waiting = [cell for cell in cells if cell_states.cell_state(study, cell) == "waiting"]
+        sources = [cell_states.source_cell(study, cell) for cell in waiting]
+        if "running" not in [cell_states.cell_state(study, source) for source in sources if source]:
+            return None
+        time.sleep(POLL_SECONDS)
 
 
 def run_cell(
@@ -126,6 +144,9 @@ def run_command(
         Stopped, KeyboardInterrupt: a signal came; the command got the signal too and has ended.
     """
     more = [] if gpu is None else ["--gpu-device", str(gpu)]
+    source = cell_states.source_cell(study, cell)
+    if folder := source and submit.best_run_folder(study, source):
+        more += ["--start-from", str(folder / "evaluator")]
     command = [*launch_command(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
     with open(log, "ab") as output:
         output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))

@@ -112,12 +112,14 @@ class PreparedModel:
         selected = select_trainable(self.model, method, self.runs, verbose=self.verbose)
         return replace(self, method=method, trainable=selected, stackable_checked=False)
 
-    def predict(self, data: LoadedData, split: str, group: Group) -> np.ndarray:
-        """Return the logits of all rows of a split, (rows, C) float32."""
+    def predict(
+        self, data: LoadedData, split: str, group: Group, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the logits of all rows of a split, or of some (rows,), as (rows, C) float32."""
         tokens = data.tokens(split)
         forward = self.forward_for(tokens, data.all_tokens)
         with cast_parameters(self.model, self.dtype):
-            return predict.predict(forward, tokens, self.token_budget, group=group)
+            return predict.predict(forward, tokens, self.token_budget, rows=rows, group=group)
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
