@@ -41,6 +41,11 @@ def drawing(request):
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """Let long tests begin first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def set_dropout(model, p):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -23,6 +23,7 @@ RUNS = {  # as in scripts/demo.sh: all?, components, learning rate, epochs, rand
 EXPECTED = {"bitfit": (0.85, 1), "full_ft": (0.95, 1), "frozen": (-1, 0.5), "random": (-1, 0.3)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "seeds"),
     [("bitfit", SEEDS), *(("full_ft", (seed,)) for seed in SEEDS), ("frozen", SEEDS),

@@ -32,6 +32,7 @@ def loss_and_score(evaluator):
     return np.column_stack([losses, main_scores(evaluator.result.scores, evaluator.task).iloc[-1]])
 
 
+@pytest.mark.long
 def test_with_dropout_a_stack_has_the_distribution_of_single_runs():
     """16 seeds together and 16 alone draw other dropout: two-sample Kolmogorov-Smirnov tests.
 

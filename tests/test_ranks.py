@@ -173,6 +173,7 @@ def process_of_rank(torchrun, rank):
     return None
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, quick_python, tmp_path):
     """SIGKILL to one of two ranks, each with a run of its own that cannot be stacked."""
     more = ["--fine-tune-type", "rand_uniform", "--seed", "0", "1", "--epochs", "12", "--resume"]
@@ -188,6 +189,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(plain, quick_pyt
         assert left(killed / name) == left(tmp_path / "plain" / name)
 
 
+@pytest.mark.long
 def test_ranks_that_were_stopped_together_end_as_if_never_stopped(
     plain, quick_python, tmp_path, capsys
 ):

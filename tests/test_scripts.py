@@ -108,6 +108,7 @@ def test_predict(small, tmp_path, monkeypatch, capsys):
     }
 
 
+@pytest.mark.long
 def test_the_papers_commands(quick_python, few_glue, tmp_path, monkeypatch, capsys):
     """One after the other, on one small cell each."""
     small = ["--models", str(TINY_BERT), "--data-dir", str(few_glue), "--epochs", "1", "--tasks",

@@ -87,6 +87,7 @@ def test_the_callers_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """14 SIGKILLs over a single run and a stack: the end is that of one never killed."""
 

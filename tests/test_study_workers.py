@@ -66,6 +66,7 @@ def results(study):
     return found
 
 
+@pytest.mark.long
 def test_four_workers_killed_at_random_do_each_run_once(quick_python, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rng, many, one = random.Random(0), tmp_path / "many", tmp_path / "one"
