@@ -31,7 +31,7 @@ def logits_of(right):
 
 def slow_scores(task, logits, labels):
     flat = logits.reshape(-1, *logits.shape[-2:])
-    scores = [score(task, own, labels)[task.metrics[0]] for own in flat]
+    scores = [score(task, run_logits, labels)[task.metrics[0]] for run_logits in flat]
     return np.reshape(scores, logits.shape[:-2])
 
 

@@ -216,10 +216,10 @@ class Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         with plainly(), torch.enable_grad():
-            own = [x.detach().requires_grad_() for x in ctx.inputs]
+            detached = [x.detach().requires_grad_() for x in ctx.inputs]
             torch.manual_seed(0)  # another dropout mask than forward: nothing compares these
-            out = attention.plain_varlen_kernel(*own, *ctx.rest)
-            grads = torch.autograd.grad(out, own, grad)
+            out = attention.plain_varlen_kernel(*detached, *ctx.rest)
+            grads = torch.autograd.grad(out, detached, grad)
         return *map(ctx.gpu.put, grads), None, None, None, None, None
 
 
@@ -238,8 +238,8 @@ def simulated_gpu():
 
     def groups_by_device(lists, with_indices=False):
         return {
-            (CUDA if gpu.has(own[0][0][0]) else device, dtype): own
-            for (device, dtype), own in groups(lists, with_indices).items()
+            (CUDA if gpu.has(group[0][0][0]) else device, dtype): group
+            for (device, dtype), group in groups(lists, with_indices).items()
         }
 
     def capture(work, pool=None):  # what CUDA repeats is the same work on the same tensors

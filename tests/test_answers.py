@@ -91,10 +91,10 @@ def check_like_each_alone(folders, tmp_path, max_tokens=None):
     many = load(*folders, max_tokens=max_tokens)
     with many.stack.patched():
         logits, told = multi_task.predict_logits(many, ROWS), answers.predict_answers(many, ROWS)
-    for folder, name, task, own in zip(folders, many.names, many.tasks, logits, strict=True):
+    for folder, name, task, found in zip(folders, many.names, many.tasks, logits, strict=True):
         expected = alone(folder, tmp_path)
-        assert own.shape == (len(ROWS), task.num_labels)
-        assert np.abs(own - expected).max() < 1e-5, name
+        assert found.shape == (len(ROWS), task.num_labels)
+        assert np.abs(found - expected).max() < 1e-5, name
         assert np.ptp(expected, axis=0).max() > 1e-3  # the rows can be told apart
         for row, answer in zip(expected, (each[name] for each in told), strict=True):
             if task.is_regression:
@@ -114,7 +114,7 @@ def test_each_answers_as_alone(saved, tmp_path, max_tokens):
     many = check_like_each_alone(folders, tmp_path, max_tokens)
     assert many.forward.packed_encoder
     assert not many.stack.shares_encoder
-    assert [own.num_labels for own in many.tasks] == [2, 3, 1, 2]
+    assert [task.num_labels for task in many.tasks] == [2, 3, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["cola", "full_ft", "rand_uniform", "random encoder"])

@@ -170,10 +170,10 @@ def test_a_rows_logits_do_not_depend_on_the_batch(tmp_path, few_rows, case):
     tokens = loaded.tokens("validation")
     with torch.no_grad():
         for row in range(4):
-            own = slice(tokens.starts[row], tokens.starts[row] + tokens.lengths[row])
-            inputs = {"input_ids": tokens.ids[None, own].long()}
+            span = slice(tokens.starts[row], tokens.starts[row] + tokens.lengths[row])
+            inputs = {"input_ids": tokens.ids[None, span].long()}
             if tokens.types is not None:
-                inputs["token_type_ids"] = tokens.types[None, own].long()
+                inputs["token_type_ids"] = tokens.types[None, span].long()
             plain = loaded.model(**inputs).logits[0].numpy()
             assert np.abs(logits[1][row] - plain).max() < bound
 

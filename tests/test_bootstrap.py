@@ -20,11 +20,11 @@ def test_resampled_scores_are_those_of_repeated_rows(name):
     counts = np.random.default_rng(1).integers(0, 4, (5, 40))
     values = statistics.resampled(task, logits, labels, counts)
     assert values.shape == (5, 2, 3)
-    for own, count in zip(values, counts, strict=True):
+    for resampled, count in zip(values, counts, strict=True):
         rows = np.repeat(np.arange(40), count)
         expected = main_scores(task, logits[..., rows, :], labels[rows])
-        np.testing.assert_allclose(own, expected, rtol=0, atol=1e-12)
-        assert own[0] == pytest.approx(slow_scores(task, logits[0][:, rows], labels[rows]))
+        np.testing.assert_allclose(resampled, expected, rtol=0, atol=1e-12)
+        assert resampled[0] == pytest.approx(slow_scores(task, logits[0][:, rows], labels[rows]))
 
 
 def test_resampling_is_fast_enough():
@@ -68,7 +68,10 @@ def test_bootstrap_against_a_slow_version(name, select):
             of_half.append(np.subtract(ours, theirs))
         halves.append(of_half)
     by_seed = np.mean(halves, axis=0)
-    slow = [np.repeat(own, count).mean() for own, count in zip(by_seed, drawn_seeds, strict=True)]
+    slow = [
+        np.repeat(difference, count).mean()
+        for difference, count in zip(by_seed, drawn_seeds, strict=True)
+    ]
     assert fast == pytest.approx(slow, abs=1e-12)
 
 
@@ -89,11 +92,17 @@ def compare(a_right, b_right, rng, resamples=200):
 
 
 def paired(a, b, a_logits, b_logits, labels, rng, resamples=200):
-    own = statistics.differences(a, b)
-    seeds = statistics.draws(rng, len(own), resamples) if len(own) else np.zeros((resamples, 0))
+    measured = statistics.differences(a, b)
+    seeds = (
+        statistics.draws(rng, len(measured), resamples)
+        if len(measured)
+        else np.zeros((resamples, 0))
+    )
     args = ACCURACY, a, b, a_logits, b_logits, labels, rng, seeds
-    drawn = statistics.bootstrap_differences(*args) if len(own) > 1 else np.full(resamples, np.nan)
-    return statistics.difference([(own, drawn)], rng)
+    drawn = (
+        statistics.bootstrap_differences(*args) if len(measured) > 1 else np.full(resamples, np.nan)
+    )
+    return statistics.difference([(measured, drawn)], rng)
 
 
 def test_the_interval_covers_a_known_difference():
@@ -124,8 +133,8 @@ def test_the_interval_is_over_seeds_and_over_rows():
     right = np.zeros((4, 50), bool)
     of_seeds, of_rows = right.copy(), right.copy()
     of_seeds[:2], of_rows[:, :25] = True, True
-    for own, deviation in ((of_seeds, 4), (of_rows, 50)):
-        found = compare(own, right, np.random.default_rng(0), 2000)
+    for varied, deviation in ((of_seeds, 4), (of_rows, 50)):
+        found = compare(varied, right, np.random.default_rng(0), 2000)
         wider = stats.t.ppf(0.975, 3) / 1.96 * (4 / 3) ** 0.5
         half = wider * 1.96 * 0.5 / deviation**0.5
         assert found.mean == 0.5

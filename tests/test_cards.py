@@ -72,10 +72,10 @@ def test_a_published_folder_names_no_path_of_this_machine(made):
 def test_the_command_on_the_card_is_the_one_that_was_given(made):
     folder, argv = made
     block = re.search(r"```\n(python run_glue.py .*)\n```", read(folder)[1])[1]
-    own, given = (vars(parse_args("", words)) for words in (shlex.split(block)[2:], argv))
-    assert own.pop("model_revision") == COMMITS["main"]
-    assert (own["output_path"], own["data_dir"], own["precision"]) == ("out", "glue", "fp32")
-    differ = {name for name in own if own[name] != given[name]}
+    shown, given = (vars(parse_args("", words)) for words in (shlex.split(block)[2:], argv))
+    assert shown.pop("model_revision") == COMMITS["main"]
+    assert (shown["output_path"], shown["data_dir"], shown["precision"]) == ("out", "glue", "fp32")
+    differ = {name for name in shown if shown[name] != given[name]}
     assert differ == {"output_path", "data_dir", "precision", "gpu_device", "checkpoint_every"}
 
 

@@ -173,9 +173,9 @@ def test_one_buffer_holds_all_arrays_of_a_step():
     moved, plain = replace_arrays(step, buffer_views(buffer, arrays)), to_device(step, "cpu")
     pairs = list(zip(tensors_of(moved), tensors_of(plain), strict=True))
     assert len(pairs) == 6
-    for own, expected in pairs:
-        assert own.dtype == expected.dtype and torch.equal(own, expected)
-        assert not own.numel() or 0 <= own.data_ptr() - buffer.data_ptr() < len(buffer)
+    for copied, expected in pairs:
+        assert copied.dtype == expected.dtype and torch.equal(copied, expected)
+        assert not copied.numel() or 0 <= copied.data_ptr() - buffer.data_ptr() < len(buffer)
     assert moved[1][1:] == [None, 4]
 
 

@@ -45,11 +45,11 @@ def out(tmp_path_factory):
         evaluator.train_and_evaluate(1)
         for number, seed in enumerate(seeds):
             evaluator.select(number)
-            own = folder / name / f"seed{seed}" if len(seeds) > 1 else folder / name
-            evaluator.save(own / "evaluator")
+            output = folder / name / f"seed{seed}" if len(seeds) > 1 else folder / name
+            evaluator.save(output / "evaluator")
             if kind == "bitfit":
                 with real_pictures() if name == "rte" else nullcontext():
-                    evaluator.plot_terms_changes(own / "bias_term_changes")
+                    evaluator.plot_terms_changes(output / "bias_term_changes")
     return folder
 
 
@@ -183,12 +183,12 @@ def test_an_average_is_an_evaluator_with_the_mean(here, capsys):
     assert mean.keys() == each[0].keys()
     assert "classifier.weight" in mean
     for name, values in mean.items():
-        assert np.allclose(values, np.mean([own[name] for own in each], axis=0), atol=1e-7)
+        assert np.allclose(values, np.mean([run[name] for run in each], axis=0), atol=1e-7)
     loaded = GLUEvaluator.load("soup", None)
     table = pd.read_csv("soup/members.csv")
     scores = table.pop("validation Accuracy").tolist()
     saved = [GLUEvaluator.load(f"{folder}/evaluator", None) for folder in SEEDS]
-    assert scores[:3] == [own.evaluations["validation"]["Accuracy"][-1] for own in saved]
+    assert scores[:3] == [run.evaluations["validation"]["Accuracy"][-1] for run in saved]
     assert scores[3] == loaded.evaluate("validation")["Accuracy"]
     assert loaded.evaluations == {"validation": {"Accuracy": [scores[3]]}}
     assert table["name"].tolist() == ["seed0", "seed1", "seed2", "average"]
@@ -200,8 +200,8 @@ def test_an_average_is_an_evaluator_with_the_mean(here, capsys):
     assert json.loads(Path("soup/evaluator.json").read_text())["train_loss"] == []  # of none
     loaded.save(here / "again")
     assert GLUEvaluator.load(here / "again", None).result.averaged == loaded.result.averaged
-    assert [own["weight"] for own in loaded.result.averaged] == pytest.approx([1 / 3] * 3)
-    assert [Path(own["folder"]).samefile(f"{f}/evaluator") for own, f in zip(
+    assert [part["weight"] for part in loaded.result.averaged] == pytest.approx([1 / 3] * 3)
+    assert [Path(part["folder"]).samefile(f"{f}/evaluator") for part, f in zip(
         loaded.result.averaged, SEEDS, strict=True)] == [True] * 3  # fmt: skip
 
 
@@ -219,8 +219,8 @@ def test_an_average_with_one_whose_key_moved(here):
 def test_the_order_of_bias_terms_is_no_difference():
     query, value = "attention.self.query.bias", "attention.self.value.bias"
     metadata = {"fine_tune_type": "bitfit", "seed": 0}
-    pair = [saved_evaluators.SavedEvaluator("a", Path("a"), metadata | {"components": own}, {})
-            for own in ([query, value], [value, query])]  # fmt: skip
+    pair = [saved_evaluators.SavedEvaluator("a", Path("a"), metadata | {"components": terms}, {})
+            for terms in ([query, value], [value, query])]  # fmt: skip
     saved_evaluators.check_same_trainable(pair)
     other = pair[0]._replace(metadata=metadata | {"components": [query]})
     with pytest.raises(saved_evaluators.UserError, match="different trained parameters"):
@@ -229,13 +229,13 @@ def test_the_order_of_bias_terms_is_no_difference():
 
 def test_weights(here):
     assert main(["average", *SEEDS, "-o", "one", "--weights", "0", "7", "0"]) == 0
-    alone, own = load_file("one/delta.safetensors"), values_of(SEEDS[1])
-    assert all(np.array_equal(alone[name], own[name]) for name in own)
+    alone, single = load_file("one/delta.safetensors"), values_of(SEEDS[1])
+    assert all(np.array_equal(alone[name], single[name]) for name in single)
     table = pd.read_csv("one/members.csv", index_col="name")["validation Accuracy"]
     assert table["average"] == table["seed1"]
     assert main(["average", "one", SEEDS[0], "-o", "two", "--weights", "1", "3"]) == 0
     mixed, other = load_file("two/delta.safetensors"), values_of(SEEDS[0])
-    assert all(np.allclose(mixed[n], (own[n] + 3 * other[n]) / 4, atol=1e-7) for n in own)
+    assert all(np.allclose(mixed[n], (single[n] + 3 * other[n]) / 4, atol=1e-7) for n in single)
     table = pd.read_csv("two/members.csv", dtype=str, keep_default_na=False)
     assert table["seed"].tolist() == ["", "0", ""]  # an average has no seed of its own
     assert table["weight"].tolist() == ["0.25", "0.75", "1.0"]
@@ -256,12 +256,12 @@ def test_apply_is_base_and_delta(here, scale):
     made = transformers.AutoModelForSequenceClassification.from_pretrained("model")
     values, base = values_of(SEEDS[0]), base_values()
     for name, parameter in made.named_parameters():
-        own, start = values.get(name), base.get(name)
-        expected = own if start is None else start
-        if start is not None and own is not None:
-            expected = start + scale * (own - start)
+        trained, start = values.get(name), base.get(name)
+        expected = trained if start is None else start
+        if start is not None and trained is not None:
+            expected = start + scale * (trained - start)
         assert np.allclose(parameter.detach(), expected, atol=1e-6), name
-        exact = {0: start, 1: own}.get(scale)
+        exact = {0: start, 1: trained}.get(scale)
         assert exact is None or np.array_equal(parameter.detach(), exact) or start is None
 
 
@@ -286,8 +286,8 @@ def test_a_random_mask_is_scaled_where_it_lies(here):
         if name in values:
             at = values[f"{name}:positions"]
             expected[at] += 0.5 * (values[name] - expected[at])
-        own = made[name.removeprefix("bert.")].numpy().ravel()
-        assert np.allclose(own, expected, atol=1e-6), name
+        exported = made[name.removeprefix("bert.")].numpy().ravel()
+        assert np.allclose(exported, expected, atol=1e-6), name
 
 
 def test_a_moved_base_model_and_moved_data(here):

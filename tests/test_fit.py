@@ -73,7 +73,9 @@ def test_the_logits_of_every_evaluation_are_kept(tmp_path, task):
         assert kept[split].shape == (3, len(labels), evaluator.num_labels)
         assert np.isnan(gone[split]).all()
         for metric, values in evaluator.evaluations[split].items():
-            again = [score(evaluator.task, own, labels)[metric] for own in kept[split]]
+            again = [
+                score(evaluator.task, epoch_logits, labels)[metric] for epoch_logits in kept[split]
+            ]
             assert again == pytest.approx(values, abs=1e-6)
 
 

@@ -163,15 +163,15 @@ def random_model(name, **more):
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_each_forward_pass_is_transformers_own(name, padded):
-    model, own = random_model(name), tokens(9, 4, 6)
-    forward = select_forward(model, name, own)
+    model, rows = random_model(name), tokens(9, 4, 6)
+    forward = select_forward(model, name, rows)
     assert (forward.packed_encoder is None) == (name == "modernbert")  # its layers see windows
     forward = Forward(model) if padded else forward
     mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
-    ids = torch.full((3, 9), 1).masked_scatter(mask, own.ids)
+    ids = torch.full((3, 9), 1).masked_scatter(mask, rows.ids)
     with torch.no_grad():
         plain = model(input_ids=ids, attention_mask=mask.long()).logits
-        assert torch.allclose(forward.logits(own, np.arange(3)), plain, atol=1e-6)
+        assert torch.allclose(forward.logits(rows, np.arange(3)), plain, atol=1e-6)
     assert model.config._attn_implementation == "sdpa"
     assert not any(m._forward_hooks for m in model.modules())
 

@@ -33,10 +33,10 @@ def layout(lengths, heads=2, spare=500):
     return attention_layout(to_device(pack_rows(np.array(lengths), spare), "cpu"), heads)
 
 
-def plain_logits(model, own):
+def plain_logits(model, rows):
     """transformers' own pass on padded rows."""
-    mask = torch.arange(own.lengths.max()) < torch.from_numpy(own.lengths)[:, None]
-    ids = torch.full(mask.shape, 1).masked_scatter(mask, own.ids)
+    mask = torch.arange(rows.lengths.max()) < torch.from_numpy(rows.lengths)[:, None]
+    ids = torch.full(mask.shape, 1).masked_scatter(mask, rows.ids)
     return model(input_ids=ids, attention_mask=mask.long()).logits
 
 
@@ -46,8 +46,8 @@ def plain_logits(model, own):
 def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, monkeypatch):
     """In float32 to rounding; in bf16 as near the exact gradient as plain bf16 comes."""
     monkeypatch.setitem(MAX_BUCKET_PADDING, "cpu", 500)  # several groups
-    model, own = random_model(name), tokens(*LENGTHS)
-    forward = select_forward(model, name, own)
+    model, rows = random_model(name), tokens(*LENGTHS)
+    forward = select_forward(model, name, rows)
     assert (
         forward.packed_encoder.after_attention
     )  # all four go through the last layer with first tokens alone
@@ -66,16 +66,16 @@ def test_logits_losses_and_gradients_are_the_plain_models(name, dtype, method, m
         return logits.detach(), loss.item(), stack.grads[0].clone()
 
     def packed():
-        return forward.logits(own, np.arange(len(LENGTHS)))
+        return forward.logits(rows, np.arange(len(LENGTHS)))
 
-    exact = loss_and_gradient(lambda: plain_logits(model, own), torch.float32)
+    exact = loss_and_gradient(lambda: plain_logits(model, rows), torch.float32)
     logits, loss, gradient = loss_and_gradient(packed, dtype)
     if dtype == torch.float32:
         assert torch.allclose(logits, exact[0], atol=1e-6)
         assert loss == pytest.approx(exact[1], abs=1e-6)
         assert torch.allclose(gradient, exact[2], rtol=1e-4, atol=1e-6)
         return
-    rough = loss_and_gradient(lambda: plain_logits(model, own), dtype)
+    rough = loss_and_gradient(lambda: plain_logits(model, rows), dtype)
     assert (logits - exact[0]).abs().max() < 0.01
     assert loss == pytest.approx(exact[1], abs=0.01)
     off, plain_off = ((g - exact[2]).norm() / exact[2].norm() for g in (gradient, rough[2]))
@@ -88,8 +88,8 @@ def test_rows_of_like_length_form_a_group(spare):
     groups = split_into_buckets(lengths, spare)
     assert sorted(np.concatenate(groups)) == list(range(64))
     widths = [-(-lengths[rows] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for rows in groups]
-    for own in widths:
-        assert (own.max() ** 2 - own**2).sum() <= spare
+    for width in widths:
+        assert (width.max() ** 2 - width**2).sum() <= spare
     joined = np.concatenate(widths)
     assert (np.diff(joined) <= 0).all()
     assert len(groups) == {0: len(set(joined)), math.inf: 1}.get(spare, len(groups))
@@ -111,15 +111,15 @@ def test_no_padded_place_looks_at_another_row():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_attention_with_dropout_is_the_formula(dropout, dtype, only_first):
     """Row by row, head by head, with the masks that it drew; its gradients are autograd's."""
-    own, heads, size = layout(LENGTHS), 2, 8
+    attention_layout, heads, size = layout(LENGTHS), 2, 8
     torch.manual_seed(1)
     count = sum(LENGTHS) * heads
     k, v = (torch.randn(count, size).to(dtype).requires_grad_() for _ in range(2))
     queries = len(LENGTHS) * heads if only_first else count
     q = torch.randn(queries, size).to(dtype).requires_grad_()
     torch.manual_seed(2)
-    side = own.first_tokens if only_first else own.tokens
-    out = BucketedAttention.apply(q, k, v, own, side, 0.4, dropout)
+    side = attention_layout.first_tokens if only_first else attention_layout.tokens
+    out = BucketedAttention.apply(q, k, v, attention_layout, side, 0.4, dropout)
     assert out.dtype == dtype
     torch.manual_seed(2)  # group by group, as the masks are drawn
     keep: dict = {}
@@ -200,8 +200,8 @@ def test_what_cannot_be_packed_is_found_out(name):
         "esm": {"mask_token_id": 4, "position_embedding_type": "rotary"},
         "squeezebert": {"embedding_size": 32},
     }.get(name, {})
-    model, own = random_model(name, intermediate_size=64, **more), tokens(*LENGTHS)
-    forward = select_forward(model, name, own)
+    model, rows = random_model(name, intermediate_size=64, **more), tokens(*LENGTHS)
+    forward = select_forward(model, name, rows)
     assert bool(forward.packed_encoder) == (name in PACKED)
     # ALBERT's last layer is its first as well
     assert bool(forward.packed_encoder and forward.packed_encoder.after_attention) == (
@@ -209,14 +209,14 @@ def test_what_cannot_be_packed_is_found_out(name):
     )
     with torch.no_grad():  # a head's bias, as trained ones have, must not hide any difference
         [p for n, p in model.named_parameters() if n.endswith("bias")][-1].fill_(100.0)
-    assert bool(select_forward(model, name, own).packed_encoder) == (name in PACKED)
+    assert bool(select_forward(model, name, rows).packed_encoder) == (name in PACKED)
     if name != "fnet":  # mixes along padding too: each width gives its own
         model.eval()
         with torch.no_grad():
-            expected = plain_logits(model, own)
-            assert torch.allclose(forward.logits(own, np.arange(6)), expected, atol=1e-5)
+            expected = plain_logits(model, rows)
+            assert torch.allclose(forward.logits(rows, np.arange(6)), expected, atol=1e-5)
             assert torch.allclose(
-                forward.logits(own, np.array([4, 1])), expected[[4, 1]], atol=1e-5
+                forward.logits(rows, np.array([4, 1])), expected[[4, 1]], atol=1e-5
             )
 
 
@@ -234,7 +234,7 @@ def test_neighbours_are_noticed(name, lengths, zeros):
 
 
 def test_a_token_beyond_the_embeddings_is_refused():
-    own = tokens(*LENGTHS)
-    own.ids[3] = 60
+    rows = tokens(*LENGTHS)
+    rows.ids[3] = 60
     with pytest.raises(UserError, match="a text has token 60, but the model bert has embeddings"):
-        select_forward(random_model("bert"), "bert", own)
+        select_forward(random_model("bert"), "bert", rows)

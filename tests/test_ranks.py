@@ -92,13 +92,13 @@ def test_ranks_that_share_a_run_give_the_results_of_one_process(size, no_dropout
     assert in_ranks(size, train_all_types, tmp_path, no_dropout, memory) == [0] * size
     for kind in TYPES:
         plain = load_file(alone / f"{kind}.rank0.safetensors")
-        own = [load_file(tmp_path / f"{kind}.rank{rank}.safetensors") for rank in range(size)]
-        limits = [ranks["limit"].item() for ranks in own]
+        by_rank = [load_file(tmp_path / f"{kind}.rank{rank}.safetensors") for rank in range(size)]
+        limits = [ranks["limit"].item() for ranks in by_rank]
         assert limits[-1] <= memory < min(limits[:-1])  # the others did not halve theirs
-        for other in own[1:]:
-            assert torch.equal(other["values"], own[0]["values"])
-            assert torch.equal(other["logits"], own[0]["logits"])
-        torch.testing.assert_close(own[0]["logits"], plain["logits"], rtol=0, atol=1e-5)
+        for other in by_rank[1:]:
+            assert torch.equal(other["values"], by_rank[0]["values"])
+            assert torch.equal(other["logits"], by_rank[0]["logits"])
+        torch.testing.assert_close(by_rank[0]["logits"], plain["logits"], rtol=0, atol=1e-5)
         (loss, scores), (plain_loss, plain_scores) = measured(tmp_path, kind), measured(alone, kind)
         np.testing.assert_allclose(loss, plain_loss, rtol=0, atol=1e-5)
         assert scores == plain_scores

@@ -25,7 +25,7 @@ def stack_of(model_path, method, runs, optimizer="adamw", epochs=2, rows=44, pre
     with state.stack.patched(DTYPES[precision]):
         every = {k: np.arange(rows) for k in range(len(runs))}
         of_run = predict_runs(state.plan.forward, state.stack, tokens, BUDGET, every)
-        logits = [own for _, own in of_run]
+        logits = [run_logits for _, run_logits in of_run]
     return np.stack(logits), np.array(losses), state.stack
 
 

@@ -84,9 +84,9 @@ def test_the_interval_covers_with_few_seeds(n, columns):
     """Nothing but the seeds' noise, many times: bare percentiles would cover 50, 75 and 84 %."""
     rng, tries, covered = np.random.default_rng(0), 400, 0
     for _ in range(tries):
-        own = rng.normal(0.5, 1, (columns, n))
-        drawn = [(x * statistics.draws(rng, n, 300)).sum(axis=1) / n for x in own]
-        low, high = statistics.interval(list(zip(own, drawn, strict=True)))
+        values = rng.normal(0.5, 1, (columns, n))
+        drawn = [(x * statistics.draws(rng, n, 300)).sum(axis=1) / n for x in values]
+        low, high = statistics.interval(list(zip(values, drawn, strict=True)))
         covered += low <= 0.5 <= high
     assert covered / tries > 0.90
 

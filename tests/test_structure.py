@@ -91,11 +91,13 @@ def wrong_imports(path):
     unit = unit_of(module_name(path))
     if unit is None:
         return {module_name(path)}
-    own, wrong = LAYER_OF[unit], set()
+    allowed, wrong = LAYER_OF[unit], set()
     for name in imported_modules(path):
         target = unit_of(name)
-        layer = LAYER_OF.get(target, own)
-        if layer > own or (layer == own and target != unit and own not in LAYERS_WITHIN):
+        layer = LAYER_OF.get(target, allowed)
+        if layer > allowed or (
+            layer == allowed and target != unit and allowed not in LAYERS_WITHIN
+        ):
             wrong.add(name)
     return wrong
 

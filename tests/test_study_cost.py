@@ -69,8 +69,8 @@ def test_what_a_cell_has_on_disk(tmp_path):
     regression = cell_of(tmp_path, "frozen", task="stsb")  # float32, and no test predictions
     assert cost.disk_bytes(regression, sizes) == 2 * (cost.RUN_BYTES + 2 * 10 * 4)
     whole = cell_of(tmp_path, "full_ft", task="stsb")  # two checkpoints of values and moments
-    own = cost.RUN_BYTES + 2 * 10 * 4 + 10 * 7
-    assert cost.disk_bytes(whole, sizes) == 2 * own + 2 * 3 * 4 * 2000
+    run_bytes = cost.RUN_BYTES + 2 * 10 * 4 + 10 * 7
+    assert cost.disk_bytes(whole, sizes) == 2 * run_bytes + 2 * 3 * 4 * 2000
 
 
 def test_hours_from_rates(study, monkeypatch):

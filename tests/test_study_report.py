@@ -44,8 +44,8 @@ def made(few_glue, tmp_path_factory):
              "--train-size", "60"]  # fmt: skip
     more = ["--tables", "3", "--tasks", "cola", "--rows", "b_m2+b_q", "--train-size", "60"]
     curve = ["--figures", "2", "--tasks", "cola", "--sizes", "20", "40"]
-    for own in (table, more, curve):
-        assert paper.main(["plan", "--output-path", str(output), *common, *rates, *own]) == 0
+    for words in (table, more, curve):
+        assert paper.main(["plan", "--output-path", str(output), *common, *rates, *words]) == 0
     study = cells.read_study(output)
     for cell in study.cells:
         assert run_glue.main(cell.command(output)[2:]) == 0
@@ -108,8 +108,8 @@ def test_published_numbers_add_up():
                 ("bert-base-cased", "b_q"): 76.6, ("bert-base-cased", "frozen"): 62.1,
                 ("bert-base-cased", "rand_row_col"): 79.5}  # fmt: skip
     for (model, row), average in expected.items():
-        own = {c: published.PUBLISHED[model, row, c][0] for c in published.COLUMNS}
-        assert published.average(own) == pytest.approx(average, abs=0.06)
+        scores = {c: published.PUBLISHED[model, row, c][0] for c in published.COLUMNS}
+        assert published.average(scores) == pytest.approx(average, abs=0.06)
     assert published.average({"CoLA": 1.0}) is None
     assert {task for task, _ in published.COLUMNS.values()} == set(protocol.PAPER_TASKS)
     assert {row for _, row, _ in published.PUBLISHED} == set(protocol.ROWS) - {"b_v"}
@@ -117,22 +117,24 @@ def test_published_numbers_add_up():
 
 def test_differences_are_paired_and_pooled(entries):
     frame = results.comparisons(entries, np.random.default_rng(0), resamples=50)
-    own = frame[(frame["a"] == "bitfit") & (frame["b"] == "full_ft")].set_index("column")
-    assert list(own.index) == ["MNLI-m", "MNLI-mm", "CoLA", "all"]
+    pairs = frame[(frame["a"] == "bitfit") & (frame["b"] == "full_ft")].set_index("column")
+    assert list(pairs.index) == ["MNLI-m", "MNLI-mm", "CoLA", "all"]
     one, two = (
         entries[MODEL, row, "CoLA", None].selected["split"] for row in ("bitfit", "full_ft")
     )
-    assert own["difference"]["CoLA"] == pytest.approx(100 * (one.values - two.values).mean())
-    mnli = own["difference"][["MNLI-m", "MNLI-mm"]].mean()
-    assert own["difference"]["all"] == pytest.approx((mnli + own["difference"]["CoLA"]) / 2)
-    assert list(own["least_p"]) == [statistics.least_p(n) for n in (3, 3, 3, 6)]
+    assert pairs["difference"]["CoLA"] == pytest.approx(100 * (one.values - two.values).mean())
+    mnli = pairs["difference"][["MNLI-m", "MNLI-mm"]].mean()
+    assert pairs["difference"]["all"] == pytest.approx((mnli + pairs["difference"]["CoLA"]) / 2)
+    assert list(pairs["least_p"]) == [statistics.least_p(n) for n in (3, 3, 3, 6)]
     assert (frame["p_holm"] >= frame["p"]).all()
     assert (frame["low"] <= frame["high"]).all()
 
 
 def entry_of(task, column, right):
     """An entry of one rate, epoch and ten rows, of which seeds know all or none: right (S,)."""
-    split = next(s for s, own in results.table_columns(TASKS[task]).items() if own == column)
+    split = next(
+        s for s, columns in results.table_columns(TASKS[task]).items() if columns == column
+    )
     logits = np.zeros((1, len(right), 1, 10, TASKS[task].num_labels), np.float32)
     logits[0, :, 0, :, 0] = np.where(right, 1, -1)[:, None]
     cell = SimpleNamespace(task=task, seeds=list(range(len(right))), rates=[1e-3])
@@ -235,8 +237,8 @@ def test_published_numbers_stand_beside_ours(entries, monkeypatch):
     assert "(" not in table["CoLA"]["BitFit"]
     for key, entry in kept.items():
         flags = [f for f in entry.results.cell.flags if f not in ("--train-size", "60")]
-        own = entry.results._replace(cell=entry.results.cell._replace(flags=flags))
-        kept[key] = entry._replace(results=own)
+        copied = entry.results._replace(cell=entry.results.cell._replace(flags=flags))
+        kept[key] = entry._replace(results=copied)
     table = tables.headline_table(results.score_frame(kept), MODEL)
     assert table["CoLA"]["BitFit"].endswith("(99.9 ± 0.1)!")
     assert table["CoLA"]["Full-FT"].endswith("(0.0 ± 200.0)")

@@ -268,5 +268,7 @@ def test_workers_of_a_shard_divide_it(study, tmp_path, monkeypatch):
     words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
     assert paper.main(words) == 0
     shards = re.findall(r"--shard (\S+)", (tmp_path / "log").read_text())
-    own = [list(range(60))[part::parts] for part, parts in map(worker.parse_shard, shards)]
-    assert sorted(own[0] + own[1]) == list(range(60))[1::3]
+    parts_of_cells = [
+        list(range(60))[part::parts] for part, parts in map(worker.parse_shard, shards)
+    ]
+    assert sorted(parts_of_cells[0] + parts_of_cells[1]) == list(range(60))[1::3]

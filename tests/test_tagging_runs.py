@@ -68,7 +68,10 @@ def test_a_sweep_in_one_pass_keeps_its_best_epochs_and_the_logits_of_all_words(t
         logits, labels = kept["validation"], kept["validation.labels"]
         assert logits.dtype == np.float16
         assert logits.shape == (3, len(labels), evaluator.num_labels)
-        again = [score(evaluator.task, own, labels, kept["validation.sentences"]) for own in logits]
+        again = [
+            score(evaluator.task, epoch_logits, labels, kept["validation.sentences"])
+            for epoch_logits in logits
+        ]
         for metric in values:
             assert [of[metric] for of in again] == pytest.approx(values[metric], abs=1e-6)
 

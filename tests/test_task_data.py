@@ -34,12 +34,12 @@ def test_scores_of_any_range_in_every_format(tmp_path, ending):
     scores = [-3.25, 0.1, 100.0]
     frames(tmp_path, pd.DataFrame({"text": ["a", "b", "c"], "label": scores}))
     files = {"train": f"x.{ending}", "validation": f"x.{ending}"}
-    own = {"labels": None, "metrics": ["Pearson"], "files": files}
-    task = task_with(scores=[-5, 100], **own)
+    changes = {"labels": None, "metrics": ["Pearson"], "files": files}
+    task = task_with(scores=[-5, 100], **changes)
     assert read_split(task, "train", tmp_path).labels.tolist() == np.float32(scores).tolist()
     assert predictions(task, np.array([[-9.0], [7.5], [1e9]])).tolist() == [-5, 7.5, 100]
     with pytest.raises(UserError, match=r"unknown label .*100.*; expected a score from -5 to 99.5"):
-        read_split(task_with(scores=[-5, 99.5], **own), "train", tmp_path)
+        read_split(task_with(scores=[-5, 99.5], **changes), "train", tmp_path)
 
 
 def test_multi_line_csv(tmp_path):
@@ -231,8 +231,8 @@ def test_a_data_set_of_the_hubs_kind(tmp_path, monkeypatch):
         text=datasets.Value("string"), label=datasets.ClassLabel(names=["pos", "neg"])
     )
     rows = {"text": [f"text {i}" for i in range(10)], "label": [i % 2 for i in range(10)]}
-    for split, own in (("train", rows), ("test", rows | {"label": [-1] * 10})):
-        whole = datasets.Dataset.from_dict(own, features=features)
+    for split, content in (("train", rows), ("test", rows | {"label": [-1] * 10})):
+        whole = datasets.Dataset.from_dict(content, features=features)
         whole.to_parquet(tmp_path / f"reviews/{split}-00000-of-00001.parquet")
     hub = {"name": str(tmp_path / "reviews"), "splits": ON_HUB["hub"]["splits"]}
     task, folder = task_files.resolve_task(ON_HUB | {"hub": hub}, None)
@@ -255,9 +255,9 @@ def test_a_data_set_of_the_hubs_kind_without_gold_labels(tmp_path, monkeypatch, 
         text=datasets.Value("string"), label=datasets.ClassLabel(names=["pos", "neg"])
     )
     for split, texts in (("train", ["a", "b", "", "d"]), ("test", ["a", None, "c", "d"])):
-        own = datasets.Dataset.from_dict({"text": texts, "label": [-1, 0, 1, None]}, features)
+        dataset = datasets.Dataset.from_dict({"text": texts, "label": [-1, 0, 1, None]}, features)
         (tmp_path / "snli").mkdir(exist_ok=True)
-        own.to_parquet(tmp_path / f"snli/{split}-00000-of-00001.parquet")
+        dataset.to_parquet(tmp_path / f"snli/{split}-00000-of-00001.parquet")
     splits = {"train": "train", "validation": "train", "test": "test"}
     record = ON_HUB | {"hub": {"name": str(tmp_path / "snli"), "splits": splits}}
     with pytest.raises(UserError, match=r"snli \(train\): row index 0: unknown label '-1'"):

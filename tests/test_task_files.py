@@ -183,8 +183,12 @@ def test_a_command_tells_what_it_leaves_out_and_what_leaks(tmp_path, caplog, end
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 5)) for _ in range(14)]
     labels, files = ["-", *["no", "yes"] * 5], {}
-    for split, own in (("train", texts[:11]), ("validation", texts[8:]), ("test", texts[10:])):
-        frames(tmp_path, pd.DataFrame({"text": own, "label": labels[: len(own)]}))
+    for split, split_texts in (
+        ("train", texts[:11]),
+        ("validation", texts[8:]),
+        ("test", texts[10:]),
+    ):
+        frames(tmp_path, pd.DataFrame({"text": split_texts, "label": labels[: len(split_texts)]}))
         files[split] = f"{split}.{ending}"
         (tmp_path / f"x.{ending}").rename(tmp_path / files[split])
     record = {"name": "own", "texts": ["text"], "metrics": ["Accuracy"], "files": files}

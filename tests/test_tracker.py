@@ -123,8 +123,8 @@ def test_a_slow_tracker_keeps_nobody_waiting(tmp_path, monkeypatch):
         go.set()
     *told, failed = told
     assert failed  # nobody told it results
-    assert sorted({s for s, own in told if "validation/Accuracy" in own}) == [5, 10, 15]
-    assert len([s for s, own in told if "train/loss" in own]) < 3
+    assert sorted({s for s, logged in told if "validation/Accuracy" in logged}) == [5, 10, 15]
+    assert len([s for s, logged in told if "train/loss" in logged]) < 3
 
 
 def test_only_runs_with_a_folder_are_told(tmp_path):

@@ -56,7 +56,7 @@ def expected(output, run):
         curves |= {f"{split}/{metric}": values for metric, values in of.items()}
     rate = float(run.split("_")[0].removeprefix("lr"))
     rates = {step: rate * (STEPS - step + 1) / STEPS for step in range(1, STEPS + 1)}
-    return {name: dict(zip(steps, own, strict=True)) for name, own in curves.items()}, rates
+    return {name: dict(zip(steps, curve, strict=True)) for name, curve in curves.items()}, rates
 
 
 def assert_told(points, output, run):
@@ -106,8 +106,8 @@ def test_tensorboard_of_a_run(sweep, name, tmp_path):
     for picture in found.Tags()["images"]:
         (event,) = found.Images(picture)
         (tmp_path / "own.png").write_bytes(event.encoded_image_string)
-        own, ours = imread(tmp_path / "own.png"), imread(sweep / name / f"{picture}.png")
-        assert np.array_equal(own, ours[..., :3])
+        logged, ours = imread(tmp_path / "own.png"), imread(sweep / name / f"{picture}.png")
+        assert np.array_equal(logged, ours[..., :3])
     assert f"learning rate {name[2:7]}, seed 0" in text(found, "results")
     assert '"task_name": "rte"' in text(found, "flags")
 
@@ -141,13 +141,13 @@ def wandb_runs(output):
     runs = []
     for path in sorted(output.glob("wandb/offline-run-*/run-*.wandb")):
         points: dict[str, dict] = {}
-        own = list(records(path))
-        for history in (own.history for own in own if own.WhichOneof("record_type") == "history"):
+        entries = list(records(path))
+        for history in (e.history for e in entries if e.WhichOneof("record_type") == "history"):
             for item in history.item:
                 name = item.key or "/".join(item.nested_key)
                 points.setdefault(name, {})[history.step.num] = json.loads(item.value_json)
-        (begun,) = (r.run for r in own if r.WhichOneof("record_type") == "run")
-        (ended,) = (r.exit.exit_code for r in own if r.WhichOneof("record_type") == "exit")
+        (begun,) = (r.run for r in entries if r.WhichOneof("record_type") == "run")
+        (ended,) = (r.exit.exit_code for r in entries if r.WhichOneof("record_type") == "exit")
         runs.append((begun, points, ended))
     return runs
 
@@ -172,7 +172,9 @@ def test_wandb(sweep):
 
 def once(points):
     """{name: {step: value}}, where each step has one."""
-    return {name: {step: value for step, (value,) in own.items()} for name, own in points.items()}
+    return {
+        name: {step: value for step, (value,) in curve.items()} for name, curve in points.items()
+    }
 
 
 def test_mlflow(sweep):

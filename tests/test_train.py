@@ -136,9 +136,9 @@ def test_the_optimizer_holds_state_only_for_what_trains(tiny_bert):
     trainable = select_trainable(model, "rand_uniform", mask_size=500, rng=np.random.default_rng(0))
     state = new_state(model, tokens_of(tiny_bert), trainable)
     next_epoch(state)
-    (own,) = state.optimizer.state.values()
+    (moments,) = state.optimizer.state.values()
     head = model.classifier.weight.numel() + 2
-    assert own["exp_avg"].numel() == own["exp_avg_sq"].numel() == 500 + head
+    assert moments["exp_avg"].numel() == moments["exp_avg_sq"].numel() == 500 + head
 
 
 def test_bf16_follows_fp32(tiny_bert):

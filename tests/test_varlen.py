@@ -37,17 +37,17 @@ def plain_kernel(monkeypatch):
     monkeypatch.setattr(attention, "supports_flash_attention", lambda *_: True)
 
 
-def gradient(forward, own, trainable, runs, owner, dtype=torch.float32):
+def gradient(forward, split_rows, trainable, runs, owner, dtype=torch.float32):
     """(logits, the gradients (K, n)) of a pass of all rows."""
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     stack = RunStack(forward.model, trainable, runs)
     noise = torch.Generator().manual_seed(0)
     stack.params += 0.02 * torch.randn(stack.params.shape, generator=noise)
     forward.model.eval()
-    batch, rows = to_device(forward.make_routed_batch(own, ROWS, owner, len(runs)), "cpu")
+    batch, rows = to_device(forward.make_routed_batch(split_rows, ROWS, owner, len(runs)), "cpu")
     with stack.patched(dtype):
         with stack.routing(rows):
-            logits = forward(own, batch)
+            logits = forward(split_rows, batch)
         F.cross_entropy(logits, labels).backward()
         stack.accumulate_grads()
     stack.set_params(stack.initial_params)
@@ -59,25 +59,25 @@ def gradient(forward, own, trainable, runs, owner, dtype=torch.float32):
     ("method", "runs"), [*((m, 1) for m in FINE_TUNE_TYPES), ("bitfit", 3), ("frozen", 3)]
 )
 def test_logits_and_gradients_are_those_of_padded_rows(name, method, runs):
-    model, own = random_model(name), tokens(*LENGTHS)
-    forward = select_forward(model, name, own)
+    model, rows = random_model(name), tokens(*LENGTHS)
+    forward = select_forward(model, name, rows)
     assert forward.uses_varlen and forward.packed_encoder.after_attention
     trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [], 3000,
                     np.random.default_rng(0))  # fmt: skip
     owner = np.repeat(np.arange(runs), len(LENGTHS) // runs)
     grid = [Run(1e-3, seed) for seed in range(runs)]
-    expected = gradient(Forward(model), own, trainable, grid, owner)
-    found = gradient(forward, own, trainable, grid, owner)
+    expected = gradient(Forward(model), rows, trainable, grid, owner)
+    found = gradient(forward, rows, trainable, grid, owner)
     assert torch.allclose(found[0], expected[0], atol=1e-6)
     assert torch.allclose(found[1], expected[1], rtol=1e-4, atol=1e-6)
     assert (expected[1] != 0).any(dim=1).all()
 
 
 def test_prediction_has_no_fillers():
-    model, own = random_model("bert"), tokens(*LENGTHS)
-    forward = select_forward(model, "bert", own)
-    assert forward.make_batch(own, ROWS).token_index.size == sum(LENGTHS)
-    assert torch.allclose(forward.logits(own, ROWS), plain_logits(model, own), atol=1e-6)
+    model, rows = random_model("bert"), tokens(*LENGTHS)
+    forward = select_forward(model, "bert", rows)
+    assert forward.make_batch(rows, ROWS).token_index.size == sum(LENGTHS)
+    assert torch.allclose(forward.logits(rows, ROWS), plain_logits(model, rows), atol=1e-6)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -109,14 +109,14 @@ def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
 
 
 def new_state(graphs):
-    model, own = random_model("bert"), tokens(*LENGTHS)
+    model, rows = random_model("bert"), tokens(*LENGTHS)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
     forward = Forward(model, packed_encoders(model, 0)[0])
     trainable = select_trainable(model, "bitfit", ["bias"])
     stack = RunStack(model, trainable, [Run(1e-3, 0), Run(3e-3, 1)])
-    split = Split(own._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
+    split = Split(rows._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})
     plan = Plan(TASKS["cola"], forward, split, {}, TokenBudget(1000), TrainOptions(3, 20, "linear"))
     state = init_state(plan, stack)
     if graphs:  # what CUDA repeats is the same work on the same tensors

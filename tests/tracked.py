@@ -50,13 +50,13 @@ def mlflow_runs(output):
     (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
     found = {}
     for run in client.search_runs([experiment.experiment_id]):
-        own = run.info.run_id
+        run_id = run.info.run_id
         points: dict[str, dict] = {}
         for name in run.data.metrics:
-            for metric in client.get_metric_history(own, name):
+            for metric in client.get_metric_history(run_id, name):
                 points.setdefault(name, {}).setdefault(metric.step, []).append(metric.value)
-        kept = [a.path for a in client.list_artifacts(own)]
-        files = {name: Path(client.download_artifacts(own, name)).read_bytes() for name in kept}
+        kept = [a.path for a in client.list_artifacts(run_id)]
+        files = {name: Path(client.download_artifacts(run_id, name)).read_bytes() for name in kept}
         assert run.info.run_name not in found
         found[run.info.run_name] = run, points, files
     return found
