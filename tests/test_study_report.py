@@ -137,7 +137,8 @@ def entry_of(task, column, right):
     )
     logits = np.zeros((1, len(right), 1, 10, TASKS[task].num_labels), np.float32)
     logits[0, :, 0, :, 0] = np.where(right, 1, -1)[:, None]
-    cell = SimpleNamespace(task=task, seeds=list(range(len(right))), rates=[1e-3])
+    flags = {"task_name": task, "task_file": None}
+    cell = SimpleNamespace(args=flags, seeds=list(range(len(right))), rates=[1e-3])
     made = results.Results(cell, "done", {split: logits}, {split: np.zeros(10, int)}, None)
     return results.Entry(column, made, split, results.select(made, split))
 
