@@ -32,7 +32,7 @@ class LineStyle(NamedTuple):
     marker: str
 
 
-# The methods in their order in all tables and figures. The colors are those of Okabe and Ito.
+# The methods in their order in all tables and figures. Colors: Okabe and Ito, and Tol for b_v.
 METHOD_STYLES = {
     "full_ft": LineStyle("#000000", "-", "o"),
     "bitfit": LineStyle("#0072B2", "-", "s"),
