@@ -183,6 +183,16 @@ def test_trials_are_counted_in_whole_numbers(made, entries):
     assert f"bitfit ({trials} trials)" in [line.get_label() for line in axes.get_lines()]
 
 
+@pytest.mark.pictures
+def test_no_text_of_a_figure_is_cut_off(made, entries):
+    one_task = {key: entry for key, entry in entries.items() if key[2] == "CoLA"}
+    for name, (figure, _) in figures.all_figures(made, one_task).items():
+        figure.canvas.draw()
+        drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(drawn.x0, drawn.y0) >= 0, name
+        assert drawn.x1 <= width and drawn.y1 <= height, name
+
+
 def test_figure_1_is_the_mean_over_the_seeds(made, entries):
     entry = entries[MODEL, "bitfit", "CoLA", None]
     rate = entry.results.cell.rates[entry.selected["last"].choices[0].rate]

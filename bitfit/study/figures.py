@@ -107,6 +107,8 @@ def size_curves(entries: Entries, name: str) -> Figures:
 
 def gaps(entries: Entries, name: str) -> Figures:
     """Return the figure of the gap between train and validation score, a bar for each method."""
+    from matplotlib.patheffects import withStroke
+
     frame = results.train_gaps(entries)
     if frame.empty:
         return {}
@@ -115,18 +117,20 @@ def gaps(entries: Entries, name: str) -> Figures:
     metrics = {column: next(iter(of_row.values())).results.task.metrics[0]
                for column, of_row in by_column(on_all_rows(entries)).items()}  # fmt: skip
     caption = f"{name}: gap between train and validation score in the last epoch"
-    figure = new_figure(max(5, 1.8 + 1.7 * len(columns)), 4.5, caption)
+    figure = new_figure(max(6, 1.8 + 1.7 * len(columns)), 4.5, caption)
     axes, width = figure.subplots(), 0.8 / len(rows)
     hatches = ("", "//", "..", "\\\\", "xx", "**", "--", "oo", "++")  # to tell bars apart in grey
     for i, row in enumerate(rows):
         bars = frame[frame["row"] == row].set_index("column").reindex(columns)
         x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
-        axes.bar(x, bars["gap"], width, yerr=bars["std"], color=METHOD_STYLES[row].color,
+        drawn = axes.bar(x, bars["gap"], width, yerr=bars["std"], color=METHOD_STYLES[row].color,
                  label=row, hatch=hatches[list(METHOD_STYLES).index(row)], edgecolor="white",
                  linewidth=0.5, error_kw={"elinewidth": 0.8})  # fmt: skip
+        for whiskers in drawn.errorbar[2] if drawn.errorbar else ():  # visible on black bars too
+            whiskers.set_path_effects([withStroke(linewidth=2.4, foreground="white")])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(columns)), [f"{column}\n{metrics[column]}" for column in columns])
-    axes.set_xlabel("task and metric (bar: mean; whisker: ± standard deviation over seeds)")
+    axes.set_xlabel("task and metric\n(bar: mean; whisker: ± standard deviation over seeds)")
     axes.set_ylabel("train - validation score × 100")
     figure.legend(loc="outside lower center", frameon=False, ncols=min(len(rows), 4))
     text = (
