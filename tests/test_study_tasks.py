@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import paper
 import pytest
+import transformers
 from conftest import ROOT, TINY_BERT
 
 from bitfit.study import cells, cost, results
@@ -44,6 +45,15 @@ def test_a_study_of_a_tagging_task(tmp_path, capsys):
     assert "toy-pos (Accuracy)" in capsys.readouterr().out
     differences = (tmp_path / "differences.csv").read_text()
     assert ",bitfit,frozen,toy-pos," in differences
+
+
+def test_a_model_that_cannot_tag_is_refused_by_the_plan(tmp_path, capsys):
+    shutil.copytree(TINY_BERT, tmp_path / "bart", ignore=shutil.ignore_patterns("config.json"))
+    config = transformers.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=0)
+    config.save_pretrained(tmp_path / "bart")
+    more = ["--models", str(tmp_path / "bart")]
+    assert plan(tmp_path / "study", TAGGING / "toy-pos.json", *more) == 2
+    assert "no token classifier of the architecture bart" in capsys.readouterr().err
 
 
 def test_another_task_file_of_that_name_is_another_cell(tmp_path, capsys):
