@@ -115,13 +115,14 @@ def tiny_roberta(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few_glue(tmp_path_factory):
-    """The toy data with fewer examples: up to 128 for training, and 32 in every other split."""
+    """The toy data with 128 examples for training and 32 for validation; all test examples."""
     folder = tmp_path_factory.mktemp("few") / "glue"
     for path in GLUE.glob("*/*.tsv"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         few = folder / path.relative_to(GLUE)
         few.parent.mkdir(parents=True, exist_ok=True)
-        few.write_text("".join(lines[: 129 if few.stem == "train" else 33]), encoding="utf-8")
+        most = {"train": 129, "dev": 33}.get(few.stem.split("_")[0], len(lines))
+        few.write_text("".join(lines[:most]), encoding="utf-8")
     return folder
 
 
