@@ -35,7 +35,7 @@ WARNED = {  # values that may differ, with a warning
 # Types of the values that the program computes with; other flags are only compared.
 TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
          "device": str, "torch": str, "transformers": str, "python": str, "model_config": dict,
-         "tokenizer": dict}  # fmt: skip
+         "tokenizer": dict, "splits": dict}  # fmt: skip
 FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
 NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them

@@ -185,6 +185,8 @@ def html_page(
     parts += ["<h2>Three ways to select</h2>", html_table(tables.selection_table(scores))]
     images = [html_figure(path, caption) for path, caption in captions.items()]
     parts += ["<h2>Figures</h2>", "<div class='figures'>", *images, "</div>"]
+    if len(data := data_table(study)):
+        parts += ["<h2>Data</h2>", html_table(data)]
     parts += ["<h2>Cost and machine</h2>", html_list(machine(study))]
     commands = [html_command(cell.shell(study.output)) for cell in study.cells]
     parts += ["<h2>Commands</h2>", *commands]
@@ -198,7 +200,8 @@ def paragraph(text: str) -> str:
 
 
 def html_table(frame: pd.DataFrame, index: bool = False) -> str:
-    return f"<div class='table'>{frame.to_html(border=0, index=index)}</div>"
+    with pd.option_context("display.max_colwidth", None):
+        return f"<div class='table'>{frame.to_html(border=0, index=index)}</div>"
 
 
 def html_list(texts: list[str]) -> str:
@@ -227,6 +230,21 @@ def progress(study: Study) -> str:
     return text + f" Left out, of another command: {', '.join(foreign)}." * bool(foreign)
 
 
+def data_table(study: Study) -> pd.DataFrame:
+    """Return the sizes and the labels of the splits that the cells' args.json describe."""
+    rows = []
+    for cell in study.cells:
+        args = cell_states.read_cell_args(study, cell) or {}
+        for split, description in (args.get("splits") or {}).items():
+            known = description.items() if isinstance(description, dict) else ()
+            sizes = [f"{name} {count}" for name, count in known if not isinstance(count, dict)]
+            labels = [f"{label} {count}" for _, counts in known if isinstance(counts, dict)
+                      for label, count in counts.items()]  # fmt: skip
+            rows.append((cell.task, split, ", ".join(sizes), ", ".join(labels)))
+    columns = ["task", "split", "size", "labels or scores"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
+
+
 def machine(study: Study) -> list[str]:
     """Return the hours that the cells took, and the machines and versions that were used."""
     machines, hours = [], 0.0
@@ -236,6 +254,7 @@ def machine(study: Study) -> list[str]:
             known = defaultdict(lambda: "unknown", args)
             versions = " ".join(f"{n} {known[n]}" for n in ("torch", "transformers", "python"))
             commit = (known["commit"] or "unknown")[:7]
+            commit += " with uncommitted changes" * (args.get("uncommitted_changes") is True)
             device = f"{known['device']}, {known['threads']} threads, {known['precision']}"
             machines.append(f"{device}; {versions}; commit {commit}")
         hours += (cost.training_seconds(study, cell) or 0) / 3600
