@@ -19,7 +19,7 @@ import torch
 
 from bitfit.artifacts import metrics_files, run_folder, saved_evaluator
 from bitfit.artifacts.prediction_files import write_test_predictions
-from bitfit.data.tasks import Task, score
+from bitfit.data.tasks import Task
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model import loading, trainable
@@ -35,7 +35,7 @@ from bitfit.training.result import TrainingResult, new_result
 from bitfit.training.setup import LoadedData, Method, load_data, make_setup, need
 from bitfit.training.state import Record
 from bitfit.training.train import start_training, train
-from utils import Diverged, UserError, as_list
+from utils import Diverged, UserError, as_list, setup_default_logging
 from utils import set_seed as set_seed  # a name of the released code
 
 
@@ -61,6 +61,7 @@ class GLUEvaluator:
         model_revision: str | None = None, add_biases: bool = False,
     ) -> None:  # fmt: skip
         """Load nothing yet; see `make_setup` for the arguments."""
+        setup_default_logging()
         self.setup = make_setup(
             task_name, model_name, device, seed=seed, data_dir=data_dir, precision=precision,
             random_encoder=random_encoder, max_tokens=max_tokens, model_revision=model_revision,
@@ -208,12 +209,7 @@ class GLUEvaluator:
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return {metric: value} of all rows of a split with labels."""
-        if split not in ("train", *self.task.validation_splits):
-            raise UserError(f"{split!r} has no labels: give train or a validation split")
-        tokens = self.tokens(split)
-        rows = np.arange(len(tokens.lengths))
-        truth = tokens.labels_of(rows), tokens.sentences_of(rows)
-        return score(self.task, self.predict(split), *truth)
+        return self.need_loaded().score(split, self.predict)
 
     def export_model_test_set_predictions(self, output_path: str | Path) -> list[Path]:
         """Write the test predictions as files for the GLUE server, and return their paths."""

@@ -60,11 +60,28 @@ class OneLine(logging.Formatter):
 
 def setup_logging(level: int = logging.INFO, speaker: str = "") -> None:
     """Log to standard error, so that standard output holds the results alone."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(level=level, handlers=[handler])
+    if LOGGER.handlers:  # Undo `setup_default_logging`.
+        LOGGER.handlers.clear()
+        LOGGER.propagate = True
+        LOGGER.setLevel(logging.NOTSET)
+    logging.basicConfig(level=level, handlers=[stderr_handler(speaker)])
     for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def setup_default_logging() -> None:
+    """Log this program's lines to standard error, unless the Python program configured logging."""
+    if not LOGGER.hasHandlers():
+        LOGGER.addHandler(stderr_handler())
+        LOGGER.setLevel(logging.INFO)
+        LOGGER.propagate = False
+
+
+def stderr_handler(speaker: str = "") -> logging.Handler:
+    """Return a handler that writes one line for each message."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S"))
+    return handler
 
 
 def escape_unprintable(text: str) -> str:
@@ -225,5 +242,6 @@ def convert_errors(make: Callable[[Exception], Exception]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, without the final full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Return the first line of an exception's text, without the number of an OSError."""
+    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -211,7 +211,7 @@ def test_an_exception_while_packing_is_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(PackedEncoder, "__call__", broken)
     with caplog.at_level("INFO", "bitfit"):
         assert run(tmp_path, str(TINY_BERT)) == 0
-    assert "rows: padded (packed rows raise TypeError: no such kernel)" in caplog.text
+    assert "examples are padded (packed rows raise TypeError: no such kernel)" in caplog.text
     assert json.loads((tmp_path / "out" / "args.json").read_text())["rows"] == "padded"
 
 

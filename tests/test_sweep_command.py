@@ -131,5 +131,5 @@ def test_a_finished_sweep_is_finished_whatever_takes_its_table(
     assert (rb" \xb1 " in output.kept) == (number is None)
     assert json.loads((tmp_path / "out/args.json").read_text())["finished"]
     last = (capsys.readouterr().err.splitlines() or [""])[-1]
-    full = "run_glue.py: stopped: [Errno 28] No space left on device: 'standard output'; "
+    full = "run_glue.py: stopped: No space left on device: 'standard output'; "
     assert last.startswith(full) == (status == 1)

@@ -1,11 +1,13 @@
 import errno
 import io
 import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import utils
 from bitfit import files
@@ -214,3 +216,28 @@ def test_an_address_of_the_hub_that_is_none(monkeypatch, address):
     with pytest.raises(utils.UserError, match=r"HF_ENDPOINT .* is not the address of a Hub: give"):
         hub.use_local_copies_when_offline()
     hub.use_local_copies_when_offline(needs_hub=False)
+
+
+def test_lines_are_logged_for_python_programs_without_logging():
+    """A Python program that configures no logging sees the epoch lines, once."""
+    program = (
+        "import logging; from glue_evaluator import GLUEvaluator; import utils\n"
+        "GLUEvaluator('rte', 'examples/tiny_bert', None); log = logging.getLogger('bitfit')\n"
+        "log.info('epoch 1'); utils.setup_logging(); log.info('epoch 2')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert [line[9:] for line in result.stderr.splitlines()] == ["epoch 1", "epoch 2"]
+
+
+def test_a_logging_configuration_is_respected():
+    program = (
+        "import logging; from glue_evaluator import GLUEvaluator\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "GLUEvaluator('rte', 'examples/tiny_bert', None); logging.getLogger('bitfit').info('no')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stderr == ""

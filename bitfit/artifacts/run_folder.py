@@ -143,8 +143,8 @@ def read_args(folder: Path) -> dict[str, Any]:
             raise ValueError("it is not of run_glue.py")
         return NEW_FLAGS | check_types(args)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        message = f"{folder} holds no run that could go on (args.json: {error}); give a new folder"
-        raise UserError(f"--resume: {message}") from None
+        message = f"{folder} holds no run that could go on (args.json: {first_line(error)})"
+        raise UserError(f"--resume: {message}; give a new folder") from None
 
 
 def check_types(args: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def select_forward(
     tokens: TokenizedSplit,
     dtype: torch.dtype = torch.float32,
 ) -> Forward:
-    """Return the fastest `Forward` that gives each row the logits that it has alone, and log it.
+    """Return the fastest `Forward` that gives each row the logits that it has alone.
 
     Packed rows are tried first, then padded rows, then batches of rows of equal length, on a few
     rows in several batches. The model gets the tokenizer's padding token.
@@ -134,8 +134,8 @@ def first_independent(
     for forward, batches in candidates:
         problem = neighbour_problem(forward, tokens, batches, alone=alone)
         if problem is None:
-            reason = f" ({'; '.join(problems)})" if problems and not forward.packed_encoder else ""
-            LOGGER.info("rows: %s%s", forward.batching_kind, reason)
+            if problems and not forward.packed_encoder:
+                LOGGER.info("examples are %s (%s)", forward.batching_kind, "; ".join(problems))
             return forward
         if (problem := f"{forward.batching_kind} rows {problem}") not in problems:
             problems.append(problem)

@@ -267,7 +267,7 @@ def read_study(output: Path) -> Study:
     except FileNotFoundError:
         raise UserError(f"{output} holds no study: make one with `paper.py plan`") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a study: {error}; plan it anew") from None
+        raise UserError(f"{path} is not a study: {first_line(error)}; plan it anew") from None
 
 
 def is_unchanged(cell: Cell) -> bool:

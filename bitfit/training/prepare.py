@@ -254,7 +254,6 @@ def split_into_passes(runs: Sequence[Run], reason: str | None) -> list[list[Run]
     Args:
         reason: why runs cannot share a pass; None: they can.
     """
-    if len(runs) > 1:
-        order = f"one after the other: {reason}" if reason else "in one pass"
-        LOGGER.info("%d runs %s", len(runs), order)
+    if reason and len(runs) > 1:
+        LOGGER.info("%d runs one after the other: %s", len(runs), reason)
     return [[run] for run in runs] if reason else [list(runs)]

@@ -1,14 +1,15 @@
 """The setup of an evaluator and its data: values that do not change once they are created."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from bitfit.data import task_files
-from bitfit.data.tasks import Task
+from bitfit.data.tasks import Task, score
 from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate, describe_split
 from bitfit.model import fingerprints, hub, loading
 from bitfit.model.precision import DTYPES
@@ -130,6 +131,19 @@ class LoadedData:
         """Return the number of examples and the labels of each split read so far."""
         splits = self.dataset.splits.items()
         return {n: describe_split(self.dataset.task, s.tokens) for n, s in splits if s.tokens}
+
+    def score(self, split: str, predict: Callable[[str], np.ndarray]) -> dict[str, float]:
+        """Return {metric: value} of all rows of a split with labels.
+
+        Args:
+            predict: a function of the split that returns the logits of all rows.
+        """
+        if split not in ("train", *self.dataset.task.validation_splits):
+            raise UserError(f"{split!r} has no labels: give train or a validation split")
+        tokens = self.tokens(split)
+        rows = np.arange(len(tokens.lengths))
+        labels, sentences = tokens.labels_of(rows), tokens.sentences_of(rows)
+        return score(self.dataset.task, predict(split), labels, sentences=sentences)
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes of the scored splits and of the test splits read so far."""

@@ -1,5 +1,6 @@
 """From a prepared model to its training result."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData
 from bitfit.training.state import TrainState, init_state
 from utils import CorruptFile, UserError, make_generator, set_seed
+
+LOGGER = logging.getLogger("bitfit")
 
 
 def new_training(
@@ -60,8 +63,22 @@ def start_training(
         seed = int(make_generator(seed, f"dropout of rank {group.rank}").integers(2**63))
     set_seed(seed)
     scored = data.dataset.scored()
-    return new_training(
+    state = new_training(
         prepared, data.dataset.task, train, scored=scored, options=options, group=group
+    )
+    LOGGER.info("%s", describe_training(prepared, state))
+    return state
+
+
+def describe_training(prepared: PreparedModel, state: TrainState) -> str:
+    """Return one line with the model, the device and the amounts that train."""
+    plan, (runs, size) = state.plan, state.stack.params.shape
+    precision = "bf16" if prepared.dtype == torch.bfloat16 else "fp32"
+    of_runs = f"{runs} runs in one pass" if runs > 1 else prepared.runs[0].caption
+    return (
+        f"{Path(prepared.model_name).name} on {state.stack.params.device} in {precision}, "
+        f"{plan.forward.batching_kind} examples; {plan.rows_per_run:,} training examples, "
+        f"{size:,} trainable parameters; {of_runs}"
     )
 
 
