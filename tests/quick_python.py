@@ -107,6 +107,8 @@ def run(request, descriptors):
     for number, descriptor in zip(numbers, spare, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if 0 in numbers:  # multiprocessing gives its processes an empty input.
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.executable = python
     os.chdir(folder)
     os.environ.clear()

@@ -166,9 +166,9 @@ def test_where_heads_alone_trained_the_encoder_runs_once(saved, tmp_path):
 def test_one_model_is_loaded_and_its_own_values_are_untouched(saved, monkeypatch):
     loads, load_one = [], loading.load_model
 
-    def load_and_count(*args):
+    def load_and_count(*args, **options):
         loads.append(args)
-        return load_one(*args)
+        return load_one(*args, **options)
 
     monkeypatch.setattr(loading, "load_model", load_and_count)
     many = load(*(saved[name] for name in ("cola", "mnli", "stsb")))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -218,6 +219,7 @@ def test_a_resumed_run_goes_on_as_the_same_one(tmp_path, capsys):
         assert run(output, "--report-to", *ALL) == 1
     ids = (output / "tracking.json").read_bytes()
     assert mlflow_runs(output)["lr0.001_seed0"][0].info.status == "FAILED"
+    time.sleep(1)  # TensorBoard reads files in the order of the second in their names.
     assert run(output, "--resume", "--report-to", *reversed(ALL)) == 0  # they may be others
     assert (output / "tracking.json").read_bytes() == ids
     shutil.copytree(output, output / "lr0.001_seed0", ignore=shutil.ignore_patterns("wandb"))

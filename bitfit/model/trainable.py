@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitfit.options import TERMS
+from bitfit.options import FINE_TUNE_TYPES, TERMS
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -190,12 +190,12 @@ def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.
     return (picked[:, None] * columns + np.arange(columns)).ravel()
 
 
-# {fine-tune type: function that selects}, for all of `options.FINE_TUNE_TYPES`.
+# {fine-tune type: function that selects}. --evaluate-only of a plain model has the type none.
 SELECTORS: dict[str, Callable[..., Trainable]] = {
     "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
     "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
     "frozen": lambda model, **_: train_fully(head_names(model)),
-    "none": lambda model, **_: train_fully(head_names(model)),  # --evaluate-only, of a plain model
+    "none": lambda model, **_: train_fully(head_names(model)),
     "rand_uniform": lambda model, mask_size, rng, **_: draw_uniform_mask(
         model, mask_size or default_mask_size(model), rng
     ),
@@ -223,7 +223,7 @@ def select_trainable(
             fewer parameters than the mask.
     """
     if kind not in SELECTORS:
-        raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(SELECTORS)}")
+        raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(FINE_TUNE_TYPES)}")
     if bool(components) != (kind == "bitfit"):
         raise UserError(f"bitfit needs components, and no other type takes any: {kind} got "
                         f"{', '.join(components) or 'none'}")  # fmt: skip

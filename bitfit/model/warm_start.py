@@ -47,10 +47,8 @@ class WarmStart:
         parameters = dict(model.named_parameters())
         if any(name not in parameters for name in self.used_names(model)):
             raise UserError(f"{self.record['folder']} has added biases: give --add-biases too")
-        before, known = {}, {name for name, _ in model.named_parameters()}
+        before = {}
         for name in self.used_names(model):
-            if name not in known:
-                raise UserError(f"{self.record['folder']} has added biases: give --add-biases too")
             target, values = parameters[name].data, self.values[name]
             if in_encoder(model, name) and is_bias(name):
                 before[name] = target.clone()
