@@ -220,3 +220,14 @@ def test_a_split_is_described_by_its_sentences_words_and_tags():
     test = tokens.describe_split(task, dataset.split("test").tokens)
     assert test["sentences"] == 60
     assert "tags" not in test
+
+
+@pytest.mark.parametrize(("words", "is_cut"), [(["the"] * 6, False), (["q" * 40], True)])
+def test_only_a_word_longer_than_a_row_is_reported_as_cut(words, is_cut, caplog):
+    """Other rows of the maximum length are not cut: long sentences are split."""
+    tokenizer = loading.load_tokenizer(TINY_BERT, for_words=True)
+    texts = word_tokens.split_long_sentences(make_texts([words]), tokenizer, 8)
+    with caplog.at_level("INFO", "bitfit"):
+        found = tokens.tokenize(texts, tokenizer, 8)
+    assert found.lengths.tolist() == [8]
+    assert ("longer ones are cut" in caplog.text) == is_cut

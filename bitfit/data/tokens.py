@@ -99,8 +99,10 @@ def tokenize(
         row = int(np.flatnonzero(lengths == 0)[0])
         message = f"the text of example {row + 1} has no tokens, not even special ones"
         raise UserError(f"{message}: give it a text, or another --model-name")
-    cut = int((lengths >= max_length).sum())
-    if cut:
+    is_full = lengths >= max_length
+    if counts is not None:
+        is_full &= counts == 1  # Longer sentences have been split.
+    if cut := int(is_full.sum()):
         LOGGER.info("%d of %d examples fill %d tokens; longer ones are cut", cut, len(lengths),
                     max_length)  # fmt: skip
     return TokenizedSplit(
