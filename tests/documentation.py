@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 
 import pytest
 from conftest import ROOT
@@ -27,9 +28,9 @@ def plain(prefix):
 
 
 def active_environment():
-    """As if this Python's environment had been activated."""
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path}
+    """Return the variables of a shell in which this Python's environment is active."""
+    folders = [os.path.dirname(sys.executable), sysconfig.get_path("scripts"), os.environ["PATH"]]
+    return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": os.pathsep.join(folders)}
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ RUN_GLUE = [line for line in RUN_GLUE if not ELSEWHERE & {*line.split()}]
 @pytest.mark.parametrize("command", RUN_GLUE)
 def test_run_glue_commands(command, small, tmp_path, monkeypatch, modern):
     command = command.replace("answerdotai/ModernBERT-base", str(modern["modernbert"]))
+    command = command.replace("minilm", str(TINY_BERT))
     words = shlex.split(command.replace("bert-base-cased", str(TINY_BERT)).split("run_glue.py")[1])
     words[words.index("--output-path") + 1] = str(tmp_path / "out")
     monkeypatch.chdir(ROOT)

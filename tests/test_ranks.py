@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GLUE, ROOT, TINY_BERT, wait_for
+from documentation import active_environment
 from moments import limited_memory
 from processes import in_ranks, run_program, start_ranks
 from safetensors.torch import load_file, save_file
@@ -123,7 +124,7 @@ def torchrun(output, *words, options):
     """The same by torchrun itself, as a process that goes on."""
     program = [str(ROOT / "run_glue.py"), "--output-path", str(output), *FLAGS, *words]
     command = ["torchrun", "--standalone", *options, "--nproc-per-node", "2", *program]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = active_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, env=environment, stderr=subprocess.PIPE)
 
 
