@@ -82,9 +82,8 @@ def add_run(add: Callable) -> None:
         help="GPU numbers, or cpu; starts one worker for each [one, on GPU 0 if there is one]")
     add("--nproc-per-node", type=POSITIVE, metavar="N", default=1,
         help="train each cell with torchrun on N GPUs [%(default)s]")
-    add("--shard", nargs="?", const="", metavar="I/N",
-        help="train only share I of N of the cells, for file systems without locks; without a "
-             "value, SLURM_ARRAY_TASK_ID or RANK gives the share")
+    add("--shard", type=cells.shard, metavar="I/N",
+        help="train only share I of N of the cells, for file systems without locks [all]")
     add("--retry-failed", action="store_true", help="train failed cells again [off]")
     add("--budget-hours", type=number(float, 0, above=True), metavar="H",
         help="train the cheapest cells that one worker can train in H hours [all]")
@@ -177,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     from bitfit.study import cell_states, plan, worker
 
     study = cells.read_study(args.output_path)
-    part, parts = (0, 1) if args.shard is None else worker.parse_shard(args.shard)
+    part, parts = args.shard or (0, 1)
     gpus = args.gpus or [None]
     for choice in gpus:
         utils.choose_device(utils.resolve_gpu(choice))

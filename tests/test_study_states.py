@@ -68,18 +68,6 @@ def test_who_looks_whether_a_lock_is_held_holds_nothing(study):
         assert file is not None
 
 
-def test_a_kill_counts_under_its_own_configuration(study):
-    cell = study.cells[0]
-    cell_states.cell_folder(study, cell).mkdir(parents=True)
-    assert not cell_states.record_kill(study, cell._replace(hash="of another epoch"))
-    assert not cell_states.record_kill(study, cell)
-    assert cell_states.record_kill(study, cell)
-    (cell_states.cell_folder(study, cell) / "args.json").write_text('{"finished": true}')
-    assert not cell_states.record_kill(study, cell)  # a run is complete
-    cell_states.sibling_file(study, cell, ".killed.json").write_text("{")  # damaged
-    assert not cell_states.record_kill(study, cell)
-
-
 def test_a_lock_is_held_as_long_as_anybody_has_it(study):
     cell = study.cells[0]
     with cell_states.lock_cell(study, cell) as file:

@@ -1,5 +1,6 @@
 """Workers of a study: shards, signals, kills, failures, ranks, and locks that are missing."""
 
+import argparse
 import errno
 import json
 import os
@@ -116,78 +117,24 @@ def test_a_signal_reaches_the_command_and_the_next_worker_goes_on(quick_python, 
     assert states(study) == ["done", "done"]
 
 
-KILLED = """
-import os, pathlib, sys
-left = pathlib.Path(os.environ["LEFT"])
-steps = left.read_text()
-left.write_text(steps[1:])
-if not steps:
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-if steps[0] == "e":
-    sys.exit("a fault")
-if steps[0] == "p":  # progress: one more checkpoint
-    folder = pathlib.Path(sys.argv[sys.argv.index("--output-path") + 1]) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.joinpath(f"{len(steps):06}.json").touch()
-if steps[0] == "r":  # as torchrun ends where a rank was killed
-    print("  exitcode  : -9 (pid: 7)", flush=True)
-    sys.exit(1)
-os.kill(os.getpid(), 9)
-"""
+TORCHRUN = 'echo "  exitcode  : -9 (pid: 7)"; exit 1'  # as torchrun reports a killed rank
 
 
-@pytest.mark.parametrize(
-    ("kills", "ranks", "expected"),
-    [
-        ("k", 1, ["missing", "done"]),
-        ("kk", 1, ["missing", "failed"]),
-        ("kpk", 1, ["missing", "missing", "failed"]),
-        ("pppp", 1, ["missing"] * 4),
-        ("kek", 1, ["missing", "failed", "missing", "done"]),
-        ("rr", 2, ["missing", "failed"]),
-        ("r", 1, ["failed"]),
-    ],
-)
-def test_a_killed_command_goes_on_until_it_gets_no_further(
-    quick_python, study, tmp_path, monkeypatch, kills, ranks, expected
-):
-    """The kernel kills what takes too much memory; before args.json a cell counts as missing."""
-    left = tmp_path / "left"
-    left.write_text(kills)
-    replace_python(monkeypatch, tmp_path, KILLED, interpreter=sys.executable)
-    monkeypatch.setenv("LEFT", str(left))
-    seen = []
-    for _ in expected:
-        worker.run_cells(
-            study, study.cells[:1], worker.states_to_run(retry_failed=True), "cpu", ranks=ranks
-        )
-        seen += states(study)[:1]
-    assert seen == expected
+@pytest.mark.parametrize("body", ["kill -KILL $$", TORCHRUN])
+def test_a_killed_command_has_failed(study, tmp_path, monkeypatch, body):
+    """The kernel kills what takes too much memory."""
+    replace_python(monkeypatch, tmp_path, body)
+    worker.run_cells(study, study.cells[:1], worker.states_to_run(retry_failed=False), "cpu")
+    assert states(study) == ["failed", "missing"]
     failure = cell_states.read_failure(study, study.cells[0])
-    assert "without progress" in failure["line"] if kills[-2:] in ("kk", "rr") else True
-    assert cell_states.sibling_file(study, study.cells[0], ".killed.json").exists() == (
-        kills == "pppp"
-    )
+    assert failure["line"].startswith("killed (SIGKILL): memory may have run out")
 
 
-@pytest.mark.parametrize(
-    ("word", "environment", "part"),
-    [
-        ("3/8", {}, (2, 8)),
-        ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
-              "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
-        ("", {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2)),
-        ("", {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4",
-              "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, (2, 4)),
-        ("9/8", {}, None), ("0/8", {}, None), ("3", {}, None), ("", {}, None),
-    ],
-)  # fmt: skip
-def test_shards(word, environment, part):
-    if part is None:
-        with pytest.raises(UserError, match="--shard I/N"):
-            worker.parse_shard(word, environment)
-    else:
-        assert worker.parse_shard(word, environment) == part
+def test_a_shard_is_one_of_several():
+    assert cells.shard("3/8") == (2, 8)
+    for word in ("9/8", "0/8", "3", "", "a/b", "1/2/3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not I/N with 1 <= I <= N"):
+            cells.shard(word)
 
 
 def test_shards_are_the_whole(quick_python, study, capsys):
@@ -247,9 +194,9 @@ def test_more_ranks_than_gpus_fail_no_cell(ranks, gpu, seen, refused, monkeypatc
 def test_the_line_that_tells_a_failure(tmp_path):
     log = tmp_path / "log"
     log.write_text("$ python a\nrun_glue.py: error: old\n$ python a\nmore\n\n")
-    assert worker.last_message(log) == "more"
+    assert worker.failure_reason(log, 1) == "more"
     log.write_text("$ python a\nrun_glue.py: error: bad\nTraceback of torchrun\n===\n")
-    assert worker.last_message(log) == "run_glue.py: error: bad"
+    assert worker.failure_reason(log, 1) == "run_glue.py: error: bad"
 
 
 def test_a_gpu_that_is_not_there_fails_no_cell(study, capsys):
@@ -268,7 +215,5 @@ def test_workers_of_a_shard_divide_it(study, tmp_path, monkeypatch):
     words = ["run", "-o", str(study.output), "--shard", "2/3", "--gpus", "cpu", "cpu"]
     assert paper.main(words) == 0
     shards = re.findall(r"--shard (\S+)", (tmp_path / "log").read_text())
-    parts_of_cells = [
-        list(range(60))[part::parts] for part, parts in map(worker.parse_shard, shards)
-    ]
+    parts_of_cells = [list(range(60))[part::parts] for part, parts in map(cells.shard, shards)]
     assert sorted(parts_of_cells[0] + parts_of_cells[1]) == list(range(60))[1::3]

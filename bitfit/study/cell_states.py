@@ -4,8 +4,7 @@ missing      the folder has no run
 running      a process holds the lock
 interrupted  started, not finished, not locked; the next worker resumes the cell
 waiting      not finished, and the cell that it starts from is not done
-failed       the last attempt ended with an error, or SIGKILL ended two attempts without progress
-             between them; <cell>.failed.json has the reason
+failed       the last attempt ended with an error or by SIGKILL; <cell>.failed.json has the reason
 foreign      the folder belongs to another command
 done         args.json says finished, and has the settings of the cell
 """
@@ -20,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitfit.artifacts import run_folder
-from bitfit.artifacts.run_folder import CHECKPOINTS
 from bitfit.files import write_text
 from bitfit.output_paths import is_locked
 from bitfit.study.cells import Cell, Study, has_settings_of
@@ -42,11 +39,16 @@ def sibling_file(study: Study, cell: Cell, suffix: str) -> Path:
 
 def read_cell_args(study: Study, cell: Cell) -> dict[str, Any] | None:
     """Return the content of a cell's args.json, or None if it is absent or cannot be read."""
+    return read_object(cell_folder(study, cell) / "args.json")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if the file is absent or has no object."""
     try:
-        metadata = json.loads((cell_folder(study, cell) / "args.json").read_text(encoding="utf-8"))
-        return run_folder.check_types(metadata) if isinstance(metadata, dict) else None
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def cell_state(study: Study, cell: Cell) -> str:
@@ -128,11 +130,8 @@ def try_lock(file: int) -> bool:
 
 def read_failure(study: Study, cell: Cell) -> dict[str, Any] | None:
     """Return {"status", "line"} of the last attempt if it failed with these flags, else None."""
-    try:
-        failure = json.loads(sibling_file(study, cell, ".failed.json").read_text(encoding="utf-8"))
-        return failure if failure["hash"] == cell.hash else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    failure = read_object(sibling_file(study, cell, ".failed.json"))
+    return failure if failure and failure.get("hash") == cell.hash else None
 
 
 def write_failure(study: Study, cell: Cell, status: int, line: str) -> None:
@@ -142,35 +141,3 @@ def write_failure(study: Study, cell: Cell, status: int, line: str) -> None:
 
 def remove_failure(study: Study, cell: Cell) -> None:
     sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)
-
-
-def completed_files(study: Study, cell: Cell) -> list[str]:
-    """Return the checkpoints and complete runs of a cell, which show its progress."""
-    folder = cell_folder(study, cell)
-    complete = [path.parent for path in folder.rglob("args.json") if is_finished(path)]
-    paths = [*folder.rglob(f"{CHECKPOINTS}/*.json"), *complete]
-    return sorted(str(path.relative_to(folder)) for path in paths)
-
-
-def is_finished(path: Path) -> bool:
-    """Return whether an args.json says that its run is finished."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["finished"] is True
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def record_kill(study: Study, cell: Cell) -> bool:
-    """Record that SIGKILL ended a command; return whether it got as far as the last killed one."""
-    path = sibling_file(study, cell, ".killed.json")
-    kill = {"hash": cell.hash, "progress": completed_files(study, cell)}
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None
-    write_text(path, json.dumps(kill, indent=2) + "\n")
-    return kill == before
-
-
-def remove_kill(study: Study, cell: Cell) -> None:
-    sibling_file(study, cell, ".killed.json").unlink(missing_ok=True)

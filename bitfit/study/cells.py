@@ -292,3 +292,11 @@ def named_numbers(
         return (name if mark else None, parsed)
 
     return convert
+
+
+def shard(word: str) -> tuple[int, int]:
+    """Return (index from 0, number of shards) of `3/8`, as an argparse type."""
+    index, _, count = word.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{word!r} is not I/N with 1 <= I <= N")
+    return int(index) - 1, int(count)

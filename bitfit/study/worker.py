@@ -5,12 +5,11 @@ Any number of workers may share a folder. A cell of a killed worker is resumed b
 
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bitfit import signals
@@ -24,35 +23,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # torchrun passes these on to the ranks
 STOPPED = {status for n in signals.NUMBERS for status in (128 + n, -n)}
 POLL_SECONDS = 5.0
-KILLED = {128 + signal.SIGKILL, -signal.SIGKILL}  # The kernel sends it when memory runs out.
-NO_PROGRESS = (
-    "killed (SIGKILL) twice without progress in between: memory may have run out; give it more, "
-    "or run fewer workers at once"
-)
-
-
-# Environment variables: index of this process, number of processes, first index, index step.
-SHARD_VARIABLES = (
-    [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")],
-    ["RANK", "WORLD_SIZE", "no first", "no step"],
-)
-
-
-def parse_shard(word: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return (index from 0, number of shards) of `3/8`; "" reads SLURM's array or torchrun's rank.
-
-    Raises:
-        UserError: the word is not a shard, or it is empty and the variables are not set.
-    """
-    for index, count, first, step in SHARD_VARIABLES:
-        if not word and index in environment and count in environment:
-            past = int(environment[index]) - int(environment.get(first, 0))
-            word = f"{past // int(environment.get(step, 1)) + 1}/{environment[count]}"
-    match = re.fullmatch(r"(\d+)/(\d+)", word)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        advice = "give --shard I/N with 1 <= I <= N, or SLURM_ARRAY_TASK_ID, or RANK and WORLD_SIZE"
-        raise UserError(f"{word!r} is not a shard: {advice}")
-    return int(match[1]) - 1, int(match[2])
+KILLED = "killed (SIGKILL): memory may have run out; give it more, or run fewer workers at once"
 
 
 def states_to_run(retry_failed: bool) -> set[str]:
@@ -112,7 +83,7 @@ def run_cell(
 ) -> None:
     """Run a cell's command to its end, append its output to its log, and record a failure.
 
-    A command ended by a signal counts as interrupted, but two SIGKILLs without progress as failed.
+    A command that was stopped by a signal counts as interrupted, one that was killed as failed.
 
     Args:
         lock: the file descriptor of `cell_states.lock_cell`, which the command inherits.
@@ -121,16 +92,12 @@ def run_cell(
     cell_states.remove_failure(study, cell)
     status = run_command(study, cell, log, lock=lock, gpu=gpu, ranks=ranks)
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
-    killed = status in KILLED or (status and ranks > 1 and was_rank_killed(log))
-    stuck = killed and cell_states.record_kill(study, cell)
-    if not killed or stuck:
-        cell_states.remove_kill(study, cell)
     if status == 0 and cell_states.locked_cell_state(study, cell) == "done":
         LOGGER.info("%s: done in %s", cell.name, took)
-    elif status in STOPPED or (killed and not stuck):
+    elif status in STOPPED:
         LOGGER.info("%s: stopped by a signal after %s; the next worker resumes it", cell.name, took)
     else:
-        line = NO_PROGRESS if stuck else last_message(log)
+        line = failure_reason(log, status)
         cell_states.write_failure(study, cell, status, line=line)
         LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
 
@@ -156,12 +123,23 @@ def run_command(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=(lock,), env=child_environment(),
         )  # fmt: skip
-        try:
-            return process.wait()
-        except (Stopped, KeyboardInterrupt) as error:
-            process.send_signal(getattr(error, "number", 2))
+        return wait_for([process])[0]
+
+
+def wait_for(processes: Sequence[subprocess.Popen]) -> list[int]:
+    """Return the exit statuses of processes that end.
+
+    Raises:
+        Stopped, KeyboardInterrupt: a signal came; the processes got the signal too and have ended.
+    """
+    try:
+        return [process.wait() for process in processes]
+    except (Stopped, KeyboardInterrupt) as error:
+        for process in processes:
+            process.send_signal(getattr(error, "number", signal.SIGINT))
+        for process in processes:
             process.wait()
-            raise
+        raise
 
 
 def check_gpus_for_ranks(ranks: int, gpu: int | str | None) -> None:
@@ -189,18 +167,15 @@ def child_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
 
 
-def last_message(path: Path) -> str:
-    """Return the last line of run_glue.py in a log, or the last line if there is none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1].split("\n")
-    lines = [line.strip() for line in lines if line.strip()]
+def failure_reason(log: Path, status: int) -> str:
+    """Return why a command failed: its last line of run_glue.py in the log, else the last line."""
+    text = log.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1]
+    exit_code = f"exitcode  : {-signal.SIGKILL} "  # torchrun's report of a rank
+    if status in (128 + signal.SIGKILL, -signal.SIGKILL) or exit_code in text:
+        return KILLED
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     messages = [line for line in lines if line.startswith("run_glue.py: ")]
     return (messages or lines or [""])[-1]
-
-
-def was_rank_killed(path: Path) -> bool:
-    """Return whether the last report of torchrun in a log says that SIGKILL ended a rank."""
-    text = path.read_text(encoding="utf-8", errors="replace").split("$ python ")[-1]
-    return f"exitcode  : {-signal.SIGKILL} " in text
 
 
 def run_workers(commands: Sequence[Sequence[str]]) -> list[int]:
@@ -214,11 +189,4 @@ def run_workers(commands: Sequence[Sequence[str]]) -> list[int]:
         subprocess.Popen([sys.executable, *words], start_new_session=True, env=environment)
         for words in commands
     ]
-    try:
-        return [worker.wait() for worker in workers]
-    except (Stopped, KeyboardInterrupt) as error:
-        for worker in workers:
-            worker.send_signal(getattr(error, "number", 2))
-        for worker in workers:
-            worker.wait()
-        raise
+    return wait_for(workers)
