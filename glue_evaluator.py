@@ -23,7 +23,8 @@ from bitfit.data.tasks import Task
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model import loading, trainable
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import OFF, Tracker

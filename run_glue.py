@@ -21,8 +21,9 @@ from pathlib import Path
 import utils
 from bitfit.artifacts import run_folder
 from bitfit.cli import exit_status, experiment
+from bitfit.cli.bias_term_listing import list_bias_terms, parse_listing
 from bitfit.distributed import Ranks
-from bitfit.options import RunOptions, learning_rate_warning, parse_args, parse_listing
+from bitfit.options import RunOptions, learning_rate_warning, parse_args
 from utils import Diverged, RankLost, UserError
 
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status; print one line if it did not succeed."""
     description = __doc__.splitlines()[0]
     if listing := parse_listing(description, argv):
-        return exit_status.run_cli("run_glue.py", lambda _: experiment.list_bias_terms(listing))
+        return exit_status.run_cli("run_glue.py", lambda _: list_bias_terms(listing))
     options, ranks = parse_args(description, argv), Ranks()
     resume = resume_command(options, ranks, sys.argv[1:] if argv is None else argv)
     level = logging.WARNING if options.quiet else logging.INFO

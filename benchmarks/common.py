@@ -32,7 +32,7 @@ from bitfit.data.tokens import (  # noqa: E402
 from bitfit.model import loading  # noqa: E402
 from bitfit.model.forward import Forward  # noqa: E402
 from bitfit.model.precision import DTYPES  # noqa: E402
-from bitfit.model.run_stack import Run  # noqa: E402
+from bitfit.model.run import Run  # noqa: E402
 from bitfit.model.trainable import matrix_weights, select_trainable  # noqa: E402
 from bitfit.training.checkpoints import CheckpointManager  # noqa: E402
 from bitfit.training.loop import step_graphs, train_epoch  # noqa: E402

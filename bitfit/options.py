@@ -2,12 +2,11 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
-from bitfit.versions import git_commit, installed_version, is_installed
+from bitfit.versions import ShowVersions, is_installed
 
 # Higher modules have an entry for every name; a test compares them.
 TASK_NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -208,24 +207,12 @@ GROUPS = {
 }
 
 
-class Versions(argparse.Action):
-    """Print the versions that results may depend on, and exit."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        versions = [f"commit {git_commit() or 'unknown'}"]
-        for name in ("torch", "transformers", "datasets", "numpy"):
-            found = installed_version(name)
-            versions.append(f"{name} {found}" if found else f"no {name}")
-        parser._print_message(f"{parser.prog}: {', '.join(versions)}\n", sys.stdout)
-        parser.exit()
-
-
 def make_parser(description: str) -> OneLineParser:
     parser = OneLineParser(
         prog="run_glue.py", allow_abbrev=False, description=description, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action=Versions, nargs=0, default=argparse.SUPPRESS,
+    parser.add_argument("--version", action=ShowVersions, nargs=0, default=argparse.SUPPRESS,
                         help="print the commit and the library versions")  # fmt: skip
     for title, add_flags in GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
@@ -261,26 +248,6 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
     export_model = args.export_model or args.push_to_hub is not None
     return RunOptions(**vars(args) | {"export_model": export_model})
-
-
-def parse_listing(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace | None:
-    """Return the flags of --list-bias-terms, or None without it; exit if another flag is given."""
-    if "--list-bias-terms" not in (sys.argv[1:] if argv is None else argv):
-        return None
-    parser = make_parser(description)
-    for action in parser._actions:
-        action.required = False
-    args = parser.parse_args(argv)
-    for name in vars(args).keys() - {
-        "list_bias_terms",
-        "model_name",
-        "model_revision",
-        "add_biases",
-    }:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error("--list-bias-terms goes with --model-name, --model-revision and "
-                         f"--add-biases only: leave --{name.replace('_', '-')} out")  # fmt: skip
-    return args
 
 
 def check_type(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

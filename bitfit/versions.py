@@ -1,6 +1,8 @@
 """Versions of this program and of installed packages, found without importing them."""
 
+import argparse
 import subprocess
+import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,3 +44,15 @@ def git(*arguments: str) -> str | None:
     except OSError:
         return None
     return None if result.returncode else result.stdout.strip()
+
+
+class ShowVersions(argparse.Action):
+    """Print the versions that results may depend on, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        versions = [f"commit {git_commit() or 'unknown'}"]
+        for name in ("torch", "transformers", "datasets", "numpy"):
+            found = installed_version(name)
+            versions.append(f"{name} {found}" if found else f"no {name}")
+        parser._print_message(f"{parser.prog}: {', '.join(versions)}\n", sys.stdout)
+        parser.exit()

@@ -10,7 +10,8 @@ from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split, tokenize
 from bitfit.model import loading
 from bitfit.model.precision import DTYPES
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.training.checkpoints import CheckpointManager

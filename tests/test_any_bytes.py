@@ -20,7 +20,7 @@ from bitfit.artifacts import run_folder
 from bitfit.artifacts.run_folder import read_args
 from bitfit.data.splits import read_split
 from bitfit.data.tasks import TASKS
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.results import sweeps
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator

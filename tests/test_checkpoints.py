@@ -7,7 +7,8 @@ from conftest import TINY_BERT, load_model
 
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Split
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.training.checkpoints import CheckpointManager, list_checkpoints

@@ -20,7 +20,8 @@ from bitfit.data.tokens import Split, tokenize
 from bitfit.model import attention, loading
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.predict import predict_runs
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES

@@ -20,7 +20,8 @@ from bitfit.model.packing import (
     pack_rows,
     split_into_buckets,
 )
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
 from utils import UserError

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import run_glue
 from bitfit.distributed import Ranks, assign_runs
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 

@@ -7,7 +7,7 @@ import torch
 
 from bitfit.artifacts import metrics_files
 from bitfit.data.tasks import TASKS
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.results import plots, scores
 from bitfit.training.state import Record
 

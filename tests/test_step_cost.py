@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit.data import tokens as data
 from bitfit.model import batching, loading, packing
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.model.token_budget import TokenBudget
 from bitfit.options import FINE_TUNE_TYPES
 from bitfit.training import loop, memory

@@ -6,7 +6,7 @@ import pytest
 from small_training import choose, new_model, new_state, tokens_of
 from toy_study import TOY, plan
 
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.study import cell_states, cells, cost
 
 

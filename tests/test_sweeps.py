@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from bitfit.data.tasks import TASKS
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.results import sweeps
 from utils import Diverged
 

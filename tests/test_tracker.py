@@ -10,7 +10,7 @@ import wandb
 from conftest import GLUE, TINY_BERT
 from tracked import ALL, OVER, TRACKED, fail, mlflow_runs, run, warnings
 
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.tracking import services
 from bitfit.tracking import tracker as tracking
 from bitfit.tracking.tracker import Tracker

@@ -24,7 +24,8 @@ from bitfit.data.tokens import Split
 from bitfit.model import loading
 from bitfit.model.precision import DTYPES, cast_parameters
 from bitfit.model.predict import predict
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.training import loop

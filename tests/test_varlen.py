@@ -18,7 +18,8 @@ from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.packed_encoder import packed_encoders
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES

@@ -13,7 +13,7 @@ from bitfit.data.tasks import Task, compact, score
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import Group
 from bitfit.files import atomic_file, write_text
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.model.trainable import components_to_terms, count_trainable
 from bitfit.results.scores import last_and_best, scores_by_split, scores_frame
 from bitfit.training import store

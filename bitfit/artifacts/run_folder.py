@@ -16,7 +16,7 @@ from bitfit.output_paths import LOCK, has_files, in_use_message, is_locked
 from utils import FORMAT, UserError, as_list, convert_errors, first_line
 
 if TYPE_CHECKING:
-    from bitfit.model.run_stack import Run
+    from bitfit.model.run import Run
 
 CHECKPOINTS = "checkpoints"
 EVALUATOR = "evaluator.json"

@@ -19,7 +19,8 @@ from bitfit.model import fingerprints as models
 from bitfit.model import hub, trainable
 from bitfit.model.fingerprints import base_error, describe_change
 from bitfit.model.loading import load_model, write_model
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.warm_start import WarmStart, make_warm_start
 from bitfit.results.scores import scores_frame
 from bitfit.training import store

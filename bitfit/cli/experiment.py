@@ -4,7 +4,6 @@ Modules that import torch are imported in the functions, so that a finished fold
 are reported at once.
 """
 
-from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -63,18 +62,6 @@ def read_task(options: RunOptions, ranks: Ranks) -> dict[str, Any] | None:
     if not path:
         return None
     return ranks.run_on_rank0(lambda: task_files.read_task_file(path, options.data_dir))
-
-
-def list_bias_terms(options: Namespace) -> None:
-    """Print the bias terms of a model; no weights are loaded."""
-    hub.use_local_copies_when_offline(needs_hub=not hub.is_local(options.model_name))
-    from bitfit.data.tasks import TASKS
-    from bitfit.model.bias_terms import model_of_config, terms_table
-
-    name, added = options.model_name, options.add_biases
-    revision, _ = hub.resolve_revision(name, options.model_revision)
-    model = model_of_config(name, TASKS["rte"], revision=revision, added=added)
-    utils.print_result(terms_table(model))
 
 
 def fine_tune(

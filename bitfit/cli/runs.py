@@ -17,7 +17,7 @@ from bitfit.tracking import tracker as tracking
 from utils import Diverged
 
 if TYPE_CHECKING:
-    from bitfit.model.run_stack import Run
+    from bitfit.model.run import Run
     from glue_evaluator import GLUEvaluator
 
 Folders = dict["Run", Path]  # {run: folder of the run's files}

@@ -12,7 +12,6 @@ A trial with two runs finds out whether a model allows this.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,24 +21,10 @@ from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward
 from bitfit.model.packing import apply_dropout
 from bitfit.model.precision import cast_parameters, without_tf32
+from bitfit.model.run import Run
 from bitfit.model.run_routing import BroadcastRuns, RunRouting, forward_per_run
 from bitfit.model.trainable import Trainable, in_encoder, trains_matrices
 from utils import is_out_of_memory
-
-
-class Run(NamedTuple):
-    """One training: a learning rate, and a seed for the classifier and the data order."""
-
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"lr{self.learning_rate}_seed{self.seed}"
-
-    @property
-    def caption(self) -> str:
-        return f"learning rate {self.learning_rate:g}, seed {self.seed}"
 
 
 class RunStack:

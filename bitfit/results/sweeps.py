@@ -28,7 +28,7 @@ from utils import Diverged
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bitfit.model.run_stack import Run
+    from bitfit.model.run import Run
 
 
 def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:

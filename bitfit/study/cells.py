@@ -34,7 +34,7 @@ from bitfit.study.protocol import (
 from utils import UserError, as_list, first_line
 
 if TYPE_CHECKING:
-    from bitfit.model.run_stack import Run
+    from bitfit.model.run import Run
 
 STUDY = "study.json"
 
@@ -79,7 +79,7 @@ class Cell(NamedTuple):
 
     def folders(self, output: Path) -> dict["Run", Path]:
         """Return {run: folder}, ordered by learning rate, then seed."""
-        from bitfit.model.run_stack import Run
+        from bitfit.model.run import Run
 
         runs = [Run(rate, seed) for rate in self.rates for seed in self.seeds]
         return run_folders(Path(output) / self.name, runs)

@@ -21,7 +21,7 @@ from bitfit.data.tokens import MAX_ROWS_SCORED, Split, tokenize
 from bitfit.files import write_text
 from bitfit.model import loading
 from bitfit.model.added_biases import add_biases
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.model.trainable import matrix_weights, select_trainable
 from bitfit.results.scores import explain_unreadable, read_metrics
 from bitfit.study import cell_states

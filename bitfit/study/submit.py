@@ -7,7 +7,7 @@ import numpy as np
 
 from bitfit.data.tasks import TASKS, Task
 from bitfit.files import atomic_file
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.study import cell_states, results
 from bitfit.study.cells import Cell, Study, absolute_folder, slug
 from utils import UserError

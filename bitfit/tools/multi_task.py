@@ -24,7 +24,8 @@ from bitfit.model.added_biases import add_biases
 from bitfit.model.batching import split_into_micro_batches, to_device
 from bitfit.model.forward import select_labels
 from bitfit.model.predict import predict
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.tools.saved_evaluators import evaluator_folders
 from bitfit.training.prepare import assemble

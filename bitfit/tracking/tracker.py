@@ -18,7 +18,7 @@ from utils import UserError, convert_errors, first_line
 if TYPE_CHECKING:  # -h imports this module and must not import torch
     import torch
 
-    from bitfit.model.run_stack import Run
+    from bitfit.model.run import Run
 
 LOGGER = logging.getLogger("bitfit")
 

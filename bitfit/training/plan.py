@@ -11,7 +11,7 @@ from bitfit.data.tokens import Split
 from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model.batching import count_labels
 from bitfit.model.forward import Forward
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.model.token_budget import TokenBudget
 from utils import UserError, make_generator
 

@@ -20,7 +20,8 @@ from bitfit.model.bias_terms import select_components
 from bitfit.model.forward import Forward, check_ids
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.precision import cast_parameters
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.results import plots
 from bitfit.training.base_model import apply_warm_start, load_base

@@ -6,7 +6,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.results import scores as reports
 from bitfit.training.state import Record
 from utils import UserError

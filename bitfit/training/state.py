@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitfit.model.run_stack import Run, RunStack
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import random_state, set_random_state
 from bitfit.training.graphs import StepGraphs
 from bitfit.training.plan import Plan

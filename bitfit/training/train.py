@@ -9,7 +9,7 @@ import torch
 from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split
 from bitfit.distributed import SINGLE_PROCESS, Group
-from bitfit.model.run_stack import Run
+from bitfit.model.run import Run
 from bitfit.model.token_budget import free_gpu_bytes
 from bitfit.results.scores import scores_frame
 from bitfit.tracking.tracker import OFF, Tracker
