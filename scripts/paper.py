@@ -155,19 +155,18 @@ def collect(
 
 def plan(args: argparse.Namespace) -> int:
     from bitfit import output_paths
-    from bitfit.model.precision import DTYPES
     from bitfit.study import cost, plan
 
     output_paths.check_writable(args.output_path)
     local = args.data_dir and all(hub.is_local(model) for model in args.models or ["the Hub's"])
     hub.use_local_copies_when_offline(needs_hub=not local)
     study = cells.plan_study(args.output_path, args)
-    device = utils.choose_device(utils.resolve_gpu(args.gpu_device))
+    gpu = utils.resolve_gpu(args.gpu_device)
+    utils.choose_device(gpu)
     plan.check_study(study)
     cells.write_study(study)
     if args.calibrate:
-        precision = utils.choose_precision(args.precision, device)
-        cost.calibrate(study, device, DTYPES[precision])
+        cost.calibrate(study, gpu, args.precision)
     utils.print_result(f"{plan.study_table(study, cost.Costs(study))}\n{plan.commands_text(study)}")
     return 0
 

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 import run_glue
 from bitfit.model import loading
-from bitfit.study import cost
+from bitfit.model.bias_terms import model_of_config
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
@@ -173,7 +173,7 @@ def test_code_in_a_model_folder_is_never_run(folder, tmp_path, monkeypatch, caps
     with pytest.raises(UserError, match="custom code is not supported"):
         GLUEvaluator.load("out/evaluator", None)
     with pytest.raises(UserError, match="custom code is not supported"):
-        cost.model_without_weights("./model", RTE)
+        model_of_config("./model", RTE)
     assert not asked
     assert not (tmp_path / "ran").exists()
 

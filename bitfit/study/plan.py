@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bitfit.data.splits import find_split
@@ -84,72 +84,42 @@ def error_messages(check: Callable[[], None]) -> list[str]:
 
 
 def study_table(study: Study, costs: Costs) -> str:
-    """Return the states, runs and costs of the cells as text, without empty columns."""
-    rows = []
-    for cell in study.cells:
-        spent, size = cost.training_seconds(study, cell), costs.bytes(cell)
-        rows.append({
-            "cell": cell.name,
-            "state": cell_states.cell_state(study, cell),
-            "runs": cell.runs,
-            "epochs": cell.args["epochs"],
-            "hours": format_hours(costs.seconds(cell)),
-            "one by one": format_hours(costs.seconds_one_by_one(cell)),
-            "hours trained": format_hours(spent) if spent else "",
-            "MB": "?" if size is None else f"{size / 1e6:.1f}",
-        })  # fmt: skip
-    table = pd.DataFrame(rows)
-    table = table.loc[:, [not set(table[name]) <= {"", "?"} for name in table]]
-    left = [c for c in study.cells if cell_states.cell_state(study, c) != "done"]
-    lines = [table.to_string(index=False), totals_line(study, costs, left)]
+    """Return the states, runs and hours of the cells as text, without empty columns."""
+    table = pd.DataFrame({
+        "cell": [cell.name for cell in study.cells],
+        "state": [cell_states.cell_state(study, cell) for cell in study.cells],
+        "runs": [cell.runs for cell in study.cells],
+        "epochs": [cell.args["epochs"] for cell in study.cells],
+        "hours": [costs.seconds(cell) for cell in study.cells],
+        "hours trained": [cost.training_seconds(study, cell) for cell in study.cells],
+    })  # fmt: skip
+    table[["hours", "hours trained"]] = table[["hours", "hours trained"]].astype(float) / 3600
+    shown = table.dropna(axis="columns", how="all")
+    left = table[table["state"] != "done"]
+    lines = [
+        shown.to_string(index=False, na_rep="", float_format="{:.3f}".format),
+        f"{len(table)} cells, {table['runs'].sum()} runs{hours_text(table)}, "
+        f"left: {len(left)} cells{hours_text(left)}",
+    ]
     lines += [f"unknown cost: {reason}" for reason in dict.fromkeys(costs.unknown.values())]
-    if any(costs.seconds(cell) is None for cell in study.cells):
+    if table["hours"].isna().any():
         lines.append("hours are unknown until a cell is done; `plan --calibrate` estimates them")
     return "\n".join(lines)
 
 
-def totals_line(study: Study, costs: Costs, left: Sequence[Cell]) -> str:
-    """Return one line about all cells and the unfinished ones."""
-    runs = sum(cell.runs for cell in study.cells)
-    parts = [f"{len(study.cells)} cells, {runs} runs"]
-    for name, function in (
-        ("hours", costs.seconds),
-        ("hours one by one", costs.seconds_one_by_one),
-    ):
-        values = [function(cell) for cell in study.cells]
-        known = [value for value in values if value is not None]
-        if known:
-            subset = "" if len(known) == len(values) else f" (of {len(known)} cells)"
-            parts.append(f"{format_hours(sum(known))} {name}{subset}")
-    to_do = [value for value in map(costs.seconds, left) if value is not None]
-    parts.append(
-        f"left: {len(left)} cells" + (f", {format_hours(sum(to_do))} hours" if to_do else "")
-    )
-    sizes = [size for size in map(costs.bytes, study.cells) if size is not None]
-    return ", ".join([*parts, f"{sum(sizes) / 1e6:.0f} MB on disk"] if sizes else parts)
-
-
-def format_hours(seconds: float | None) -> str:
-    """Return hours with two decimals, three below one hour, or "?" if unknown."""
-    if seconds is None:
-        return "?"
-    hours = seconds / 3600
-    return f"{hours:.3f}" if hours < 1 else f"{hours:.2f}"
-
-
-def write_commands(study: Study) -> Path:
-    """Write commands.sh with the command of every cell, and return its path."""
-    path = study.output / "commands.sh"
-    write_text(path, "".join(f"{cell.shell(study.output)}\n" for cell in study.cells))
-    return path
+def hours_text(table: pd.DataFrame) -> str:
+    """Return the sum of the hours that are known as text, empty if none is known."""
+    return f", {table['hours'].sum():.3f} hours" if table["hours"].notna().any() else ""
 
 
 def commands_text(study: Study) -> str:
     """Write commands.sh and return its commands, or for a large study only its name."""
-    path = write_commands(study)
-    if len(study.cells) > MAX_PRINTED_COMMANDS:
+    path = study.output / "commands.sh"
+    commands = [cell.shell(study.output) for cell in study.cells]
+    write_text(path, "".join(f"{command}\n" for command in commands))
+    if len(commands) > MAX_PRINTED_COMMANDS:
         return f"the commands of all cells: {path}"
-    return "\n".join(f"$ {cell.shell(study.output)}" for cell in study.cells)
+    return "\n".join(f"$ {command}" for command in commands)
 
 
 def cells_within_budget(
@@ -160,17 +130,17 @@ def cells_within_budget(
     Raises:
         UserError: the cost of a cell is unknown.
     """
-    costs, spent, fit = cost.Costs(study), 0.0, []
-    states = states | {"waiting"}
+    costs, states = cost.Costs(study), states | {"waiting"}
     open_cells = [cell for cell in cells if cell_states.cell_state(study, cell) in states]
-    prices = {cell.name: costs.seconds(cell) for cell in open_cells}
-    if None in prices.values():
+    seconds = np.array([costs.seconds(cell) for cell in open_cells], float)  # NaN: unknown
+    if np.isnan(seconds).any():
         raise UserError("--budget-hours needs the cost of the cells: run `plan --calibrate` first")
-    for cell in sorted(open_cells, key=lambda cell: prices[cell.name] or 0):
-        if spent + (prices[cell.name] or 0) <= 3600 * budget:
-            spent += prices[cell.name] or 0
-            fit.append(cell)
-    return fit, [cell for cell in open_cells if cell not in fit]
+    order = seconds.argsort(kind="stable")
+    cheapest, count = (
+        [open_cells[i] for i in order],
+        (seconds[order].cumsum() <= 3600 * budget).sum(),
+    )
+    return cheapest[:count], cheapest[count:]
 
 
 def states_summary(study: Study, cells: Sequence[Cell], left: Sequence[Cell]) -> str:
