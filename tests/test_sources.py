@@ -109,10 +109,9 @@ def test_a_carriage_return_among_other_line_ends_is_told(tmp_path, caplog):
     assert "test.tsv:2: a carriage return within a row; 2 rows have one" in caplog.text
 
 
-def test_a_second_line_of_names_in_a_file_of_one_column_is_told(tmp_path, caplog):
+def test_in_a_file_of_one_column_its_name_may_be_a_text(tmp_path):
     write(tmp_path, "CoLA/test.tsv", "sentence\na\nsentence\nb\n")
     assert len(read_split(TASKS["cola"], "test", tmp_path)) == 3
-    assert "test.tsv:3: the header line occurs again; it is used as a text" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["CoLA/train.tsv", "cola/train-00000-of-00001.parquet"])
@@ -139,11 +138,6 @@ def test_mrpcs_original_training_file_without_the_rows_of_dev(tmp_path, caplog):
     assert texts.labels.tolist() == [1, 1]
     message = "msr_paraphrase_train.txt: 1 of 3 rows are left out, because dev.tsv has them"
     assert message in caplog.text
-
-
-def test_where_ids_are_not_unique_the_texts_tell_too(tmp_path):
-    rows = "1\t5\t6\ta\tb\n0\t5\t6\tc\td\n"
-    assert original_mrpc(tmp_path, "0\t5\t6\tc\td\n", rows).columns == (["a"], ["b"])
 
 
 @pytest.mark.parametrize(
@@ -265,10 +259,10 @@ def test_missing_folder_and_split(tmp_path):
             {"sentence": ["a", None], "label": [0, 1]},
             "row index 1: no text in column 'sentence', but None",
         ),
-        ({"sentence": ["a"], "label": [2]}, "row index 0: unknown label 2"),
-        ({"sentence": ["a"], "label": [0.5]}, "row index 0: unknown label 0.5"),
+        ({"sentence": ["a"], "label": [2]}, "row index 0: unknown label '2'; expected 0, 1"),
+        ({"sentence": ["a"], "label": [0.5]}, "row index 0: unknown label '0.5'"),
         ({"sentence": ["a"], "label": [float("nan")]}, "row index 0: unknown label None"),
-        ({"sentence": ["a"], "label": ["1"]}, "row index 0: unknown label '1'"),
+        ({"sentence": ["a"], "label": ["yes"]}, "row index 0: unknown label 'yes'"),
     ],
 )
 def test_broken_parquet(tmp_path, frame, message):
@@ -296,27 +290,27 @@ def parquet(folder, name, rows=1):
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    "names",
     [
-        (["-00000-of-00002"], "train-00001-of-00002.parquet is missing: 1 of 2 files are there"),
-        (["-00001-of-00002"], "train-00000-of-00002.parquet is missing: 1 of 2 files are there"),
-        (["-00000-of-00003", "-00002-of-00003"], "train-00001-of-00003.parquet is missing: 2 of 3"),
-        (["-00000-of-00001", "-00000-of-00001-0123abcd"], "are the same part of train: remove one"),
-        (["-00000-of-00001", "-0-of-1"], "are the same part of train: remove one"),
-        (
-            ["-00000-of-00001", "-00000-of-00001 (copy)"],
-            r"\(copy\).parquet: a split's files are named",
-        ),
-        (["-00000-of-00001", "-00000-of-00002", "-00001-of-00002"], "are of 1, others of 2"),
-        (["-00000-of-00001", "-00001-of-00001"], "train-00001-of-00001.parquet: its number is too"),
-        (["-part1"], "train-part1.parquet: a split's files are named train-00000-of-00001.parquet"),
+        ["-00000-of-00002"],
+        ["-00001-of-00002"],
+        ["-00000-of-00003", "-00002-of-00003"],
+        ["-00000-of-00001", "-00000-of-00001-0123abcd"],
+        ["-00000-of-00001", "-0-of-1"],
+        ["-00000-of-00001", "-00000-of-00001 (copy)"],
+        ["-00000-of-00001", "-00000-of-00002", "-00001-of-00002"],
+        ["-00000-of-00001", "-00001-of-00001"],
+        ["-part1"],
     ],
 )
-def test_files_of_a_split_that_are_missing_or_there_twice(tmp_path, names, message):
+def test_files_of_a_split_that_are_missing_or_there_twice(tmp_path, names):
     for name in names:
         parquet(tmp_path, f"train{name}.parquet")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(
+        UserError, match=r"cola: the files of train are .*; expected all of"
+    ) as error:
         read_split(TASKS["cola"], "train", tmp_path)
+    assert all(f"train{name}.parquet" in str(error.value) for name in names)
 
 
 def test_files_of_a_split_in_their_order(tmp_path):
@@ -346,10 +340,3 @@ def test_qqps_blank_questions(tmp_path, caplog):
     write(tmp_path, "QQP/train.tsv", QQP_HEADER + rows)
     assert read_split(TASKS["qqp"], "train", tmp_path).columns[1] == ["", "c", "d"]
     assert "train.tsv:2: a blank text in column 'question2'; 2 of 3 rows have one" in caplog.text
-
-
-def test_a_score_is_a_number_as_json_writes_it(tmp_path):
-    header = "index\tsentence1\tsentence2\tscore\n"
-    write(tmp_path, "STS-B/train.tsv", f"{header}0\ta\tb\t0_5\n")
-    with pytest.raises(UserError, match=r"train.tsv:2: unknown label '0_5'; expected a score"):
-        read_split(TASKS["stsb"], "train", tmp_path)

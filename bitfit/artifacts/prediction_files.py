@@ -8,7 +8,7 @@ import numpy as np
 
 from bitfit.data.splits import read_split, source_file
 from bitfit.data.tagged_files import write_tags
-from bitfit.data.tasks import predictions
+from bitfit.data.tasks import predictions, tags_of_sentences
 from bitfit.distributed import Group
 from bitfit.results.scores import write_predictions
 from bitfit.training.setup import LoadedData
@@ -54,7 +54,6 @@ def write_tagged_split(path: Path, data: LoadedData, split: str, predicted: np.n
     counts = [len(words) for words in sentences]
     if not np.array_equal(counts, () if known is None else known):
         raise UserError(f"the {split} split of {task.name} has changed since it was read")
-    parts = np.split(np.array(task.labels)[predicted], np.cumsum(counts)[:-1])
-    tags = {task.tsv_label: [part.tolist() for part in parts]}
-    source = source_file(task, split, folder)
-    write_tags(path, source, words=(task.texts[0], sentences), tags=tags)
+    tags = tags_of_sentences(task, predicted, counts)
+    columns = {task.texts[0]: sentences, task.tsv_label: tags}
+    write_tags(path, source_file(task, split, folder), columns)

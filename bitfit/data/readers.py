@@ -6,12 +6,12 @@ the line as an editor counts it.
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +50,12 @@ class Table(NamedTuple):
         between = ":" if self.has_lines else ": row index "
         return f"{self.source}{between}{self.numbers[row]}"
 
+    def place_word(self, row: int, number: int) -> str:
+        """Return the position of a word of a sentence, counted from 0, as `place`."""
+        if self.word_lines:
+            return f"{self.source}:{self.word_lines[row][number]}"
+        return f"{self.place(row)}: word {number + 1}"
+
     def take(self, rows: Iterable[int]) -> Self:
         """Return the given rows in the given order."""
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
@@ -71,23 +77,11 @@ def quote_names(names: Iterable) -> str:
     return (", ".join(map(str, words)) or "none") + more
 
 
-def describe_look_alike(word: object, known: Iterable) -> str:
-    """Return which characters of a word differ from a known word that looks the same, or ""."""
-    if not isinstance(word, str) or len(word) > MAX_QUOTED:
-        return ""
+def describe_look_alike(word: str, known: Iterable[str | None]) -> str:
+    """Return the known word that looks like an unknown word, both with code points, or ""."""
     for other in known:
-        if (
-            isinstance(other, str)
-            and other != word
-            and normalize_letters(other) == normalize_letters(word)
-        ):
-            parts = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
-            changes = [
-                f"{code_points(word[a:b])} for {code_points(other[c:d])}"
-                for kind, a, b, c, d in parts
-                if kind != "equal"
-            ]
-            return f" (it looks like {other!r}, but has {', '.join(changes)})"
+        if other and normalize_letters(other) == normalize_letters(word):
+            return f" (it looks like {other!a}, but is {word!a})"
     return ""
 
 
@@ -97,19 +91,13 @@ def normalize_letters(word: str) -> str:
     return "".join(c for c in letters if unicodedata.category(c)[0] not in "MCZ")
 
 
-def code_points(letters: str) -> str:
-    return " ".join(f"U+{ord(c):04X}" for c in letters) or "nothing"
-
-
 def check_column_names(source: object, names: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise a UserError if a column occurs twice or is missing."""
-    counted = set()
-    for name in names:
-        if name in counted:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise UserError(f"{source}: the column {quote_value(name)} occurs twice: give it once")
-        counted.add(name)
     for name in wanted:
-        if name not in counted:
+        if name not in names:
             among = f"{quote_names(names)}{describe_look_alike(name, names)}"
             raise UserError(f"{source}: no column {quote_value(name)} among {among}")
 
@@ -130,13 +118,13 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     end = b"\n" if b"\n" in data else b"\r"
     try:
-        text = data.decode()
+        text, position = data.decode(), data.find(b"\0")
+        problem = "not text, there is a zero byte"  # as in UTF-16 without a byte order mark
     except UnicodeDecodeError as error:
-        line = data.count(end, 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
-    if "\0" in text:  # as in UTF-16 without a byte order mark
-        line = data.count(end, 0, data.index(b"\0")) + 1
-        raise UserError(f"{path}:{line}: not text, there is a zero byte; convert it to UTF-8")
+        text, position, problem = "", error.start, "not UTF-8 text"
+    if position >= 0:
+        line = data.count(end, 0, position) + 1
+        raise UserError(f"{path}:{line}: {problem}; convert the file to UTF-8")
     # Not splitlines(): it would also break rows at characters such as U+2028.
     lines = [line.removesuffix("\r") for line in text.split(end.decode())]
     return lines[:-1] if lines[-1] == "" else lines
@@ -158,7 +146,9 @@ def read_tsv(
         optional: the names of columns to return if they exist.
     """
     lines = read_lines(path)
-    warn_of_carriage_returns(path, lines)
+    if returns := [number for number, line in enumerate(lines, 1) if "\r" in line]:
+        message = "%s:%d: a carriage return within a row; %d rows have one, and it is text"
+        LOGGER.warning(message, path, returns[0], len(returns))
     first = 1 if names else 2  # the number of the first line that holds a row
     names = names or (lines.pop(0).split("\t") if lines else [])
     rows = [line.split("\t") for line in lines]
@@ -167,16 +157,6 @@ def read_tsv(
         rows, numbers = drop_broken_rows(path, rows, numbers, width=len(names))
     wanted = [*wanted, *(name for name in optional if name in names)]
     return make_table(path, names, rows, numbers=numbers, wanted=wanted)
-
-
-def warn_of_carriage_returns(path: Path, lines: list[str]) -> None:
-    """Log how many rows have a carriage return that does not end a line."""
-    found = [number for number, line in enumerate(lines, 1) if "\r" in line]
-    if found:
-        count = f"{len(found)} rows have one, and it is text"
-        advice = "if it should end a line, convert the file"
-        LOGGER.warning("%s:%d: a carriage return within a row; %s: %s",
-                       path, found[0], count, advice)  # fmt: skip
 
 
 def drop_broken_rows(
@@ -221,13 +201,8 @@ def make_table(
         if len(row) != len(names):
             problem = f"{len(row)} columns where {len(names)} are expected"
             raise UserError(f"{path}:{number}: {problem}")
-        if (
-            row == names
-        ):  # Concatenated files have such lines. Without labels they would be read as texts.
-            problem = "the header line occurs again"
-            if len(names) > 1:
-                raise UserError(f"{path}:{number}: {problem}: remove it")
-            LOGGER.warning("%s:%d: %s; it is used as a text", path, number, problem)
+        if row == names and len(names) > 1:  # of several files in one; a single name may be a text
+            raise UserError(f"{path}:{number}: the header line occurs again: remove it")
     if names:
         check_column_names(f"{path}:1", names, wanted)
     places = {name: names.index(name) for name in wanted if names}
@@ -257,8 +232,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise ValueError for a repeated key (json keeps its last value)."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {json.dumps(twice)} is given twice")
     return value
 
@@ -269,13 +243,12 @@ def read_parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] = ()
 
     check_no_lfs_pointer(path)
     with convert_errors(unreadable):  # pyarrow raises exceptions of several classes.
-        from pyarrow.parquet import ParquetFile
+        from pyarrow import parquet
 
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        names = parquet.read_schema(path).names
     check_column_names(path, names, wanted)
     wanted = [*wanted, *(name for name in optional if name in names)]
-    with convert_errors(unreadable), ParquetFile(path) as file:
+    with convert_errors(unreadable), parquet.ParquetFile(path) as file:
         return arrow_table(path, file.read(columns=wanted), wanted)
 
 

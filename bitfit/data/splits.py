@@ -9,7 +9,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
@@ -21,20 +20,20 @@ from bitfit.data.glue_files import (
     AX_FILES,
     FIRST_TRAIN_FILE,
     NUMBERS,
-    drop_row_numbers,
+    check_row_numbers,
     find_shards,
     read_mrpc_train_without_dev,
     tsv_names,
 )
 from bitfit.data.labels import decode_labels, name_classes
-from bitfit.data.tagged_files import check_tags, check_words, place_word, read_sentences
+from bitfit.data.tagged_files import check_tags, check_words, read_sentences
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
 from utils import UserError
 
 LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
-SURROGATES = re.compile("[\ud800-\udfff]")
+SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can contain them, and they are no text
 BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # only characters without a width
 
 
@@ -46,22 +45,27 @@ class TextColumns(NamedTuple):
 
     columns: tuple[list, ...]
     labels: np.ndarray | None
-    word_counts: np.ndarray | None = None  # (rows,) int64, for tagging: words of each row
     continues: np.ndarray | None = None  # (rows,) bool: goes on with the previous row's sentence
     place_word: Callable[[int, int], str] | None = None  # (row, word) -> position for messages
 
     def __len__(self) -> int:
         return len(self.columns[0])
 
+    @property
+    def word_counts(self) -> np.ndarray | None:
+        """Return the number of words of each row (rows,) int64; None for texts."""
+        (rows, *_) = self.columns
+        return np.array(list(map(len, rows))) if rows and isinstance(rows[0], list) else None
+
     def take(self, rows: Sequence[int] | np.ndarray) -> "TextColumns":
         """Return the given rows in the given order."""
         columns = tuple([column[i] for i in rows] for column in self.columns)
-        if self.word_counts is None:
-            return TextColumns(columns, None if self.labels is None else self.labels[rows])
-        words = word_positions(self.word_counts, np.asarray(rows))
-        labels = None if self.labels is None else self.labels[words]
-        continues = None if self.continues is None else self.continues[rows]
-        return TextColumns(columns, labels, self.word_counts[rows], continues=continues)
+        counts = self.word_counts
+        positions = rows if counts is None else word_positions(counts, np.asarray(rows))
+        labels = None if self.labels is None else self.labels[positions]
+        return TextColumns(
+            columns, labels, None if self.continues is None else self.continues[rows]
+        )
 
 
 def word_positions(word_counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -109,7 +113,8 @@ def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
         return None
     if not (task.record or is_labelled(split)):
         begins = accumulate((len(part.numbers) for part in parts), initial=0)
-        parts = [drop_row_numbers(part, begin) for part, begin in zip(parts, begins, strict=False)]
+        for part, begin in zip(parts, begins, strict=False):
+            check_row_numbers(part, begin)
     if task.is_tagging:
         texts = make_tagged_columns(task, split, parts[0])
     else:
@@ -129,11 +134,6 @@ def column_names(task: Task, split: str, numbered: bool = False) -> list[str]:
     """
     texts, label = (task.texts, "label") if numbered else (task.tsv_columns, task.tsv_label)
     return [*texts, label] if is_labelled(split) else [*texts]
-
-
-def row_number_columns(split: str) -> Sequence[str]:
-    """Return the names of columns that may number the rows of an unlabelled GLUE split."""
-    return () if is_labelled(split) else NUMBERS
 
 
 def read_hub(task: Task, split: str) -> list[readers.Table]:
@@ -158,7 +158,7 @@ def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Tab
     shards = find_shards(data_dir / config, stem)
     if shards:
         wanted = column_names(task, split, numbered=True)
-        tables = [readers.read_parquet(path, wanted, row_number_columns(split)) for path in shards]
+        tables = [readers.read_parquet(path, wanted, NUMBERS) for path in shards]
         return tables, True
     names = AX_FILES if split == "ax" else tsv_names(task, split)
     found = [name for name in names if (data_dir / name).is_file()]
@@ -177,8 +177,7 @@ def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.
         return read_mrpc_train_without_dev(path, wanted)
     names = task.tsv_names if is_labelled(split) else None
     skips = task.skips_short_rows and split == "train"
-    optional = row_number_columns(split)
-    return readers.read_tsv(path, wanted, names, skips_broken_rows=skips, optional=optional)
+    return readers.read_tsv(path, wanted, names, skips_broken_rows=skips, optional=NUMBERS)
 
 
 def source_file(task: Task, split: str, folder: str | Path) -> Path | None:
@@ -213,35 +212,27 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
     Args:
         numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
     """
+    names = column_names(task, split, numbered)
     if not is_labelled(split):
-        return TextColumns(tuple(check_texts(table, table.columns)), None)
-    table = drop_unlabelled_rows(task, table)
-    *names, label = table.columns
-    columns = tuple(check_texts(table, names))
-    labels = decode_labels(task, table.columns[label], table.place, numbered=numbered)
+        return TextColumns(tuple(check_texts(table, names)), None)
+    table, (*texts, label) = drop_unlabelled_rows(task, table), names
+    columns = tuple(check_texts(table, texts))
+    written = tuple(map(str, range(len(task.labels)))) if numbered else task.written_labels
+    labels = decode_labels(task, table.columns[label], table.place, names=written)
     return TextColumns(columns, labels)
 
 
 def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextColumns:
     """Return a table's sentences and, if the split has them, the tags of all words."""
     (words,) = task.texts
-    sentences, place, labels = check_words(table, words), partial(place_word, table), None
+    sentences, labels = check_words(table, words), None
     if is_labelled(split):
         tags = list(chain.from_iterable(check_tags(table, words, task.tsv_label)))
         places = [(row, n) for row, of_row in enumerate(sentences) for n in range(len(of_row))]
-        labels = decode_labels(task, tags, lambda word: place(*places[word]), numbered=False)
-    return texts_of_words(sentences, labels, place)
-
-
-def texts_of_words(
-    sentences: list[list[str]],
-    labels: np.ndarray | None = None,
-    place: Callable[[int, int], str] | None = None,
-) -> TextColumns:
-    """Return sentences as `TextColumns`; the arguments are its columns, labels and place_word."""
-    counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
-    continues = np.zeros(len(counts), bool)
-    return TextColumns((sentences,), labels, counts, continues=continues, place_word=place)
+        labels = decode_labels(
+            task, tags, lambda word: table.place_word(*places[word]), names=task.labels
+        )
+    return TextColumns((sentences,), labels, place_word=table.place_word)
 
 
 def concatenate_texts(parts: list[TextColumns]) -> TextColumns:
@@ -268,7 +259,7 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     blank: dict[int, str] = {}
     for name, column in zip(names, columns, strict=True):
         for row, text in enumerate(column):
-            if not is_text(text):
+            if not isinstance(text, str) or SURROGATES.search(text):
                 column_name, value = readers.quote_value(name), readers.quote_value(text)
                 message = f"no text in column {column_name}, but {value}"
                 raise UserError(f"{table.place(row)}: {message}")
@@ -280,8 +271,3 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
         count = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
         LOGGER.warning("%s: a blank text in column %s; %s", place, name, count)
     return columns
-
-
-def is_text(value: object) -> bool:
-    """Return whether a value is a text without surrogates, which JSON can contain."""
-    return isinstance(value, str) and SURROGATES.search(value) is None

@@ -14,12 +14,11 @@ from bitfit.data.tasks import label_text
 from bitfit.files import atomic_file, write_text
 from utils import UserError
 
-Tags = dict[str, list[list[str]]]  # {column: the tags of each sentence}
+Columns = dict[str, list[list[str]]]  # {column: the words or tags of each sentence}
 CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
 NEVER_EMPTY = {"UPOS", "XPOS", "DEPREL"}  # columns of CoNLL-U in which _ means a missing tag
 COLUMN_FILES = (".conll", ".txt", ".tsv", ".conllu")  # one word per line
 SUFFIXES = (*COLUMN_FILES, ".jsonl", ".parquet")
-COLUMN_NAMES = re.compile(r"# *global\.columns *= *(.*)")
 # Only characters without a width; or surrogates, which JSON can contain.
 NO_WORD = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*|.*[\ud800-\udfff].*", re.DOTALL)
 
@@ -48,19 +47,13 @@ def read_columns(path: Path) -> ColumnFile:
     first = next(rows, "")
     separator = "\t" if is_conllu or "\t" in first else " "
     width = len(CONLLU) if is_conllu else len(split_fields(first, separator))
-    columns = {str(index + 1): index for index in range(width)}
-    columns |= {name: index for index, name in enumerate(CONLLU) if is_conllu}
     words: list[list[tuple[int, list[str]]]] = [[]]
     for index, line in enumerate(lines):
         fields = split_fields(line, separator)
-        is_comment = line.startswith("#") and (
-            is_conllu or len(fields) != width or (line.startswith("# ") and separator == "\t")
-        )
         if not line.strip(" \t") or line.startswith("-DOCSTART-"):
-            words += [[]] if words[-1] else []
-        elif is_comment and not words[-1]:  # between sentences; else # is a word
-            if names := COLUMN_NAMES.fullmatch(line):
-                columns |= dict(zip(names[1].split(), range(width), strict=False))
+            words.append([])
+        elif line.startswith("#") and not words[-1] and (is_conllu or len(fields) != width):
+            continue  # A comment. Within a sentence # is a word.
         elif len(fields) != width:
             problem = f"{len(fields)} columns where {width} are expected"
             raise UserError(f"{path}:{index + 1}: {problem}")
@@ -69,7 +62,9 @@ def read_columns(path: Path) -> ColumnFile:
                 problem = f"ID {readers.quote_value(fields[0])}, expected {len(words[-1]) + 1}"
                 raise UserError(f"{path}:{index + 1}: {problem}; an empty line ends a sentence")
             words[-1].append((index, fields))
-    return ColumnFile(lines, words if words[-1] else words[:-1], columns, separator=separator)
+    names = [*map(str, range(1, width + 1)), *CONLLU * is_conllu]
+    columns = {name: number % width for number, name in enumerate(names)}
+    return ColumnFile(lines, list(filter(None, words)), columns, separator=separator)
 
 
 def split_fields(line: str, separator: str) -> list[str]:
@@ -92,16 +87,7 @@ def read_sentences(path: Path, wanted: Sequence[str]) -> readers.Table:
         for name in wanted
     }
     lines = [[index + 1 for index, _ in sentence] for sentence in file.words]
-    first_lines = [of_sentence[0] for of_sentence in lines]
-    return readers.Table(str(path), values, first_lines, word_lines=lines)
-
-
-def place_word(table: readers.Table, row: int, number: int) -> str:
-    """Return the position of a word, counted from 0, for the beginning of error messages."""
-    lines = table.word_lines
-    if lines is None:
-        return f"{table.place(row)}: word {number + 1}"
-    return f"{table.source}:{lines[row][number]}"
+    return readers.Table(str(path), values, [first for first, *_ in lines], word_lines=lines)
 
 
 def check_words(table: readers.Table, name: str) -> list[list[str]]:
@@ -113,7 +99,7 @@ def check_words(table: readers.Table, name: str) -> list[list[str]]:
         for number, word in enumerate(words):
             if not isinstance(word, str) or NO_WORD.fullmatch(word):
                 problem = f"no word, but {readers.quote_value(word)}"
-                raise UserError(f"{place_word(table, row, number)}: {problem}")
+                raise UserError(f"{table.place_word(row, number)}: {problem}")
     return table.columns[name]
 
 
@@ -123,79 +109,62 @@ def check_tags(table: readers.Table, words: str, tags: str) -> list[list[str]]:
     for row, values in enumerate(table.columns[tags]):
         count = len(table.columns[words][row])
         if not isinstance(values, list) or len(values) != count:
-            is_list = isinstance(values, list)
-            content = f"{len(values)} tags" if is_list else readers.quote_value(values)
+            content = f"{len(values)} tags" if isinstance(values, list) else repr(values)
             problem = f"{count} words, but in column {readers.quote_value(tags)} {content}"
             raise UserError(f"{table.place(row)}: {problem}")
         for number, value in enumerate(values):
             if label_text(value) in (None, "") or (value == "_" and tags in NEVER_EMPTY):
                 word = readers.quote_value(table.columns[words][row][number])
                 problem = f"the word {word} has no tag, but {readers.quote_value(value)}"
-                raise UserError(f"{place_word(table, row, number)}: {problem}")
+                raise UserError(f"{table.place_word(row, number)}: {problem}")
         found.append([str(label_text(value)) for value in values])
     return found
 
 
-def write_tags(
-    path: Path, source: Path | None, words: tuple[str, list[list[str]]], tags: Tags
-) -> None:
+def write_tags(path: Path, source: Path | None, columns: Columns) -> None:
     """Write sentences with predicted tags in the format of their file, atomically.
 
     Args:
         source: the file of the sentences; None: they are of the Hub, and JSON Lines are written.
-        words: the column of the words, and the words of each sentence.
-        tags: {column: tags of each word of each sentence}. Columns that exist are replaced, others
-            are added as the last.
+        columns: the words and the tags. Columns that the file has are replaced, others are added
+            as the last.
     """
-    columns = dict([words]) if source is None else {}
-    by_row = [dict(zip(columns | tags, row, strict=True))
-              for row in zip(*(columns | tags).values(), strict=True)]  # fmt: skip
-    if source is None:
-        write_text(path, json_lines(by_row))
-    elif source.suffix == ".jsonl":
-        rows = [json.loads(line) for line in readers.read_lines(source)]
-        write_text(path, json_lines([row | new for row, new in zip(rows, by_row, strict=True)]))
-    elif source.suffix == ".parquet":
-        write_parquet(path, source, tags)
+    if source and source.suffix == ".parquet":
+        write_parquet(path, source, columns)
+    elif source and source.suffix in COLUMN_FILES:
+        write_text(path, replace_columns(read_columns(source), columns))
     else:
-        write_text(path, columns_text(read_columns(source), tags))
+        (sentences, *_) = columns.values()
+        lines = readers.read_lines(source) if source else ["{}"] * len(sentences)
+        rows = [json.loads(line) | dict(zip(columns, values, strict=True))
+                for line, *values in zip(lines, *columns.values(), strict=True)]  # fmt: skip
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def columns_text(file: ColumnFile, tags: Tags) -> str:
-    """Return the text of a CoNLL file with other tags."""
+def replace_columns(file: ColumnFile, columns: Columns) -> str:
+    """Return the text of a CoNLL file with other values in some columns, or with more columns."""
     lines = list(file.lines)
-    for name, of_sentences in tags.items():
+    for name, values in columns.items():
         column = file.columns.get(name)
-        for sentence, of_words in zip(file.words, of_sentences, strict=True):
-            for (index, _), tag in zip(sentence, of_words, strict=True):
-                lines[index] = replace_field(lines[index], file.separator, column, value=tag)
+        for sentence, of_sentence in zip(file.words, values, strict=True):
+            for (index, fields), value in zip(sentence, of_sentence, strict=True):
+                if column is None:
+                    fields.append(value)
+                else:
+                    fields[column] = value
+                lines[index] = file.separator.join(fields)
     return "".join(f"{line}\n" for line in lines)
 
 
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def replace_field(line: str, separator: str, column: int | None, value: str) -> str:
-    """Return a line with another value in a column, or with one more column."""
-    parts = re.split("(\t)" if separator == "\t" else "( +)", line)  # fields at even indices
-    if column is None:
-        return f"{line}{separator}{value}"
-    parts[2 * column] = value
-    return "".join(parts)
-
-
-def write_parquet(path: Path, source: Path, tags: Tags) -> None:
-    """Write a Parquet file with columns of tags, which are replaced or added."""
+def write_parquet(path: Path, source: Path, columns: Columns) -> None:
+    """Write a Parquet file with other values in some columns, or with more columns."""
     import pyarrow
     from pyarrow import parquet
 
     table = parquet.read_table(source).replace_schema_metadata(None)
-    for name, values in tags.items():
+    for name, values in columns.items():
+        kept = [other for other in table.column_names if other != name]
         column = pyarrow.array(values, pyarrow.list_(pyarrow.string()))
-        if name in table.column_names:
-            table = table.set_column(table.column_names.index(name), name, column)
-        else:
-            table = table.append_column(name, column)
+        table = table.select(kept).append_column(name, column)
     with atomic_file(path) as temporary:
         parquet.write_table(table, temporary)

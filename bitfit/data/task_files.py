@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bitfit.data.readers import READERS, SHARD, code_points, unique_keys
+from bitfit.data.readers import READERS, SHARD, unique_keys
 from bitfit.data.record_checks import (
     WORD,
     Json,
@@ -202,8 +202,8 @@ def parse_labels(labels: Json) -> list[str]:
     seen: dict[str, str] = {}
     for word in words:
         other = seen.setdefault(normalize_label(word), word)
-        pair = f"{word!r} ({code_points(word)}) and {other!r} ({code_points(other)})"
-        require(other == word, "labels", f"{pair} look alike: give one of them")
+        both = f"{word!a} and {other!a}"
+        require(other == word, "labels", f"{both} look alike: give one of them")
     return words
 
 

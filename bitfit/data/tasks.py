@@ -73,11 +73,9 @@ class Task:
 
     def suffix_of_answers(self, split: str) -> str:
         """Return the suffix of a file of predictions; tags are written in the input's format."""
-        if self.is_tagging:
-            return (
-                PurePath(self.splits[split]).suffix if "files" in (self.record or {}) else ".jsonl"
-            )
-        return ".tsv"
+        if not self.is_tagging:
+            return ".tsv"
+        return PurePath(self.splits[split]).suffix if "files" in (self.record or {}) else ".jsonl"
 
     @property
     def server_files(self) -> dict[str, str]:
@@ -216,9 +214,13 @@ def entity_f1(
 
     if sentences is None:
         raise ValueError("entities need the number of words of each sentence")
-    tags, ends = np.array(task.labels), np.cumsum(sentences)[:-1]
-    gold, found = (
-        [part.tolist() for part in np.split(tags[of_words], ends)]
-        for of_words in (labels, predicted)
-    )
+    gold, found = (tags_of_sentences(task, tags, sentences) for tags in (labels, predicted))
     return f1_score(gold, found, zero_division=0)
+
+
+def tags_of_sentences(
+    task: Task, labels: np.ndarray, word_counts: np.ndarray | list[int]
+) -> list[list[str]]:
+    """Return the tags of each sentence, for label numbers (words,) and the words of sentences."""
+    parts = np.split(np.array(task.labels)[labels], np.cumsum(word_counts)[:-1])
+    return [part.tolist() for part in parts]

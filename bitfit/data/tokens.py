@@ -113,7 +113,7 @@ def tokenize(
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
         pad_left=tokenizer.padding_side == "left",
-        word_index=None if counts is None else first_tokens(rows, lengths, counts),
+        word_index=None if counts is None else first_tokens(rows, counts),
         word_counts=counts,
         continues=texts.continues,
     )

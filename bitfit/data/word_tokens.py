@@ -26,17 +26,15 @@ def tokens_for_text(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair:
     return max_length - specials
 
 
-def first_tokens(rows: "BatchEncoding", lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def first_tokens(rows: "BatchEncoding", counts: np.ndarray) -> np.ndarray:
     """Return the positions of the words' first sub-tokens among the tokens of all rows."""
-    words = [-1 if n is None else n for row in range(len(lengths)) for n in rows.word_ids(row)]
-    numbers = np.array(words, np.int64)  # of the word of each token; -1: a special token
-    before = np.concatenate([[-1], numbers[:-1]])
-    before[np.cumsum(lengths) - lengths] = -1
-    found = np.flatnonzero((numbers >= 0) & (numbers != before))
-    expected = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    if not np.array_equal(numbers[found], expected):
+    begins = counts.cumsum() - counts
+    words = [-1 if n is None else begin + n  # -1: a special token
+             for row, begin in enumerate(begins) for n in rows.word_ids(row)]  # fmt: skip
+    numbers, found = np.unique(words, return_index=True)
+    if not np.array_equal(numbers[numbers >= 0], np.arange(counts.sum())):
         raise UserError("this tokenizer loses words of a sentence: give another --model-name")
-    return found
+    return found[numbers >= 0]
 
 
 def split_long_sentences(
@@ -52,14 +50,13 @@ def split_long_sentences(
     room = tokens_for_text(tokenizer, max_length, pair=False)
     (sentences,) = texts.columns
     parts = cut_sentences(sentences, tokenizer, room, place=texts.place_word)
-    counts = np.array([len(row) for rows in parts for row in rows], np.int64)
     continues = np.array([number > 0 for rows in parts for number in range(len(rows))])
     if continues.any():
         count = sum(len(rows) > 1 for rows in parts)
         LOGGER.info("%d of %d sentences have more than %d tokens and are split into %d rows",
                     count, len(parts), max_length, count + continues.sum())  # fmt: skip
     rows = list(chain.from_iterable(parts))
-    return TextColumns((rows,), texts.labels, counts, continues=continues)
+    return TextColumns((rows,), texts.labels, continues)
 
 
 def cut_sentences(

@@ -3,20 +3,13 @@
 import os
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitfit.data.splits import texts_of_words
-from bitfit.data.tagged_files import (
-    SUFFIXES,
-    check_words,
-    place_word,
-    read_sentences,
-    write_tags,
-)
+from bitfit.data.splits import TextColumns
+from bitfit.data.tagged_files import SUFFIXES, check_words, read_sentences, write_tags
 from bitfit.data.tasks import Task, predictions
 from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits, predict_tags
 from utils import UserError
@@ -110,10 +103,10 @@ def tag_file(predictor: MultiTaskPredictor, source: Path, output: Path) -> None:
     words = predictor.tasks[0].texts[0]
     table = read_sentences(source, [words])
     sentences = check_words(table, words)
-    by_task = predict_tags(predictor, texts_of_words(sentences, place=partial(place_word, table)))
+    texts = TextColumns((sentences,), None, place_word=table.place_word)
     names = [task.tsv_label for task in predictor.tasks]
-    tags = dict(zip(names, by_task, strict=True))
-    write_tags(output, source, words=(words, sentences), tags=tags)
+    tags = dict(zip(names, predict_tags(predictor, texts), strict=True))
+    write_tags(output, source, {words: sentences} | tags)
 
 
 def predict_answers(
@@ -125,7 +118,7 @@ def predict_answers(
         sentences = [row[0].split() for row in rows]
         by_task = [
             [{"words": words, "tags": tags} for words, tags in zip(sentences, of_task, strict=True)]
-            for of_task in predict_tags(predictor, texts_of_words(sentences))
+            for of_task in predict_tags(predictor, TextColumns((sentences,), None))
         ]
     else:
         by_task = map(format_answers, predictor.tasks, predict_logits(predictor, rows))

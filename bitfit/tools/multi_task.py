@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from bitfit.artifacts import saved_evaluator
-from bitfit.data.splits import TextColumns, texts_of_words, word_positions
-from bitfit.data.tasks import Task, predictions
+from bitfit.data.splits import TextColumns, word_positions
+from bitfit.data.tasks import Task, predictions, tags_of_sentences
 from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
 from bitfit.data.word_tokens import split_long_sentences
 from bitfit.model import fingerprints as models_fingerprints
@@ -129,7 +129,7 @@ def tokenize_trial(
     """Return the tokens of TRIAL, read as texts or as sentences of words."""
     texts = TextColumns((list(TRIAL),), None)
     if task.is_tagging:
-        sentences = texts_of_words([text.split() for text in TRIAL])
+        sentences = TextColumns(([text.split() for text in TRIAL],), None)
         texts = split_long_sentences(sentences, tokenizer, max_length)
     return tokenize(texts, tokenizer, max_length)
 
@@ -205,12 +205,9 @@ def predict_tags(predictor: MultiTaskPredictor, texts: TextColumns) -> list[list
     tokens = tokenize(rows, predictor.tokenizer, length)
     positions = np.tile(np.arange(len(rows)), (len(predictor.tasks), 1))
     logits = logits_of_tokens(predictor, tokens, positions)
-    ends = np.cumsum([len(words) for words in texts.columns[0]])[:-1]
+    counts = [len(words) for words in texts.columns[0]]
     return [
-        [
-            part.tolist()
-            for part in np.split(np.array(task.labels)[predictions(task, of_task)], ends)
-        ]
+        tags_of_sentences(task, predictions(task, of_task), counts)
         for task, of_task in zip(predictor.tasks, logits, strict=True)
     ]
 
