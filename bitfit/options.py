@@ -4,9 +4,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import ShowVersions, is_installed
+from utils import as_list
 
 # Higher modules have an entry for every name; a test compares them.
 TASK_NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -248,6 +250,16 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
     export_model = args.export_model or args.push_to_hub is not None
     return RunOptions(**vars(args) | {"export_model": export_model})
+
+
+def flag_words(values: dict[str, Any]) -> list[str]:
+    """Return the words of a command with {option: value}; None, False and [] are left out."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value not in (None, []) and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else map(str, as_list(value))
+    return words
 
 
 def check_type(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

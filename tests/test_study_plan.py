@@ -76,7 +76,7 @@ def test_more_can_be_planned_but_not_otherwise(study, capsys):
     capsys.readouterr()
     assert plan(output, "--rows", "bitfit", "--batch-size", "8") == 2
     error = capsys.readouterr().err
-    assert "batch size 16, now 8" in error
+    assert "bitfit/rte: --batch-size was 16 and is now 8: give another --output-path" in error
     assert error.count("\n") == 1
     assert len(names(output)) == 3
 

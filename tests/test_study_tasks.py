@@ -64,7 +64,7 @@ def test_another_task_file_of_that_name_is_another_cell(tmp_path, capsys):
     other.write_text(json.dumps(record))
     assert task_of(cells.read_study(output).cells[0].args).metrics == ("Accuracy", "Macro-F1")
     assert plan(output, other) == 2
-    assert "has other flags for tiny_bert/bitfit/toy-pos: task " in capsys.readouterr().err
+    assert "the task of --task-file has another metrics: give another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

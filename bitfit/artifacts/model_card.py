@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,10 +134,9 @@ def title(metrics: Metadata, metadata: Metadata) -> str:
     return f"{base}-{metrics['task']}-{metrics['fine_tune_type']}"
 
 
-def without_path(value: str) -> str:
-    """Return the last part of an existing local path; other values unchanged."""
-    is_path = isinstance(value, str) and os.path.exists(value)
-    return os.path.basename(os.path.abspath(value)) if is_path else value
+def without_path(word: str) -> str:
+    """Return the last part of an existing local path; other words unchanged."""
+    return os.path.basename(os.path.abspath(word)) if os.path.exists(word) else word
 
 
 def paragraphs(
@@ -222,15 +222,11 @@ def example(task: Task) -> str:
 
 def command(metadata: Metadata) -> str:
     """Return the command with the flags that results depend on, and the commit."""
-    ranks, words = metadata["ranks"], []
+    ranks, parser = metadata["ranks"], options.make_parser("")
     metadata = metadata | {"model_revision": metadata["model_commit"]}
     left_out = HARMLESS - BY_NAME - {"output_path", "task_file"}
-    for action in options.make_parser("")._actions:
-        value = metadata.get(action.dest)
-        if action.dest in left_out or value in (None, False, action.default):
-            continue
-        words.append(action.option_strings[0])
-        values = value if isinstance(value, list) else [value] * (value is not True)
-        words += [str(without_path(word)) for word in values]
+    names = [field.name for field in fields(options.RunOptions) if field.name not in left_out]
+    given = {n: metadata[n] for n in names if metadata[n] != parser.get_default(n)}
+    words = map(without_path, options.flag_words(given))
     launcher = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
     return shlex.join([*launcher, "run_glue.py", *words])

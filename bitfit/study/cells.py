@@ -6,9 +6,7 @@ holds the cells with their flags and a hash of the flags that results depend on.
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitfit import options
-from bitfit.artifacts.run_folder import HARMLESS, NEW_FLAGS, run_folders
+from bitfit.artifacts.run_folder import HARMLESS, NEW_FLAGS, describe_difference, run_folders
 from bitfit.files import write_text
 from bitfit.parsing import number
 from bitfit.study.cell_tasks import check_metric, task_of
@@ -130,39 +128,35 @@ def parse_cached(words: tuple[str, ...]) -> dict[str, Any]:
 def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.Namespace) -> Cell:
     """Return the `Cell` of one key of `requested_cells` under the flags of `plan`."""
     kind = ROWS[row]
-    rates = value_for(args.learning_rates, row) or paper_learning_rates(model, row)
     seeds = value_for(args.seeds, row) or SEEDS
     epochs = value_for(args.epochs, task) or [default_epochs(task)]
-    words = ["--task-file" if task.endswith(".json") else "--task-name", task]
-    words += ["--model-name", model, "--fine-tune-type", kind.fine_tune_type]
-    words += ["--bias-terms", *kind.bias_terms] if kind.bias_terms else []
-    words += ["--add-biases"] * (args.add_biases and kind.fine_tune_type in options.BIAS_TYPES)
-    words += ["--learning-rate", *map(repr, rates)]
-    words += ["--seed", *(str(int(seed)) for seed in seeds), "--epochs", str(int(epochs[0]))]
-    words += ["--batch-size", str(args.batch_size)]
-    start = args.start_from if args.start_from != task else None
-    words += ["--save-evaluator"] if args.start_from == task and not size else []
-    more = {"start_from": start, "max_seq_length": args.max_seq_length, "precision": args.precision}
-    data_dir = None if args.data_dir is None else absolute_folder(args.data_dir)
-    for name, value in ({"data_dir": data_dir} | more).items():
-        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    if size or args.train_size:
-        words += ["--train-size", str(size or args.train_size)]
-    known = task_of(parse_flags(words))
+    flags = {
+        "task_file" if task.endswith(".json") else "task_name": task,
+        "model_name": model,
+        "fine_tune_type": kind.fine_tune_type,
+        "bias_terms": list(kind.bias_terms),
+        "add_biases": args.add_biases and kind.fine_tune_type in options.BIAS_TYPES,
+        "learning_rate": value_for(args.learning_rates, row) or paper_learning_rates(model, row),
+        "seed": [int(seed) for seed in seeds],
+        "epochs": int(epochs[0]),
+        "batch_size": args.batch_size,
+        "save_evaluator": args.start_from == task and not size,
+        "data_dir": args.data_dir and absolute_folder(args.data_dir),
+        "start_from": args.start_from if args.start_from != task else None,
+        "max_seq_length": args.max_seq_length,
+        "precision": args.precision,
+        "train_size": size or args.train_size,
+    }
+    known = task_of(parse_flags(options.flag_words(flags)))
     check_metric(known)
-    if row in ("full_ft", "bitfit") and not size and args.predict_test and known.server_files:
-        words.append("--predict-test")
+    is_submitted = row in ("full_ft", "bitfit") and not size and bool(known.server_files)
+    words = options.flag_words(flags | {"predict_test": is_submitted and args.predict_test})
     return Cell(model, row, known.name, size=size, flags=words, hash=flags_hash(words))
 
 
 def value_for(values: dict[str | None, list], name: str) -> list | None:
     """Return the values given for a name, else the values given for all names (key None)."""
     return values.get(name, values.get(None))
-
-
-def flags_hash(words: Iterable[str]) -> str:
-    """Return a short SHA-256 of the flags that a cell's results depend on."""
-    return settings_hash(result_settings(words))
 
 
 def result_settings(words: Iterable[str]) -> dict[str, Any]:
@@ -172,10 +166,13 @@ def result_settings(words: Iterable[str]) -> dict[str, Any]:
     return settings | ({"task": task_of(flags).record} if flags["task_file"] else {})
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
-    """Return a short SHA-256 of settings; later flags that are left out do not change it."""
-    defaults = NEW_FLAGS.items()
-    text = json.dumps(dict(sorted(item for item in settings.items() if item not in defaults)))
+def flags_hash(words: Iterable[str]) -> str:
+    """Return a short SHA-256 of the flags that a cell's results depend on.
+
+    Flags that earlier versions did not have do not change it if they are left out.
+    """
+    settings = sorted(result_settings(words).items())
+    text = json.dumps(dict(item for item in settings if item not in NEW_FLAGS.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -212,8 +209,9 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     old = read_study(output) if exists else Study(Path(output), [], [], cells=[])
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
-            change = f"{cell.name}: {describe_difference(cell, new[cell.name])}"
-            raise UserError(f"{output} has other flags for {change}: give another --output-path")
+            changes = "; ".join(changed_settings(cell, new[cell.name]))
+            problem = f"{output} has other flags for {cell.name}: {changes}"
+            raise UserError(f"{problem}: give another --output-path")
     cells = {cell.name: cell for cell in old.cells} | new
     return Study(
         Path(output),
@@ -223,18 +221,14 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     )
 
 
-def describe_difference(old: Cell, new: Cell) -> str:
-    """Return the options in which two cells of one name differ, as text."""
+def changed_settings(old: Cell, new: Cell) -> list[str]:
+    """Return the options in which two cells of one name differ, as texts."""
     before, after = result_settings(old.flags), result_settings(new.flags)
-    return ", ".join(
-        f"{name.replace('_', ' ')} {join_words(before[name])}, now {join_words(after[name])}"
+    return [
+        describe_difference(name, before[name], after.get(name))
         for name in before
-        if before[name] != after[name]
-    )
-
-
-def join_words(value: object) -> str:
-    return " ".join(map(str, as_list(value)))
+        if before[name] != after.get(name)
+    ]
 
 
 def write_study(study: Study) -> None:
@@ -260,7 +254,7 @@ def read_study(output: Path) -> Study:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = [Cell(**cell) for cell in content["cells"]]
         for cell in cells:
-            if not is_unchanged(cell):
+            if flags_hash(cell.flags) != cell.hash:
                 raise ValueError(f"{cell.name} was edited")
         shown = {name: sorted(map(int, content[name])) for name in ("tables", "figures")}
         return Study(Path(output), **shown, cells=cells)
@@ -268,17 +262,6 @@ def read_study(output: Path) -> Study:
         raise UserError(f"{output} holds no study: make one with `paper.py plan`") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a study: {first_line(error)}; plan it anew") from None
-
-
-def is_unchanged(cell: Cell) -> bool:
-    """Return whether a cell read from study.json agrees with its hash."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            same = flags_hash(cell.flags) == cell.hash
-    except SystemExit:  # The words are not flags of run_glue.py.
-        return False
-    same = same and cell.args["model_name"] == cell.model and task_of(cell.args).name == cell.task
-    return same and cell.row in ROWS and (cell.size is None or isinstance(cell.size, int))
 
 
 def named_numbers(
