@@ -52,14 +52,6 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-def folder_named(name):
-    def replace(folder):
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return replace
-
-
 def cut(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
@@ -85,18 +77,6 @@ def shards(folder):
     save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").unlink()
     write("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index}))(folder)
-
-
-def add_token(folder):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["@user"])
-    tokenizer.save_pretrained(folder)
-
-
-def add_special_token(folder):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"eos_token": "[\u00c91]"})
-    tokenizer.save_pretrained(folder)
 
 
 def adapter(folder):

@@ -129,14 +129,6 @@ REPORTS = {
         "kept the encoder; initialized from the run's seed: classifier; the head's labels were "
         "ham, spam, not the task's",
     ),
-    "no-bias": (
-        lambda f: (
-            change(f, lambda t: t | {"classifier.weight": torch.ones(2, 128)}),
-            set_json(f, id2label={"0": "entailment", "1": "not_entailment"}),
-        ),
-        "kept the encoder, classifier.weight; initialized from the run's seed: classifier.bias; "
-        "not used: cls.predictions, cls.seq_relationship",
-    ),
 }
 
 

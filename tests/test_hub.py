@@ -20,7 +20,7 @@ from bitfit.data.tasks import TASKS
 from bitfit.model import hub
 from bitfit.model.fingerprints import fingerprint
 from bitfit.model.hub import resolve_revision
-from bitfit.model.loading import check_max_length, load_model, load_tokenizer
+from bitfit.model.loading import load_model, load_tokenizer
 from bitfit.training import store
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -62,8 +62,6 @@ def test_a_revision_is_one_commit_for_all_files(hub, given):
     assert commit == COMMITS.get(given or "main", given)
     loaded = load_model("org/tiny", RTE, revision=revision)[0]
     assert facts_of(loaded, load_tokenizer("org/tiny", revision)) == plain(hub, commit)
-    with pytest.raises(UserError, match="--max-seq-length 129"):
-        check_max_length("org/tiny", RTE, 129, revision)
     assert plain(hub, COMMITS["main"]) != plain(hub, COMMITS["v1"])
 
 

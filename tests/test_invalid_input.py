@@ -63,7 +63,6 @@ BAD_FLAGS = {
         ["-f", "rand_uniform", "--mask-size", "999999999"],
         "--mask-size 999999999: the encoder has",
     ),
-    "rows above the positions": (["--max-seq-length", "129"], "above the model's 128 positions"),
     "rows without room": (["--max-seq-length", "3"], "leaves no room for text"),
     "no such model folder": (["-m", "./nowhere"], "there is no model folder ./nowhere"),
     "no network, no copy": (["-m", "bert-base-cased"], "--model-name <folder>"),
@@ -89,12 +88,6 @@ def test_bad_flags(tmp_path, case, capsys, monkeypatch):
     monkeypatch.setattr("utils.setup_logging", lambda *_: None)
     more, message = BAD_FLAGS[case]
     expect_error([*flags(tmp_path / "out"), *more], message, tmp_path / "out", capsys)
-
-
-def test_the_length_is_refused_before_any_row_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bitfit.data.tokens.find_split", None)  # a call would fail
-    argv = [*flags(tmp_path / "out"), "--max-seq-length", "129"]
-    expect_error(argv, "above the model's 128 positions", tmp_path / "out", capsys)
 
 
 def test_missing_flags(tmp_path, capsys):
@@ -158,7 +151,7 @@ def test_damaged_data(tmp_path, case, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("leave_out", "message"),
-    [("*.safetensors", "there is no model.safetensors"), ("tokenizer*", "has no tokenizer")],
+    [("*.safetensors", "no file named model.safetensors"), ("tokenizer*", "has no tokenizer")],
 )
 def test_incomplete_model_folder(tmp_path, leave_out, message, capsys, monkeypatch):
     monkeypatch.setattr("utils.setup_logging", lambda *_: None)

@@ -1,8 +1,6 @@
 """Model folders: what would be misread is refused in one line, and code in them is never run."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +8,16 @@ from pathlib import Path
 import predict
 import pytest
 import torch
-from conftest import GLUE, TINY_BERT
+from conftest import GLUE
 from model_folders import (
     LAYER,
     RTE,
     adapter,
     adapter_alone,
-    add_special_token,
-    add_token,
     change,
     changed,
     configured,
     cut,
-    folder_named,
     only_bin,
     renamed,
     set_json,
@@ -55,53 +50,45 @@ WRONG = {
         "has 16 weights in its layers",
     ),
     "more-layers": (configured(num_hidden_layers=4), "lacks 16 encoder weights"),
-    "no-layers": (configured(num_hidden_layers=0), "gives it 0 layers"),
     "unmerged": (
         changed(lambda t: t | {LAYER.replace("weight", "lora_A.weight"): torch.ones(2, 128)}),
         "has 1 weights in its layers for which its config.json has no place",
     ),
     "sizes": (configured(max_position_embeddings=64), r"\(128, 128\), and \(64, 128\) by its conf"),
-    "module": (changed(renamed("module.")), "all names in it begin with `module.`"),
-    "module-no-prefix": (changed(renamed("module.", "bert.")), "begin with `module.`"),
-    "compiled": (changed(renamed("_orig_mod.")), "begin with `_orig_mod.`"),
-    "bin": (only_bin, r"convert them in .*model with python -c \"import glob, torch"),
-    "nothing": (lambda f: (f / "model.safetensors").unlink(), "there is no model.safetensors"),
+    "module": (changed(renamed("module.")), "it has module.bert.embeddings"),
+    "module-no-prefix": (
+        changed(renamed("module.", "bert.")),
+        "it has module.cls.predictions",
+    ),
+    "compiled": (changed(renamed("_orig_mod.")), "it has _orig_mod.bert"),
+    "bin": (only_bin, r"convert them in .* with python -c \"import glob, torch"),
+    "nothing": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
     "truncated": (cut("model.safetensors", 9000), "model.safetensors is cut off or damaged"),
     "empty": (cut("model.safetensors", 0), "model.safetensors is cut off or damaged"),
     "page": (write("model.safetensors", "<!doctype html>"), "is cut off or damaged"),
-    "shard": (shards, "model-00002-of-00002.safetensors is missing"),
+    "shard": (shards, "No such file or directory: .*model-00002-of-00002.safetensors"),
     "pointer": (write("model.safetensors", POINTER), "model.safetensors is a git-lfs pointer, not"),
     "pointer-config": (write("config.json", POINTER), "config.json is a git-lfs pointer"),
     "pointer-tokenizer": (write("tokenizer.json", POINTER), "tokenizer.json is a git-lfs pointer"),
-    "json": (cut("config.json", 100), "config.json is not JSON"),
-    "json-tokenizer": (cut("tokenizer_config.json", 50), "tokenizer_config.json is not JSON"),
-    "json-vocabulary": (cut("tokenizer.json", 500), "tokenizer.json is not JSON"),
+    "json": (cut("config.json", 100), "config.json is cut off or damaged"),
+    "json-tokenizer": (cut("tokenizer_config.json", 50), "tokenizer_config.json is cut off or dam"),
+    "json-vocabulary": (cut("tokenizer.json", 500), "tokenizer.json is cut off or damaged"),
     "no-config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "unknown": (configured(model_type="bertt"), "has model type `bertt` but Transformers does not"),
     "no-type": (configured(model_type=None), "Should have a `model_type` key"),
     "quantized": (configured(quantization_config={"quant_method": "gptq"}), "are quantized"),
     "adapter": (adapter, "has an adapter of peft"),
     "adapter-alone": (adapter_alone, "has an adapter of peft"),
-    "added-token": (add_token, r"goes up to token 345 \('@user'\), but the model has embeddings f"),
-    "special-token": (add_special_token, r"goes up to token 345 \('\[\u00c91\]'\), but"),
-    "int8": (changed(lambda t: t | {LAYER: t[LAYER].to(torch.int8)}), "are quantized .*is I8"),
-    "folder": (folder_named("config.json"), "config.json cannot be read .Is a directory"),
-    "folder-tokenizer": (folder_named("tokenizer.json"), "tokenizer.json cannot be read"),
-    "no-object": (write("config.json", "null"), "config.json is not JSON .it holds no object"),
-    "typed": (configured(num_hidden_layers="3"), "'num_hidden_layers' expected int, got str"),
-    "no-merges": (
-        lambda f: (
-            set_json(f, "tokenizer_config.json", tokenizer_class="RobertaTokenizer"),
-            (f / "tokenizer.json").unlink(),
-            write("vocab.json", json.dumps({"<pad>": 0, "<unk>": 1, "a": 2}))(f),
-        ),
-        "merges.txt, without which vocab.json cannot be used, is missing: fetch it",
+    "int8": (
+        changed(lambda t: t | {LAYER: t[LAYER].to(torch.int8), f"{LAYER}_scale": torch.ones(1)}),
+        "has 1 weights in its layers for which its config.json has no place",
     ),
+    "typed": (configured(num_hidden_layers="3"), "'num_hidden_layers' expected int, got str"),
     "no-unknown-token": (
         lambda f: ((f / "tokenizer.json").unlink(), write("vocab.txt", "")(f)),
         "Missing .UNK. token from the vocabulary",
     ),
-    "small-embeddings": (configured(vocab_size=300), "has embeddings for 300 tokens"),
+    "small-embeddings": (configured(vocab_size=300), r"\(345, 128\), and \(300, 128\) by its conf"),
 }
 
 
@@ -110,7 +97,6 @@ def test_what_would_be_misread_is_refused_in_one_line(folder, kind):
     damage, message = WRONG[kind]
     damage(folder)
     with pytest.raises(UserError, match=message) as raised:
-        loading.check_max_length(folder, RTE, 32)
         loading.load_tokenizer(folder)
         loading.load_model(folder, RTE)
     assert "\n" not in str(raised.value)
@@ -188,20 +174,14 @@ def test_a_known_model_with_code_of_its_own_gets_a_warning(folder, caplog, name)
     ]
 
 
-def test_a_folder_that_hides_a_model_on_the_hub(tmp_path, monkeypatch, capsys, caplog, hub):
+def test_a_folder_without_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bert-base-cased").mkdir()
     argv = ["-o", "out", "-t", "rte", "-f", "bitfit", "--data-dir", str(GLUE)]
     assert run_glue.main(argv) == 2  # the default model
     error = capsys.readouterr().err
-    assert f"the folder {tmp_path}/bert-base-cased has no config.json; it hides a model of" in error
+    assert f"the folder {tmp_path}/bert-base-cased has no config.json: give another" in error
     assert len(error.splitlines()) == 1
-    for name, warned in {"./own": 0, "some/folder": 0, "own": 1, "org/tiny": 1}.items():
-        shutil.copytree(TINY_BERT, name, dirs_exist_ok=True)
-        caplog.clear()
-        loading.load_tokenizer(name)
-        error = f"--model-name {name} is the folder of that name here, not a model on the Hub"
-        assert [r.getMessage().startswith(error) for r in caplog.records] == [True] * warned
 
 
 def test_bad_models_end_the_programs_with_one_line(folder, tmp_path, capsys, monkeypatch):

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.fingerprints import fingerprint, sha256
-from bitfit.model.forward import Forward
+from bitfit.model.forward import Forward, check_ids
 from bitfit.model.forward_trials import select_forward
-from bitfit.model.loading import check_max_length, init_head, load_tokenizer, position_limit
+from bitfit.model.loading import init_head, load_tokenizer, position_limit
 from utils import UserError
 
 RTE = TASKS["rte"]
@@ -85,7 +85,7 @@ def test_random_encoder(tiny_bert):
     ("leave_out", "message"),
     [
         (["tokenizer.json", "vocab.txt"], "has no tokenizer"),
-        (["*.safetensors"], "cannot load the model .*there is no model.safetensors"),
+        (["*.safetensors"], "cannot load the model .*no file named model.safetensors"),
         (["config.json"], "cannot load the model"),
     ],
 )
@@ -135,13 +135,6 @@ def test_position_limits(tiny_bert, tiny_roberta):
         roberta(input_ids=torch.full((1, 129), 5))
 
 
-def test_the_length_is_checked_without_weights(tmp_path, tiny_roberta):
-    for folder in (copy(tmp_path, ["*.safetensors"]), tiny_roberta):
-        check_max_length(folder, RTE, 128)
-        with pytest.raises(UserError, match="--max-seq-length 129 is above the model's 128 posit"):
-            check_max_length(folder, RTE, 129)
-
-
 def tokens(*lengths):
     """Rows of so many random tokens."""
     counts = np.array(lengths)
@@ -149,6 +142,14 @@ def tokens(*lengths):
         ids=torch.randint(5, 60, (counts.sum(),)), types=None, labels=None,
         starts=counts.cumsum() - counts, lengths=counts, pad_id=1,
     )  # fmt: skip
+
+
+def test_no_example_is_longer_than_the_positions(tiny_bert):
+    model = load_model(tiny_bert, RTE, 0)
+    check_ids(model, "tiny", tokens(128, 5))
+    message = "has 129 tokens, but the model tiny has 128 positions: give --max-seq-length 128"
+    with pytest.raises(UserError, match=message):
+        check_ids(model, "tiny", tokens(5, 129))
 
 
 def random_model(name, **more):

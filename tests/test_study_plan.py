@@ -211,7 +211,7 @@ def test_all_that_is_missing_is_named_at_once(tmp_path, capsys):
     ]
     assert plan(tmp_path / "study", *more) == 2
     error = capsys.readouterr().err
-    for message in ("has no tokenizer", "no model folder nomodel/", "CoLA", "SST-2"):
+    for message in ("Unrecognized model in", "no model folder nomodel/", "CoLA", "SST-2"):
         assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "study").exists()

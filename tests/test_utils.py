@@ -50,10 +50,11 @@ def test_no_such_gpu():
         utils.choose_device(99)
 
 
-def test_an_unreachable_hub_is_asked_once(monkeypatch):
+@pytest.mark.parametrize("address", ["https://hub.invalid", "hub.invalid", "http://[::1"])
+def test_an_unreachable_hub_is_asked_once(monkeypatch, address):
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    monkeypatch.setenv("HF_ENDPOINT", address)
     hub.use_local_copies_when_offline()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
@@ -75,12 +76,7 @@ HUB = "https://huggingface.co"
         ({"all_proxy": "socks5://proxy:1080"}, HUB, False),
         ({"https_proxy": "http://proxy:3128"}, HUB, False),
         ({"HTTPS_PROXY": "http://proxy:3128"}, HUB, False),
-        ({"HTTP_PROXY": "http://proxy:3128"}, HUB, True),  # of another scheme
         ({"http_proxy": "http://proxy:3128"}, "http://mirror:8080", False),
-        ({"ALL_PROXY": "http://proxy:3128", "NO_PROXY": "huggingface.co"}, HUB, True),
-        ({"HTTPS_PROXY": "http://proxy:3128", "no_proxy": "a.b, .co"}, HUB, True),
-        ({"https_proxy": "http://proxy:3128", "NO_PROXY": "*"}, HUB, True),
-        ({"https_proxy": "http://proxy:3128", "NO_PROXY": "face.co"}, HUB, False),
         ({"ALL_PROXY": ""}, HUB, True),
         ({"NO_PROXY": "huggingface.co"}, HUB, True),
     ],
@@ -205,17 +201,6 @@ def test_a_reader_that_left_is_no_error_and_a_full_disk_is_one(monkeypatch):
             utils.print_result("text")
         utils.print_result("what follows")  # nor at the interpreter's end
         monkeypatch.setattr(broken.buffer.raw, "write", len)
-
-
-@pytest.mark.parametrize(
-    "address", ["http://host:port", "hf-mirror.com", "http://[::1", "https://"]
-)
-def test_an_address_of_the_hub_that_is_none(monkeypatch, address):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    with pytest.raises(utils.UserError, match=r"HF_ENDPOINT .* is not the address of a Hub: give"):
-        hub.use_local_copies_when_offline()
-    hub.use_local_copies_when_offline(needs_hub=False)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from bitfit.model import loading
 from bitfit.model.added_biases import add_biases, find_switches
 from bitfit.model.trainable import ALL_BIASES, components_to_terms, encoder_biases
 from bitfit.options import TERMS
-from utils import UserError, convert_errors
+from utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,8 +41,8 @@ def model_of_config(
     model_name: str, task: Task, *, revision: str | None = None, added: bool = False
 ) -> "PreTrainedModel":
     """Return a classifier, perhaps with added biases, before its trained weights are loaded."""
-    with convert_errors(lambda error: loading.cannot_load(model_name, error, revision)):
-        config = loading.load_config(model_name, task, revision)
+    config = loading.load_config(model_name, task, revision)
+    with loading.convert_load_errors(model_name, revision):
         try:
             model = loading.build_model_without_weights(config, task)
         except Exception:  # some models compute with weights when they are built

@@ -3,28 +3,19 @@
 A file that would give wrong results raises a `UserError` with a message of one line.
 """
 
-import importlib
 import json
-import logging
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 
 from bitfit.data.readers import POINTER
 from bitfit.model import hub
-from utils import UserError, first_line
+from utils import UserError, convert_errors
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-LOGGER = logging.getLogger("bitfit")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-JSON_FILES = (
-    "config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "model.safetensors.index.json",
-)  # fmt: skip
 CONVERT = (
     "import glob, torch; from safetensors.torch import save_file; "
     "w = {k: v for f in glob.glob('pytorch_model*.bin') "
@@ -34,53 +25,39 @@ CONVERT = (
 )
 
 
+def convert_load_errors(
+    model_name: str | Path, revision: str | None = None
+) -> AbstractContextManager[None]:
+    """Raise `cannot_load` for exceptions of other code in the context."""
+    return convert_errors(lambda error: cannot_load(model_name, error, revision))
+
+
 def cannot_load(
     model_name: str | Path, error: BaseException, revision: str | None = None
 ) -> UserError:
     """Return the `UserError` for an exception of transformers about a model."""
     if isinstance(error, UserError):
         return error
-    name, message = str(model_name), str(error)
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not hub.is_local(name) and (local or ("/" in name and Path(name).parent.is_dir())):
+    name, problem = str(model_name), reason(error)
+    if not hub.is_local(name) and re.fullmatch("[./~].*|.*/.*/.*|.*/", name):
         return UserError(f"there is no model folder {name}: check --model-name")
     name += f" at revision {revision}" if revision else ""
-    if "trust_remote_code" in message:
-        return UserError(
-            f"cannot load the model {name}: it needs code in its folder (auto_map), but custom "
-            "code is not supported: none was run; give another --model-name"
-        )
-    if ("sentencepiece" in message or "tiktoken" in message) and lacks_sentencepiece():
-        return UserError(
-            f"cannot load the model {name}: it has no tokenizer.json, and the packages that make "
-            "one of spm.model are missing: pip install sentencepiece protobuf"
-        )
-    folder = Path(model_name)
-    if "merges" in message and (folder / "vocab.json").exists() > (folder / "merges.txt").exists():
-        return UserError(
-            f"cannot load the model {name}: merges.txt, without which vocab.json cannot be used, "
-            "is missing: fetch it"
-        )
-    if "does not appear to have a file named" in message and not hub.is_local(model_name):
-        place = f"in the folder that `hf download {model_name} --local-dir <folder>` makes"
-        return UserError(f"cannot load the model {name}: {first_line(error)}: {unconverted(place)}")
-    if problem := broken_file(Path(model_name), error):
-        return UserError(f"cannot load the model {name}: {problem}")
-    return UserError(
-        f"cannot load the model {name}: {reason(error)}; give a name on the Hub (network "
-        "or cache needed) or a folder with config.json, model.safetensors and tokenizer files: "
-        "--model-name <folder>"
+    advice = (
+        "give a name on the Hub (network or cache needed) or a folder with config.json, "
+        "model.safetensors and tokenizer files: --model-name <folder>"
     )
-
-
-def lacks_sentencepiece() -> bool:
-    """Return whether a package that converts spm.model files is not installed."""
-    try:
-        for module in ("sentencepiece", "google.protobuf"):
-            importlib.import_module(module)
-    except ImportError:
-        return True
-    return False
+    pickled = not hub.is_local(model_name) or any(Path(model_name).glob("pytorch_model*.bin"))
+    if "trust_remote_code" in str(error):
+        problem = "it needs code in its folder (auto_map), but custom code is not supported"
+        advice = "none was run: give another --model-name"
+    elif pickled and re.search("file named .*safetensors", problem):
+        advice = (
+            "pickled weights (pytorch_model.bin) are not read, as they can hold code: convert them "
+            f'in the model\'s folder (of `hf download`) with python -c "{CONVERT}"'
+        )
+    elif file_name := broken_file(Path(model_name)):
+        advice = f"{file_name} is cut off or damaged: fetch or save it again"
+    return UserError(f"cannot load the model {name}: {problem}; {advice}")
 
 
 def reason(error: BaseException) -> str:
@@ -91,54 +68,18 @@ def reason(error: BaseException) -> str:
     return text if plain else f"{type(error).__name__}: {text}"
 
 
-def broken_file(folder: Path, error: BaseException) -> str | None:
-    """Return a message about the file of a model folder that made loading fail, or None."""
-    for path in (folder / name for name in JSON_FILES if (folder / name).exists()):
+def broken_file(folder: Path) -> str | None:
+    """Return the name of a JSON or safetensors file of a folder that cannot be read, or None."""
+    for path in [*folder.glob("*.json"), *folder.glob("model*.safetensors")]:
         try:
-            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-                raise ValueError("it holds no object")
-        except OSError as problem:  # a folder of that name, or no permission
-            return f"{path.name} cannot be read ({problem.strerror}): fetch or save it again"
-        except (ValueError, RecursionError) as problem:
-            return f"{path.name} is not JSON ({first_line(problem)}): fetch or save it again"
-    if "safetensors" not in f"{type(error)} {error}".lower():
-        return None
-    weights = sorted(folder.glob("model*.safetensors"))
-    for path in weights:
-        if damage := unreadable(path):
-            return f"{path.name} is cut off or damaged ({damage}): fetch or save it again"
-    if not weights and any(folder.glob("pytorch_model*.bin")):
-        return f"there is no model.safetensors in it, and {unconverted(f'in {folder}')}"
-    missing = missing_shards(folder)
-    if missing:
-        return f"{missing[0]} is missing, which model.safetensors.index.json names: fetch it"
-    return None if weights else "there is no model.safetensors in it: fetch it, or save the model"
-
-
-def unconverted(place: str) -> str:
-    """Return why pickled weights are not read, and how to convert them."""
-    problem = (
-        "pickled weights (pytorch_model.bin) are not read, as they can hold code: convert them"
-    )
-    return f'{problem} {place} with python -c "{CONVERT}"'
-
-
-def unreadable(path: Path) -> str | None:
-    """Return why a safetensors file cannot be read, or None."""
-    try:
-        with safe_open(path, framework="pt"):
-            return None
-    except Exception as error:  # an OSError or an error of safetensors
-        return first_line(error)
-
-
-def missing_shards(folder: Path) -> list[str]:
-    """Return the names of weight files that the index names and the folder lacks."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return []
-    shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-    return sorted(shard for shard in shards if not (folder / shard).exists())
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except Exception:  # of the file system, of json or of safetensors
+            return path.name
+    return None
 
 
 def check_files(model_name: str | Path, revision: str | None = None) -> None:
@@ -147,25 +88,20 @@ def check_files(model_name: str | Path, revision: str | None = None) -> None:
     Raises:
         UserError: a folder has no config.json, git-lfs pointers, or an adapter of peft.
     """
-    folder = Path(model_name)
-    if hub.is_local(folder) and not (folder / "config.json").exists() and not is_adapter(folder):
-        hides = "; it hides a model of that name on the Hub" * could_be_on_the_hub(model_name)
-        raise UserError(
-            f"cannot load the model {folder}: the folder {folder.absolute()} has no "
-            f"config.json{hides}: give another --model-name, or start the command in another folder"
-        )
     if hub.find_file(model_name, "adapter_config.json", revision):
         raise UserError(
             f"cannot load the model {model_name}: the folder has an adapter of peft "
             "(adapter_config.json), which would not be applied: save the model that "
             "`merge_and_unload()` gives, or remove the adapter's files"
         )
+    folder = Path(model_name)
+    if hub.is_local(folder) and not (folder / "config.json").exists():
+        raise UserError(
+            f"cannot load the model {folder}: the folder {folder.absolute()} has no config.json: "
+            "give another --model-name, or start the command in another folder"
+        )
     if hub.is_local(folder):
         check_pointers(folder)
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
 
 
 def check_pointers(folder: Path) -> None:
@@ -174,8 +110,7 @@ def check_pointers(folder: Path) -> None:
     Raises:
         UserError: the folder was cloned without git-lfs.
     """
-    has_tokenizer = (folder / "tokenizer.json").exists()  # then no other vocabulary is read
-    patterns = ["*.json", "model*.safetensors", *([] if has_tokenizer else ["*.txt", "*.model"])]
+    patterns = ("*.json", "*.safetensors", "*.txt", "*.model")
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
@@ -185,38 +120,8 @@ def check_pointers(folder: Path) -> None:
                 )
 
 
-def could_be_on_the_hub(model_name: str | Path) -> bool:
-    """Return whether a folder's name could also be the name of a model on the Hub."""
-    name = str(model_name)
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and name.count("/") < 2
-
-
-def warn_of_shadow(model_name: str | Path) -> None:
-    """Log a warning if a folder is used whose name could mean a model on the Hub."""
-    if not hub.is_local(model_name) or not could_be_on_the_hub(model_name):
-        return
-    if hub.is_cached(model_name) or "/" not in str(model_name):
-        LOGGER.warning(
-            "--model-name %s is the folder of that name here, not a model on the Hub "
-            "(./%s says so)", model_name, model_name,
-        )  # fmt: skip
-
-
-def check_config(config: "PreTrainedConfig", raw: dict[str, Any], model_name: str | Path) -> None:
-    """Check that a model has layers and is not quantized.
-
-    Args:
-        raw: the dictionary in config.json.
-
-    Raises:
-        UserError: the model has no layers, or is quantized.
-    """
-    layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers < 1:
-        raise UserError(
-            f"cannot load the model {model_name}: its config.json gives it {layers} layers "
-            "(num_hidden_layers): give at least 1"
-        )
+def check_config(raw: dict[str, Any], model_name: str | Path) -> None:
+    """Raise a UserError if a config.json describes a quantized model."""
     if isinstance(raw.get("quantization_config"), dict):
         raise UserError(
             f"cannot load the model {model_name}: its weights are quantized "

@@ -8,7 +8,7 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import Batch, gather_inputs, make_batch, make_varlen_batch, to_device
-from bitfit.model.loading import first_position, position_embedding
+from bitfit.model.loading import first_position, position_embedding, position_limit
 from bitfit.model.packed_encoder import PackedEncoder
 from bitfit.model.run_routing import RunRouting, route_chunks, route_rows
 from utils import UserError
@@ -89,7 +89,7 @@ def select_labels(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: TokenizedSplit) -> None:
-    """Check that the model has embeddings for all tokens and token types.
+    """Check that the model has embeddings for all tokens, token types and positions.
 
     Raises:
         UserError: an embedding is missing, or an encoder-decoder model would read the wrong token.
@@ -97,7 +97,12 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
     size, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
     if isinstance(size, int) and last >= size:
         problem = f"a text has token {last}, but the model {model_name} has embeddings for {size}"
-        raise UserError(f"{problem} tokens, from 0: give a model that fits its tokenizer")
+        raise UserError(f"{problem} tokens, from 0: give the tokenizer of this model, or save "
+                        "it after `model.resize_token_embeddings(len(tokenizer))`")  # fmt: skip
+    longest, limit = tokens.lengths.max(), position_limit(model)
+    if limit is not None and longest > limit:
+        problem = f"an example has {longest} tokens, but the model {model_name} has {limit}"
+        raise UserError(f"{problem} positions: give --max-seq-length {limit}")
     types = token_types(model)
     if tokens.types is not None and types and tokens.types.max() >= types:
         problem = f"an example has token type {tokens.types.max()}, but the model {model_name} has "

@@ -6,7 +6,7 @@ transformers and datasets load models and data. The Hub's client reads the token
 import os
 import socket
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from utils import UserError
 
@@ -58,58 +58,20 @@ def find_file(model_name: str | Path, file: str, revision: str | None = None) ->
         return None
 
 
-def is_cached(model_name: str | Path) -> bool:
-    """Return whether the Hub's cache holds files of a model."""
-    from huggingface_hub import constants
-
-    folder = f"models--{str(model_name).replace('/', '--')}"
-    return (Path(constants.HF_HUB_CACHE) / folder).is_dir()
-
-
 def use_local_copies_when_offline(needs_hub: object = True) -> None:
     """Set HF_HUB_OFFLINE if the Hub is out of reach or not needed, so that clients use their cache.
 
     Offline, the clients would try each file six times over 20 seconds. So this function tries one
-    connection, unless a proxy is used.
+    connection, unless a proxy is set.
     """
+    from urllib.request import getproxies
+
     if not needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if os.environ.get("HF_HUB_OFFLINE"):
-        return
-    url, port = endpoint(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if has_proxy(url):
+    if os.environ.get("HF_HUB_OFFLINE") or getproxies().keys() & {"http", "https", "all"}:
         return
     try:
-        socket.create_connection((url.hostname, port), timeout=5).close()
-    except OSError:
+        url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        socket.create_connection((url.hostname, url.port or url.scheme), timeout=5).close()
+    except (OSError, ValueError):
         os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def endpoint(address: str) -> tuple[SplitResult, int]:
-    """Return (parts, port) of the Hub's address.
-
-    Raises:
-        UserError: the address is not a URL.
-    """
-    try:
-        url = urlsplit(address)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError
-        return url, url.port or (80 if url.scheme == "http" else 443)
-    except ValueError:
-        raise UserError(
-            f"HF_ENDPOINT {address} is not the address of a Hub: give it as "
-            "https://huggingface.co, or unset it"
-        ) from None
-
-
-def has_proxy(url: SplitResult) -> bool:
-    """Return whether the environment sets a proxy for a URL, as the Hub's client reads it.
-
-    The client reads ALL_PROXY, HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in capitals or not.
-    """
-    from urllib.request import getproxies, proxy_bypass
-
-    proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    return bool(proxy) and not proxy_bypass(url.netloc)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,10 @@ from safetensors import SafetensorError
 
 from bitfit.data.tasks import Task
 from bitfit.files import atomic_folder
-from bitfit.model import file_checks, hub, tokenizer_checks, weight_checks
-from bitfit.model.file_checks import cannot_load
-from bitfit.model.fingerprints import fingerprints_of
+from bitfit.model import file_checks, tokenizer_checks, weight_checks
+from bitfit.model.file_checks import convert_load_errors
 from bitfit.model.trainable import head_names, is_bias
-from utils import UserError, convert_errors
+from utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,26 +36,21 @@ def load_tokenizer(
     """
     import transformers
 
+    config, raw = read_config(model_name, revision)
     folder = Path(model_name)
-    with convert_errors(lambda error: cannot_load(model_name, error, revision)):
-        file_checks.check_files(model_name, revision)
-        if hub.is_local(model_name) and not any(
-            any(folder.glob(p)) for p in file_checks.VOCABULARY_FILES
-        ):
-            # transformers would silently use an empty vocabulary.
-            advice = "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`"
-            raise UserError(f"the model folder {folder} has no tokenizer: save one with {advice}")
-        config, raw = read_config(model_name, revision)
+    if folder.is_dir() and not any(any(folder.glob(p)) for p in file_checks.VOCABULARY_FILES):
+        # transformers would silently use an empty vocabulary.
+        advice = "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`"
+        raise UserError(f"the model folder {folder} has no tokenizer: save one with {advice}")
+    with convert_load_errors(model_name, revision):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_name, revision=revision, trust_remote_code=False
         )
         add_token_types(tokenizer, config)
         tokenizer("a \u2603")  # fails for vocabularies that lack their unknown token
-        tokenizer_checks.warn_of_file(tokenizer, model_name, revision)
     if for_words:
         tokenizer_checks.read_words_like_text(tokenizer, model_name)
     tokenizer_checks.check_tokenizer(tokenizer, config, model_name)
-    file_checks.warn_of_shadow(model_name)
     if "auto_map" in raw or "auto_map" in tokenizer.init_kwargs:
         LOGGER.warning(
             "%s: custom code is not supported: the code in its folder (auto_map) was not run, "
@@ -99,17 +92,19 @@ def load_model(
     Raises:
         UserError: there are no weights, or config.json does not describe them.
     """
-    error_of = partial(cannot_load, model_name, revision=revision)
-    with convert_errors(error_of), torch.random.fork_rng(devices=[]):
-        config = load_config(model_name, task, revision)
+    config = load_config(model_name, task, revision)
+    with convert_load_errors(model_name, revision), torch.random.fork_rng(devices=[]):
         torch.manual_seed(ENCODER_SEED)
         if random_encoder:
             model = build_model(config, task, dtype=torch.float32)
             return model, frozenset(head_names(model))
-        model, info = load_checkpoint(model_name, config, task, revision=revision)
-    weight_checks.check_weights(model, model_name, info)
-    weight_checks.check_dtypes(model_name, revision)
-    absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+        # Only safetensors files are read, because unpickling can run code.
+        model, info = auto_class(task).from_pretrained(
+            model_name, revision=revision, config=config, dtype=torch.float32,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    absent = weight_checks.check_weights(model, model_name, info)
     raw = read_config(model_name, revision)[1]
     initialized, outputs = weight_checks.align_head(model, task, absent, raw=raw)
     weight_checks.check_finite(model, model_name, initialized)
@@ -118,20 +113,6 @@ def load_model(
             model, model_name, info, absent=absent, initialized=initialized, outputs=outputs
         )
     return model, frozenset(initialized)
-
-
-def load_checkpoint(
-    model_name: str | Path, config: "PreTrainedConfig", task: Task, revision: str | None
-) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Return (a float32 classifier, transformers' lists of missing and mismatched names).
-
-    Only safetensors files are read, because unpickling can run code.
-    """
-    return auto_class(task).from_pretrained(
-        model_name, revision=revision, config=config, dtype=torch.float32,
-        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-        trust_remote_code=False,
-    )  # fmt: skip
 
 
 def auto_class(task: Task) -> Any:  # noqa: ANN401 (a class of transformers)
@@ -187,17 +168,22 @@ def load_config(
 def read_config(
     model_name: str | Path, revision: str | None = None, **changes: object
 ) -> tuple["PreTrainedConfig", dict[str, Any]]:
-    """Return (config, the dictionary in config.json); call it within `convert_errors`."""
+    """Return (config, the dictionary in config.json).
+
+    Raises:
+        UserError: transformers cannot read them, or files would be ignored or misread.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    file_checks.check_files(model_name, revision)
-    config = transformers.AutoConfig.from_pretrained(
-        model_name, revision=revision, trust_remote_code=False, **changes
-    )
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
-    file_checks.check_config(config, raw, model_name)
+    with convert_load_errors(model_name, revision):
+        file_checks.check_files(model_name, revision)
+        config = transformers.AutoConfig.from_pretrained(
+            model_name, revision=revision, trust_remote_code=False, **changes
+        )
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
+    file_checks.check_config(raw, model_name)
     # A saved model may have other settings, which change the outputs and the use of memory.
     config.return_dict, config.gradient_checkpointing = True, False
     return config, raw
@@ -223,27 +209,6 @@ def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None
             parameter.zero_()
 
 
-def check_max_length(
-    model_name: str | Path, task: Task, max_length: int, revision: str | None = None
-) -> None:
-    """Check a maximum length against the model's positions, before anything large is loaded.
-
-    Raises:
-        UserError: the model has fewer positions.
-    """
-    with convert_errors(lambda error: cannot_load(model_name, error, revision)):
-        config = load_config(model_name, task, revision)
-    try:
-        limit = position_limit(build_model_without_weights(config, task))
-    except Exception:  # some models need weights; `select_forward` tries the longest row
-        return
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"--max-seq-length {max_length} is above the model's {limit} positions: "
-            f"give at most {limit}"
-        )
-
-
 def position_limit(model: "PreTrainedModel") -> int | None:
     """Return the maximum length that the position embeddings allow, or None."""
     embedding = position_embedding(model)
@@ -262,18 +227,6 @@ def first_position(embedding: torch.nn.Module | None) -> int:
     """Return the position of a row's first token: padding_idx + 1 in RoBERTa, else 0."""
     padding = getattr(embedding, "padding_idx", None)
     return 0 if padding is None else padding + 1
-
-
-def base_fingerprints(
-    model_name: str | Path,
-    task: Task,
-    tokenizer: "PreTrainedTokenizerBase",
-    revision: str | None = None,
-) -> dict[str, dict]:
-    """Return the `fingerprints_of` a base model without loading the weights."""
-    with convert_errors(lambda error: cannot_load(model_name, error, revision)):
-        config = load_config(model_name, task, revision)
-    return fingerprints_of(config, tokenizer)
 
 
 def write_model(

@@ -1,6 +1,5 @@
 """Check the weights of a checkpoint, and reorder its classifier for a task."""
 
-import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -8,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from bitfit.data.tasks import Task
-from bitfit.model import hub
 from bitfit.model.trainable import head_names, in_encoder
 from utils import UserError
 
@@ -19,14 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGGER = logging.getLogger("bitfit")
-# Prefixes of names that DataParallel, torch.compile and peft add.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
 # Older checkpoints hold these buffers; transformers now computes them.
 BUFFERS = r"\.(position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached)$"
 
 
-def check_weights(model: "PreTrainedModel", model_name: str | Path, info: dict[str, Any]) -> None:
-    """Check that a checkpoint holds the encoder that config.json describes.
+def check_weights(
+    model: "PreTrainedModel", model_name: str | Path, info: dict[str, Any]
+) -> set[str]:
+    """Return the names that a checkpoint lacks or has in another shape.
 
     A pooler may be absent, as in checkpoints of masked language models.
 
@@ -39,24 +36,21 @@ def check_weights(model: "PreTrainedModel", model_name: str | Path, info: dict[s
     shapes = {
         name: (tuple(given), tuple(needed)) for name, given, needed in info["mismatched_keys"]
     }
-    absent = sorted(
-        n
-        for n in info["missing_keys"] | shapes.keys()
-        if in_encoder(model, n) and ".pooler." not in n
-    )
+    absent = info["missing_keys"] | shapes.keys()
+    lacking = sorted(n for n in absent if in_encoder(model, n) and ".pooler." not in n)
     unexpected = sorted(info["unexpected_keys"])
-    if absent:
-        problem = f"lacks {len(absent)} encoder weights (the first: {absent[0]})"
-        reason = "it is not a checkpoint of the architecture in its config.json"
-        differing = next((n for n in absent if n in shapes), None)
-        if wrapper := wrapper_of(absent[0], unexpected, model.base_model_prefix):
-            reason = f"all names in it begin with `{wrapper}`: save the model inside the wrapper, "
-            reason += "as with `model.module.save_pretrained(folder)`"
-        elif differing:
-            given, needed = shapes[differing]
-            reason = f"{differing} has the shape {given}, and {needed} by its config.json"
-        raise UserError(f"{model_name} {problem}: {reason}")
-    beyond = [n for n in unexpected if is_beyond(n, model)]
+    if lacking:
+        first = next((n for n in lacking if n in shapes), lacking[0])
+        reason = f"such as {first}; it has {', '.join(unexpected[:2]) or 'no others'}"
+        if first in shapes:
+            reason = "{} has the shape {}, and {} by its config.json".format(first, *shapes[first])
+        raise UserError(
+            f"{model_name} lacks {len(lacking)} encoder weights that its config.json describes: "
+            f"{reason}"
+        )
+    encoder = [n for n, _ in model.named_parameters() if in_encoder(model, n)]
+    stacks = {layer_stack(model, n) for n in encoder} - {None}
+    beyond = [n for n in unexpected if layer_stack(model, n) in stacks]
     if beyond:
         layers = getattr(model.config, "num_hidden_layers", "?")
         raise UserError(
@@ -64,61 +58,13 @@ def check_weights(model: "PreTrainedModel", model_name: str | Path, info: dict[s
             f"no place (num_hidden_layers: {layers}; the first: {beyond[0]}): correct it, or save "
             "the model again"
         )
+    return absent
 
 
-def wrapper_of(name: str, unexpected: Iterable[str], base: str) -> str:
-    """Return the prefix of WRAPPERS under which a checkpoint has an absent weight, or ''."""
-    endings = {name, name.removeprefix(f"{base}.")}
-    found = (w for w in WRAPPERS for ending in endings if w + ending in unexpected)
-    return next(found, "")
-
-
-def is_beyond(name: str, model: "PreTrainedModel") -> bool:
-    """Return whether an unused weight belongs to a layer of the encoder, or to one more layer."""
-    if re.search(BUFFERS, name):
-        return False
-    base = f"{model.base_model_prefix}."
-    stacks = {
-        layer_stack(n.removeprefix(base))
-        for n, _ in model.named_parameters()
-        if in_encoder(model, n)
-    }
-    stack = layer_stack(name.removeprefix(base))
-    return stack is not None and stack in stacks
-
-
-def layer_stack(name: str) -> str | None:
-    """Return "encoder.layer" for "encoder.layer.3.output.dense.bias"; None outside of layers."""
-    found = re.match(r"(.*?)\.\d+\.", name)
-    return found and found[1]
-
-
-def check_dtypes(model_name: str | Path, revision: str | None = None) -> None:
-    """Check that weights are floats of at least 16 bits; transformers would cast any others.
-
-    Raises:
-        UserError: weights are quantized, and config.json does not say how.
-    """
-    for path in weight_files(model_name, revision):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                dtype = file.get_slice(name).get_dtype()
-                weight = name.endswith((".weight", ".bias")) and not re.search(BUFFERS, name)
-                if weight and dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise UserError(
-                        f"cannot load the model {model_name}: its weights are quantized "
-                        f"({name} is {dtype}): give the float model"
-                    )
-
-
-def weight_files(model_name: str | Path, revision: str | None = None) -> list[Path]:
-    """Return the paths of a checkpoint's safetensors files."""
-    index = hub.find_file(model_name, "model.safetensors.index.json", revision)
-    single = hub.find_file(model_name, "model.safetensors", revision)
-    if single or not index:
-        return [single] if single else []
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [index.with_name(name) for name in sorted(set(named))]
+def layer_stack(model: "PreTrainedModel", name: str) -> str | None:
+    """Return "encoder.layer" for a weight of any layer of BERT; None outside of layers."""
+    found = re.match(r"(.*?)\.\d+\.", name.removeprefix(f"{model.base_model_prefix}."))
+    return found[1] if found and not re.search(BUFFERS, name) else None
 
 
 def check_finite(
@@ -221,33 +167,21 @@ def log_weights_used(
         initialized, outputs: the result of `align_head`.
     """
     kept = {n for n in head_names(model) if n not in initialized}
-    partly = {module_of(n) for n in kept} & {module_of(n) for n in initialized}
     random_modules = modules_of(n for n in absent if in_encoder(model, n))
-    unused = sorted({".".join(module_of(n).split(".")[:2]) or n for n in info["unexpected_keys"]})
-    parts = ["kept the encoder" + "".join(f", {name}" for name in modules_of(kept, partly))]
+    parts = [", ".join(["kept the encoder", *modules_of(kept)])]
     if random_modules:
         parts.append(
             f"{', '.join(random_modules)} is absent: initialized at random, alike in all runs"
         )
     if initialized:
-        parts.append(
-            f"initialized from the run's seed: {', '.join(modules_of(initialized, partly))}"
-        )
+        parts.append(f"initialized from the run's seed: {', '.join(modules_of(initialized))}")
     parts += [outputs] if outputs else []
-    if unused:
-        more = f" and {len(unused) - 4} more" * (len(unused) > 4)
-        parts.append(f"not used: {', '.join(unused[:4])}{more}")
-    lost = any(in_encoder(model, n) and ".pooler." not in n and not re.search(BUFFERS, n)
-               for n in info["unexpected_keys"])  # fmt: skip
-    level = logging.WARNING if random_modules or outputs or lost else logging.INFO
+    if unused := sorted({".".join(name.split(".")[:2]) for name in info["unexpected_keys"]}):
+        parts.append(f"not used: {', '.join(unused[:4])}" + " and others" * (len(unused) > 4))
+    level = logging.WARNING if random_modules or outputs else logging.INFO
     LOGGER.log(level, "weights of %s: %s", model_name, "; ".join(parts))
 
 
-def module_of(name: str) -> str:
-    """Return the name of a parameter's module."""
-    return name.rpartition(".")[0]
-
-
-def modules_of(names: Iterable[str], partly: Collection[str] = ()) -> list[str]:
-    """Return the modules of parameters, and the parameters of the modules in `partly`."""
-    return sorted({n if module_of(n) in partly else module_of(n) or n for n in names})
+def modules_of(names: Iterable[str]) -> list[str]:
+    """Return the names of the modules of parameters."""
+    return sorted({name.rpartition(".")[0] or name for name in names})

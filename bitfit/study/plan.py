@@ -11,12 +11,12 @@ from bitfit.data.splits import find_split
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
 from bitfit.model import bias_terms, hub
-from bitfit.model.loading import cannot_load, load_config, load_tokenizer
+from bitfit.model.loading import load_config, load_tokenizer
 from bitfit.study import cell_states, cost
 from bitfit.study.cell_tasks import data_dir_of, task_of
 from bitfit.study.cells import Cell, Study
 from bitfit.study.cost import Costs
-from utils import UserError, convert_errors
+from utils import UserError
 
 MAX_PRINTED_COMMANDS = 12
 
@@ -54,10 +54,9 @@ def is_local(model: str) -> bool:
 def check_model(model: str, commands: Sequence[dict[str, Any]]) -> None:
     """Raise UserError if a model is missing, or lacks the bias terms of one of its commands."""
     tasks = {task.is_tagging: task for task in map(task_of, commands)}
-    with convert_errors(lambda error: cannot_load(model, error)):
-        for is_tagging, task in tasks.items():
-            load_tokenizer(model, for_words=is_tagging)
-            load_config(model, task)
+    for is_tagging, task in tasks.items():
+        load_tokenizer(model, for_words=is_tagging)
+        load_config(model, task)
     for terms, add_biases, is_tagging in dict.fromkeys(
         (tuple(args["bias_terms"] or ["all"]), args["add_biases"], task_of(args).is_tagging)
         for args in commands if args["fine_tune_type"] == "bitfit" or args["add_biases"]

@@ -102,7 +102,7 @@ def load_predictor(
     tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
     lengths = [max_length or metadata["max_sequence_len"] for _, metadata, _ in found]
     widest = max(tasks, key=lambda task: task.num_labels)
-    model, tokenizer, trainable = load_base(found, widest, max(lengths))
+    model, tokenizer, trainable = load_base(found, widest)
     name = found[0][1]["model_name"]
     model.to(device)
     trial = tokenize_trial(widest, tokenizer, max(lengths)).to(device)
@@ -135,7 +135,7 @@ def tokenize_trial(
 
 
 def load_base(
-    found: Sequence[Saved], task: Task, max_length: int
+    found: Sequence[Saved], task: Task
 ) -> tuple[torch.nn.Module, Any, dict[str, np.ndarray | None]]:
     """Return the base model with a head for `task`, its tokenizer, and the trained parameters.
 
@@ -146,10 +146,10 @@ def load_base(
     name = base["model_name"]
     revision, _ = hub.resolve_revision(name, base["model_revision"])
     tokenizer = loading.load_tokenizer(name, revision, task.is_tagging)
-    fingerprints = loading.base_fingerprints(name, task, tokenizer, revision=revision)
+    config = loading.load_config(name, task, revision)
+    fingerprints = models_fingerprints.fingerprints_of(config, tokenizer)
     for folder, metadata, _ in found:
         saved_evaluator.check_base(folder, metadata, fingerprints)
-    loading.check_max_length(name, task, max_length, revision=revision)
     random_encoder = base["random_encoder"] and not base["model_sha256"]
     model, _ = loading.load_model(name, task, random_encoder, revision=revision)
     encoder = models_fingerprints.fingerprint(model)

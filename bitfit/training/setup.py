@@ -163,11 +163,9 @@ def hash_splits(splits: Iterable[Split]) -> str:
 def load_data(
     setup: Setup, max_sequence_len: int, batch_size: int, train_size: int | None
 ) -> LoadedData:
-    """Check the length and load the tokenizer; no split is read yet."""
-    loading.check_max_length(
-        setup.model_name, setup.task, max_sequence_len, revision=setup.revision
-    )
+    """Load the tokenizer; no split is read yet."""
     tokenizer = loading.load_tokenizer(setup.model_name, setup.revision, setup.task.is_tagging)
+    config = loading.load_config(setup.model_name, setup.task, setup.revision)
     dataset = Dataset(
         task=setup.task,
         data_dir=setup.data_dir,
@@ -180,9 +178,7 @@ def load_data(
     return LoadedData(
         dataset=dataset,
         tokenizer=tokenizer,
-        base_fingerprints=loading.base_fingerprints(
-            setup.model_name, setup.task, tokenizer, revision=setup.revision
-        ),
+        base_fingerprints=fingerprints.fingerprints_of(config, tokenizer),
         max_sequence_len=max_sequence_len,
         batch_size=batch_size,
         train_size=train_size,
