@@ -183,7 +183,9 @@ class GLUEvaluator:
             raise UserError("this evaluator has been trained: prepare it again to train again")
         state = start_training(prepared, data, options, group=self.group)
         self.result = new_result(state.stack)
-        folders = run_folder.make_run_folders(output_path, self.runs)
+        folders = run_folder.run_folders(output_path, self.runs)
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
         metadata = metrics_files.metrics_metadata(self.setup, data, prepared)
         write = partial(metrics_files.write_metrics, state, self.result, folders, metadata)
         checkpoints = checkpoints or CheckpointManager()

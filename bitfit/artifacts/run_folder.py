@@ -32,13 +32,8 @@ WARNED = {  # values that may differ, with a warning
     "torch", "transformers", "datasets", "python", "device", "commit", "threads", "model_commit",
     "rows", "uncommitted_changes",
 }  # fmt: skip
-# Types of the values that the program computes with; other flags are only compared.
-TYPES = {"precision": str, "format": int, "ranks": int, "threads": int, "task": dict, "commit": str,
-         "device": str, "torch": str, "transformers": str, "python": str, "model_config": dict,
-         "tokenizer": dict, "splits": dict}  # fmt: skip
 FINGERPRINTS = {"model_config", "tokenizer"}  # compared key by key
 TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenizer changes them
-NEW = FINGERPRINTS | {"test_sha256"}  # earlier versions of this format did not write them
 # Values that earlier versions of this format did not write, as their commands ran.
 NEW_FLAGS = {
     "start_from": None, "start_sha256": None, "evaluate_only": False, "add_biases": False,
@@ -76,19 +71,13 @@ def folder_state(output: Path, metadata: dict[str, Any], is_mine: bool = False) 
         return FolderState("in_use", in_use_message(output))
     try:
         old = read_args(output)
+        metadata = metadata | {"precision": metadata["precision"] or old["precision"]}
+        check_same_run(output, old, metadata)
+        warnings = tuple(harmless_differences(old, metadata))
     except UserError as error:
         return FolderState("foreign", str(error))
-    if not old["finished"] and old.get("format") != FORMAT:
-        reason = "was begun by another version of this program: give a new folder"
-        return FolderState("foreign", f"--resume: {output} {reason}")
-    metadata = metadata | {"precision": metadata["precision"] or old["precision"]}
-    if message := difference_from(old, metadata):
-        return FolderState("foreign", message)
-    if not old["finished"] and "ranks" in metadata:
-        message = ranks_difference(old.get("ranks") or 1, metadata["ranks"])
-        if message:
-            return FolderState("foreign", message)
-    warnings = tuple(harmless_differences(old, metadata))
+    except (AttributeError, TypeError) as error:
+        return FolderState("foreign", str(not_resumable(output, error)))
     return FolderState("finished" if old["finished"] else "resumable", warnings=warnings)
 
 
@@ -125,46 +114,21 @@ def run_folders(
     return {run: Path(output) / run.name if len(runs) > 1 else Path(output) for run in runs}
 
 
-def make_run_folders(
-    output: Path | str | dict["Run", Path] | None, runs: list["Run"]
-) -> dict["Run", Path]:
-    """Return `run_folders`, which exist then."""
-    folders = run_folders(output, runs)
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    return folders
-
-
 def read_args(folder: Path) -> dict[str, Any]:
     """Return the content of args.json; raise a UserError where it is missing or not ours."""
     try:
         args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if not (isinstance(args["finished"], bool) and isinstance(args["precision"], str)):
             raise ValueError("it is not of run_glue.py")
-        return NEW_FLAGS | check_types(args)
+        return NEW_FLAGS | args
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        message = f"{folder} holds no run that could go on (args.json: {first_line(error)})"
-        raise UserError(f"--resume: {message}; give a new folder") from None
+        raise not_resumable(folder, error) from None
 
 
-def check_types(args: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of an args.json; raise a ValueError for a value of the wrong type."""
-    for name, kind in TYPES.items():
-        value = args.get(name)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f"{name} is {json.dumps(value)}")
-    if args.get("ranks") is not None and args["ranks"] < 1:
-        raise ValueError(f"ranks is {args['ranks']}")
-    return args
-
-
-def ranks_difference(old: int, new: int) -> str:
-    """Return why a run cannot resume on another number of ranks, or an empty string."""
-    if old == new:
-        return ""
-    start = f"torchrun --nproc-per-node {old}" if old > 1 else "python, without torchrun"
-    ranks = f"that run has {old} rank{'s' * (old > 1)}, this command {new}"
-    return f"--resume: {ranks}: start it with {start}, or give a new folder"
+def not_resumable(folder: Path, error: Exception) -> UserError:
+    """Return the error for a folder whose args.json is missing, edited or of another program."""
+    message = f"{folder} holds no run that could go on (args.json: {first_line(error)})"
+    return UserError(f"--resume: {message}; give a new folder")
 
 
 def differing_names(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -180,34 +144,32 @@ def differing_names(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return sorted(name for name in names if as_list(new[name]) != as_list(old[name]))
 
 
-def difference_from(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return why a command cannot continue the run with args.json `old`, or an empty string.
+def check_same_run(output: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise a UserError unless a command can continue the run with args.json `old`.
 
     Only values on which results depend count.
     """
-    missing = sorted(new.keys() - HARMLESS - WARNED - NEW - old.keys())
-    if missing:
-        return f"--resume: args.json there does not say {missing[0]}: give a new folder"
-    base = describe_change(old, new)
+    if not old["finished"] and old.get("format") != FORMAT:
+        reason = "was begun by another version of this program: give a new folder"
+        raise UserError(f"--resume: {output} {reason}")
+    if missing := sorted(new.keys() - HARMLESS - WARNED - old.keys()):
+        raise UserError(f"--resume: args.json there does not say {missing[0]}: give a new folder")
     names = [name for name in differing_names(old, new) if name not in WARNED]
-    messages = [describe_difference(name, old[name], new[name]) for name in names]
-    messages += [f"the base model's {base}"] * bool(base)
-    if not messages:
-        return ""
-    differences = "; ".join(messages)
-    return (
-        f"--resume: this is not the interrupted run: {differences}: "
-        "give that again, or a new folder"
-    )
+    differences = [describe_difference(name, old[name], new[name]) for name in names]
+    if base := describe_change(old, new):
+        differences.append(f"the base model's {base}")
+    if differences:
+        problem = f"--resume: this is not the interrupted run: {'; '.join(differences)}"
+        raise UserError(f"{problem}: give that again, or a new folder")
+    ranks = old.get("ranks") or 1
+    if not old["finished"] and new.get("ranks", ranks) != ranks:
+        problem = f"that run has {ranks} rank{'s' * (ranks > 1)}, this command {new['ranks']}"
+        start = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python, without torchrun"
+        raise UserError(f"--resume: {problem}: start it with {start}, or give a new folder")
 
 
 def harmless_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[str]:
     """Yield a warning for each difference that may change numbers slightly."""
-    if NEW & new.keys() - old.keys():
-        yield (
-            "an earlier version began this: args.json does not say which config and tokenizer the "
-            "base model had, and which test examples there were: they cannot be verified"
-        )
     for name in differing_names(old, new):
         if name in WARNED:
             yield f"resuming with another {name}: {new[name]}, was {old[name]}"
