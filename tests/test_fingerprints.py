@@ -125,7 +125,7 @@ def test_every_bit_of_a_whole_model_counts(whole, tmp_path, file):
         with pytest.raises(UserError, match=f"{file} is not as it was written: train and save"):
             GLUEvaluator.load(tmp_path / "e", None)
     path.unlink()
-    with pytest.raises(UserError, match=f"{file} is missing"):
+    with pytest.raises(UserError, match=f"{file} is not as it was written"):
         GLUEvaluator.load(tmp_path / "e", None)
 
 
@@ -134,7 +134,7 @@ def test_a_file_added_to_a_whole_model(whole, tmp_path):
     (model / "README.md").write_text("mine")
     GLUEvaluator.load(tmp_path / "e", None)
     (model / "added_tokens.json").write_text('{"the": 300}')
-    with pytest.raises(UserError, match=r"added_tokens\.json was not written with it"):
+    with pytest.raises(UserError, match=r"added_tokens\.json is not as it was written"):
         GLUEvaluator.load(tmp_path / "e", None)
 
 

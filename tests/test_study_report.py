@@ -318,7 +318,7 @@ def test_a_file_of_a_finished_run_that_is_gone_is_named(study, name):
     folder = next(c for c in study.cells if c.name.endswith("/bitfit/cola")).folders(study.output)
     path = [*folder.values()][-1] / name
     path.unlink()
-    with pytest.raises(UserError, match=f"{name} is gone, though its run is finished: put it"):
+    with pytest.raises(UserError, match=f"cannot be read: No such file or directory: .*{name}"):
         report.write_report(study)
 
 
@@ -373,26 +373,22 @@ def test_submission_of_the_winners(study, server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    "damage",
     [
-        (lambda lines: lines[:-1], "predictions, not"),
-        (lambda lines: ["nothing", *lines[1:]], "no header"),
-        (lambda lines: [*lines[:-1], lines[-1].split("\t")[0] + "\tyes"], "has 'yes'"),
-        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "does not count from 0"),
+        lambda lines: lines[:-1],
+        lambda lines: ["nothing", *lines[1:]],
+        lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
     ],
 )
-def test_what_the_server_would_refuse(study, server, tmp_path, damage, message):
+def test_what_the_server_would_refuse(study, server, tmp_path, damage):
+    """It is other than the server's test set, in the order of the test set."""
     cell = next(c for c in study.cells if c.name.endswith("/bitfit/mnli"))
     for path in (study.output / cell.name).glob("*/MNLI-m.tsv"):
         path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
-    with pytest.raises(UserError, match=message):
+    rows, _ = submit.SERVER["MNLI-m.tsv"]
+    with pytest.raises(UserError, match=rf"MNLI-m\.tsv does not have {rows} predictions in order"):
         submit.write_submission(study, MODEL, "bitfit", tmp_path / "all.zip", placeholder=True)
     assert not (tmp_path / "all.zip").exists()
-
-
-def test_scores_are_numbers_from_0_to_5():
-    for word, good in (("0", True), ("5.0", True), ("5.1", False), ("x", False), ("nan", False)):
-        assert submit.is_valid_answer(TASKS["stsb"], word) is good
 
 
 def test_nothing_planned_is_named(study, tmp_path):

@@ -130,13 +130,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, metadata: dict[str, Any]) -> None:
-    """Raise UserError if a file beside the weights of a whole model has changed."""
+    """Raise UserError if a file beside the weights of a whole model changed, came or went."""
     written, found = metadata["model_files"], file_hashes(folder / "model")
-    for name in sorted(written.keys() | found.keys()):
-        if written.get(name) != found.get(name):
-            problem = "is not as it was written" if name in written else "was not written with it"
-            problem = problem if name in found else "is missing"
-            raise UserError(f"{folder / 'model' / name} {problem}: train and save it again")
+    changed = [name for name in written | found if written.get(name) != found.get(name)]
+    if changed:
+        names = ", ".join(sorted(changed))
+        raise UserError(
+            f"{folder / 'model'}: {names} is not as it was written: train and save it again"
+        )
 
 
 def check_base(folder: Path, metadata: dict[str, Any], fingerprints: dict[str, Any]) -> None:

@@ -252,10 +252,8 @@ def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Fi
     for row in np.flatnonzero(fixed):
         axes.text((layers + 1) / 2, row + 0.5, FIXED, ha="center", va="center", color="0.4")
     axes.axvline(layers, color="white", linewidth=4)
-    axes.tick_params(axis="y", rotation=0, labelsize=11)
-    axes.tick_params(axis="x", rotation=0)
+    axes.tick_params(axis="y", labelsize=11)
     axes.set_xlabel(r"layer $\ell$")
-    axes.set_ylabel("")
     return figure
 
 

@@ -14,12 +14,12 @@ from bitfit.results.plots import (
     plot_curve,
     use_log_counts,
 )
-from bitfit.results.scores import mean_std
 from bitfit.study import results, statistics
 from bitfit.study.cells import Study, slug
 from bitfit.study.results import Entries, Entry
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Figures = dict[str, tuple["Figure", str]]
@@ -77,32 +77,30 @@ def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
 def size_curves(entries: Entries, name: str) -> Figures:
     """Return Figure 2, the scores over the number of training examples."""
     figures: Figures = {}
-    for column in dict.fromkeys(key[2] for key in entries if key[3] is not None):
-        of_row: dict[str, dict[int, Entry]] = {}
-        for (_, row, entry_column, size), entry in entries.items():
-            if entry_column == column and size is not None:
-                of_row.setdefault(row, {})[size] = entry
-        label = score_label(next(iter(next(iter(of_row.values())).values())))
+    scores = results.score_frame(entries)
+    scores = scores[(scores["selection"] == "split") & scores["train_size"].notna()]
+    for (column, metric), of_column in scores.groupby(["column", "metric"], sort=False):
         figure, axes = curve_figure(
             f"{name}, {column}",
             "training examples (line: mean; band: ± standard deviation over seeds)",
-            label,
+            f"validation {metric} × 100",
         )
-        for row in (row for row in METHOD_STYLES if row in of_row):
-            sizes = sorted(of_row[row])
-            stats = [
-                mean_std(100 * of_row[row][size].selected["split"].values, skip_nan=True)
-                for size in sizes
-            ]
-            mean = pd.Series([mean for mean, _, _ in stats], sizes)
-            std = pd.Series([std for _, std, _ in stats], sizes).fillna(0)
-            plot_curve(axes, mean, METHOD_STYLES[row], label=row, band=(mean - std, mean + std))
-        all_sizes = sorted({size for sizes in of_row.values() for size in sizes})
-        use_log_counts(axes, all_sizes)
+        for row in METHOD_STYLES:
+            of_row = of_column[of_column["row"] == row].set_index("train_size").sort_index()
+            plot_mean(axes, row, of_row)
+        use_log_counts(axes, sorted(of_column["train_size"].unique().astype(int)))
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = f"Figure 2 of the paper, on {column}: mean over the seeds ± standard deviation."
         figures[f"figure2_{name}_{column}"] = figure, text
     return figures
+
+
+def plot_mean(axes: "Axes", row: str, curve: pd.DataFrame) -> None:
+    """Draw the columns mean and std of a method: a line, and a band of one deviation around it."""
+    std = curve["std"].fillna(0)
+    band = curve["mean"] - std, curve["mean"] + std
+    if len(curve):
+        plot_curve(axes, curve["mean"], METHOD_STYLES[row], label=row, band=band)
 
 
 def gaps(entries: Entries, name: str) -> Figures:
@@ -155,9 +153,7 @@ def learning_curves(entries: Entries, name: str) -> Figures:
             epochs=epochs,
         )
         for row, curve in found.items():
-            spread = curve["std"].fillna(0)
-            band = (curve["mean"] - spread, curve["mean"] + spread)
-            plot_curve(axes, curve["mean"], METHOD_STYLES[row], label=row, band=band)
+            plot_mean(axes, row, curve)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = (
             f"{column}: mean over the seeds ± standard deviation, at each method's best learning "

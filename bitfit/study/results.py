@@ -3,8 +3,7 @@
 Everything is read from the files of the runs; nothing is trained or predicted here.
 """
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from bitfit.study.cell_tasks import task_of
 from bitfit.study.cells import Cell, Study
 from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
-from utils import UserError
 
 SELECTIONS = ("last", "best", "split")
 # The claims of the paper, and last of BEFT, as differences between two rows.
@@ -50,47 +48,31 @@ def read_results(study: Study, cell: Cell) -> Results | None:
     All logits of a run that diverged become NaN, so that the run counts nowhere.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is damaged, or a finished run lacks one.
     """
     state, kept, scores = cell_states.cell_state(study, cell), {}, []
     folders = {} if state == "foreign" else cell.folders(study.output)
-    if state == "done":
-        check_complete(folders.values())
+    splits = task_of(cell.args).validation_splits
     for run, folder in folders.items():
-        if (folder / LOGITS).exists() and (folder / "metrics.json").exists():
+        has_scores = (folder / "metrics.json").exists() and (folder / LOGITS).exists()
+        if has_scores or state == "done":
             with explain_unreadable(folder):
-                kept[run] = load_file(folder / LOGITS)
                 content, table = read_metrics(folder)
-                diverged = content["diverged"]
+                if content["diverged"] and not has_scores:
+                    continue
+                kept[run] = load_file(folder / LOGITS)
             scores.append(table.assign(learning_rate=run.learning_rate, seed=run.seed))
-            for split in task_of(cell.args).validation_splits if diverged else ():
+            for split in splits if content["diverged"] else ():
                 kept[run][split][:] = np.nan
     if not kept:
         return None
     logits, labels = {}, {}
-    for split in task_of(cell.args).validation_splits:
+    for split in splits:
         labels[split] = next(iter(kept.values()))[f"{split}.labels"]
         logits[split] = stack_runs(
             [kept.get(run, {}).get(split) for run in folders], len(cell.rates)
         )
     return Results(cell, state, logits, labels=labels, scores=pd.concat(scores))
-
-
-def check_complete(folders: Iterable[Path]) -> None:
-    """Raise a UserError if a finished run lacks a file; without it the run counts as diverged."""
-    for folder in folders:
-        if not (folder / "metrics.json").exists():
-            raise missing_file(folder / "metrics.json")
-        if not (folder / LOGITS).exists():
-            with explain_unreadable(folder):
-                diverged = read_metrics(folder)[0]["diverged"]
-            if not diverged:
-                raise missing_file(folder / LOGITS)
-
-
-def missing_file(path: Path) -> UserError:
-    advice = "put it back, or remove the cell's folder and run it again"
-    return UserError(f"{path} is gone, though its run is finished: {advice}")
 
 
 def stack_runs(arrays: Sequence[np.ndarray | None], rates: int) -> np.ndarray:

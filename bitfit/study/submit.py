@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitfit.data.tasks import TASKS, Task
+from bitfit.data.tasks import TASKS
 from bitfit.files import atomic_file
 from bitfit.model.run import Run
 from bitfit.study import cell_states, results
@@ -38,7 +38,7 @@ def write_submission(
     with the best mean over seeds, then the best of its seeds.
 
     Raises:
-        UserError: files are missing without `placeholder`, or the server would reject one.
+        UserError: files are missing without `placeholder`, or one has not the server's examples.
     """
     winners = best_run_folders(study, model, row)
     texts, lines, missing, problems = {}, [], [], []
@@ -46,7 +46,9 @@ def write_submission(
         source = winners.get(OWNER[name].name)
         if source and (source / name).exists():
             texts[name] = (source / name).read_text(encoding="utf-8")
-            problems += format_problems(name, texts[name], rows)
+            index = [line.split("\t")[0] for line in texts[name].splitlines()]
+            if index != ["index", *map(str, range(rows))]:
+                problems.append(f"{name} does not have {rows} predictions in order")
             lines.append(f"{name}: {source.relative_to(study.output)}")
         else:
             missing.append(name)
@@ -92,28 +94,3 @@ def best_run_folder(study: Study, cell: Cell) -> Path | None:
     seed = cell.seeds[int(np.nanargmax(selected.values))]
     run = Run(cell.rates[selected.choices[0].rate], seed)
     return cell.folders(study.output)[run]
-
-
-def format_problems(name: str, text: str, rows: int) -> list[str]:
-    """Return messages about content for which the server would reject a file."""
-    lines, task = text.removesuffix("\n").split("\n"), OWNER[name]
-    if lines[0] != "index\tprediction":
-        return [f"{name} has no header"]
-    pairs = [line.split("\t") for line in lines[1:]]
-    if len(pairs) != rows:
-        return [f"{name} has {len(pairs)} predictions, not {rows}"]
-    if [pair[0] for pair in pairs] != list(map(str, range(rows))):
-        return [f"{name} has an index that does not count from 0"]
-    for index, word in pairs:
-        if not is_valid_answer(task, word):
-            return [f"{name} has {word!r} at index {index}"]
-    return []
-
-
-def is_valid_answer(task: Task, word: str) -> bool:
-    if not task.is_regression:
-        return word in task.written_labels
-    try:
-        return 0 <= float(word) <= 5
-    except ValueError:
-        return False
