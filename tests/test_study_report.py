@@ -209,8 +209,8 @@ def test_figure_1_is_the_mean_over_the_seeds(made, entries):
 
 def test_the_report_is_whole(study, capsys):
     shown = report.write_report(study, resamples=20, formats=["svg"])
-    assert "BitFit" in shown
-    assert "Full-FT" in shown
+    for text in ("BitFit", "Full-FT", "seeds needed", "P(a > b)"):
+        assert text in shown
     page = (study.output / "report.html").read_text(encoding="utf-8")
     assert f"{len(study.cells)} of {len(study.cells)} cells are done." in page
     assert "Partial" not in page
@@ -225,15 +225,15 @@ def test_the_report_is_whole(study, capsys):
     shown_commands = [html.unescape(re.sub("</?span>", "", command)) for command in commands]
     assert shown_commands == [cell.shell(study.output) for cell in study.cells]
     assert all("<span>--learning-rate</span>" in command for command in commands)  # is not broken
-    assert published.NOTE in page
-    assert "60 training examples" in page
-    assert "tiny_bert" in page
+    for text in (published.NOTE, "60 training examples", "tiny_bert", "<th>P(a &gt; b)</th>"):
+        assert text in page
     markdown = (study.output / "tables.md").read_text()
     assert "| BitFit |" in markdown
     latex = (study.output / "tables.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1
     frame = pd.read_csv(study.output / "tables.csv")
     assert set(frame["selection"]) == {"last", "best", "split"}
+    assert len(pd.read_csv(study.output / "power.csv").groupby(["a", "b"])) == 3
 
 
 def test_published_numbers_stand_beside_ours(entries, monkeypatch):

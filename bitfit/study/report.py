@@ -3,6 +3,7 @@
 import base64
 import html
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from bitfit.files import write_text
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
-from bitfit.study import cell_states, cost, figures, results, tables
+from bitfit.study import cell_states, cost, figures, power, results, tables
 from bitfit.study.cells import Study
 from bitfit.study.protocol import (
     BATCH_SIZE,
@@ -40,6 +41,7 @@ STATISTICS = (
     "paired sign-flip permutation test over seeds, so p cannot be below `least p`; p (Holm) is "
     "corrected for all columns of a model's pairs, or for its pooled rows."
 )
+Sections = dict[str, tuple[str, pd.DataFrame]]  # {title: (how to read the table, table)}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:.2em .6em;"
@@ -67,18 +69,31 @@ def write_report(study: Study, resamples: int = 1000, formats: Sequence[str] = (
         raise UserError(f"{study.output} has no scores yet: `paper.py run` makes them")
     scores = results.score_frame(entries)
     differences = results.comparisons(entries, np.random.default_rng(0), resamples)
+    chances = power.power_frame(entries, np.random.default_rng(0), resamples)
     headline = tables.headline_tables(scores)
     captions = write_figures(study, entries, formats)
     out, metrics = study.output, tables.column_labels(scores)
     write_text(out / "tables.csv", scores.round(4).to_csv(index=False))
     write_text(out / "differences.csv", differences.round(4).to_csv(index=False))
-    shown_differences = tables.difference_table(differences, metrics)
-    write_text(out / "tables.md", markdown(study, headline, shown_differences))
+    write_text(out / "power.csv", chances.round(4).to_csv(index=False))
+    sections = {
+        "Differences between methods": (STATISTICS, tables.difference_table(differences, metrics)),
+        power.TITLE: (power.NOTE, power.power_table(chances, metrics)),
+    }
+    sections = {title: section for title, section in sections.items() if len(section[1])}
+    write_text(out / "tables.md", markdown(study, headline, sections))
     write_text(out / "tables.tex", latex(headline))
-    page = html_page(study, headline, scores, differences=shown_differences, captions=captions)
+    page = html_page(study, headline, scores, sections=sections, captions=captions)
     write_text(out / "report.html", page)
-    shown = "\n\n".join(f"{name}\n{table.to_string()}" for name, table in headline.items())
-    return f"{shown}\n{out / 'report.html'}"
+    shown = [f"{name}\n{table.to_string()}" for name, table in headline.items()]
+    if power.TITLE in sections:
+        note, table = sections[power.TITLE]
+        shown.append(
+            f"{power.TITLE}\n{table.to_string(index=False)}\n{textwrap.fill(note, 100)}".replace(
+                "`", ""
+            )
+        )
+    return "\n\n".join(shown) + f"\n{out / 'report.html'}"
 
 
 def write_figures(
@@ -125,13 +140,13 @@ def deviations(study: Study) -> list[str]:
     return list(dict.fromkeys(messages))
 
 
-def markdown(study: Study, headline: dict[str, pd.DataFrame], differences: pd.DataFrame) -> str:
+def markdown(study: Study, headline: dict[str, pd.DataFrame], sections: Sections) -> str:
     """Return the tables in Markdown."""
     parts = ["# Results", LEGEND]
     for model, table in headline.items():
         parts += [f"## {escape.markdown(model)}", pipes(table.reset_index(names=""))]
-    if len(differences):
-        parts += ["## Differences", STATISTICS, pipes(differences)]
+    for title, (note, table) in sections.items():
+        parts += [f"## {title}", note, pipes(table)]
     parts += ["## Deviations from the paper", markdown_list(deviations(study))]
     return "\n\n".join(parts) + "\n"
 
@@ -165,7 +180,7 @@ def html_page(
     study: Study,
     headline: dict[str, pd.DataFrame],
     scores: pd.DataFrame,
-    differences: pd.DataFrame,
+    sections: Sections,
     captions: dict[Path, str],
 ) -> str:
     """Return one HTML page that needs no other file.
@@ -179,9 +194,8 @@ def html_page(
     for model, table in headline.items():
         parts += [f"<h2>{html.escape(model)}</h2>", html_table(table, index=True)]
     parts += ["<h2>Deviations from the paper</h2>", html_list(deviations(study))]
-    if len(differences):
-        parts += ["<h2>Differences between methods</h2>", paragraph(STATISTICS)]
-        parts += [html_table(differences)]
+    for title, (note, table) in sections.items():
+        parts += [f"<h2>{title}</h2>", paragraph(note), html_table(table)]
     parts += ["<h2>Three ways to select</h2>", html_table(tables.selection_table(scores))]
     images = [html_figure(path, caption) for path, caption in captions.items()]
     parts += ["<h2>Figures</h2>", "<div class='figures'>", *images, "</div>"]
