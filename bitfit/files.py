@@ -4,6 +4,7 @@ Files get the permissions of the umask. They are written under a temporary name 
 one; a file that a killed process left is recognized by that name.
 """
 
+import glob
 import os
 import re
 import shutil
@@ -35,19 +36,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     one by one, config.json last, and files that were there before stay.
     """
     path = Path(path).absolute()
-    temporary = temporary_parent(path) / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left_by_killed in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        shutil.rmtree(left_by_killed, ignore_errors=True)
     try:
-        remove_temporaries_of(temporary)
         temporary.mkdir(parents=True)
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
         for file in files:
             set_mode_and_sync(file, temporary.stat().st_mode & 0o666)
-        if not rename_folder(temporary, path):
+        try:
+            os.rename(temporary, path)
+        except OSError:  # The path has files, or is a link or another disk.
             path.mkdir(exist_ok=True)
             for file in files:
-                os.replace(file, path / file.name)
+                shutil.move(file, path / file.name)
         sync_to_disk(path)
+        sync_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -75,34 +80,6 @@ def remove_temporaries(folder: str | Path) -> None:
         if is_temporary(path.name):
             shutil.rmtree(path, ignore_errors=True)
             path.unlink(missing_ok=True)
-
-
-def remove_temporaries_of(temporary: Path) -> None:
-    """Remove the temporary folders of killed processes that wrote the same folder."""
-    name = re.sub(r"\d+\.tmp$", "", temporary.name)
-    for path in temporary.parent.glob(".*.tmp"):
-        if re.fullmatch(re.escape(name) + r"\d+\.tmp", path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def temporary_parent(path: Path) -> Path:
-    """Return where `atomic_folder` writes: beside the folder, or inside if that is impossible."""
-    inside = path.is_dir() and (
-        not os.access(path.parent, os.W_OK) or path.stat().st_dev != path.parent.stat().st_dev
-    )
-    return path if inside else path.parent
-
-
-def rename_folder(temporary: Path, path: Path) -> bool:
-    """Rename a folder to a path that is free or an empty folder; return whether it worked."""
-    if path == Path.cwd() or temporary.parent == path:
-        return False  # A shell would stay in the replaced folder.
-    try:
-        os.rename(temporary, path)
-    except OSError:  # The path has files or is a link. An error of the disk occurs again later.
-        return False
-    sync_to_disk(path.parent)
-    return True
 
 
 def set_mode_and_sync(file: Path, mode: int) -> None:

@@ -308,7 +308,7 @@ def test_a_moved_base_model_and_moved_data(here):
         ("show out/frozen/seed0", "seed0 is frozen: only bitfit has bias terms to show"),
         ("show out/rte/seed0 --plot x.bmp", "argument --plot: 'x.bmp' is not a .png, .pdf or "),
         ("show out/rte/seed0 --csv no/x.csv", "argument --csv: 'no/x.csv' is not a .csv file in a"),
-        ("show out/rte/seed0 -m used", "used has no config.json; it hides a model of that name"),
+        ("show out/rte/seed0 -m used", "used has no config.json: give another --model-name"),
         ("compare out/rte/seed0", "give two folders or more"),
         ("compare out/rte/seed0 out/rte/seed0/evaluator", "seed0/evaluator is given twice: give"),
         ("compare out/rte/seed0 out/mask0", "mask0 is rand_uniform: only bitfit has bias terms"),
