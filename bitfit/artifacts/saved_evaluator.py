@@ -24,10 +24,9 @@ from bitfit.model.run_stack import RunStack
 from bitfit.model.warm_start import WarmStart, make_warm_start
 from bitfit.results.scores import scores_frame
 from bitfit.training import store
-from bitfit.training.base_model import load_base
 from bitfit.training.prepare import PreparedModel, Trainable, assemble
 from bitfit.training.result import TrainingResult
-from bitfit.training.setup import LoadedData, Method, Setup, load_data
+from bitfit.training.setup import LoadedData, Method, Setup, load_base, load_data
 from bitfit.training.state import Record
 from utils import LOGGER, CorruptFile, UserError
 

@@ -4,6 +4,7 @@ The values replace those of the base model before anything trains. Deltas stay r
 model, so a saved evaluator also has the values that the warm start set and no run trained.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from utils import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LOGGER = logging.getLogger("bitfit")
+
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -35,29 +38,33 @@ class WarmStart:
     order: tuple[int, ...] = ()  # of the source's classes for the task; (): other labels
 
     def apply(
-        self, model: "PreTrainedModel", task: Task, encoder_sha256: str
+        self, model: "PreTrainedModel", task: Task, encoder_sha256: str, report: bool
     ) -> dict[str, torch.Tensor]:
         """Write the values into a base model, and return the former values of its biases.
+
+        Args:
+            report: log what is used.
 
         Raises:
             UserError: the values belong to another base model, or to biases that it lacks.
         """
+        folder, names = self.record["folder"], self.used_names(model)
         if encoder_sha256 != self.encoder_sha256:
-            raise base_error(self.record["folder"], model.name_or_path)
-        parameters = dict(model.named_parameters())
-        if any(name not in parameters for name in self.used_names(model)):
-            raise UserError(f"{self.record['folder']} has added biases: give --add-biases too")
-        before = {}
-        for name in self.used_names(model):
-            target, values = parameters[name].data, self.values[name]
-            if in_encoder(model, name) and is_bias(name):
-                before[name] = target.clone()
+            raise base_error(folder, model.name_or_path)
+        parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        if not parameters.keys() >= {*names}:
+            raise UserError(f"{folder} has added biases: give --add-biases too")
+        biases = {n: parameters[n].clone() for n in names if in_encoder(model, n) and is_bias(n)}
+        for name in names:
+            positions, values = self.positions[name], self.values[name]
             if name in output_names(model, task):
                 values = values[list(self.order)]
-            positions = self.positions[name]
             index = slice(None) if positions is None else torch.from_numpy(positions)
-            target.view(-1)[index] = values.flatten().to(target.device)
-        return before
+            parameters[name].view(-1)[index] = values.flatten().to(model.device)
+        if report:
+            parts = "encoder and classifier" if self.order else "the encoder; the labels differ"
+            LOGGER.info("start from %s (%s): %s", folder, self.record["task"], parts)
+        return biases
 
     def used_names(self, model: "PreTrainedModel") -> list[str]:
         """Return the names of the values that the model gets."""
@@ -67,11 +74,10 @@ class WarmStart:
         """Return the parameters that differ from the base model after `trainable` has trained."""
         changed = dict(trainable)
         for name in self.used_names(model):
-            trained, started = changed.get(name, np.empty(0, np.int64)), self.positions[name]
-            if trained is None or started is None:
-                changed[name] = None
-            else:
-                changed[name] = np.union1d(trained, started)
+            trained, started = trainable.get(name, np.empty(0, np.int64)), self.positions[name]
+            changed[name] = (
+                None if trained is None or started is None else np.union1d(trained, started)
+            )
         return changed
 
 

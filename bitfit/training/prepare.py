@@ -24,9 +24,8 @@ from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.results import plots
-from bitfit.training.base_model import apply_warm_start, load_base
 from bitfit.training.result import TrainingResult
-from bitfit.training.setup import LoadedData, Method, Setup, need
+from bitfit.training.setup import LoadedData, Method, Setup, load_base, need
 from utils import UserError, make_generator, print_result
 
 if TYPE_CHECKING:
@@ -203,7 +202,9 @@ def prepare_model(
     """
     model, fields = load_base(setup, report=before is None)
     if method.start:
-        fields |= apply_warm_start(model, method.start, setup, fields=fields, log=before is None)
+        apply, sha256 = method.start.apply, fields["encoder_sha256"]
+        fields["base_biases"] = apply(model, setup.task, sha256, report=before is None)
+        fields["init_head"] = None if method.start.order else fields["init_head"]
     if method.fine_tune_type == "bitfit":
         components = select_components(model, method.components, report=before is None)
         method = replace(method, components=components)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ from bitfit.data import task_files
 from bitfit.data.tasks import Task, score
 from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate, describe_split
 from bitfit.model import fingerprints, hub, loading
+from bitfit.model.added_biases import add_biases
 from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
 from bitfit.model.warm_start import WarmStart
 from utils import UserError, as_list, choose_device, choose_precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -92,6 +97,22 @@ def make_setup(
         seeds=as_list(torch.initial_seed() if seed is None else seed),
         precision=choose_precision(precision, torch_device), max_tokens=max_tokens,
     )  # fmt: skip
+
+
+def load_base(setup: Setup, report: bool = False) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Return the base model on the device, and fields of `PreparedModel` that depend on it.
+
+    Args:
+        report: log which weights of the checkpoint are used, and which biases are added.
+    """
+    model, initialized = loading.load_model(
+        setup.model_name, setup.task, setup.random_encoder, revision=setup.revision, report=report
+    )
+    draw = partial(loading.init_head, names=initialized) if initialized else None
+    fields = {"encoder_sha256": fingerprints.fingerprint(model), "init_head": draw}
+    if setup.add_biases:
+        add_biases(model, report)
+    return model.to(setup.device), fields
 
 
 @dataclass(frozen=True)
