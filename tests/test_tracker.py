@@ -5,12 +5,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-import torch
 import wandb
 from conftest import GLUE, TINY_BERT
 from tracked import ALL, OVER, TRACKED, fail, mlflow_runs, run, warnings
 
-from bitfit.model.run import Run
 from bitfit.tracking import services
 from bitfit.tracking import tracker as tracking
 from bitfit.tracking.tracker import Tracker
@@ -20,45 +18,13 @@ from glue_evaluator import GLUEvaluator
 pytestmark = TRACKED
 
 
-def test_the_speed_is_that_since_the_last_look():
-    """In examples of each run; of a look in an earlier epoch nothing counts."""
+def test_the_speed_is_that_since_the_epoch_began():
+    """In examples of each run; the last batch has four."""
     plan = SimpleNamespace(examples_before=lambda epoch, step: 36 * epoch + min(36, 8 * step))
     state = SimpleNamespace(plan=plan, epoch=1, step=4, seconds=3.0)
     assert tracking.examples_per_second(state) == 32 / 3
-    assert tracking.examples_per_second(state, (1, 2, 1.0)) == 16 / 2
-    assert tracking.examples_per_second(state, (0, 2, 1.0)) == 32 / 3
-    state.step = 5  # the last batch has four
-    assert tracking.examples_per_second(state, (1, 4, 2.0)) == 4 / 1
-
-
-def test_each_look_goes_on_from_the_one_before(tmp_path, monkeypatch):
-    told = []
-
-    class Kept:
-        def __init__(self, *given):
-            pass
-
-        def log(self, step, values):
-            told.append((step, values["train/examples_per_second"]))
-
-        def close(self, failed):
-            pass
-
-    monkeypatch.setitem(services.KINDS, "kept", Kept)
-    plan = SimpleNamespace(
-        steps_per_epoch=10,
-        factors=[1.0] * 10,
-        examples_before=lambda epoch, step: 80 * epoch + min(80, 8 * step),
-    )
-    stack = SimpleNamespace(runs=[Run(1e-3, 0)], params=torch.zeros(1, 1))
-    state = SimpleNamespace(plan=plan, stack=stack, epoch=0, step=0, seconds=0.0)
-    with Tracker(["kept"], tmp_path) as tracker:
-        tracker.open_runs(state, {stack.runs[0]: tmp_path})
-        for step, seconds in ((2, 4.0), (6, 8.0)):
-            state.step, state.seconds = step, seconds
-            tracker.log_losses(state, {0: 0.7})
-            tracker.pending["kept"].result()
-    assert told == [(2, 16 / 4), (6, 32 / 4)]
+    state.step = 5
+    assert tracking.examples_per_second(state) == 36 / 3
 
 
 def test_what_wandb_has_already_is_not_told_again():

@@ -1,7 +1,7 @@
 """The model card of an exported model, with which the model's folder is ready to publish.
 
-A card contains only values of metrics.json and args.json, and no path of this machine. Classes of
-huggingface_hub hold and write the card's metadata.
+A card contains only values of metrics.json and args.json, and no path of this machine. A class of
+huggingface_hub writes the card's metadata.
 """
 
 import json
@@ -34,6 +34,14 @@ TRAINED = {
     "rand_uniform": "Encoder parameters drawn at random and the classifier were trained",
     "rand_row_col": "Random rows and columns of its matrices and the classifier were trained",
 }
+EXAMPLE = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+name = "model"  # this folder, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForSequenceClassification.from_pretrained(name)
+logits = model(**tokenizer({texts}, return_tensors="pt")).logits
+print({answer})"""
 TAGGING_EXAMPLE = """\
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
@@ -59,8 +67,6 @@ def write_model_card(folder: Path, task: Task, metadata: Metadata) -> None:
         task: the task of the run.
         metadata: the content of the command's args.json.
     """
-    from huggingface_hub import ModelCard
-
     metrics, _ = read_metrics(folder)
     names = [f"learning_curves_{metrics['main_metric'].lower()}.png", "bias_term_changes.png"]
     pictures = [folder / name for name in names if (folder / name).exists()]
@@ -72,8 +78,7 @@ def write_model_card(folder: Path, task: Task, metadata: Metadata) -> None:
         *paragraphs(task, metrics, metadata, pictures=[picture.name for picture in pictures]),
     ]
     yaml, body = card_metadata(task, metrics, metadata).to_yaml(), "\n\n".join(lines)
-    card = ModelCard(f"---\n{yaml}\n---\n\n{body}\n")
-    write_text(folder / "model" / "README.md", str(card))
+    write_text(folder / "model" / "README.md", f"---\n{yaml}\n---\n\n{body}\n")
 
 
 def card_metadata(task: Task, metrics: Metadata, metadata: Metadata) -> "ModelCardData":
@@ -207,17 +212,10 @@ def example(task: Task) -> str:
     """Return Python code that loads the model and predicts one example."""
     if task.is_tagging:
         return TAGGING_EXAMPLE
-    words = ", ".join(['"The cat sleeps."', '"An animal sleeps."'][: len(task.texts)])
+    texts = ['"The cat sleeps."', '"An animal sleeps."'][: len(task.texts)]
     label = "model.config.id2label[logits.argmax().item()]"
-    return "\n".join([
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        'name = "model"  # this folder, or its name on the Hub',
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        "model = AutoModelForSequenceClassification.from_pretrained(name)",
-        f'logits = model(**tokenizer({words}, return_tensors="pt")).logits',
-        f"print({'logits.item()' if task.is_regression else label})",
-    ])  # fmt: skip
+    answer = "logits.item()" if task.is_regression else label
+    return EXAMPLE.format(texts=", ".join(texts), answer=answer)
 
 
 def command(metadata: Metadata) -> str:

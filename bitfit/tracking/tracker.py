@@ -36,13 +36,10 @@ class TrackedState(Protocol):
 
 def check_connections(kinds: Sequence[str], output: Path) -> None:
     """Raise a UserError for a tracker that cannot be reached."""
-    for kind in kinds:
-        check_connection(kind, output)
-
-
-def check_connection(kind: str, output: Path) -> None:
+    kind = ""
     with convert_errors(lambda error: UserError(f"--report-to {kind}: {first_line(error)}")):
-        KINDS[kind].connect(output)
+        for kind in kinds:
+            KINDS[kind].connect(output)
 
 
 def peak_gib(device: "torch.device") -> float:
@@ -56,17 +53,11 @@ def peak_gib(device: "torch.device") -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def examples_per_second(state: TrackedState, since: tuple[int, int, float] | None = None) -> float:
-    """Return the speed of one run since (epoch, step, seconds), or since the epoch's start.
-
-    A `since` in an earlier epoch counts as the start of this epoch.
-    """
-    epoch, step, seconds = since or (None, 0, 0.0)
-    if epoch != state.epoch:
-        step, seconds = 0, 0.0
+def examples_per_second(state: TrackedState) -> float:
+    """Return the speed of one run since the start of the epoch."""
     examples_before = state.plan.examples_before
-    examples = examples_before(state.epoch, state.step) - examples_before(state.epoch, step)
-    return examples / (state.seconds - seconds)
+    examples = examples_before(state.epoch, state.step) - examples_before(state.epoch, 0)
+    return examples / state.seconds
 
 
 class Tracker:
@@ -91,7 +82,7 @@ class Tracker:
         self.output, self.metadata = output and Path(output), metadata or {}
         self.threads = {kind: ThreadPoolExecutor(1) for kind in kinds}
         self.pending: dict[str, Future] = {}
-        self.step, self.previous = 0, (0, 0, 0.0)
+        self.step = 0
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +106,7 @@ class Tracker:
         """
         measured = {k: {"train/loss": loss} for k, loss in losses.items()}
         if state.step < state.plan.steps_per_epoch:
-            self._log(state, measured, since=self.previous, skippable=True)
+            self._log(state, measured, skippable=True)
 
     def log_scores(self, state: TrackedState, scores: list[tuple]) -> None:
         """Log the mean losses of an epoch, and the scores if there was an evaluation."""
@@ -141,21 +132,18 @@ class Tracker:
         self._submit(send)
 
     def _set_step(self, state: TrackedState) -> None:
-        self.previous = state.epoch, state.step, state.seconds
         self.step = state.epoch * state.plan.steps_per_epoch + state.step
 
     def _log(
         self,
         state: TrackedState,
         measured: dict[int, dict[str, float]],
-        since: tuple[int, int, float] | None = None,
         skippable: bool = False,
     ) -> None:
         """Log values of some runs, together with epoch, memory, speed and learning rate.
 
         Args:
             measured: {number of a run: {name: value}}.
-            since: (epoch, step, seconds) from which the speed is measured.
             skippable: do not send the values to busy trackers.
         """
         if not self.open_trackers:
@@ -164,7 +152,7 @@ class Tracker:
         plan, step, factor = state.plan, self.step, state.plan.factors[self.step - 1]
         common = {"epoch": step / plan.steps_per_epoch}
         common |= {"peak_memory_gib": peak_gib(state.stack.params.device)}
-        common |= {"train/examples_per_second": examples_per_second(state, since)}
+        common |= {"train/examples_per_second": examples_per_second(state)}
         rows = {}
         for k, of_run in measured.items():
             run = state.stack.runs[k]
