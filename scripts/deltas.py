@@ -19,7 +19,6 @@ if __name__ == "__main__":
     catch_signals("deltas.py")
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +107,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if weights and not sum(weights):
         command.error("--weights: all are 0: give a positive weight")
-    if weights and sum(weights) == math.inf:
-        command.error("--weights: their sum is too large: give smaller ones")
     return args
 
 
@@ -130,7 +127,7 @@ def show(args: argparse.Namespace) -> None:
     from bitfit.results import plots
     from bitfit.tools import deltas, saved_evaluators
 
-    found = saved_evaluators.read_evaluators(args.folders)
+    found = saved_evaluators.read_deltas(args.folders)
     saved_evaluators.check_bitfit(found, "show")
     evaluator = load(args, found[0])
     names, changes = evaluator.terms_changes()
@@ -146,14 +143,12 @@ def compare(args: argparse.Namespace) -> None:
     from bitfit.results import plots
     from bitfit.tools import deltas, saved_evaluators
 
-    found = saved_evaluators.read_evaluators(args.folders)
+    found = saved_evaluators.read_deltas(args.folders)
     saved_evaluators.check_bitfit(found, "compare")
     saved_evaluators.check_same_trainable(found)
     comparison = deltas.compare_deltas(found, load(args, found[0]))
-    base, method = (
-        saved_evaluators.describe_base(found[0]),
-        saved_evaluators.describe_method(found[0]),
-    )
+    base = saved_evaluators.describe_base(found[0])
+    method = saved_evaluators.describe_method(found[0])
     caption = f"How {len(found)} saved evaluators changed the encoder of {base}, {method} "
     caption += "(without classifiers)"
     if args.csv:
@@ -168,8 +163,8 @@ def average(args: argparse.Namespace) -> None:
     from bitfit.tools import deltas, saved_evaluators
 
     output_paths.check_is_new(args.output_path)
-    found = saved_evaluators.read_evaluators(args.folders)
-    saved_evaluators.check_same_task(found)
+    found = saved_evaluators.read_deltas(args.folders)
+    saved_evaluators.check_same(found, "tasks", lambda e: e.task, describe=lambda e: e.task.folder)
     saved_evaluators.check_same_trainable(found)
     evaluator = load(args, found[0])
     weights = args.weights or [1] * len(found)
@@ -185,7 +180,7 @@ def apply(args: argparse.Namespace) -> None:
     from bitfit.tools import deltas, saved_evaluators
 
     output_paths.check_is_new(args.output_path)
-    (member,) = saved_evaluators.read_evaluators(args.folders)
+    (member,) = saved_evaluators.read_deltas(args.folders)
     is_frozen = member.metadata["fine_tune_type"] == "frozen"
     if args.scale != 1 and is_frozen and "started_from" not in member.metadata:
         raise UserError(f"--scale: {member.name} did not change the encoder: leave --scale out")

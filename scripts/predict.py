@@ -70,14 +70,12 @@ def open_input(path: str) -> AbstractContextManager[BinaryIO]:
 
 def run(args: argparse.Namespace) -> None:
     with open_input(args.input) as lines:
-        from bitfit.artifacts import saved_evaluator
         from bitfit.model.precision import DTYPES
         from bitfit.tools import answers, multi_task
 
         found = multi_task.read_evaluators(args.evaluators, args.model_name)
-        tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
-        answers.check_files(tasks, args.input, args.output)
-        local = hub.is_local(found[0][1]["model_name"])
+        answers.check_files([evaluator.task for evaluator in found], args.input, args.output)
+        local = hub.is_local(found[0].metadata["model_name"])
         hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
 

@@ -132,13 +132,13 @@ def test_predict_answers_lines_of_words(outputs, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["-i", "test.conll"], "to tag such a file, give --output FILE.conll"),
-        (["-i", "test.conll", "-o", "out.jsonl"], "has the format of --input"),
-        (["-o", "out.conll"], "has the format of --input"),
+        (["-i", "test.conll", "-o", "out.jsonl"], "out.jsonl is not a .conll file"),
+        (["-o", "out.conll"], "--input -: for --output give a file .conll, .txt"),
         (["-i", "nowhere.conll", "-o", "out.conll"], "cannot read --input nowhere.conll"),
         (["-i", "empty.conll", "-o", "out.conll"], "--input empty.conll has no sentences"),
         (["-i", "soft.conll", "-o", "out.conll"], "soft.conll:2: '\\xad' has no sub-tokens"),
         (["-i", "zero.conll", "-o", "out.conll"], "zero.conll:1: no word, but '\\u200b'"),
-        (["-i", "test.conll", "-o", "no/out.conll"], "no/out.conll: its folder cannot be written"),
+        (["-i", "test.conll", "-o", "no/out.conll"], "no/out.conll is not a .conll file in an ex"),
     ],
 )
 def test_faults_of_predict(arguments, message, outputs, tmp_path, monkeypatch, capsys):
@@ -159,7 +159,7 @@ def test_taggers_and_classifiers_do_not_answer_together(outputs, tmp_path, capsy
     ]) == 0  # fmt: skip
     other = str(tmp_path / "out" / "evaluator")
     assert predict.main([*evaluators(outputs, "toy-pos"), other, *CPU]) == 2
-    assert "give evaluators of one kind" in capsys.readouterr().err
+    assert "have different kinds of tasks" in capsys.readouterr().err
     assert predict.main([other, "-i", str(TAGGING / "test.conll"), "-o", "x.conll", *CPU]) == 2
     assert "--output is for evaluators that tag words" in capsys.readouterr().err
 

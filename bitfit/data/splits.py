@@ -45,7 +45,8 @@ class TextColumns(NamedTuple):
 
     columns: tuple[list, ...]
     labels: np.ndarray | None
-    continues: np.ndarray | None = None  # (rows,) bool: goes on with the previous row's sentence
+    # (rows,) bool: goes on with the previous row's sentence; None before long sentences are split.
+    continues: np.ndarray | None = None
     place_word: Callable[[int, int], str] | None = None  # (row, word) -> position for messages
 
     def __len__(self) -> int:

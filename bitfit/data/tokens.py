@@ -82,13 +82,15 @@ def tokenize(
 ) -> TokenizedSplit:
     """Return texts as a `TokenizedSplit` on the CPU.
 
-    Rows over `max_length` tokens are cut, the longest sentence first. Give sentences of words to
-    `split_long_sentences` before, so that no word is cut off.
+    Rows over `max_length` tokens are cut, the longest sentence first. Sentences of words are split
+    into several rows before, so that no word is cut off.
 
     Raises:
         UserError: if `max_length` leaves no room for text.
     """
     tokens_for_text(tokenizer, max_length, pair=len(texts.columns) > 1)
+    if texts.word_counts is not None and texts.continues is None:
+        texts = split_long_sentences(texts, tokenizer, max_length)
     counts = texts.word_counts
     rows = tokenizer(
         *texts.columns, truncation=True, max_length=max_length,
@@ -99,10 +101,8 @@ def tokenize(
         row = int(np.flatnonzero(lengths == 0)[0])
         message = f"the text of example {row + 1} has no tokens, not even special ones"
         raise UserError(f"{message}: give it a text, or another --model-name")
-    is_full = lengths >= max_length
-    if counts is not None:
-        is_full &= counts == 1  # Longer sentences have been split.
-    if cut := int(is_full.sum()):
+    is_cut = counts is None or counts == 1  # Sentences of several words have been split.
+    if cut := int(((lengths >= max_length) & is_cut).sum()):
         LOGGER.info("%d of %d examples fill %d tokens; longer ones are cut", cut, len(lengths),
                     max_length)  # fmt: skip
     return TokenizedSplit(

@@ -1,6 +1,5 @@
 """Read lines of text and format predictions, for scripts/predict.py."""
 
-import os
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from bitfit.data.splits import TextColumns
 from bitfit.data.tagged_files import SUFFIXES, check_words, read_sentences, write_tags
 from bitfit.data.tasks import Task, predictions
+from bitfit.output_paths import file_error
 from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits, predict_tags
 from utils import UserError
 
@@ -84,18 +84,15 @@ def check_files(tasks: Sequence[Task], source: str, output: str | None) -> None:
         return
     if not tasks[0].is_tagging:
         raise UserError("--output is for evaluators that tag words: leave it out")
-    if suffix not in SUFFIXES or Path(output).suffix != suffix:
-        raise UserError(
-            f"--output {output} has the format of --input: give both one of the endings "
-            f"{', '.join(SUFFIXES)}"
-        )
+    if suffix not in SUFFIXES:
+        raise UserError(f"--input {source}: for --output give a file {', '.join(SUFFIXES)}")
+    if problem := file_error(output, (suffix,)):
+        raise UserError(f"--output {output} {problem}")
     (words, *others), names = {task.texts[0] for task in tasks}, [task.tsv_label for task in tasks]
     if others or len(set(names)) < len(names):
         raise UserError("these evaluators read other words or write the same tags: give one")
     if not check_words(read_sentences(Path(source), [words]), words):
         raise UserError(f"--input {source} has no sentences")
-    if not os.access(Path(output).absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: its folder cannot be written")
 
 
 def tag_file(predictor: MultiTaskPredictor, source: Path, output: Path) -> None:

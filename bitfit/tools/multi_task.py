@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from bitfit.artifacts import saved_evaluator
+from bitfit.artifacts.saved_evaluator import POSITIONS
 from bitfit.data.splits import TextColumns, word_positions
 from bitfit.data.tasks import Task, predictions, tags_of_sentences
 from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
-from bitfit.data.word_tokens import split_long_sentences
 from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
@@ -27,18 +27,15 @@ from bitfit.model.predict import predict
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
-from bitfit.tools.saved_evaluators import evaluator_folders
+from bitfit.tools import saved_evaluators
+from bitfit.tools.saved_evaluators import SavedEvaluator
 from bitfit.training.prepare import assemble
 from utils import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
-TRIAL = tuple(
-    " ".join(["a small film is good,"] * n) for n in (1, 4, 16)
-)  # texts for the first passes
-# folder, metadata, tensors of a saved evaluator
-Saved = tuple[Path, dict[str, Any], dict[str, torch.Tensor]]
+TRIAL = [" ".join(["a small film is good,"] * n) for n in (1, 4, 16)]  # texts for first passes
 
 
 class MultiTaskPredictor(NamedTuple):
@@ -53,38 +50,25 @@ class MultiTaskPredictor(NamedTuple):
     token_budget: TokenBudget
 
 
-def read_evaluators(folders: Iterable[str | Path], model_name: str | None = None) -> list[Saved]:
-    """Read (folder, metadata, tensors) of saved evaluators that can share a pass.
+def read_evaluators(
+    folders: Iterable[str | Path], model_name: str | None = None
+) -> list[SavedEvaluator]:
+    """Read saved evaluators that can share a pass.
 
     Raises:
-        UserError: an evaluator is missing or given twice, the base models differ, or there are
-            several evaluators and one of them changed the matrices of the encoder.
+        UserError: as `saved_evaluators.read_evaluators`; or there are several evaluators, and one
+            of them changed the matrices of the encoder.
     """
-    found = [
-        (folder, *saved_evaluator.read_files(folder, model_name))
-        for folder in evaluator_folders(folders)
-    ]
-    if len({saved_evaluator.task_of(metadata).is_tagging for _, metadata, _ in found}) > 1:
-        message = "some of these evaluators tag words, and others read texts"
-        raise UserError(f"{message}: give evaluators of one kind")
-    first, base, _ = found[0]
-    for folder, metadata, tensors in found:
-        has_matrices = metadata["model_sha256"] or any(
-            name.endswith(saved_evaluator.POSITIONS) for name in tensors
-        )
-        if has_matrices and len(found) > 1:
-            kind = metadata["fine_tune_type"]
-            raise UserError(
-                f"{folder} ({kind}) changed weight matrices, which the others share: give it alone"
-            )
-        if metadata["encoder_sha256"] != base["encoder_sha256"]:
-            bases = f"{folder} ({metadata['base_name']}) and {first} ({base['base_name']})"
-            raise UserError(f"{bases} were trained on different base models: give those of one")
+    found = saved_evaluators.read_evaluators(folders, model_name)
+    for _, folder, metadata, tensors in found if len(found) > 1 else ():
+        if metadata["model_sha256"] or any(name.endswith(POSITIONS) for name in tensors):
+            raise UserError(f"{folder} ({metadata['fine_tune_type']}) changed weight matrices, "
+                            "which the others share: give it alone")  # fmt: skip
     return found
 
 
 def load_predictor(
-    found: Sequence[Saved],
+    found: Sequence[SavedEvaluator],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
@@ -99,74 +83,59 @@ def load_predictor(
     Raises:
         UserError: the base model is missing, has changed, or cannot be shared.
     """
-    tasks = [saved_evaluator.task_of(metadata) for _, metadata, _ in found]
-    lengths = [max_length or metadata["max_sequence_len"] for _, metadata, _ in found]
+    tasks = [evaluator.task for evaluator in found]
+    lengths = [max_length or evaluator.metadata["max_sequence_len"] for evaluator in found]
     widest = max(tasks, key=lambda task: task.num_labels)
     model, tokenizer, trainable = load_base(found, widest)
-    name = found[0][1]["model_name"]
     model.to(device)
-    trial = tokenize_trial(widest, tokenizer, max(lengths)).to(device)
-    runs = [Run(metadata["learning_rate"], metadata["seed"]) for _, metadata, _ in found]
+    trial = TextColumns(([t.split() for t in TRIAL] if widest.is_tagging else TRIAL,), None)
+    tokens = tokenize(trial, tokenizer, max(lengths)).to(device)
+    runs = [Run(e.metadata["learning_rate"], e.metadata["seed"]) for e in found]
     prepared = assemble(
-        model, name, trainable, runs=runs, dtype=dtype, max_tokens=max_tokens, tokens=trial
-    )
-    reason = prepared.reason_not_stackable(trial) if len(found) > 1 else None
-    if reason:
+        model, found[0].metadata["model_name"], trainable, runs=runs, dtype=dtype,
+        max_tokens=max_tokens, tokens=tokens,
+    )  # fmt: skip
+    if len(found) > 1 and (reason := prepared.reason_not_stackable(tokens)):
         raise UserError(f"these evaluators cannot answer together: {reason}; give one at a time")
     stack = prepared.new_stack()
-    for row, (_, _, tensors) in zip(stack.params, found, strict=True):
-        copy_delta(row, stack, tensors)
-    names = answer_names([folder for folder, *_ in found], tasks)
+    for row, evaluator in zip(stack.params, found, strict=True):
+        copy_delta(row, stack, evaluator.tensors)
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        names = [str(evaluator.folder) for evaluator in found]
     return MultiTaskPredictor(
         names, tasks, lengths, tokenizer=tokenizer, forward=prepared.forward, stack=stack,
         token_budget=prepared.token_budget,
     )  # fmt: skip
 
 
-def tokenize_trial(
-    task: Task, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> TokenizedSplit:
-    """Return the tokens of TRIAL, read as texts or as sentences of words."""
-    texts = TextColumns((list(TRIAL),), None)
-    if task.is_tagging:
-        sentences = TextColumns(([text.split() for text in TRIAL],), None)
-        texts = split_long_sentences(sentences, tokenizer, max_length)
-    return tokenize(texts, tokenizer, max_length)
-
-
 def load_base(
-    found: Sequence[Saved], task: Task
+    found: Sequence[SavedEvaluator], task: Task
 ) -> tuple[torch.nn.Module, Any, dict[str, np.ndarray | None]]:
     """Return the base model with a head for `task`, its tokenizer, and the trained parameters.
 
     Raises:
         UserError: the base model is missing, or is not the one that the evaluators trained on.
     """
-    base = found[0][1]
+    base = found[0].metadata
     name = base["model_name"]
     revision, _ = hub.resolve_revision(name, base["model_revision"])
     tokenizer = loading.load_tokenizer(name, revision, task.is_tagging)
     config = loading.load_config(name, task, revision)
     fingerprints = models_fingerprints.fingerprints_of(config, tokenizer)
-    for folder, metadata, _ in found:
+    for _, folder, metadata, _ in found:
         saved_evaluator.check_base(folder, metadata, fingerprints)
     random_encoder = base["random_encoder"] and not base["model_sha256"]
     model, _ = loading.load_model(name, task, random_encoder, revision=revision)
     encoder = models_fingerprints.fingerprint(model)
     trainable: dict[str, np.ndarray | None] = {}
-    if any(metadata["add_biases"] for _, metadata, _ in found):
+    if any(evaluator.metadata["add_biases"] for evaluator in found):
         add_biases(model)
-    for folder, metadata, tensors in found:
+    for _, folder, metadata, tensors in found:
         trainable |= saved_evaluator.read_trainable(
             model, encoder, metadata, tensors=tensors, folder=folder
         )
     return model, tokenizer, trainable
-
-
-def answer_names(folders: Sequence[Path], tasks: Sequence[Task]) -> list[str]:
-    """Return the tasks' names, or the folders if a task occurs twice."""
-    names = [task.name for task in tasks]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def copy_delta(params: torch.Tensor, stack: RunStack, tensors: dict[str, torch.Tensor]) -> None:
@@ -188,7 +157,16 @@ def predict_logits(
 
     If only heads trained, the encoder runs once for all evaluators.
     """
-    return logits_of_tokens(predictor, *tokenize_for_all(predictor, rows))
+    ways = [
+        (len(task.texts), n) for task, n in zip(predictor.tasks, predictor.lengths, strict=True)
+    ]
+    distinct = list(dict.fromkeys(ways))  # evaluators that read the same tokens share them
+    parts = []
+    for texts, length in distinct:
+        columns = tuple(map(list, zip(*(row[:texts] for row in rows), strict=True)))
+        parts.append(tokenize(TextColumns(columns, None), predictor.tokenizer, length))
+    begins = len(rows) * np.array([distinct.index(way) for way in ways])
+    return logits_of_tokens(predictor, concatenate(parts), begins[:, None] + np.arange(len(rows)))
 
 
 def predict_tags(predictor: MultiTaskPredictor, texts: TextColumns) -> list[list[list[str]]]:
@@ -201,9 +179,8 @@ def predict_tags(predictor: MultiTaskPredictor, texts: TextColumns) -> list[list
     if len(set(predictor.lengths)) > 1:
         message = f"these evaluators were trained with other lengths: {predictor.lengths}"
         raise UserError(f"{message}: give --max-seq-length")
-    rows = split_long_sentences(texts, predictor.tokenizer, length)
-    tokens = tokenize(rows, predictor.tokenizer, length)
-    positions = np.tile(np.arange(len(rows)), (len(predictor.tasks), 1))
+    tokens = tokenize(texts, predictor.tokenizer, length)
+    positions = np.tile(np.arange(len(tokens.lengths)), (len(predictor.tasks), 1))
     logits = logits_of_tokens(predictor, tokens, positions)
     counts = [len(words) for words in texts.columns[0]]
     return [
@@ -243,16 +220,11 @@ def stacked_logits(
     predictor.forward.model.eval()
     runs, packed = len(positions), predictor.forward.packed_encoder is not None
     owner, flat = np.repeat(np.arange(runs), positions.shape[1]), positions.ravel()
-    lengths = tokens.lengths[flat]
-    parts, outputs = (
-        split_into_micro_batches(
-            lengths,
-            predictor.token_budget.max_tokens,
-            packed,
-            equal_length=predictor.forward.equal_length,
-        ),
-        [],
-    )
+    parts = split_into_micro_batches(
+        tokens.lengths[flat], predictor.token_budget.max_tokens, packed,
+        equal_length=predictor.forward.equal_length,
+    )  # fmt: skip
+    outputs = []
     for part in parts:
         pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], num_runs=runs)
         batch, routing = to_device(pair, tokens.ids.device)
@@ -264,22 +236,3 @@ def stacked_logits(
     logits = np.empty(together.shape, np.float32)
     logits[order] = together.cpu().numpy()
     return logits.reshape(runs, -1, logits.shape[-1])
-
-
-def tokenize_for_all(
-    predictor: MultiTaskPredictor, rows: Sequence[tuple[str, ...]]
-) -> tuple[TokenizedSplit, np.ndarray]:
-    """Tokenize B examples and return the tokens with their positions (K, B) for K evaluators.
-
-    Evaluators with the same number of texts and the same maximum length share tokens.
-    """
-    ways = [
-        (len(task.texts), n) for task, n in zip(predictor.tasks, predictor.lengths, strict=True)
-    ]
-    distinct = list(dict.fromkeys(ways))
-    parts = []
-    for texts, length in distinct:
-        columns = tuple(map(list, zip(*(row[:texts] for row in rows), strict=True)))
-        parts.append(tokenize(TextColumns(columns, None), predictor.tokenizer, length))
-    begins = len(rows) * np.array([distinct.index(way) for way in ways])
-    return concatenate(parts), begins[:, None] + np.arange(len(rows))

@@ -26,25 +26,28 @@ class SavedEvaluator(NamedTuple):
     # {parameter name: trained values}, and for a random mask {name + POSITIONS: flat positions}
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def task(self) -> Task:
+        return saved_evaluator.task_of(self.metadata)
 
-def read_evaluators(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
+
+def read_evaluators(
+    folders: Iterable[str | Path], model_name: str | None = None
+) -> list[SavedEvaluator]:
     """Read the saved evaluators in folders, or in the `evaluator/` of run folders.
 
     Raises:
-        UserError: an evaluator is missing, damaged, given twice or of full_ft, or base models
-            differ.
+        UserError: an evaluator is missing, damaged or given twice, base models differ, or only
+            some evaluators tag words.
     """
     folders = evaluator_folders(folders)
     evaluators = [
-        SavedEvaluator(name, folder, *saved_evaluator.read_files(folder))
+        SavedEvaluator(name, folder, *saved_evaluator.read_files(folder, model_name))
         for name, folder in zip(short_names(folders), folders, strict=True)
     ]
-    for evaluator in evaluators:
-        if evaluator.metadata["model_sha256"]:
-            raise UserError(
-                f"{evaluator.folder} trained everything (full_ft), so it has no delta: "
-                f"{evaluator.folder / 'model'} is the whole model"
-            )
+    check_same(
+        evaluators, "kinds of tasks", lambda e: e.task.is_tagging, describe=lambda e: e.task.folder
+    )
     check_same(
         evaluators, "base models", lambda e: e.metadata["encoder_sha256"], describe=describe_base
     )
@@ -55,6 +58,18 @@ def read_evaluators(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
             both = f"{first.name} and {other.name}"
             raise UserError(
                 f"{both} have different base models, whose {change}: give evaluators with the same"
+            )
+    return evaluators
+
+
+def read_deltas(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
+    """Read saved evaluators, as `read_evaluators`; UserError for a whole model (full_ft)."""
+    evaluators = read_evaluators(folders)
+    for evaluator in evaluators:
+        if evaluator.metadata["model_sha256"]:
+            raise UserError(
+                f"{evaluator.folder} trained everything (full_ft), so it has no delta: "
+                f"{evaluator.folder / 'model'} is the whole model"
             )
     return evaluators
 
@@ -120,16 +135,6 @@ def check_same(
         if key(other) != key(first):
             both = " and ".join(f"{e.name} ({describe(e)})" for e in (first, other))
             raise UserError(f"{both} have different {noun}: give evaluators with the same")
-
-
-def check_same_task(evaluators: Sequence[SavedEvaluator]) -> None:
-    """Raise UserError unless all evaluators have the same task."""
-    check_same(evaluators, "tasks", task_of, describe=lambda e: task_of(e).folder)
-
-
-def task_of(evaluator: SavedEvaluator) -> Task:
-    """Return the task of a saved evaluator."""
-    return saved_evaluator.task_of(evaluator.metadata)
 
 
 def check_same_trainable(evaluators: Sequence[SavedEvaluator]) -> None:
