@@ -201,8 +201,12 @@ class Ours:
             self.plans[dtype] = dataclasses.replace(self.plan, forward=forward)
         return self.plans[dtype]
 
-    def epoch(self, precision: str) -> float:
-        """Return the seconds of one epoch of training, from initial parameters."""
+    def epoch(self, precision: str, wait: Callable[[], object] = lambda: None) -> float:
+        """Return the seconds of one epoch of training, from initial parameters.
+
+        Args:
+            wait: called before the time begins, for processes that begin together.
+        """
         self.stack.params.copy_(self.stack.initial_params)
         self.stack.bad_step.fill_(-1)
         plan = self.plan_in(DTYPES[precision])
@@ -210,6 +214,7 @@ class Ours:
         with self.stack.patched(DTYPES[precision]):
             state.graphs = step_graphs(state)
             progress = Progress(plan, shows=False)
+            wait()
             return seconds(lambda: train_epoch(state, CheckpointManager(), progress), self.device)
 
 

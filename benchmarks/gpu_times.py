@@ -5,18 +5,16 @@
 
 The model is a random BERT of bert-base's size; it computes as `run_glue.py` does, bf16 by default.
 The times are those of steps at CoLA's and RTE's lengths after all shapes were met: of K runs beside
-Hugging Face Trainer (with accelerate), the released loop and K processes that share the GPU; of
-each fine-tune type; and of each kernel. The program needs no data. `gpu.sh` runs it.
+Hugging Face Trainer (with accelerate), the released loop, `torch.func.vmap` of the plain model and
+K processes that share the GPU; of each fine-tune type; and of each kernel. The program needs no
+data. `gpu.sh` runs it.
 """
 
 import argparse
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 
 import torch
 from common import (
@@ -25,11 +23,14 @@ from common import (
     Ours,
     flop_of,
     gemm_rate,
+    pick_device,
     random_model,
+    seconds,
     spread,
     synchronize,
 )
 from gpu_steps import LENGTHS, make_parser, make_runs, random_tokens, start, steps, training
+from parallel_peers import Processes, make_vmap
 from peers import make_trainer
 from throughput import make_released
 from torch.profiler import ProfilerActivity, profile
@@ -44,7 +45,8 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 5, 20, 50])
     parser.add_argument("--steps", type=int, default=20, help="timed, of each kind")
-    parser.add_argument("--processes", type=int, default=5, help="that share the GPU, one run each")
+    parser.add_argument("--processes", type=int, nargs="+", default=[5, 20],
+                        help="that share the GPU, one run each")  # fmt: skip
     return parser.parse_args()
 
 
@@ -88,6 +90,24 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
                 flush=True,
             )
             del ours
+            measure_vmap(args, kind, tokens, runs=runs, mine=mine)
+
+
+def measure_vmap(
+    args: argparse.Namespace, kind: str, tokens: TokenizedSplit, runs: int, mine: float
+) -> None:
+    """Time a step of K runs of the plain model by vmap, beside `mine` milliseconds of ours."""
+    epoch = make_vmap(partial(random_model, args.size), tokens, args.batch_size, runs=runs)
+    try:
+        epoch(args.precision)
+        times = [epoch(args.precision) / args.steps * 1e3 for _ in range(3)]
+    except torch.OutOfMemoryError:
+        print(f"{kind} {runs:>3} runs by vmap: out of memory", flush=True)
+        return
+    ratio = statistics.median(times) / mine
+    print(
+        f"{kind} {runs:>3} runs by vmap: {spread(times, 2)} ms, {ratio:.1f} times ours", flush=True
+    )
 
 
 def measure_peers(args: argparse.Namespace, tokens: TokenizedSplit) -> tuple[float, float]:
@@ -137,37 +157,31 @@ def measure_kernels(args: argparse.Namespace, device: torch.device) -> None:
         print(f"  {milliseconds:7.3f} ms {event.count / 4:6.1f} x {event.key[:100]}")
 
 
-def measure_processes(args: argparse.Namespace, device: torch.device) -> None:
+def measure_processes(args: argparse.Namespace) -> None:
     """Time steps of several processes that share this device, one run each."""
-    context = multiprocessing.get_context("spawn")
-    barrier, times = context.Barrier(args.processes + 1), context.Queue()
-    workers = [
-        context.Process(target=one_process, args=(args, device, barrier, times), daemon=True)
-        for _ in range(args.processes)
-    ]
-    for worker in workers:
-        worker.start()
-    barrier.wait(timeout=300)
-    taken = statistics.median(times.get(timeout=300) for _ in workers)
-    for worker in workers:
-        worker.join()
-    print(f"CoLA, {args.processes} processes with a run each: {taken:.2f} ms a step")
+    for kind in LENGTHS:
+        for count in args.processes:
+            processes = Processes(partial(SingleRun, args, kind), count)
+            taken = processes.epoch(args.precision) / (5 * args.steps) * 1e3
+            processes.close()
+            print(f"{kind}, {count} processes with a run each: {taken:.2f} ms a step", flush=True)
 
 
-def one_process(
-    args: argparse.Namespace, device: torch.device, barrier: Barrier, times: Queue
-) -> None:
-    tokens = random_tokens("CoLA", args.steps * args.batch_size, device)
-    ours = make_runs(args, tokens, 1)
-    count = 5 * args.steps
-    with training(ours, DTYPES[args.precision]) as state:
-        steps(state, count)
-        synchronize(device)
-        barrier.wait(timeout=300)
-        begin = time.perf_counter()
-        steps(state, count)
-        synchronize(device)
-        times.put((time.perf_counter() - begin) / count * 1e3)
+class SingleRun:
+    """One run in a process of its own, trained with CUDA graphs of all shapes."""
+
+    def __init__(self, args: argparse.Namespace, kind: str) -> None:
+        tokens = random_tokens(kind, args.steps * args.batch_size, pick_device())
+        self.ours = make_runs(args, tokens, 1)
+
+    def epoch(self, precision: str, wait: Callable[[], object]) -> float:
+        """Return the seconds of five epochs after `wait`."""
+        count = 5 * self.ours.plan.steps_per_epoch
+        with training(self.ours, DTYPES[precision]) as state:
+            steps(state, count)
+            synchronize(self.ours.device)
+            wait()
+            return seconds(partial(steps, state, count), self.ours.device)
 
 
 def main() -> None:
@@ -175,7 +189,7 @@ def main() -> None:
     device = start(args)
     measure(args, device)
     measure_types(args, device)
-    measure_processes(args, device)
+    measure_processes(args)
     measure_kernels(args, device)
 
 

@@ -10,13 +10,16 @@ the same batch size and rate, in turn (A B A B ...), after a warm-up; K runs of 
 are compared with K runs of Trainer. The clock covers training alone, without loading, tokenizing
 and scoring.
 
-Not the same: Trainer groups examples of similar length, which saves padding (more so with more
---rows). Our loop draws batches at random, as the released code does, and has no padding.
+Not the same: Trainer and vmap group examples of similar length, which saves padding (more so with
+more --rows). Our loop draws batches at random, as the released code does, and has no padding.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib.util
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,9 +37,12 @@ from common import (
     spread,
     train_biases,
 )
+from parallel_peers import Epoch, Processes, make_vmap
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitfit.data.tokens import TokenizedSplit
+
+PEERS = ("trainer", "vmap", "processes")
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task-file", help="instead of --task-name, such as a tagging task's")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument("--datasets", action="store_true",
                         help="Trainer reads a datasets.Dataset, as in its examples, not a list: "
                              "slower")  # fmt: skip
@@ -104,36 +111,60 @@ def make_trainer(
     return epoch
 
 
-def main() -> int:
-    args = parse_args()
-    if importlib.util.find_spec("accelerate") is None:
-        print("peers.py: error: Trainer needs accelerate: pip install accelerate", file=sys.stderr)
-        return 2
-    transformers.logging.set_verbosity_error()
+def single_run(args: argparse.Namespace) -> Ours:
+    """Return one run of ours, in a process of its own."""
+    with contextlib.redirect_stdout(None):
+        task, _, make_model, tokens, _ = setup(args)
+    model = make_model().to(tokens.ids.device)
+    return Ours(model, tokens, task, batch_size=args.batch_size, runs=1)
+
+
+def measure(args: argparse.Namespace, runs: int) -> None:
+    """Time K runs of ours and of each peer in turn, and print examples per second and ratios."""
     task, tokenizer, make_model, tokens, _ = setup(args)
-    device, count = tokens.ids.device, len(tokens.lengths)
+    device, count, flop = tokens.ids.device, len(tokens.lengths), flop_of(make_model(), tokens)
+    ours = Ours(make_model().to(device), tokens, task, batch_size=args.batch_size, runs=runs)
     trainer = make_trainer(
         make_model, tokens, tokenizer, batch_size=args.batch_size, as_dataset=args.datasets
     )
-    flop = flop_of(make_model(), tokens)
+    peers: dict[str, Epoch] = {
+        "trainer": lambda precision: sum(trainer(precision) for _ in range(runs))
+    }
+    if "vmap" in args.peers:
+        peers["vmap"] = make_vmap(make_model, tokens, args.batch_size, runs=runs)
+    if "processes" in args.peers:
+        processes = Processes(functools.partial(single_run, args), runs)
+        peers["processes"] = processes.epoch
+    chosen = {name: peers[name] for name in args.peers}
+    for precision in args.precision:
+        for epoch in (ours.epoch, *chosen.values()):
+            epoch(precision)
+        times: dict[str, list[float]] = {name: [] for name in ("ours", *chosen)}
+        rates = []
+        for _ in range(args.rounds):
+            rates.append(gemm_rate(precision, device))
+            times["ours"].append(ours.epoch(precision))
+            rates.append(gemm_rate(precision, device))
+            for name, epoch in chosen.items():
+                times[name].append(epoch(precision))
+        speeds = {name: spread([runs * count / t for t in taken]) for name, taken in times.items()}
+        share = runs * flop / statistics.median(times["ours"]) / max(rates)
+        print(
+            f"{precision} {runs:>2} runs: ours {speeds['ours']} ex/s, {share:.0%} of the GEMM rate"
+        )
+        for name in chosen:
+            pairs = zip(times[name], times["ours"], strict=True)
+            print(f"    {name} {speeds[name]} ex/s | ratio {ratio(pairs)}", flush=True)
+
+
+def main() -> int:
+    args = parse_args()
+    if "trainer" in args.peers and importlib.util.find_spec("accelerate") is None:
+        print("peers.py: error: Trainer needs accelerate: pip install accelerate", file=sys.stderr)
+        return 2
+    transformers.logging.set_verbosity_error()
     for runs in args.runs:
-        ours = Ours(make_model().to(device), tokens, task, batch_size=args.batch_size, runs=runs)
-        for precision in args.precision:
-            ours.epoch(precision)
-            trainer(precision)
-            pairs, rates = [], []
-            for _ in range(args.rounds):
-                rates.append(gemm_rate(precision, device))
-                epoch = ours.epoch(precision)
-                rates.append(gemm_rate(precision, device))
-                pairs.append((sum(trainer(precision) for _ in range(runs)), epoch))
-            theirs, mine = (spread([runs * count / pair[i] for pair in pairs]) for i in (0, 1))
-            share = runs * flop / sorted(b for _, b in pairs)[len(pairs) // 2] / max(rates)
-            print(
-                f"{precision} {runs:>2} runs: Trainer {theirs} ex/s | ours {mine} ex/s, "
-                f"{share:.0%} of the GEMM rate | ratio {ratio(pairs)}",
-                flush=True,
-            )
+        measure(args, runs)
     return 0
 
 
