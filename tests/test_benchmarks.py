@@ -10,7 +10,6 @@ from conftest import ROOT
 from documentation import plain
 from quick_python import run_script
 
-
 SMALL = {
     "kill_and_resume": ["--kills", "1", "--cases", "single"],
     "throughput": ["--rows", "16", "--rounds", "1", "--precision", "fp32"],
