@@ -69,10 +69,10 @@ def test_added_biases_are_zeros_and_the_config_has_them(case, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("bert", {}, "this bert model has biases, and its config cannot add others: leave it out"),
-        ("modernbert", dict.fromkeys(MODERNBERT, True), "this modernbert model has biases, and"),
+        ("bert", {}, "the config of this bert model cannot add biases: leave it out"),
+        ("modernbert", dict.fromkeys(MODERNBERT, True), "the config of this modernbert model"),
         ("t5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2},
-         "this t5 model has no biases, and its config cannot add any: give another model"),
+         "the config of this t5 model cannot add biases"),
     ],
 )  # fmt: skip
 def test_a_config_without_a_switch(kind, more, message):
@@ -171,7 +171,7 @@ def test_list_bias_terms(modern, capsys):
     ("words", "message"),
     [
         (["-m", "{modernbert}"], "has no biases at all, so bitfit cannot train it: --add-biases"),
-        (["-m", str(TINY_BERT), "--add-biases"], "this bert model has biases"),
+        (["-m", str(TINY_BERT), "--add-biases"], "this bert model cannot add biases"),
         (["-m", str(TINY_BERT), "-f", "bitfit"], "only: leave --fine-tune-type out"),
         (["-m", "./nowhere"], "there is no model folder ./nowhere"),
         (["--add-bias"], "unknown flag --add-bias: did you mean --add-biases?"),

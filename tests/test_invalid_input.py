@@ -20,7 +20,7 @@ BAD_FLAGS = {
     ),
     "biases that are there": (
         ["--add-biases"],
-        "--add-biases: this bert model has biases, and its",
+        "--add-biases: the config of this bert model cannot add",
     ),
     "biases that stay zero": (
         ["--add-biases", "-f", "frozen"],

@@ -4,6 +4,7 @@ import torch
 import transformers
 from conftest import on_meta
 
+from bitfit.model.bias_terms import select_components
 from bitfit.model.trainable import (
     TERMS,
     bitfit_names,
@@ -18,7 +19,6 @@ from bitfit.model.trainable import (
     is_bias,
     select_trainable,
     terms_to_components,
-    train_fully,
     trainable_table,
     trains_matrices,
     trains_only_biases,
@@ -48,7 +48,7 @@ def test_a_term_is_one_exact_name_per_layer(bert_base, term):
 def test_counts_for_bert_base(bert_base):
     everything = chosen_names(bert_base, "all")
     assert encoder_count(bert_base, everything) == 102_912
-    assert count_trainable(bert_base, train_fully(everything)) == 104_450
+    assert count_trainable(bert_base, dict.fromkeys(everything)) == 104_450
     assert sum(p.numel() for n, p in bert_base.named_parameters() if in_encoder(bert_base, n)) == (
         108_310_272
     )
@@ -103,11 +103,11 @@ def test_models_the_project_never_heard_of():
 
 
 def test_a_model_without_the_bias_says_what_it_has():
-    with pytest.raises(UserError, match=r"no attention.self.query.bias .* it has: .*ffn.lin1.bias"):
-        chosen_names(small("distilbert", n_layers=2), "query")
+    with pytest.raises(UserError, match=r"no such bias; its terms: .*ffn.lin1"):
+        select_components(small("distilbert", n_layers=2), ["attention_output_2"])
     modern = small("modernbert", num_hidden_layers=2, classifier_bias=False)
     with pytest.raises(UserError, match="no biases at all"):
-        chosen_names(modern, "all")
+        select_components(modern, ["all"])
     with pytest.raises(UserError, match="unknown bias term 'bias'; known: query"):
         terms_to_components(["bias"])
 

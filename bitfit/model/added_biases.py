@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("bitfit")
 SWITCH = re.compile(r"(\w+_)?bias")  # attention_bias, use_qkv_bias, bias, and no_bias
-Shapes = dict[str, torch.Size]  # {parameter name: shape}
 
 
 def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
@@ -36,14 +35,11 @@ def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
     switches = find_switches(model)
     added = added_parameters(model, switches)
     if not added:
-        kind = f"--add-biases: this {model.config.model_type} model has"
-        if any(in_encoder(model, n) and is_bias(n) for n, _ in model.named_parameters()):
-            raise UserError(f"{kind} biases, and its config cannot add others: leave it out")
-        raise UserError(f"{kind} no biases, and its config cannot add any: give another model")
-    device = next(model.parameters()).device
+        problem = f"the config of this {model.config.model_type} model cannot add biases"
+        raise UserError(f"--add-biases: {problem}: leave it out")
     for name, shape in added.items():
         module_name, _, kind = name.rpartition(".")
-        zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=model.device)
         setattr(model.get_submodule(module_name), kind, torch.nn.Parameter(zeros))
     model.config.update(switches)
     if report:
@@ -67,8 +63,8 @@ def find_switches(model: "PreTrainedModel") -> dict[str, bool]:
     return found
 
 
-def added_parameters(model: "PreTrainedModel", values: dict[str, bool]) -> Shapes:
-    """Return the parameters that a model gains by values of its config; none if others change."""
+def added_parameters(model: "PreTrainedModel", values: dict[str, bool]) -> dict[str, torch.Size]:
+    """Return {name: shape} that a model gains by values of its config; none if others change."""
     config = deepcopy(model.config)
     config.update(values)
     before = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
 from bitfit.data.tasks import Task
 from bitfit.model import loading
@@ -44,7 +45,8 @@ def model_of_config(
     config = loading.load_config(model_name, task, revision)
     with loading.convert_load_errors(model_name, revision):
         try:
-            model = loading.build_model_without_weights(config, task)
+            with torch.device("meta"):  # without weights
+                model = loading.build_model(config, task)
         except Exception:  # some models compute with weights when they are built
             model = loading.build_model(config, task)
     if added:

@@ -133,12 +133,6 @@ def build_model(config: "PreTrainedConfig", task: Task, **more: object) -> "PreT
     return auto_class(task).from_config(config, trust_remote_code=False, **more)
 
 
-def build_model_without_weights(config: "PreTrainedConfig", task: Task) -> "PreTrainedModel":
-    """Return a classifier on the device `meta`, whose parameters have shapes and no values."""
-    with torch.device("meta"):
-        return build_model(config, task)
-
-
 def load_config(
     model_name: str | Path, task: Task, revision: str | None = None
 ) -> "PreTrainedConfig":

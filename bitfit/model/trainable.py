@@ -5,7 +5,7 @@ to freeze, count, optimize, save and plot. Names are compared exactly, never as 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,31 +99,15 @@ def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[st
     """Return the names of the given biases, the pooler's bias and the classifier's parameters.
 
     Args:
-        components: names as of `relative_name`, or "bias" for all biases.
-
-    Raises:
-        UserError: the model has no bias with one of the names.
+        components: from `bias_terms.select_components`.
     """
-    biases = encoder_biases(model)
-    kinds = sorted({*biases.values()})
-    for component in components if biases else ["bias of any kind"]:
-        if component not in (ALL_BIASES, *kinds):
-            raise UserError(
-                f"this {model.config.model_type} model has no {component} in its encoder; "
-                f"it has: {', '.join(kinds) or 'no biases at all, so bitfit cannot train it'}"
-            )
     trainable = {
         name
-        for name, kind in biases.items()
+        for name, kind in encoder_biases(model).items()
         if ALL_BIASES in components or kind in components or name.endswith(".pooler.dense.bias")
     }
     trainable.update(head_names(model))
     return [n for n, _ in model.named_parameters() if n in trainable]
-
-
-def train_fully(names: Iterable[str]) -> Trainable:
-    """Return the selection of whole parameters."""
-    return dict.fromkeys(names)
 
 
 def default_mask_size(model: "PreTrainedModel") -> int:
@@ -159,7 +143,7 @@ def draw_uniform_mask(
         for (name, size), end, start, stop in zip(encoder, ends, starts, cuts, strict=True)
         if stop > start
     }
-    return trainable | train_fully(head_names(model))
+    return trainable | dict.fromkeys(head_names(model))
 
 
 def draw_row_column_mask(model: "PreTrainedModel", rng: np.random.Generator) -> Trainable:
@@ -179,7 +163,7 @@ def draw_row_column_mask(model: "PreTrainedModel", rng: np.random.Generator) -> 
         elif parameter.dim() == 2:
             rows, columns = parameter.shape
             trainable[name] = draw_row_or_column(rows, columns, rng)
-    return trainable | train_fully(head_names(model))
+    return trainable | dict.fromkeys(head_names(model))
 
 
 def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
@@ -192,10 +176,10 @@ def draw_row_or_column(rows: int, columns: int, rng: np.random.Generator) -> np.
 
 # {fine-tune type: function that selects}. --evaluate-only of a plain model has the type none.
 SELECTORS: dict[str, Callable[..., Trainable]] = {
-    "full_ft": lambda model, **_: train_fully(n for n, _ in model.named_parameters()),
-    "bitfit": lambda model, components, **_: train_fully(bitfit_names(model, components)),
-    "frozen": lambda model, **_: train_fully(head_names(model)),
-    "none": lambda model, **_: train_fully(head_names(model)),
+    "full_ft": lambda model, **_: dict.fromkeys(n for n, _ in model.named_parameters()),
+    "bitfit": lambda model, components, **_: dict.fromkeys(bitfit_names(model, components)),
+    "frozen": lambda model, **_: dict.fromkeys(head_names(model)),
+    "none": lambda model, **_: dict.fromkeys(head_names(model)),
     "rand_uniform": lambda model, mask_size, rng, **_: draw_uniform_mask(
         model, mask_size or default_mask_size(model), rng
     ),
@@ -219,8 +203,8 @@ def select_trainable(
         rng: NumPy generator, for the random masks.
 
     Raises:
-        UserError: the type is unknown, the model has no such bias or no classifier, or it has
-            fewer parameters than the mask.
+        UserError: the type is unknown, the model has no classifier, or it has fewer parameters
+            than the mask.
     """
     if kind not in SELECTORS:
         raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(FINE_TUNE_TYPES)}")
