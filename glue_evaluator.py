@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 import torch
 
 from bitfit.artifacts import metrics_files, run_folder, saved_evaluator
@@ -234,13 +235,13 @@ class GLUEvaluator:
         scores = self.need_result().require_scores_of(run)
         return plots.learning_curves(scores, self.task, caption, folder=output_path)
 
-    def terms_changes(self) -> tuple[list[str], np.ndarray]:
-        """Return (names, changes), the mean changes of bias terms; see `plots.bias_changes`."""
+    def terms_changes(self) -> pd.DataFrame:
+        """Return the mean change of each bias term in each layer; see `plots.bias_changes`."""
         return self.need_prepared().bias_changes(self.need_result())
 
     def plot_terms_changes(self, output_path: str | Path | None = None) -> "plots.Figure":
         """Return the paper's Figure 1; save the figure as .png and the numbers as .csv."""
-        return plots.plot_bias_changes(*self.terms_changes(), self.caption, path=output_path)
+        return plots.plot_bias_changes(self.terms_changes(), self.caption, path=output_path)
 
     def export_model(self, output_path: str | Path) -> None:
         """Write a plain Hugging Face folder: weights, config with label names, tokenizer."""

@@ -130,13 +130,12 @@ def show(args: argparse.Namespace) -> None:
     found = saved_evaluators.read_deltas(args.folders)
     saved_evaluators.check_bitfit(found, "show")
     evaluator = load(args, found[0])
-    names, changes = evaluator.terms_changes()
+    changes = evaluator.terms_changes()
     if args.csv:
-        plots.write_changes(names, changes, args.csv)
+        write_text(args.csv, changes.to_csv())
     if args.plot:
-        figure = plots.bias_heatmap(names, changes, evaluator.caption)
-        plots.save_figure(figure, args.plot)
-    utils.print_result(deltas.bias_changes_text(evaluator, names, changes))
+        plots.save_figure(plots.bias_heatmap(changes, evaluator.caption), args.plot)
+    utils.print_result(deltas.bias_changes_text(evaluator, changes))
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -72,9 +72,10 @@ def test_bias_changes_are_the_papers():
     end = {n: t.clone() for n, t in start.items()}
     end["bert.encoder.layer.1.intermediate.dense.bias"] += torch.tensor([1.0, -1.0, 0.0, 2.0])
     end["bert.encoder.layer.0.attention.self.query.bias"] -= 0.5
-    names, changes = plots.bias_changes(start, end)
-    assert names == ["intermediate.dense.bias", "attention.self.query.bias"]  # most change first
-    assert changes.tolist() == [[0.0, 1.0], [0.5, 0.0]]
+    changes = plots.bias_changes(start, end)
+    terms = ["intermediate.dense.bias", "attention.self.query.bias"]  # most change first
+    assert list(changes.index) == terms
+    assert changes.to_numpy().tolist() == [[0.0, 1.0], [0.5, 0.0]]
 
 
 def test_layers_of_one_number_in_several_stacks():
@@ -85,13 +86,13 @@ def test_layers_of_one_number_in_several_stacks():
         for layer in range(layers)
     }
     end = {name: values + 0.5 for name, values in start.items()}
-    names, changes = plots.bias_changes(start, end)
-    assert names == [
+    changes = plots.bias_changes(start, end)
+    assert list(changes.index) == [
         "canine.encoder.layer: output.dense.bias",
         "canine.initial.layer: output.dense.bias",
     ]
     assert np.array_equal(changes, [[0.5, 0.5], [0.5, np.nan]], equal_nan=True)
-    plots.bias_heatmap(names, changes, "a caption").canvas.draw()
+    plots.bias_heatmap(changes, "a caption").canvas.draw()
 
 
 @pytest.mark.parametrize("layers", [1, 12, 24])
@@ -100,7 +101,7 @@ def test_nothing_is_cut_off(layers):
     caption = "STS-B, a-model-with-quite-a-long-name, bitfit (query, key, value, output, " * 2
     start = {f"m.layer.{i}.attention.output.LayerNorm.bias": torch.zeros(2) for i in range(layers)}
     moved = plots.bias_changes(start, {n: t + 0.1 for n, t in start.items()})
-    heatmap = plots.bias_heatmap(*moved, caption)
+    heatmap = plots.bias_heatmap(moved, caption)
     for figure in (heatmap, *plots.learning_curves(SCORES, MRPC, caption).values()):
         figure.canvas.draw()
         drawn, canvas = figure.get_tightbbox(), figure.get_size_inches()
@@ -114,7 +115,7 @@ def test_heatmap_labels():
     names = ["attention.output.LayerNorm.bias", "an.unheard.of.bias"]
     start = {f"m.layer.{i}.{name}": torch.zeros(2) for i in range(3) for name in names}
     end = {n: t + 0.1 for n, t in start.items()}
-    figure = plots.bias_heatmap(*plots.bias_changes(start, end), "a caption")
+    figure = plots.bias_heatmap(plots.bias_changes(start, end), "a caption")
     axes = figure.axes[0]
     figure.canvas.draw()
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "3", "Avg."]
@@ -126,9 +127,8 @@ def test_heatmap_labels():
 
 def test_heatmaps_have_the_same_order_of_terms():
     terms = ["attention.self.query.bias", "intermediate.dense.bias", "output.dense.bias"]
-    figures = [
-        plots.bias_heatmap(names, np.ones((3, 2)), "a caption") for names in (terms, terms[::-1])
-    ]
+    changes = pd.DataFrame(np.ones((3, 2)), index=terms, columns=[1, 2])
+    figures = [plots.bias_heatmap(table, "a caption") for table in (changes, changes[::-1])]
     first, second = (
         [label.get_text().split()[0] for label in figure.axes[0].get_yticklabels()]
         for figure in figures

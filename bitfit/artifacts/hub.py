@@ -12,21 +12,15 @@ def check_push(name: str) -> None:
     Raises:
         UserError: the upload could not succeed.
     """
-    from huggingface_hub import HfApi, get_token, is_offline_mode
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    def cannot(reason: str) -> UserError:
+    def cannot(error: Exception) -> UserError:
         advice = "correct that, or give --export-model and `hf upload` the model later"
-        return UserError(f"--push-to-hub {name}: {reason}; {advice}")
+        return UserError(f"--push-to-hub {name}: {first_line(error)}; {advice}")
 
-    with convert_errors(lambda error: cannot(first_line(error))):
+    with convert_errors(cannot):
         validate_repo_id(name)
-        token = get_token()
-    if token is None:
-        raise cannot("there is no token for the Hub (`hf auth login`, or HF_TOKEN)")
-    if is_offline_mode():
-        raise cannot("the Hub is out of reach, or HF_HUB_OFFLINE is set")
-    with convert_errors(lambda error: cannot(first_line(error))):
         HfApi().whoami()
 
 

@@ -171,7 +171,7 @@ def bias_changes(
     start: Mapping[str, "Tensor"],
     end: Mapping[str, "Tensor"],
     fixed: Mapping[str, Sequence[Sequence[int]]] | None = None,
-) -> tuple[list[str], np.ndarray]:
+) -> pd.DataFrame:
     """Return the paper's amount of change, 1/dim(b) * |b_0 - b_F|_1, of each term and layer.
 
     Args:
@@ -179,9 +179,9 @@ def bias_changes(
         fixed: {parameter name: [[start, stop], ...]}: values that cannot move and do not count.
 
     Returns:
-        (names, changes): the bias names by falling total change, and an array (names, layers) with
+        A row for each term, by falling total change, and a column for each layer, counted from 1;
         NaN where a layer has no such bias, or a fixed one. If a model has several stacks of layers
-        (CANINE), a name begins with the name of the stack.
+        (CANINE), a term begins with the name of the stack.
     """
     rows = []
     for name in start:
@@ -193,25 +193,15 @@ def bias_changes(
             for a, b in (fixed or {}).get(name, ()):
                 trains[a:b] = False
             rows.append((stack, layer, term, moved[trains].mean().item()))
-    table = pd.DataFrame(rows, columns=["stack", "layer", "name", "change"])
+    table = pd.DataFrame(rows, columns=["stack", "layer", "term", "change"])
     if table["stack"].nunique() > 1:
-        table["name"] = table["stack"] + ": " + table["name"]
-    table = table.pivot(index="name", columns="layer", values="change")
-    table = table.loc[table.sum(axis=1).sort_values(ascending=False, kind="stable").index]
-    return list(table.index), table.to_numpy()
+        table["term"] = table["stack"] + ": " + table["term"]
+    table = table.pivot(index="term", columns="layer", values="change")
+    table.columns = range(1, table.shape[1] + 1)
+    return table.loc[table.sum(axis=1).sort_values(ascending=False, kind="stable").index]
 
 
-def changes_table(names: Sequence[str], changes: np.ndarray) -> pd.DataFrame:
-    """Return changes as a table: a row for each term, a column for each layer, counted from 1."""
-    return pd.DataFrame(changes, index=names, columns=range(1, changes.shape[1] + 1))
-
-
-def write_changes(names: Sequence[str], changes: np.ndarray, path: Path | str) -> None:
-    """Write changes as a CSV file."""
-    write_text(path, changes_table(names, changes).to_csv(index_label="term"))
-
-
-def term_labels(names: Sequence[str]) -> dict[str, str]:
+def term_labels(names: Iterable[str]) -> dict[str, str]:
     """Return {bias name: label}, in the order in which a layer computes.
 
     A label has the name in --bias-terms and the paper's symbol. Other biases follow without one.
@@ -224,31 +214,31 @@ def term_labels(names: Sequence[str]) -> dict[str, str]:
     return known | {name: name.removesuffix(".bias") for name in others}
 
 
-def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Figure":
+def bias_heatmap(changes: pd.DataFrame, caption: str) -> "Figure":
     """Return the paper's Figure 1: the change of each bias term in each layer, and the average.
 
     The order of the terms is fixed, so that two heatmaps can be compared.
 
     Args:
-        names, changes: as from `bias_changes`.
+        changes: as from `bias_changes`.
     """
-    labels = term_labels(names)
-    changes = pd.DataFrame(changes, index=names).loc[list(labels)].to_numpy()
-    changes = np.column_stack([changes, pd.DataFrame(changes).mean(axis=1)])
-    layers, fixed = changes.shape[1] - 1, np.isnan(changes).all(axis=1)
+    labels = term_labels(list(changes.index))
+    table = changes.loc[list(labels)].assign(**{"Avg.": changes.mean(axis=1)})
+    fixed = table["Avg."].isna()
     longest = max(len(label.partition("$")[0]) + 4 for label in labels.values())
-    width = max(6.0, 2 + 0.62 * changes.shape[1] + 0.1 * longest)
+    width = max(6.0, 2 + 0.62 * table.shape[1] + 0.1 * longest)
     caption = f"Mean absolute change of each bias term, by layer: {caption}"
-    figure = new_figure(width, 2 + 0.5 * len(names), caption)
+    figure = new_figure(width, 2 + 0.5 * len(table), caption)
     axes = figure.subplots()
     # Not seaborn's heatmap: it draws the whole figure once more, to look for overlapping labels.
-    mesh = axes.pcolormesh(np.ma.masked_invalid(changes), vmin=0,
+    mesh = axes.pcolormesh(np.ma.masked_invalid(table.to_numpy()), vmin=0,
                            vmax=1.0 if fixed.all() else None, cmap="Blues")  # fmt: skip
     figure.colorbar(mesh, ax=axes, label="mean absolute change").outline.set_linewidth(0)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(layers + 1) + 0.5, [*range(1, layers + 1), "Avg."])
-    axes.set_yticks(np.arange(len(labels)) + 0.5, list(labels.values()), va="center")
+    layers = table.shape[1] - 1
+    axes.set_xticks(np.arange(layers + 1) + 0.5, table.columns)
+    axes.set_yticks(np.arange(len(table)) + 0.5, list(labels.values()), va="center")
     for row in np.flatnonzero(fixed):
         axes.text((layers + 1) / 2, row + 0.5, FIXED, ha="center", va="center", color="0.4")
     axes.axvline(layers, color="white", linewidth=4)
@@ -257,12 +247,10 @@ def bias_heatmap(names: Sequence[str], changes: np.ndarray, caption: str) -> "Fi
     return figure
 
 
-def plot_bias_changes(
-    names: Sequence[str], changes: np.ndarray, caption: str, path: Path | str | None
-) -> "Figure":
+def plot_bias_changes(changes: pd.DataFrame, caption: str, path: Path | str | None) -> "Figure":
     """Return the heatmap of changes, and save it with its numbers as .png and .csv."""
-    figure = bias_heatmap(names, changes, caption)
+    figure = bias_heatmap(changes, caption)
     if path:
         save_figure(figure, Path(path).with_suffix(".png"))
-        write_changes(names, changes, Path(path).with_suffix(".csv"))
+        write_text(Path(path).with_suffix(".csv"), changes.to_csv())
     return figure

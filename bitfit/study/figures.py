@@ -68,7 +68,7 @@ def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
             continue
         changes, seeds = found
         caption = f"{name}, {row}, {column}, mean of {seeds} seeds"
-        figure = bias_heatmap(list(changes.index), changes.to_numpy(), caption)
+        figure = bias_heatmap(changes, caption)
         text = f"Figure 1 of the paper, for {row} on {column}: mean absolute change per layer."
         figures[f"figure1_{name}_{row}_{column}"] = figure, text
     return figures

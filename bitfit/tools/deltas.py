@@ -31,10 +31,10 @@ class Comparison(NamedTuple):
     distance: pd.DataFrame  # (M, M) L2 norm of the difference / mean of the two norms, 0 to 2
 
 
-def bias_changes_text(evaluator: GLUEvaluator, names: Sequence[str], changes: np.ndarray) -> str:
+def bias_changes_text(evaluator: GLUEvaluator, changes: pd.DataFrame) -> str:
     """Return the result of `evaluator.terms_changes` as text, with biases outside the layers."""
-    table = plots.changes_table(components_to_terms(names), changes)
-    table["mean"] = table.mean(axis=1)
+    table = changes.assign(mean=changes.mean(axis=1)).rename_axis(None)
+    table.index = components_to_terms(changes.index)
     fixed = [f"{term} {plots.FIXED}" for term in table.index[table["mean"].isna()]]
     stack = evaluator.stack
     start, end = stack.named_params(0, stack.initial_params), stack.named_params()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from bitfit.data.tokens import TokenizedSplit
@@ -94,8 +95,8 @@ class PreparedModel:
         reason = self.reason_not_stackable(tokens) if len(self.runs) > 1 else None
         return split_into_passes(self.runs if share is None else share, reason)
 
-    def bias_changes(self, result: TrainingResult) -> tuple[list[str], np.ndarray]:
-        """Return (names, changes), the mean changes of bias terms; see `plots.bias_changes`."""
+    def bias_changes(self, result: TrainingResult) -> pd.DataFrame:
+        """Return the mean change of each bias term in each layer; see `plots.bias_changes`."""
         if not self.trains_only_biases:
             raise UserError("only bitfit has bias terms to plot")
         before, after = result.values_before_and_after()
