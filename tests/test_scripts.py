@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
 import compare
 import deltas
@@ -147,23 +146,20 @@ def test_the_deltas_commands(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere holds no scores of run_glue.py: there is no such folder"),
+        (["nowhere"], "nowhere cannot be read: No such file or directory: 'nowhere/metrics"),
         (["sweep"], "sweep is a sweep without scored runs: give"),
-        (["empty"], "empty holds no scores of run_glue.py: KeyError: 'main_metric'"),
-        (["nowhere", "--plot", "x.pdf"], "nowhere holds no scores"),
+        (["empty"], "empty cannot be read: 'main_metric'"),
+        (["nowhere", "--plot", "x.pdf"], "nowhere cannot be read"),
     ],
 )
 def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     for name, file in (("sweep", "results.csv"), ("empty", "metrics.csv")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("epoch,split,metric,value\n")
     (tmp_path / "empty/metrics.json").write_text("{}")
-    with pytest.raises(SystemExit) as stop:
-        compare.main()
+    assert compare.main(words) == 2
     captured = capsys.readouterr()
-    assert stop.value.code == 2
     assert captured.out == ""
     assert captured.err.startswith(f"compare.py: error: {message}")
     assert captured.err.count("\n") == 1
@@ -185,13 +181,14 @@ def test_a_picture_of_many_runs_is_not_cut_off(tmp_path, monkeypatch):
     metadata = {
         "task": "rte", "model": "bert", "main_metric": "Accuracy", "fine_tune_type": "bitfit",
         "bias_terms": [*TERMS], "random_encoder": False, "learning_rate": 1e-3, "seconds": {},
-        "trained_parameters": 1, "all_parameters": 2, "finished": True,
+        "trained_parameters": 1, "all_parameters": 2,
     }  # fmt: skip
     rows = [(e, s, "Accuracy", e / 9) for e in (1, 2) for s in ("train", "validation")]
     scores = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
     figures = []
     monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
-    runs = [(metadata | {"seed": k % 2, "learning_rate": k // 2}, scores) for k in range(48)]
+    varied = [metadata | {"seed": k % 2, "learning_rate": k // 2} for k in range(48)]
+    runs = [compare.make_run(metrics, scores, finished=True) for metrics in varied]
     compare.plot_runs(runs, tmp_path / "x.png")
     figures[0].canvas.draw()
     drawn, canvas = figures[0].get_tightbbox(), figures[0].get_size_inches()
