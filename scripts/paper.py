@@ -94,6 +94,9 @@ def add_report(add: Callable) -> None:
         help="number of bootstrap resamples [%(default)s]")
     add("--figure-formats", nargs="+", choices=("pdf", "svg"), metavar="FORMAT", default=[],
         help="also write the figures as pdf or svg [png alone]")
+    add("--checklist", action="store_true",
+        help="also write checklist.md, the reproducibility checklist of ACL Rolling Review, with "
+             "questions for you to answer [off]")
 
 
 def add_submit(add: Callable) -> None:
@@ -201,10 +204,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from bitfit.study import report
+    from bitfit.study import checklist, report
 
     study = cells.read_study(args.output_path)
+    if args.checklist:
+        checklist.check_new(study)
     utils.print_result(report.write_report(study, args.resamples, args.figure_formats))
+    if args.checklist:
+        utils.print_result(str(checklist.write_checklist(study)))
     return 0
 
 

@@ -151,6 +151,7 @@ def score_frame(entries: Entries) -> pd.DataFrame:
                 "seeds": n, "of": len(cell.seeds),
                 "trials": entry.results.logits[entry.split][..., 0, 0].size,
                 "learning_rate": selected_rates(selected, cell),
+                "epoch": selected_epochs(selected, entry.results.scores),
                 "published": published, "published_std": published_std,
                 "off": differs_from_paper(low, high, published, std=published_std),
                 "state": entry.results.state,
@@ -162,6 +163,13 @@ def selected_rates(selected: statistics.Selected, cell: Cell) -> str:
     """Return the selected learning rates as text."""
     chosen = dict.fromkeys(cell.rates[choice.rate] for choice in selected.choices)
     return " ".join(f"{rate:g}" for rate in chosen)
+
+
+def selected_epochs(selected: statistics.Selected, scores: pd.DataFrame) -> str:
+    """Return the selected epochs as text."""
+    epochs = np.unique(scores["epoch"])
+    chosen = dict.fromkeys(epochs[i] for choice in selected.choices for i in choice.epoch)
+    return " ".join(map(str, chosen))
 
 
 def differs_from_paper(

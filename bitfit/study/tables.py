@@ -78,7 +78,7 @@ def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.Da
 
 
 def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the three selections side by side, with trials and learning rates."""
+    """Return the three selections side by side, with trials and the settings of `split`."""
     selected = scores[scores["train_size"].isna()]
     if selected.empty:
         return pd.DataFrame()
@@ -87,8 +87,8 @@ def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
                                                              strict=True)])  # fmt: skip
     wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
     wide.columns = ["last epoch", "best epoch (optimistic)", "split"]
-    more = selected[selected["selection"] == "split"].set_index(keys)[["seeds", "trials",
-                                                                 "learning_rate"]]  # fmt: skip
+    split = selected[selected["selection"] == "split"].set_index(keys)
+    more = split[["seeds", "trials", "learning_rate", "epoch"]]
     joined = wide.join(more)
     order = [tuple(key) for key in selected[keys].drop_duplicates().to_numpy()]
     table = joined.loc[order].reset_index().rename(columns={"learning_rate": "learning rate"})
