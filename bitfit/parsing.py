@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import math
-import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -28,17 +27,11 @@ class OneLineParser(argparse.ArgumentParser):
         namespace: Any = None,  # noqa: ANN401
     ) -> tuple[Any, list[str]]:
         # Names with such characters would appear in logs, tables, JSON and printed commands.
-        message = "has control characters, or bytes that are not UTF-8: use another name"
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if is_unreadable(word):
-                self.error(f"the argument '{word}' {message}")
-        try:
-            folder = os.getcwd()
-        except OSError as error:
-            self.error(f"the current folder: {error.strerror}: work in another one")
-        if is_unreadable(folder):
-            self.error(f"the current folder '{folder}' {message}")
+                problem = "has control characters, or bytes that are not UTF-8: use another name"
+                self.error(f"the argument '{word}' {problem}")
         if suggestion := self.misspelled_flag(words):
             self.error(suggestion)
         return super().parse_known_args(words, namespace)

@@ -72,13 +72,6 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     assert rb"m\udcff" in result.stderr
 
 
-def test_a_folder_to_work_in_that_is_not_utf8_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a\udcff").mkdir()
-    monkeypatch.chdir(tmp_path / "a\udcff")
-    assert r"the current folder '" in refused(run_glue.main, flags("out"), capsys)
-    assert os.listdir(".") == []
-
-
 def test_in_python_too_a_message_is_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         GLUEvaluator("rte", str(tmp_path / "a\nb"), None, data_dir=GLUE).preprocess_dataset(

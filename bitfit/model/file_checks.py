@@ -7,7 +7,6 @@ import json
 import re
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -100,30 +99,12 @@ def check_files(model_name: str | Path, revision: str | None = None) -> None:
             f"cannot load the model {folder}: the folder {folder.absolute()} has no config.json: "
             "give another --model-name, or start the command in another folder"
         )
-    if hub.is_local(folder):
-        check_pointers(folder)
-
-
-def check_pointers(folder: Path) -> None:
-    """Check that files are not git-lfs pointers.
-
-    Raises:
-        UserError: the folder was cloned without git-lfs.
-    """
-    patterns = ("*.json", "*.safetensors", "*.txt", "*.model")
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+    for path in sorted(folder.glob("*")) if hub.is_local(folder) else ():
+        if path.suffix not in (".json", ".safetensors", ".txt", ".model"):
+            continue
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 raise UserError(
                     f"cannot load the model {folder}: {path.name} is a git-lfs pointer, not the "
                     "file: run `git lfs pull` there"
                 )
-
-
-def check_config(raw: dict[str, Any], model_name: str | Path) -> None:
-    """Raise a UserError if a config.json describes a quantized model."""
-    if isinstance(raw.get("quantization_config"), dict):
-        raise UserError(
-            f"cannot load the model {model_name}: its weights are quantized "
-            "(quantization_config): give the float model"
-        )

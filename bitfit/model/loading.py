@@ -177,7 +177,9 @@ def read_config(
             model_name, revision=revision, trust_remote_code=False, **changes
         )
         raw, _ = transformers.PreTrainedConfig.get_config_dict(model_name, revision=revision)
-    file_checks.check_config(raw, model_name)
+    if isinstance(raw.get("quantization_config"), dict):
+        problem = "its weights are quantized (quantization_config): give the float model"
+        raise UserError(f"cannot load the model {model_name}: {problem}")
     # A saved model may have other settings, which change the outputs and the use of memory.
     config.return_dict, config.gradient_checkpointing = True, False
     return config, raw
