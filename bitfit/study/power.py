@@ -22,8 +22,8 @@ RANDOM_FLIPS = 999  # of each simulated study with too many flips to try all
 TITLE = "Power and probability of improvement"
 NOTE = (
     "`seeds needed`: with this number of seeds, the sign-flip test finds a true difference of one "
-    f"point (p ≤ {LEVEL}) in {POWER:.0%} of {SIMULATIONS:,} simulated studies, which have the "
-    "observed standard deviation of a - b over seeds (`std`, in points) in each task and are "
+    f"point (p ≤ {LEVEL}) in {100 * POWER:.0f} % of {SIMULATIONS:,} simulated studies, which have "
+    "the observed standard deviation of a - b over seeds (`std`, in points) in each task and are "
     "pooled as the differences are. `P(a > b)`: the probability that a scores above b on a new "
     "seed, the mean over the tasks, where equal scores count half; the 95 % CI is a bootstrap over "
     "the seeds of each task (Agarwal et al. 2021), which is too narrow for few seeds. One seed has "
