@@ -214,7 +214,8 @@ def test_the_folder_of_a_run_does_for_its_evaluator(saved, tmp_path):
 
 def test_a_model_that_cannot_be_shared_is_said_so(saved, monkeypatch):
     monkeypatch.setattr(
-        "bitfit.model.run_stack.reason_not_stackable", lambda *args: "it goes around its modules"
+        "bitfit.model.forward_trials.reason_not_stackable",
+        lambda *args: "it goes around its modules",
     )
     load(saved["cola"])
     with pytest.raises(UserError, match="cannot answer together: it goes around its modules; give"):

@@ -5,13 +5,9 @@ from conftest import forward_of
 from transformers import AutoModelForSequenceClassification
 
 from bitfit.data.tokens import TokenizedSplit
-from bitfit.model.run_stack import (
-    Run,
-    RunStack,
-    clip_grad_norms_,
-    reason_not_stackable,
-    stacked_logits_differ,
-)
+from bitfit.model.forward_trials import reason_not_stackable, stacked_logits_differ
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack, clip_grad_norms_
 from bitfit.model.trainable import select_trainable
 from bitfit.options import FINE_TUNE_TYPES
 

@@ -17,11 +17,11 @@ from bitfit.distributed import Group
 from bitfit.model import attention
 from bitfit.model.batching import count_labels
 from bitfit.model.forward import Forward
-from bitfit.model.forward_trials import select_forward
+from bitfit.model.forward_trials import reason_not_stackable, select_forward
 from bitfit.model.packing import MAX_BUCKET_PADDING
 from bitfit.model.predict import predict, predict_runs
 from bitfit.model.run import Run
-from bitfit.model.run_stack import RunStack, reason_not_stackable
+from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import head_names, select_trainable
 from bitfit.options import FINE_TUNE_TYPES

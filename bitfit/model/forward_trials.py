@@ -1,7 +1,8 @@
 """Trials of a model on a few examples before training.
 
 The trials select the fastest way to batch: packed, padded or equal length. A way is used only if it
-gives each example the logits that the example has alone. Models that fail are refused.
+gives each example the logits that the example has alone. Models that fail are refused. A trial with
+two runs finds out whether several runs can share a pass.
 """
 
 import logging
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 
 from bitfit.data.tokens import TokenizedSplit
-from bitfit.model.batching import count_labels
+from bitfit.model.batching import count_labels, to_device
 from bitfit.model.forward import Forward, check_ids, set_pad_token
 from bitfit.model.loading import first_position, position_embedding, position_limit
 from bitfit.model.packed_encoder import packed_encoders
 from bitfit.model.precision import cast_parameters, without_tf32
-from bitfit.model.trainable import in_encoder, is_bias
-from utils import UserError, convert_errors, first_line
+from bitfit.model.run import Run
+from bitfit.model.run_stack import RunStack
+from bitfit.model.trainable import Trainable, in_encoder, is_bias, trains_matrices
+from utils import UserError, convert_errors, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -222,3 +225,56 @@ def trial_head(model: "PreTrainedModel") -> Iterator[None]:
     finally:
         for p, values in saved.items():
             p.data = values
+
+
+def reason_not_stackable(
+    forward: Forward, trainable: Trainable, tokens: TokenizedSplit
+) -> str | None:
+    """Return why several runs cannot share a forward pass of this model, or None if they can."""
+    model = forward.model
+    if any(positions is not None for positions in trainable.values()):
+        return "each run trains other randomly chosen parameters"
+    if trains_matrices(model, trainable):
+        return "the encoder's matrices train, so that no run can share them"
+    for name in trainable:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module) not in (torch.nn.Linear, torch.nn.LayerNorm):
+            return f"{name} belongs to a {type(module).__name__}, not to a Linear or LayerNorm"
+    if stacked_logits_differ(forward, trainable, tokens):
+        return "this model does not compute with its Linear and LayerNorm modules alone"
+    return None
+
+
+@torch.no_grad()
+def stacked_logits_differ(forward: Forward, trainable: Trainable, tokens: TokenizedSplit) -> bool:
+    """Return whether a stack of two runs gives other logits than each run alone, on two rows.
+
+    An example is a model that reads the biases of its modules without calling the modules.
+    """
+    forward.model.eval()
+    stack = RunStack(forward.model, trainable, [Run(0.0, 0), Run(0.0, 1)])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(stack.params.shape, generator=generator)
+    stack.params += 0.1 * noise.to(stack.params.device)
+    distinct = 1 if forward.equal_length else len(tokens.lengths)
+    routed = forward.make_routed_batch(tokens, np.arange(2) % distinct, np.arange(2), num_runs=2)
+    batch, routing = to_device(routed, stack.params.device)
+    run_ids = routing.run_ids_of(batch.label_index)
+    try:
+        with without_tf32(), stack.patched():
+            with stack.routing(routing):
+                together = forward(tokens, batch)
+            for run in range(2):
+                stack.load_run(run)
+                alone = forward(tokens, batch)
+                mask = (run_ids == run) & (batch.label_index >= 0)
+                off = (together - alone)[mask].abs().max()
+                if not off < 2e-3 * together.abs().max():
+                    return True
+            return False
+    except RuntimeError as error:  # for example shapes that do not match
+        if is_out_of_memory(error):
+            raise
+        return True
+    finally:
+        stack.set_params(stack.initial_params)

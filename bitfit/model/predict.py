@@ -63,19 +63,25 @@ def predict_runs(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each run and the logits (B, C), or (words, C), of its rows.
 
-    If only the classifier trains and all runs have the same rows, the encoder runs once for all
-    runs. Otherwise, and for words in padded rows, one run after the other is loaded into the model.
+    If only the classifier of a group of runs trains and all its runs have the same rows, the
+    encoder runs once for the group. Otherwise, and for words in padded rows, one run after the
+    other is loaded into the model.
 
     Args:
         rows: {run: (B,) int64 row numbers}.
     """
-    first, *others = rows.values()
-    shared = stack.shares_encoder and (tokens.word_index is None or forward.packed_encoder)
-    if shared and others and all(np.array_equal(other, first) for other in others):
-        with stack.routing():
-            logits = predict(forward, tokens, budget, rows=first, group=group)
-        yield from ((run, logits[run]) for run in rows)
-        return
-    for run, of_run in rows.items():
-        stack.load_run(run)
-        yield run, predict(forward, tokens, budget, rows=of_run, group=group)
+    for number, of_stack in enumerate(stack.groups):
+        of_group = {run: rows[run] for run in of_stack.runs if run in rows}
+        if not of_group:
+            continue
+        stack.select_group(number)
+        first, *others = of_group.values()
+        shared = stack.shares_encoder and (tokens.word_index is None or forward.packed_encoder)
+        if shared and others and all(np.array_equal(other, first) for other in others):
+            with stack.routing():
+                logits = predict(forward, tokens, budget, rows=first, group=group)
+            yield from ((run, logits[run]) for run in of_group)
+            continue
+        for run, of_run in of_group.items():
+            stack.load_run(run)
+            yield run, predict(forward, tokens, budget, rows=of_run, group=group)

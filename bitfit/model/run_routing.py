@@ -201,10 +201,12 @@ def forward_per_run(
     """Return the output of a Linear or LayerNorm, each row with the parameters of its run.
 
     Args:
-        weight, bias: (K, ...) if they train; None: the module's, which all runs share.
+        weight, bias: (K, ...) if they train; None: the module's, which all runs share. Those that
+            need no gradient do not train in the selected group of runs.
     """
     routing = stack.current_routing
-    if routing is None:
+    trains = any(values.requires_grad for values in (weight, bias) if values is not None)
+    if routing is None or not trains:
         return type(module).forward(module, x)
     if isinstance(module, torch.nn.LayerNorm):
         gain = module.weight if weight is None else None

@@ -6,25 +6,38 @@ flat rows, whatever the fine-tune type.
 
 With one run, the model's parameters are views of the row. With several runs, all share the frozen
 matrices: a batch holds rows of all runs, and `run_routing` adds the bias of a row's run.
-A trial with two runs finds out whether a model allows this.
+`forward_trials` finds out with two runs whether a model allows this.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bitfit.data.tokens import TokenizedSplit
-from bitfit.model.batching import to_device
-from bitfit.model.forward import Forward
 from bitfit.model.packing import apply_dropout
-from bitfit.model.precision import cast_parameters, without_tf32
+from bitfit.model.precision import cast_parameters
 from bitfit.model.run import Run
 from bitfit.model.run_routing import BroadcastRuns, RunRouting, forward_per_run
-from bitfit.model.trainable import Trainable, in_encoder, trains_matrices
-from utils import is_out_of_memory
+from bitfit.model.trainable import Trainable, in_encoder
+
+ZeroGradient = dict[str, list[list[int]]]  # {parameter name: [[start, stop], ...]}
+
+
+class RunGroup(NamedTuple):
+    """The runs of a stack that train the same parameters.
+
+    A group has micro-batches, clipping, optimizer state and scoring of its own. So its numbers are
+    those of a command without the other groups, on a CPU bit by bit.
+    """
+
+    runs: list[int]
+    trainable: Trainable
+    rows: torch.Tensor | slice  # (k,) int64
+    entries: tuple[torch.Tensor | slice, ...]  # the index of (k, m) in (K, n) matrices
+    fixed: torch.Tensor | None  # (m,) bool, columns that never get a gradient; None: all get one
 
 
 class RunStack:
@@ -35,8 +48,8 @@ class RunStack:
         bad_step: (K,) int64, the step of a run's first non-finite loss or gradient; -1: none.
         slices: {parameter name: (start, stop)}, columns among the n.
         positions: {parameter name: (m,) int64 flat positions that train}, of partly trained ones.
-        shares_encoder: whether only the classifier trains, so that all runs share the encoder.
-        zero_gradient_mask: (n,) bool, columns that never get a gradient; None: all get one.
+        groups: the runs, by the parameters that they train.
+        shares_encoder: whether only the classifier trains, in the selected group if there are more.
         current_routing: the runs of the rows within `routing`, else None.
     """
 
@@ -46,7 +59,8 @@ class RunStack:
         trainable: Trainable,
         runs: Sequence[Run],
         init_run: Callable[[torch.nn.Module, int], None] | None = None,
-        zero_gradient: dict[str, list[list[int]]] | None = None,
+        zero_gradient: ZeroGradient | None = None,
+        selections: Sequence[tuple[Trainable, ZeroGradient]] = (),
     ) -> None:
         """
         Args:
@@ -54,6 +68,7 @@ class RunStack:
             runs: more than one only if `reason_not_stackable` returns None.
             init_run: initializes the parameters of the model that depend on a run's seed.
             zero_gradient: {parameter name: [[start, stop], ...]}, entries without a gradient.
+            selections: (trainable, zero_gradient) of each run; empty: the same for all runs.
         """
         self.model, self.trainable, self.runs = model, trainable, runs
         self.parameters = dict(model.named_parameters())
@@ -70,7 +85,8 @@ class RunStack:
         self.bad_step = torch.full((len(runs),), -1, device=device)
         self._read_params(init_run)
         self.initial_params = self.params.clone()
-        self.zero_gradient_mask = self._mask_of(zero_gradient) if zero_gradient else None
+        same = [(trainable, zero_gradient or {})] * len(runs)
+        self.groups = self._make_groups(selections or same)
         self.current_routing: RunRouting | BroadcastRuns | None = None
         self.leaves: dict[str, torch.Tensor] = {}  # within `patched`: tensors that get gradients
         self.compute_params = self.params  # within `patched`: (K, n) in the dtype of the model
@@ -93,7 +109,24 @@ class RunStack:
                 values = self.parameters[name].data.flatten()
                 row[a:b] = values[self.positions[name]] if name in self.positions else values
 
-    def _mask_of(self, zero_gradient: dict[str, list[list[int]]]) -> torch.Tensor:
+    def _make_groups(self, selections: Sequence[tuple[Trainable, ZeroGradient]]) -> list[RunGroup]:
+        """Return the groups of runs whose (trainable, zero_gradient) name the same parameters."""
+        names = [tuple(trainable) for trainable, _ in selections]
+        groups, device = [], self.params.device
+        for of_group in dict.fromkeys(names):
+            runs = [k for k, of_run in enumerate(names) if of_run == of_group]
+            trainable, zero_gradient = selections[runs[0]]
+            rows: torch.Tensor | slice = slice(None)
+            entries: tuple = (slice(None), slice(None))
+            columns = torch.cat([torch.arange(*self.slices[name]) for name in trainable])
+            if len(runs) < len(names):
+                rows = torch.tensor(runs, device=device)
+                entries = rows[:, None], columns.to(device)
+            fixed = self._mask_of(zero_gradient)[columns] if zero_gradient else None
+            groups.append(RunGroup(runs, trainable, rows, entries=entries, fixed=fixed))
+        return groups
+
+    def _mask_of(self, zero_gradient: ZeroGradient) -> torch.Tensor:
         """Return the columns (n,) bool of {parameter name: [[start, stop], ...]}."""
         mask = torch.zeros_like(self.params[0], dtype=torch.bool)
         for name, ranges in zero_gradient.items():
@@ -101,6 +134,18 @@ class RunStack:
             for start, stop in ranges:
                 mask[column + start : column + stop] = True
         return mask
+
+    def select_group(self, number: int) -> None:
+        """Let the model compute with the trained parameters of one group.
+
+        The modules that the group does not train hold the values of its first run.
+        """
+        if len(self.groups) > 1:
+            group = self.groups[number]
+            self.load_run(group.runs[0])
+            self.shares_encoder = not any(in_encoder(self.model, name) for name in group.trainable)
+            for name, leaf in self.leaves.items():
+                leaf.requires_grad_(name in group.trainable)
 
     @contextmanager
     def patched(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
@@ -115,7 +160,7 @@ class RunStack:
                 same = dtype == self.params.dtype
                 self.compute_params = self.params if same else aligned(self.params, dtype)
                 for name, parameter in self.parameters.items():
-                    parameter.requires_grad_(name in self.trainable)
+                    parameter.requires_grad_(len(self.runs) == 1 and name in self.trainable)
                 patched += self._patch()
                 self.sync_to_model()
                 yield
@@ -235,59 +280,6 @@ def aligned(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return (K, n) parameters in a dtype, with rows at multiples of 16 bytes for fast copies."""
     runs, size = params.shape
     return params.new_empty((runs, -(-size // 8) * 8), dtype=dtype)[:, :size].copy_(params)
-
-
-def reason_not_stackable(
-    forward: Forward, trainable: Trainable, tokens: TokenizedSplit
-) -> str | None:
-    """Return why several runs cannot share a forward pass of this model, or None if they can."""
-    model = forward.model
-    if any(positions is not None for positions in trainable.values()):
-        return "each run trains other randomly chosen parameters"
-    if trains_matrices(model, trainable):
-        return "the encoder's matrices train, so that no run can share them"
-    for name in trainable:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if type(module) not in (torch.nn.Linear, torch.nn.LayerNorm):
-            return f"{name} belongs to a {type(module).__name__}, not to a Linear or LayerNorm"
-    if stacked_logits_differ(forward, trainable, tokens):
-        return "this model does not compute with its Linear and LayerNorm modules alone"
-    return None
-
-
-@torch.no_grad()
-def stacked_logits_differ(forward: Forward, trainable: Trainable, tokens: TokenizedSplit) -> bool:
-    """Return whether a stack of two runs gives other logits than each run alone, on two rows.
-
-    An example is a model that reads the biases of its modules without calling the modules.
-    """
-    forward.model.eval()
-    stack = RunStack(forward.model, trainable, [Run(0.0, 0), Run(0.0, 1)])
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(stack.params.shape, generator=generator)
-    stack.params += 0.1 * noise.to(stack.params.device)
-    distinct = 1 if forward.equal_length else len(tokens.lengths)
-    routed = forward.make_routed_batch(tokens, np.arange(2) % distinct, np.arange(2), num_runs=2)
-    batch, routing = to_device(routed, stack.params.device)
-    run_ids = routing.run_ids_of(batch.label_index)
-    try:
-        with without_tf32(), stack.patched():
-            with stack.routing(routing):
-                together = forward(tokens, batch)
-            for run in range(2):
-                stack.load_run(run)
-                alone = forward(tokens, batch)
-                mask = (run_ids == run) & (batch.label_index >= 0)
-                off = (together - alone)[mask].abs().max()
-                if not off < 2e-3 * together.abs().max():
-                    return True
-            return False
-    except RuntimeError as error:  # for example shapes that do not match
-        if is_out_of_memory(error):
-            raise
-        return True
-    finally:
-        stack.set_params(stack.initial_params)
 
 
 def clip_grad_norms_(grads: torch.Tensor, max_norm: float = 1.0) -> torch.Tensor:

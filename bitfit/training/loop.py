@@ -58,7 +58,7 @@ def whole_step(state: TrainState, step: "Step") -> torch.Tensor:
 class Step(NamedTuple):
     """The data of one step: NumPy arrays on the host; after `to_device`, tensors."""
 
-    parts: tuple[tuple[Batch, RunRouting], ...]  # the micro-batches
+    parts: tuple[tuple[Batch, RunRouting, int], ...]  # micro-batches, each of a group of runs
     number: torch.Tensor  # () int64, counted over all epochs
     labels: torch.Tensor  # (K,) float32, labels of each run: of examples, or of words
     rates: torch.Tensor  # (K,) float64, learning rates
@@ -72,25 +72,35 @@ def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Ste
         rows: (R, B) their training examples.
     """
     plan, runs, tokens = state.plan, state.stack.runs, state.plan.train.tokens
-    run_ids, flat = np.repeat(active, rows.shape[1]), rows.ravel()
-    shard = plan.group.shard_rows(tokens.lengths[flat])
-    run_ids, flat = run_ids[shard], flat[shard]
-    packed, equal = plan.forward.packed_encoder is not None, plan.forward.equal_length
-    max_tokens = plan.token_budget.max_tokens
-    micro_batches = (
-        split_into_micro_batches(tokens.lengths[flat], max_tokens, packed, equal_length=equal)
-        if len(flat)
-        else ()
-    )
-    parts = tuple(
-        plan.forward.make_routed_batch(tokens, flat[part], run_ids[part], num_runs=len(runs))
-        for part in micro_batches
-    )
+    parts: list[tuple[Batch, RunRouting, int]] = []
+    for number, group in enumerate(state.stack.groups):
+        is_in = np.isin(active, group.runs)
+        parts += group_parts(plan, active[is_in], rows[is_in], num_runs=len(runs), group=number)
     number = state.epoch * plan.steps_per_epoch + state.step
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
     labels = np.zeros(len(runs), np.float32)
     labels[active] = count_labels(tokens, rows).sum(axis=1)
-    return Step(parts, np.array(number), labels, rates=rates)
+    return Step(tuple(parts), np.array(number), labels, rates=rates)
+
+
+def group_parts(
+    plan: Plan, active: np.ndarray, rows: np.ndarray, num_runs: int, group: int
+) -> list[tuple[Batch, RunRouting, int]]:
+    """Return the micro-batches of one group of runs, for `prepare_step`."""
+    tokens, max_tokens = plan.train.tokens, plan.token_budget.max_tokens
+    run_ids, flat = np.repeat(active, rows.shape[1]), rows.ravel()
+    shard = plan.group.shard_rows(tokens.lengths[flat])
+    run_ids, flat = run_ids[shard], flat[shard]
+    if not len(flat):
+        return []
+    packed, equal = plan.forward.packed_encoder is not None, plan.forward.equal_length
+    micro_batches = split_into_micro_batches(
+        tokens.lengths[flat], max_tokens, packed, equal_length=equal
+    )
+    return [
+        (*plan.forward.make_routed_batch(tokens, flat[part], run_ids[part], num_runs), group)
+        for part in micro_batches
+    ]
 
 
 def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -126,12 +136,17 @@ def update(state: TrainState, step: Step, losses: torch.Tensor) -> torch.Tensor:
     """Clip the gradients, update the trained values, and return the losses (K,)."""
     stack = state.stack
     state.plan.group.all_reduce_sum_(stack.grads, losses)
-    norms = clip_grad_norms_(stack.grads, MAX_GRAD_NORM)
+    parts = [param.grad for param in state.optimized]
+    norms = torch.empty_like(losses)
+    for group, part in zip(stack.groups, parts, strict=True):
+        if len(parts) > 1:
+            part.copy_(stack.grads[group.entries])
+        norms[group.rows] = clip_grad_norms_(part, MAX_GRAD_NORM)
     stack.mark_diverged(~(norms + losses).isfinite(), step.number)
     bad = stack.bad_step >= 0  # (K,)
-    mask = stack.zero_gradient_mask
-    fixed = bad[:, None] if mask is None else bad[:, None] | mask
-    stack.grads.masked_fill_(fixed, 0.0)
+    for group, part in zip(stack.groups, parts, strict=True):
+        fixed = bad[group.rows, None]
+        part.masked_fill_(fixed if group.fixed is None else fixed | group.fixed, 0.0)
     state.rates.copy_(step.rates.where(~bad, 0.0))
     optimizer_step(state)
     state.loss_sum += losses * step.labels
@@ -140,19 +155,24 @@ def update(state: TrainState, step: Step, losses: torch.Tensor) -> torch.Tensor:
 
 def optimizer_step(state: TrainState) -> None:
     """Update the trained values by one step of the optimizer at the rates `state.rates`."""
-    values = state.stack.params
+    stack = state.stack
     state.optimizer.step()
-    if state.update is not None:
-        values.addcmul_(state.update, state.rates[:, None].to(values.dtype))
-        state.update.zero_()
-    state.stack.sync_to_model()
+    if len(stack.runs) > 1:
+        for group, param in zip(stack.groups, state.optimized, strict=True):
+            values, rates = stack.params[group.entries], state.rates[group.rows, None]
+            values.addcmul_(param.detach(), rates.to(values.dtype))
+            if len(stack.groups) > 1:
+                stack.params[group.entries] = values
+            param.detach().zero_()
+    stack.sync_to_model()
 
 
 def forward_backward(plan: Plan, stack: RunStack, step: Step) -> torch.Tensor:
     """Return the losses (K,) of one `Step` of tensors; `stack.grads` gets their gradients."""
     stack.zero_grad()
     tokens, losses = plan.train.tokens, torch.zeros_like(stack.params[:, 0])
-    for batch, routing in step.parts:
+    for batch, routing, group in step.parts:
+        stack.select_group(group)
         with stack.routing(routing):
             logits = plan.forward(tokens, batch)
         labels, run_ids = gather_labels(tokens, batch), routing.run_ids_of(batch.label_index)

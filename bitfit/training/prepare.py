@@ -15,11 +15,10 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import Group
-from bitfit.model import fingerprints, predict, run_stack, trainable, zero_gradients
+from bitfit.model import fingerprints, forward_trials, predict, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
 from bitfit.model.bias_terms import select_components
 from bitfit.model.forward import Forward, check_ids
-from bitfit.model.forward_trials import select_forward
 from bitfit.model.precision import cast_parameters
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
@@ -79,14 +78,16 @@ class PreparedModel:
 
     def select_forward(self, tokens: TokenizedSplit) -> Forward:
         """Choose the fastest forward pass that gives the right logits on some rows."""
-        forward = select_forward(self.model, self.model_name, tokens, dtype=self.dtype)
+        forward = forward_trials.select_forward(
+            self.model, self.model_name, tokens, dtype=self.dtype
+        )
         self.selected_forward, self.max_length_tried = forward, tokens.lengths.max()
         return forward
 
     def reason_not_stackable(self, tokens: TokenizedSplit) -> str | None:
         """Return why several runs cannot train in one pass, or None if they can."""
         if not self.stackable_checked:
-            reason = run_stack.reason_not_stackable(self.forward, self.trainable, tokens)
+            reason = forward_trials.reason_not_stackable(self.forward, self.trainable, tokens)
             self.not_stackable, self.stackable_checked = reason, True
         return self.not_stackable
 

@@ -37,8 +37,8 @@ class TrainState:
     plan: Plan
     stack: RunStack  # the trained values, their gradients, and which runs diverged
     optimizer: torch.optim.Optimizer
+    optimized: list[torch.nn.Parameter]  # of each group of runs, see `init_state`
     rates: torch.Tensor  # (K,) the learning rates of this step
-    update: torch.Tensor | None  # (K, n) the optimizer's parameter if there are several runs
     records: list[Record]  # of each run
     scores: list[tuple]  # (name of the run, epoch, split, metric, value)
     logits: dict[str, np.ndarray]  # {validation split: (evaluations, K, labels, C)}, NaN if missing
@@ -136,26 +136,31 @@ def init_state(plan: Plan, stack: RunStack, optimizer: str = "adamw") -> TrainSt
     """Return the `TrainState` before the first step.
 
     AdamW has no weight decay and eps 1e-6, as the released code's `transformers.AdamW` had. One
-    kernel updates all runs, but knows one learning rate. Without decay a step is proportional to
-    it. So the optimizer updates zeros at rate 1, and `optimizer_step` multiplies the result by the
-    rate of each run.
+    kernel updates all runs of a group, but knows one learning rate. Without decay a step is
+    proportional to it. So the optimizer updates zeros at rate 1, and `optimizer_step` multiplies
+    the result by the rate of each run.
     """
     is_single, rates = len(stack.runs) == 1, torch.zeros_like(stack.params[:, 0])
     # On a CPU the optimizer multiplies by a tensor in float64; on a GPU it reads only float32.
     rates = rates.double() if rates.device.type == "cpu" else rates
-    param = torch.nn.Parameter(stack.params if is_single else torch.zeros_like(stack.params))
-    param.grad = stack.grads
+    optimized = []
+    for group in stack.groups:
+        values = stack.params[group.entries]
+        param = torch.nn.Parameter(stack.params if is_single else torch.zeros_like(values))
+        param.grad = stack.grads if len(stack.groups) == 1 else torch.zeros_like(values)
+        optimized.append(param)
     make, settings = {
         "adamw": (torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-6}),
         "adam": (torch.optim.Adam, {}),
     }[optimizer]
-    settings["capturable"] = param.is_cuda
+    settings["capturable"] = stack.params.is_cuda
+    param_groups = [{"params": [param]} for param in optimized]
     return TrainState(
         plan=plan,
         stack=stack,
-        optimizer=make([param], lr=rates[0] if is_single else 1.0, fused=True, **settings),
+        optimizer=make(param_groups, lr=rates[0] if is_single else 1.0, fused=True, **settings),
+        optimized=optimized,
         rates=rates,
-        update=None if is_single else param.detach(),
         records=[Record(run) for run in stack.runs],
         scores=[],
         logits=plan.empty_logits(len(stack.runs)),
