@@ -1,6 +1,5 @@
 """Files of test predictions: for the GLUE server, or tagged sentences in the input's format."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from bitfit.data.tasks import predictions, tags_of_sentences
 from bitfit.distributed import Group
 from bitfit.results.scores import write_predictions
 from bitfit.training.setup import LoadedData
-from utils import UserError
-
-LOGGER = logging.getLogger("bitfit")
+from utils import LOGGER, UserError
 
 
 def write_test_predictions(

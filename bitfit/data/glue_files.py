@@ -1,13 +1,11 @@
 """The files of GLUE's folders and of the Parquet layout of `nyu-mll/glue`."""
 
-import logging
 from pathlib import Path
 
 from bitfit.data import readers
 from bitfit.data.tasks import Task
-from utils import UserError
+from utils import LOGGER, UserError
 
-LOGGER = logging.getLogger("bitfit")
 AX_FILES = ("AX/AX.tsv", "AX/diagnostic.tsv", "diagnostic/diagnostic.tsv")
 FIRST_TRAIN_FILE = "MRPC/msr_paraphrase_train.txt"  # contains the rows of dev.tsv too
 MRPC_IDS = ["#1 ID", "#2 ID"]  # the columns that identify MRPC's rows

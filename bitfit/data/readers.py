@@ -8,7 +8,6 @@ import codecs
 import csv
 import io
 import json
-import logging
 import re
 import unicodedata
 from collections import Counter
@@ -17,12 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from utils import UserError, convert_errors, first_line
+from utils import LOGGER, UserError, convert_errors, first_line
 
 if TYPE_CHECKING:
     import pyarrow
 
-LOGGER = logging.getLogger("bitfit")
 MAX_QUOTED, MAX_NAMES = 80, 20  # characters of a value, and names, in one message
 POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs leaves it for an absent file
 SHARD = re.compile(r"(\d+)-of-(\d+)(-[0-9a-f]+)?\.[a-z]+")  # some names end with a hash

@@ -5,7 +5,6 @@ keeps all rows. In labelled splits, rows without a gold label and broken rows of
 are left out, and a log line gives their number.
 """
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +28,8 @@ from bitfit.data.labels import decode_labels, name_classes
 from bitfit.data.tagged_files import check_tags, check_words, read_sentences
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
-from utils import UserError
+from utils import LOGGER, UserError
 
-LOGGER = logging.getLogger("bitfit")
 HUB_DATASET = "nyu-mll/glue"
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can contain them, and they are no text
 BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # only characters without a width

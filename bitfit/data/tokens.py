@@ -1,6 +1,5 @@
 """Tokenized splits: all tokens of a split are one flat array with offsets."""
 
-import logging
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
@@ -12,12 +11,11 @@ import torch
 from bitfit.data.splits import TextColumns, find_split, word_positions
 from bitfit.data.tasks import Task
 from bitfit.data.word_tokens import first_tokens, split_long_sentences, tokens_for_text
-from utils import UserError, make_generator
+from utils import LOGGER, UserError, make_generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOGGER = logging.getLogger("bitfit")
 # Larger training sets are scored on this many evenly spaced rows, because all rows would take a
 # third of an epoch. Validation splits are scored completely: the largest has 40,430 rows.
 MAX_ROWS_SCORED = 50_000

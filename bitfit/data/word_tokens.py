@@ -1,6 +1,5 @@
 """Sentences of words as tokens: the first sub-token of each word, and rows that lose no word."""
 
-import logging
 from collections.abc import Callable
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
@@ -9,12 +8,10 @@ import numpy as np
 
 from bitfit.data import readers
 from bitfit.data.splits import TextColumns
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-LOGGER = logging.getLogger("bitfit")
 
 
 def tokens_for_text(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: bool) -> int:

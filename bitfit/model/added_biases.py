@@ -5,7 +5,6 @@ of the base model. The switches are found by building models without weights and
 names of their parameters.
 """
 
-import logging
 import re
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -13,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitfit.model.trainable import in_encoder, is_bias, relative_name
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-LOGGER = logging.getLogger("bitfit")
 SWITCH = re.compile(r"(\w+_)?bias")  # attention_bias, use_qkv_bias, bias, and no_bias
 
 

@@ -4,7 +4,6 @@ A term is the name of a module in the architecture (`attn.Wqkv`, or only its las
 the paper's name of the module with the same purpose (`intermediate`).
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,11 @@ from bitfit.model import loading
 from bitfit.model.added_biases import add_biases, find_switches
 from bitfit.model.trainable import ALL_BIASES, components_to_terms, encoder_biases
 from bitfit.options import TERMS
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGGER = logging.getLogger("bitfit")
 # The paper's term -> the modules with its purpose in other architectures. A norm before a block has
 # no counterpart in the paper, nor has a joint projection of query, key and value.
 ALIASES = {

@@ -5,7 +5,6 @@ gives each example the logits that the example has alone. Models that fail are r
 two runs finds out whether several runs can share a pass.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +23,10 @@ from bitfit.model.precision import cast_parameters, without_tf32
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.trainable import Trainable, in_encoder, is_bias, trains_matrices
-from utils import UserError, convert_errors, first_line, is_out_of_memory
+from utils import LOGGER, UserError, convert_errors, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOGGER = logging.getLogger("bitfit")
 
 
 def cannot(model_name: str | Path, action: str, instead: str) -> Callable[[Exception], UserError]:

@@ -1,6 +1,5 @@
 """Load and save a Hugging Face classifier and its tokenizer, from the Hub or a folder."""
 
-import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,11 @@ from bitfit.files import atomic_folder
 from bitfit.model import file_checks, tokenizer_checks, weight_checks
 from bitfit.model.file_checks import convert_load_errors
 from bitfit.model.trainable import head_names, is_bias
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LOGGER = logging.getLogger("bitfit")
 ENCODER_SEED = 0  # for encoder weights that the checkpoint lacks: the same in every run
 
 

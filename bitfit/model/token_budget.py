@@ -1,15 +1,13 @@
 """The number of tokens that fit into memory; repeating a step that ran out of memory."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-from utils import is_out_of_memory
+from utils import LOGGER, is_out_of_memory
 
-LOGGER = logging.getLogger("bitfit")
 Result = TypeVar("Result")
 
 

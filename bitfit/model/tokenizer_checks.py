@@ -1,18 +1,16 @@
 """Check a tokenizer against the model, the vocabulary and the tokenizer's file."""
 
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-LOGGER = logging.getLogger("bitfit")
 # Embeddings may have more rows than a tokenizer has tokens: 1.8 % in Phi-2, 0.4 % in mDeBERTa-v3.
 USUAL_VOCABULARY = 0.9
 SAMPLE = "The film isn't GOOD, in 2023: caf\u00e9, $9.95 (http://a.b/c-d_e)"

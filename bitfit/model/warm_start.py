@@ -4,7 +4,6 @@ The values replace those of the base model before anything trains. Deltas stay r
 model, so a saved evaluator also has the values that the warm start set and no run trained.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,10 @@ from bitfit.data.tasks import Task
 from bitfit.model.fingerprints import base_error, sha256
 from bitfit.model.trainable import Trainable, in_encoder, is_bias
 from bitfit.model.weight_checks import label_order, output_names
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOGGER = logging.getLogger("bitfit")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ import torch
 
 from bitfit.data.tasks import Task
 from bitfit.model.trainable import head_names, in_encoder
-from utils import UserError
+from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGGER = logging.getLogger("bitfit")
 # Older checkpoints hold these buffers; transformers now computes them.
 BUFFERS = r"\.(position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached)$"
 

@@ -3,7 +3,6 @@
 Any number of workers may share a folder. A cell of a killed worker is resumed by the next one.
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -16,9 +15,8 @@ from bitfit import signals
 from bitfit.signals import Stopped
 from bitfit.study import cell_states, submit
 from bitfit.study.cells import Cell, Study
-from utils import UserError
+from utils import LOGGER, UserError
 
-LOGGER = logging.getLogger("bitfit")
 PROGRAM = Path(__file__).resolve().parents[2] / "run_glue.py"
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # torchrun passes these on to the ranks
 STOPPED = {status for n in signals.NUMBERS for status in (128 + n, -n)}

@@ -6,7 +6,6 @@ pass through.
 
 import html
 import json
-import logging
 import os
 import secrets
 import time
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitfit.files import write_text
+from utils import LOGGER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LOGGER = logging.getLogger("bitfit")
 FLUSH_SECONDS = 5  # how late TensorBoard's files may be
 MAX_PARAMETER_LENGTH = 6000  # characters, MLflow's limit
 

@@ -5,7 +5,6 @@ a sweep. All values are on the host, so logging never waits for the device. Ever
 separate thread, so a slow tracker delays nobody. A tracker that fails is switched off.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from bitfit.tracking.services import KINDS
-from utils import UserError, convert_errors, first_line
+from utils import LOGGER, UserError, convert_errors, first_line
 
 if TYPE_CHECKING:  # -h imports this module and must not import torch
     import torch
 
     from bitfit.model.run import Run
-
-LOGGER = logging.getLogger("bitfit")
 
 
 class TrackedState(Protocol):

@@ -4,7 +4,6 @@
 Checkpoints are numbered entries of `store`. Two are kept, in case the newest is damaged later.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,9 +13,8 @@ from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.signals import Stopped, StopSignals
 from bitfit.training import store
 from bitfit.training.state import TrainState
-from utils import CorruptFile
+from utils import LOGGER, CorruptFile
 
-LOGGER = logging.getLogger("bitfit")
 KEPT = 2
 
 

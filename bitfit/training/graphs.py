@@ -5,7 +5,6 @@ same shapes; `varlen` rounds the number of tokens so that there are few shapes. 
 the arrays of a step to its graph. The numbers are those of the step without a graph.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +14,8 @@ import torch
 
 from bitfit.model.attention import MAX_ROUNDED_TOKENS
 from bitfit.model.batching import buffer_views, list_arrays, pack_into_buffer, replace_arrays
-from utils import first_line, is_out_of_memory
+from utils import LOGGER, first_line, is_out_of_memory
 
-LOGGER = logging.getLogger("bitfit")
 Graph = tuple[Callable[[], None], torch.Tensor]  # (function that replays the graph, result)
 USES_BEFORE_CAPTURE = 3  # of a shape: capturing takes as long as some ten steps
 MAX_GRAPHS = 64

@@ -3,7 +3,6 @@
 Every function takes a `TrainState` and advances it by a step or an epoch.
 """
 
-import logging
 import time
 from functools import partial
 from statistics import mean
@@ -30,11 +29,11 @@ from bitfit.training.graphs import StepGraphs
 from bitfit.training.plan import Plan
 from bitfit.training.progress import Progress
 from bitfit.training.state import TrainState
+from utils import LOGGER
 
 if TYPE_CHECKING:
     from bitfit.training.checkpoints import CheckpointManager
 
-LOGGER = logging.getLogger("bitfit")
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
 READ_LOSS_SECONDS = 0.5  # between two readings of the loss, for which the host waits
 

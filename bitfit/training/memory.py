@@ -1,6 +1,5 @@
 """How many tokens fit into the memory of a GPU, measured with a trial pass."""
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ import torch
 from bitfit.model.batching import to_device
 from bitfit.model.token_budget import preserve_random_state
 from bitfit.training.state import TrainState
-
-LOGGER = logging.getLogger("bitfit")
+from utils import LOGGER
 
 
 def fit_token_budget_to_memory(state: TrainState, free: float) -> None:

@@ -4,7 +4,6 @@
 `train.new_training` adds the plan and the state.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -26,12 +25,11 @@ from bitfit.model.token_budget import TokenBudget
 from bitfit.results import plots
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, load_base, need
-from utils import UserError, make_generator, print_result
+from utils import LOGGER, UserError, make_generator, print_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGGER = logging.getLogger("bitfit")
 Trainable = dict[str, np.ndarray | None]  # parameter name -> flat positions; None: all of it
 
 

@@ -1,6 +1,5 @@
 """Progress of a training: a bar on a terminal, a line every few minutes in a log file."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bitfit.training.plan import Plan
+from utils import LOGGER
 
 if TYPE_CHECKING:
     from bitfit.training.loop import TrainState
 
-LOGGER = logging.getLogger("bitfit")
 LOG_SECONDS = 120  # between two lines if there is no bar
 
 

@@ -1,6 +1,5 @@
 """From a prepared model to its training result."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +21,7 @@ from bitfit.training.progress import Progress
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData
 from bitfit.training.state import TrainState, init_state
-from utils import CorruptFile, UserError, make_generator, set_seed
-
-LOGGER = logging.getLogger("bitfit")
+from utils import LOGGER, CorruptFile, UserError, make_generator, set_seed
 
 
 def new_training(
