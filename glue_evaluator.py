@@ -85,11 +85,13 @@ class GLUEvaluator:
     def preprocess_dataset(
         self, padding: str | bool, max_sequence_len: int, batch_size: int,
         train_size: int | None = None, test_splits: bool = False,
+        train_score_rows: int | None = None,
     ) -> None:  # fmt: skip
         """Read and tokenize the splits, as `LoadedData` says; padding does not change results."""
         if padding not in ("max_length", "longest", True):
             raise UserError(f"padding {padding!r}: give 'longest' or 'max_length'")
-        self.loaded = load_data(self.setup, max_sequence_len, batch_size, train_size=train_size)
+        rows = {"train_size": train_size, "train_score_rows": train_score_rows}
+        self.loaded = load_data(self.setup, max_sequence_len, batch_size, **rows)
         self.loaded.read_splits(test_splits)
 
     def tokens(self, split: str) -> TokenizedSplit:
@@ -217,9 +219,8 @@ class GLUEvaluator:
 
     def export_model_test_set_predictions(self, output_path: str | Path) -> list[Path]:
         """Write the test predictions as files for the GLUE server, and return their paths."""
-        return write_test_predictions(
-            output_path, self.need_loaded(), self.predict, group=self.group
-        )
+        data = self.need_loaded()
+        return write_test_predictions(output_path, data, self.predict, group=self.group)
 
     def score_table(self) -> str:
         """Return the last and best scores as text."""
@@ -316,5 +317,4 @@ class GLUEvaluator:
     @property
     def caption(self) -> str:
         """Return one line with task, model, method and the selected run."""
-        result = self.need_result()
-        return f"{self.setup.caption(self.need_prepared().method)}, {result.caption}"
+        return f"{self.setup.caption(self.need_prepared().method)}, {self.need_result().caption}"

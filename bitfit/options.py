@@ -81,6 +81,7 @@ class RunOptions:
     checkpoint_every: int
     checkpoint_minutes: float
     evaluation_frequency: int
+    train_score_rows: int | None
     keep: str
     save_evaluator: bool
     export_model: bool  # also with --push-to-hub
@@ -177,6 +178,9 @@ def add_results(add: AddFlag) -> None:
         help="write a checkpoint M minutes after the last, also within an epoch [%(default)s]")
     add("--evaluation-frequency", metavar="N", type=POSITIVE, default=1,
         help="score every N epochs, and after the last [%(default)s]")
+    add("--train-score-rows", metavar="N", type=number(int, 0),
+        help="score N of the training examples, drawn once by the run's seed; 0: score the "
+             "validation examples alone [all, at most 50000]")
     add("--keep", choices=("last", "best"), default="last",
         help="save and predict with the weights of the last epoch, or of the epoch with the best "
              "main validation score; in a sweep, best takes only the best run [%(default)s]")

@@ -95,7 +95,7 @@ def make_run(metrics: dict[str, Any], scores: pd.DataFrame, finished: bool) -> R
         "seed": metrics["seed"],
         "trained": f"{metrics['trained_parameters'] / metrics['all_parameters']:.2%}",
         "score": metric,
-        "train": f"{train.iloc[-1]:.1f}",
+        "train": f"{train.iloc[-1]:.1f}" if len(train) else "-",
         "validation": f"{curve.iloc[-1]:.1f}" + " (not finished)" * (not finished),
         "best": f"{curve.max():.1f} (epoch {curve.idxmax()})",
         "seconds": f"{sum(metrics['seconds'].values()):.1f}",

@@ -59,13 +59,13 @@ def add_plan(add: Callable) -> None:
     add("--batch-size", type=POSITIVE, metavar="N", default=protocol.BATCH_SIZE,
         help="training examples per optimizer step [%(default)s]")
     add("--train-size", type=POSITIVE, metavar="N", help="train on N examples [all]")
+    add("--train-score-rows", type=number(int, 0), metavar="N", help="as for run_glue.py [all]")
     add("--start-from", choices=TASKS, metavar="TASK",
         help="start all other tasks from the best run of this task's cell in the same row, chosen "
              "by its own validation scores [from the base model]")
     add("--sizes", type=POSITIVE, nargs="+", metavar="N", default=protocol.SIZES,
         help="numbers of training examples for Figure 2 [500 1000 2000 4000 8000 16000]")
-    add("--max-seq-length", type=POSITIVE, metavar="N",
-        help="longer examples are cut to N tokens [128]")
+    add("--max-seq-length", type=POSITIVE, metavar="N", help="cut examples to N tokens [128]")
     add("--data-dir", metavar="DIR", help="local data, as for run_glue.py [from the Hub]")
     add("--precision", choices=("fp32", "bf16"), help="precision, as for run_glue.py")
     add("--no-predict-test", action="store_false", dest="predict_test",

@@ -120,12 +120,10 @@ def prepare_evaluator(
     )
     terms = check_bias_terms(options, evaluator.setup)
     evaluator.preprocess_dataset(
-        padding="longest",
-        max_sequence_len=options.max_seq_length,
-        batch_size=options.batch_size,
-        train_size=options.train_size,
-        test_splits=options.predict_test,
-    )
+        padding="longest", max_sequence_len=options.max_seq_length, batch_size=options.batch_size,
+        train_size=options.train_size, test_splits=options.predict_test,
+        train_score_rows=options.train_score_rows,
+    )  # fmt: skip
     evaluator.prepare(
         fine_tune_type=options.fine_tune_type,
         learning_rate=options.learning_rate,

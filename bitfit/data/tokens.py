@@ -175,12 +175,16 @@ class Dataset:
         seeds: list[int],
         train_size: int | None,
         device: torch.device,
+        train_score_rows: int | None = None,
     ) -> None:
         """
         Args:
             data_dir, max_length: as in `splits.find_split` and `tokenize`.
             train_size: the number of training rows that each seed draws; None: all.
+            train_score_rows: of these, the number of rows that each seed draws to score; 0: none;
+                None: all, or MAX_ROWS_SCORED evenly spaced ones.
         """
+        self.train_score_rows = train_score_rows
         self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
         self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
         self.device = device
@@ -232,10 +236,14 @@ class Dataset:
             LOGGER.info("no training example occurs in %s", " or ".join(others))
 
     def scored(self) -> dict[str, Split]:
-        """Return {name: Split} of the labelled splits, with a sample of a large training set."""
+        """Return {name: Split} of the splits to score."""
+        scored = {name: self.split(name) for name in self.task.validation_splits}
+        if self.train_score_rows == 0:
+            return scored
         tokens, rows = self.split("train")
-        train = Split(tokens, {seed: subsample_evenly(drawn) for seed, drawn in rows.items()})
-        return {"train": train} | {name: self.split(name) for name in self.task.validation_splits}
+        size = self.train_score_rows
+        picked = {s: sample_scored_rows(s, drawn, size) for s, drawn in rows.items()}
+        return {"train": Split(tokens, picked)} | scored
 
 
 def sample_training_rows(
@@ -251,7 +259,10 @@ def sample_training_rows(
     return kept, {seed: np.searchsorted(kept, rows) for seed, rows in drawn.items()}
 
 
-def subsample_evenly(rows: np.ndarray) -> np.ndarray:
-    """Return at most MAX_ROWS_SCORED of the given rows, evenly spaced."""
+def sample_scored_rows(seed: int, rows: np.ndarray, size: int | None) -> np.ndarray:
+    """Draw `size` of the training rows for a seed; None: take MAX_ROWS_SCORED, evenly spaced."""
+    if size is not None:
+        # In order, so that the rows of one sentence stay together.
+        return rows[np.sort(make_generator(seed, "scored rows").permutation(len(rows))[:size])]
     picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS_SCORED))
     return rows[picked.astype(np.int64)]

@@ -154,13 +154,14 @@ def learning_curve(scores: pd.DataFrame, task: Task, caption: str, metric: str) 
     xlabel = f"epoch (vertical line: best {main}, epoch {best})"
     figure, axes = curve_figure(caption, xlabel, f"{metric} × 100", epochs=scores["epoch"])
     by_split = scores[scores["metric"] == metric].groupby("split", sort=False)
-    for number, (split, of_split) in enumerate(by_split):  # train is the first
+    has_train = "train" in by_split.groups
+    for number, (split, of_split) in enumerate(by_split):
         values = 100 * of_split.set_index("epoch")["value"]
         last = f"last {values.iloc[-1]:.1f}, best epoch {values[best]:.1f}"
         label = f"{split.replace('_', ' ')} ({last})"
-        style = series_style(number - 1) if number else LineStyle("0.75", "-", "o")
-        # Train's line is thick, so that it stays visible below the others.
-        plot_curve(axes, values, style, label=label, linewidth=1.5 if number else 4)
+        is_train = split == "train"  # Its line, the first, is thick: it stays visible below others.
+        style = LineStyle("0.75", "-", "o") if is_train else series_style(number - has_train)
+        plot_curve(axes, values, style, label=label, linewidth=4 if is_train else 1.5)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))  # no score is above 100
     axes.axvline(best, color="0.8", linewidth=1, zorder=0)
     figure.legend(loc="outside lower center", frameon=False)

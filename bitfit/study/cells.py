@@ -146,6 +146,7 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
         "max_seq_length": args.max_seq_length,
         "precision": args.precision,
         "train_size": size or args.train_size,
+        "train_score_rows": args.train_score_rows,
     }
     known = task_of(parse_flags(options.flag_words(flags)))
     check_metric(known)

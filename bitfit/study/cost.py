@@ -72,7 +72,8 @@ def operations(cell: Cell, sizes: Sizes) -> float:
     args, task, row = cell.args, task_of(cell.args), ROWS[cell.row]
     examples = min(args["train_size"] or sizes.rows["train"], sizes.rows["train"])
     training = OPERATIONS[row.fine_tune_type] * args["epochs"] * examples * sizes.tokens["train"]
-    scored = min(examples, MAX_ROWS_SCORED) * sizes.tokens["train"]
+    most = args["train_score_rows"]
+    scored = min(examples, MAX_ROWS_SCORED if most is None else most) * sizes.tokens["train"]
     scored += sum(sizes.rows[s] * sizes.tokens[s] for s in task.validation_splits)
     tests = sum(sizes.rows[s] * sizes.tokens[s] for s in task.server_files if s in sizes.rows)
     scoring = 2 * (args["epochs"] * scored + args["predict_test"] * tests)

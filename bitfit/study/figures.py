@@ -135,6 +135,9 @@ def gaps(entries: Entries, name: str) -> Figures:
         "Generalization gap: train minus validation score in the last epoch, mean over the seeds ± "
         "standard deviation, at each method's best learning rate at the last epoch."
     )
+    sampled = [entry.results.cell.args["train_score_rows"] or 0 for entry in entries.values()]
+    if most := max(sampled):
+        text += f" With --train-score-rows, train scores are of {most:,} training examples."
     return {f"gap_{name}": (figure, text)}
 
 

@@ -267,7 +267,7 @@ def train_gaps(entries: Entries) -> pd.DataFrame:
     rows = []
     for (model, row, column, size), entry in entries.items():
         scores = scores_at_last_rate(entry)
-        if size is not None or scores is None:
+        if size is not None or scores is None or "train" not in set(scores["split"]):
             continue
         last = scores[scores["epoch"] == scores["epoch"].max()]
         last = last[last["metric"] == entry.results.task.metrics[0]]

@@ -168,10 +168,10 @@ class LoadedData:
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes of the scored splits and of the test splits read so far."""
-        scored = self.dataset.scored()
-        tests = [split for name, split in self.dataset.splits.items() if name not in scored]
+        names = ("train", *self.dataset.task.validation_splits)
+        tests = [split for name, split in self.dataset.splits.items() if name not in names]
         return {
-            "data_sha256": hash_splits(scored.values()),
+            "data_sha256": hash_splits(self.dataset.split(name) for name in names),
             "test_sha256": hash_splits(tests),
         }
 
@@ -182,9 +182,17 @@ def hash_splits(splits: Iterable[Split]) -> str:
 
 
 def load_data(
-    setup: Setup, max_sequence_len: int, batch_size: int, train_size: int | None
+    setup: Setup,
+    max_sequence_len: int,
+    batch_size: int,
+    train_size: int | None,
+    train_score_rows: int | None = None,
 ) -> LoadedData:
-    """Load the tokenizer; no split is read yet."""
+    """Load the tokenizer; no split is read yet.
+
+    Args:
+        train_size, train_score_rows: as in `Dataset`.
+    """
     tokenizer = loading.load_tokenizer(setup.model_name, setup.revision, setup.task.is_tagging)
     config = loading.load_config(setup.model_name, setup.task, setup.revision)
     dataset = Dataset(
@@ -195,6 +203,7 @@ def load_data(
         seeds=setup.seeds,
         train_size=train_size,
         device=setup.device,
+        train_score_rows=train_score_rows,
     )
     return LoadedData(
         dataset=dataset,

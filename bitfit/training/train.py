@@ -72,9 +72,12 @@ def describe_training(prepared: PreparedModel, state: TrainState) -> str:
     plan, (runs, size) = state.plan, state.stack.params.shape
     precision = "bf16" if prepared.dtype == torch.bfloat16 else "fp32"
     of_runs = f"{runs} runs in one pass" if runs > 1 else prepared.runs[0].caption
+    of_seed = plan.scored["train"].rows_of_seed if "train" in plan.scored else {}
+    count = len(next(iter(of_seed.values()), ()))
+    scored = f" ({count:,} of them scored)" * (count < plan.rows_per_run)
     return (
         f"{Path(prepared.model_name).name} on {state.stack.params.device} in {precision}, "
-        f"{plan.forward.batching_kind} examples; {plan.rows_per_run:,} training examples, "
+        f"{plan.forward.batching_kind} examples; {plan.rows_per_run:,} training examples{scored}, "
         f"{size:,} trainable parameters; {of_runs}"
     )
 
