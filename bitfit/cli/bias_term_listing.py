@@ -10,19 +10,13 @@ from bitfit.options import make_parser
 
 
 def parse_listing(description: str, argv: Sequence[str] | None = None) -> Namespace | None:
-    """Return the flags of --list-bias-terms, or None without it; exit if another flag is given."""
+    """Return the flags of --list-bias-terms, or None without it."""
     if "--list-bias-terms" not in (sys.argv[1:] if argv is None else argv):
         return None
     parser = make_parser(description)
     for action in parser._actions:
         action.required = False
-    args = parser.parse_args(argv)
-    allowed = {"list_bias_terms", "model_name", "model_revision", "add_biases"}
-    for name in vars(args).keys() - allowed:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error("--list-bias-terms goes with --model-name, --model-revision and "
-                         f"--add-biases only: leave --{name.replace('_', '-')} out")  # fmt: skip
-    return args
+    return parser.parse_args(argv)
 
 
 def list_bias_terms(options: Namespace) -> None:
