@@ -9,7 +9,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,17 @@ def validate_record(record: Record, source: object) -> Record:
     try:
         is_tagging = isinstance(record, dict) and not {"words", "tags"}.isdisjoint(record)
         record = check_keys_of_tagging(record) if is_tagging else check_keys(record)
-        check_name(record["name"])
-        for key, parse in (KINDS | SOURCES | OPTIONS).items():
+        name = record["name"]
+        require(matches(NAME, name), "name", f"give letters, digits, - and _, not {name!r}")
+        require(name.lower() not in TASKS, "name", f"{name} is a task of GLUE: give another name")
+        for key, parse in PARSERS.items():
             if key in record:
                 record[key] = parse(record[key])
+        labels = record.get("labels", [])
         check_suffixes(record.get("files", {}), SUFFIXES if is_tagging else tuple(READERS))
-        check_excluded(**{key: record.get(key, ()) for key in (*KINDS, *OPTIONS)})
-        check_metrics(record["metrics"], record.get("labels"), is_tagging)
+        for word in record.get("exclude_labels", ()):
+            require(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
+        check_metrics(record["metrics"], labels, is_tagging)
         return record
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -143,43 +148,33 @@ def validate_record(record: Record, source: object) -> Record:
 
 def check_keys(record: Json) -> Record:
     """Return the content of a task file with texts, with defaults and sorted keys."""
-    known = ("label", *KINDS, *SOURCES, *OPTIONS)
+    known = ("label", "labels", "scores", "files", "hub", "exclude_labels")
     require_keys(record, ("name", "texts", "metrics"), known)
-    require_one_of(record, *KINDS)
-    require_one_of(record, *SOURCES)
+    require_one_of(record, "labels", "scores")
+    require_one_of(record, "files", "hub")
     record = dict(sorted(({"label": "label"} | record).items()))
-    check_columns(record["texts"], record["label"])
+    texts, label = record["texts"], record["label"]
+    require(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
+    require(matches(WORD, label), "label", "give the name of a column")
+    require(label not in texts, "label", f'"{label}" is one of the texts')
     return record
 
 
 def check_keys_of_tagging(record: Record) -> Record:
-    """Return the content of a task file with words and tags, with sorted keys."""
-    require_keys(record, ("name", "words", "tags", "metrics"), ("labels", *SOURCES))
-    require_one_of(record, *SOURCES)
+    """Return the content of a task file with words and tags, with sorted keys.
+
+    Columns of CoNLL files may be numbers from 1; the record has them as text.
+    """
+    require_keys(record, ("name", "words", "tags", "metrics"), ("labels", "files", "hub"))
+    require_one_of(record, "files", "hub")
     require("labels" in record or "files" in record, "labels", "give the tags of the Hub's data")
-    return dict(sorted(record.items())) | parse_word_columns(record["words"], record["tags"])
-
-
-def check_name(name: Json) -> None:
-    require(matches(NAME, name), "name", f"give letters, digits, - and _, not {name!r}")
-    require(name.lower() not in TASKS, "name", f"{name} is a task of GLUE: give another name")
-
-
-def check_columns(texts: Json, label: Json) -> None:
-    require(are_distinct(texts, 1, 2), "texts", "give a list of one or two columns, each once")
-    require(matches(WORD, label), "label", "give the name of a column")
-    require(label not in texts, "label", f'"{label}" is one of the texts')
-
-
-def parse_word_columns(words: Json, tags: Json) -> dict[str, str]:
-    """Return the columns of words and tags as text: names, or numbers from 1 in CoNLL files."""
-    columns = {"words": words, "tags": tags}
+    columns = {key: str(record[key]) for key in ("words", "tags")}
     for key, column in columns.items():
-        is_number = isinstance(column, int) and not isinstance(column, bool) and column > 0
-        advice = "give the name of a column, or in CoNLL files its number from 1"
-        require(is_number or matches(WORD, column), key, advice)
-    require(str(words) != str(tags), "tags", f"{tags} is the column of the words")
-    return {key: str(column) for key, column in columns.items()}
+        is_column = isinstance(record[key], str | int) and matches(WORD, column)
+        require(is_column, key, "give the name of a column, or in CoNLL files its number from 1")
+    message = f"{columns['tags']} is the column of the words"
+    require(columns["words"] != columns["tags"], "tags", message)
+    return dict(sorted(record.items())) | columns
 
 
 def with_labels(record: Record, folder: str | Path) -> Record:
@@ -218,23 +213,10 @@ def parse_excluded_labels(labels: Json) -> list[str | None]:
     advice = "give a list of labels, or null for a missing one, each once"
     require(isinstance(labels, list) and labels, "exclude_labels", advice)
     words = [label_text(label) for label in labels]
-    valid = [label is None or word == "" or matches(WORD, word)
-             for label, word in zip(labels, words, strict=True)]  # fmt: skip
-    require(all(valid) and len(set(words)) == len(words), "exclude_labels", advice)
+    for label, word in zip(labels, words, strict=True):
+        require(label in (None, "") or matches(WORD, word), "exclude_labels", advice)
+    require(len(set(words)) == len(words), "exclude_labels", advice)
     return words
-
-
-def check_excluded(
-    labels: Sequence[str], scores: Sequence[float], exclude_labels: Sequence[str | None]
-) -> None:
-    """Raise a UserError if an excluded label is also one of the task's labels or scores."""
-    for word in exclude_labels:
-        require(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
-        try:
-            within = scores and scores[0] <= float(word or "") <= scores[1]
-        except (TypeError, ValueError):
-            within = False
-        require(not within, "exclude_labels", f"{word} is one of the scores")
 
 
 def parse_scores(scores: Json) -> list[float]:
@@ -244,26 +226,18 @@ def parse_scores(scores: Json) -> list[float]:
     return [float(score) for score in scores]
 
 
-def check_metrics(metrics: Json, labels: list[str] | None, is_tagging: bool) -> None:
+def check_metrics(metrics: Json, labels: Sequence[str], is_tagging: bool) -> None:
     """Raise a UserError unless the metrics are known and fit the task's tags, labels or scores."""
     kind = "tags" if is_tagging else "labels" if labels else "scores"
-    fitting, known = METRICS[kind], [name for names in METRICS.values() for name in names]
-    require(
-        are_distinct(metrics, 1), "metrics", f"give a list of some of {', '.join(known)}, each once"
-    )
+    advice = f"give a list of some of {', '.join(METRICS[kind])}, each once"
+    require(are_distinct(metrics, 1), "metrics", advice)
     for name in metrics:
-        require(name in known, "metrics", f'unknown metric "{name}"; known: {", ".join(known)}')
-        require(name in fitting, "metrics", f"{name} is not for {kind}; {', '.join(fitting)} are")
-    if "Entity-F1" in metrics:
-        others = [label for label in labels or () if not re.fullmatch(ENTITY_TAG, label)]
-        message = f"Entity-F1 is for the tags O, B-..., I-..., not {', '.join(others[:3])}"
-        require(not others, "metrics", message)
-    multiclass = labels and len(labels) > 2
-    require(
-        not multiclass or "F1" not in metrics,
-        "metrics",
-        "F1 is for two labels; Macro-F1 is for more",
-    )
+        require(name in METRICS[kind], "metrics", f"{name} is no metric of {kind}: {advice}")
+    others = [label for label in labels if not re.fullmatch(ENTITY_TAG, label)]
+    message = f"Entity-F1 is for the tags O, B-..., I-..., not {', '.join(others[:3])}"
+    require(not others or "Entity-F1" not in metrics, "metrics", message)
+    message = "F1 is for two labels; Macro-F1 is for more"
+    require(len(labels) <= 2 or "F1" not in metrics, "metrics", message)
 
 
 def parse_splits(splits: Json, key: str) -> dict[str, str]:
@@ -278,17 +252,11 @@ def parse_splits(splits: Json, key: str) -> dict[str, str]:
     return dict(sorted(splits.items()))
 
 
-def parse_files(files: Json) -> dict[str, str]:
-    return parse_splits(files, "files")
-
-
 def check_suffixes(files: dict[str, str], suffixes: Sequence[str]) -> None:
     """Raise a UserError if the suffix of a file is not that of a known format."""
     for split, name in files.items():
-        known = ", ".join(suffixes)
-        require(
-            Path(name).suffix in suffixes, "files", f"{split}: {name} ends with none of {known}"
-        )
+        message = f"{split}: {name} ends with none of {', '.join(suffixes)}"
+        require(Path(name).suffix in suffixes, "files", message)
 
 
 def parse_hub(hub: Json) -> dict[str, Any]:
@@ -300,6 +268,10 @@ def parse_hub(hub: Json) -> dict[str, Any]:
     return hub | {"splits": parse_splits(hub["splits"], "splits")}
 
 
-KINDS = {"labels": parse_labels, "scores": parse_scores}
-SOURCES = {"files": parse_files, "hub": parse_hub}
-OPTIONS = {"exclude_labels": parse_excluded_labels}
+PARSERS: dict[str, Callable] = {
+    "labels": parse_labels,
+    "scores": parse_scores,
+    "exclude_labels": parse_excluded_labels,
+    "files": partial(parse_splits, key="files"),
+    "hub": parse_hub,
+}
