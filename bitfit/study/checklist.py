@@ -51,15 +51,14 @@ def check_new(study: Study) -> None:
 
 def write_checklist(study: Study) -> Path:
     """Write checklist.md from the files of the cells and the report's tables.csv."""
-    path, texts = study.output / FILE, {"learning_rate": str, "epoch": str}
+    texts = {"learning_rate": str, "epoch": str}
     scores = pd.read_csv(study.output / "tables.csv", dtype=texts).fillna(dict.fromkeys(texts, ""))
+    settings = pd.DataFrame([cell_settings(study, cell) for cell in study.cells])
     metrics = {cell.task: ", ".join(task_of(cell.args).metrics) for cell in study.cells}
-    packages = [f"{name} {installed_version(name)}" for name in ("numpy", "scipy")]
-    machine = [*report.machine(study), f"statistics of this report: {', '.join(packages)}"]
+    packages = [f"{name} {installed_version(name)}" for name in ("numpy", "scipy", "scikit-learn")]
+    machine = [*report.machine(study), f"this report: {', '.join(packages)}"]
     sections = {
-        "Parameters, search bounds, seeds and hours (C1, C2)": report.pipes(
-            pd.DataFrame([cell_settings(study, cell) for cell in study.cells])
-        ),
+        "Parameters, search bounds, seeds and hours (C1, C2)": report.pipes(settings),
         "Budget, hardware and versions (C1, C4)": report.markdown_list(machine),
         "Trials, best settings and results (C2, C3)": RESULTS_NOTE
         + report.pipes(tables.selection_table(scores)),
@@ -72,8 +71,8 @@ def write_checklist(study: Study) -> Path:
         sections[section] = "\n".join(f"- [ ] {TODO}: {question}" for question in questions)
     parts = ["# Reproducibility checklist", report.progress(study), INTRODUCTION]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
-    write_text(path, "\n\n".join(parts) + "\n")
-    return path
+    write_text(study.output / FILE, "\n\n".join(parts) + "\n")
+    return study.output / FILE
 
 
 def cell_settings(study: Study, cell: Cell) -> dict[str, str]:

@@ -72,30 +72,29 @@ def power_row(
     tasks: list[tuple[pd.Series, pd.Series]], rng: np.random.Generator, resamples: int
 ) -> dict[str, Any]:
     """Return the values of a row of `power_frame`, from the tasks with at least two differences."""
-    deviations = np.array([difference_std(*scores) for scores in tasks])
-    known = np.isfinite(deviations)
-    if not known.any():
+    known = [scores for scores in tasks if np.isfinite(difference_std(*scores))]
+    if not known:
         unknown = dict.fromkeys(("std", "probability", "low", "high"), np.nan)
         return {"tasks": 0, "seeds_needed": "too few seeds"} | unknown
-    seeds = seeds_needed(deviations[known], rng)
-    samples = [x.dropna().to_numpy() for i in np.flatnonzero(known) for x in tasks[i]]
+    deviations = np.array([difference_std(*scores) for scores in known])
+    seeds = seeds_needed(deviations, rng)
+    samples = [x.dropna().to_numpy() for scores in known for x in scores]
     interval = stats.bootstrap(
         samples, probability_of_improvement, n_resamples=resamples, method="percentile", rng=rng
     ).confidence_interval
     return {
-        "tasks": known.sum(),
+        "tasks": len(known),
         "seeds_needed": f"more than {MAX_SEEDS}" if seeds > MAX_SEEDS else str(seeds),
-        "std": 100 * np.linalg.norm(deviations[known]) / known.sum(),
+        "std": 100 * np.linalg.norm(deviations) / len(known),
         "probability": float(probability_of_improvement(*samples)),
-        "low": interval.low, "high": interval.high,
-    }  # fmt: skip
+        **interval._asdict(),
+    }
 
 
 def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Return the probability that a score of a is above one of b, the mean over the tasks.
+    """Return the probability that a run of a scores above one of b, the mean over tasks.
 
-    Args:
-        samples: for each task the scores of a, then those of b; the seeds are on `axis`.
+    The samples are the scores of a, then of b, for each task, with the seeds on `axis`.
     """
     u = [stats.mannwhitneyu(a, b, axis=axis, method="asymptotic").statistic
          / (a.shape[axis] * b.shape[axis])
@@ -104,11 +103,7 @@ def probability_of_improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarr
 
 
 def seeds_needed(deviations: np.ndarray, rng: np.random.Generator) -> int:
-    """Return the smallest number of seeds, at least 2, with power `POWER`; else `MAX_SEEDS` + 1.
-
-    Args:
-        deviations: standard deviations of the differences over seeds, one for each task.
-    """
+    """Return the number of seeds for `POWER` at each task's deviation, at most MAX_SEEDS + 1."""
     noise = rng.standard_normal((SIMULATIONS, MAX_SEEDS, len(deviations)))
     differences = POINT + deviations * noise
 

@@ -150,8 +150,7 @@ def score_frame(entries: Entries) -> pd.DataFrame:
                 "mean": mean, "std": std, "low": low, "high": high,
                 "seeds": n, "of": len(cell.seeds),
                 "trials": entry.results.logits[entry.split][..., 0, 0].size,
-                "learning_rate": selected_rates(selected, cell),
-                "epoch": selected_epochs(selected, entry.results.scores),
+                **selected_settings(selected, entry.results),
                 "published": published, "published_std": published_std,
                 "off": differs_from_paper(low, high, published, std=published_std),
                 "state": entry.results.state,
@@ -159,17 +158,14 @@ def score_frame(entries: Entries) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def selected_rates(selected: statistics.Selected, cell: Cell) -> str:
-    """Return the selected learning rates as text."""
-    chosen = dict.fromkeys(cell.rates[choice.rate] for choice in selected.choices)
-    return " ".join(f"{rate:g}" for rate in chosen)
-
-
-def selected_epochs(selected: statistics.Selected, scores: pd.DataFrame) -> str:
-    """Return the selected epochs as text."""
-    epochs = np.unique(scores["epoch"])
-    chosen = dict.fromkeys(epochs[i] for choice in selected.choices for i in choice.epoch)
-    return " ".join(map(str, chosen))
+def selected_settings(selected: statistics.Selected, results: Results) -> dict[str, str]:
+    """Return the selected learning rates and epochs as texts."""
+    choices, epochs = selected.choices, np.unique(results.scores["epoch"])
+    texts = {
+        "learning_rate": [f"{results.cell.rates[choice.rate]:g}" for choice in choices],
+        "epoch": [str(epochs[i]) for choice in choices for i in choice.epoch],
+    }
+    return {name: " ".join(dict.fromkeys(values)) for name, values in texts.items()}
 
 
 def differs_from_paper(
