@@ -44,7 +44,7 @@ from utils import set_seed as set_seed  # a name of the released code
 class GLUEvaluator:
     """Fine-tune and score one model on one task; methods raise UserError for invalid input.
 
-    An evaluator has K >= 1 runs, all pairs of a learning rate and a seed. Predictions, files and
+    An evaluator has K >= 1 runs, one for each learning rate and its seeds. Predictions, files and
     plots belong to the selected run, which is the first until `select` chooses another.
 
     Attributes:
@@ -61,13 +61,14 @@ class GLUEvaluator:
         seed: int | Sequence[int] | None = None, data_dir: str | Path | None = None,
         precision: str | None = None, random_encoder: bool = False, max_tokens: int | None = None,
         model_revision: str | None = None, add_biases: bool = False,
+        data_seed: int | Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """Load nothing yet; see `make_setup` for the arguments."""
         setup_default_logging()
         self.setup = make_setup(
             task_name, model_name, device, seed=seed, data_dir=data_dir, precision=precision,
             random_encoder=random_encoder, max_tokens=max_tokens, model_revision=model_revision,
-            add_biases=add_biases,
+            add_biases=add_biases, data_seed=data_seed,
         )  # fmt: skip
         self.loaded: LoadedData | None = None
         self.prepared: PreparedModel | None = None
@@ -112,7 +113,8 @@ class GLUEvaluator:
         A random mask needs encoder_trainable. seed: one of the evaluator's; None: all of them.
         """
         kind = Method.released_type(encoder_trainable, trainable_components)
-        runs = prepare.make_runs(as_list(learning_rate), self.setup.seeds, only_seed=seed)
+        seeds = self.setup.seeds, self.setup.data_seeds
+        runs = prepare.make_runs(as_list(learning_rate), *seeds, only_seed=seed)
         terms = trainable_components
         self.prepare(kind, learning_rate, optimizer, components=terms, verbose=verbose, only=runs)
 
@@ -127,10 +129,11 @@ class GLUEvaluator:
         Args:
             learning_rate: before any schedule; a list: a run for each rate.
             verbose: print the trained tensors.
-            only: some of the runs; None: all pairs of a learning rate and a seed.
+            only: some of the runs; None: all combinations of a learning rate with the seeds.
             start_from: folder of a saved evaluator, with whose values all runs start.
         """
-        runs = only or prepare.make_runs(as_list(learning_rate), self.setup.seeds)
+        seeds = self.setup.seeds, self.setup.data_seeds
+        runs = only or prepare.make_runs(as_list(learning_rate), *seeds)
         terms, source = tuple(components or ()), (start_from, self.setup, self.need_loaded())
         start = saved_evaluator.read_warm_start(*source, fine_tune_type=fine_tune_type)
         method = Method(fine_tune_type, terms, mask_size, optimizer=optimizer, start=start)

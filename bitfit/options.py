@@ -1,8 +1,9 @@
 """The flags of run_glue.py and the checks that need no file, without importing torch."""
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,13 @@ TERMS = {
 BIAS_TYPES = ("bitfit", "full_ft", "rand_uniform")  # fine-tune types that train added biases
 TRAINING_FLAGS = (  # without an effect on --evaluate-only
     "fine_tune_type", "bias_terms", "mask_size", "random_encoder", "train_size", "learning_rate",
-    "epochs", "batch_size", "optimizer", "lr_schedule", "warmup_ratio", "seed", "checkpoint_every",
-    "checkpoint_minutes", "evaluation_frequency", "keep", "save_evaluator", "export_model",
-    "push_to_hub", "report_to", "verbose",
+    "epochs", "batch_size", "optimizer", "lr_schedule", "warmup_ratio", "seed", "init_seed",
+    "data_seed", "checkpoint_every", "checkpoint_minutes", "evaluation_frequency", "keep",
+    "save_evaluator", "export_model", "push_to_hub", "report_to", "verbose",
 )  # fmt: skip
 DEFAULT_LEARNING_RATES = [1e-3]  # the released code's, for all fine-tune types
+DEFAULT_SEEDS = [0]
+RUN_AXES = ("learning_rate", "seed", "init_seed", "data_seed")  # a run for each combination
 EXAMPLES = """\
 examples:
   python run_glue.py -o out/rte -t rte -f bitfit -l 1e-3
@@ -73,6 +76,8 @@ class RunOptions:
     lr_schedule: str
     warmup_ratio: float
     seed: list[int]
+    init_seed: list[int] | None
+    data_seed: list[int] | None
     gpu_device: int | str | None
     precision: str | None
     max_tokens: int | None
@@ -91,6 +96,15 @@ class RunOptions:
     report_to: list[str]
     verbose: bool
     quiet: bool
+
+    @property
+    def init_seeds(self) -> list[int]:
+        return self.init_seed or self.seed
+
+    @property
+    def data_seeds(self) -> list[int] | None:
+        """Return the data seeds of a grid of seeds; None: each run has a single seed."""
+        return self.data_seed or (self.seed if self.init_seed else None)
 
 
 # fmt: off
@@ -134,7 +148,7 @@ def add_data(add: AddFlag) -> None:
     add("--max-seq-length", metavar="N", type=POSITIVE, default=128,
         help="longer examples are cut to N tokens [%(default)s]")
     add("--train-size", metavar="N", type=POSITIVE,
-        help="train on N examples, sampled with the seed [all]")
+        help="train on N examples, sampled with the data seed [all]")
 
 
 def add_training(add: AddFlag) -> None:
@@ -152,9 +166,16 @@ def add_training(add: AddFlag) -> None:
         help="linear: the learning rate falls to 0 at the last step [%(default)s]")
     add("--warmup-ratio", metavar="R", type=number(float, 0, 1), default=0.0,
         help="fraction of all steps in which the learning rate rises from 0 [%(default)s]")
-    add("--seed", "-s", metavar="N", nargs="+", type=number(int, 0, 2**63), default=[0],
+    seed = number(int, 0, 2**63)
+    add("--seed", "-s", metavar="N", nargs="+", type=seed, default=DEFAULT_SEEDS,
         help="draws the classifier, data order, dropout and masks; several: a run for each, with "
              "every learning rate [0]")
+    add("--init-seed", metavar="N", nargs="+", type=seed,
+        help="instead of --seed: draws the classifier and the parameters of random masks; several: "
+             "a run for each, with every data seed and learning rate [0 with --data-seed]")
+    add("--data-seed", metavar="N", nargs="+", type=seed,
+        help="instead of --seed: draws the examples of --train-size, their order and dropout "
+             "[0 with --init-seed]")
 
 
 def add_machine(add: AddFlag) -> None:
@@ -241,16 +262,14 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
     if args.add_biases and args.fine_tune_type not in BIAS_TYPES and not args.start_from:
         parser.error(f"--add-biases: {args.fine_tune_type} would leave the biases at zero: leave "
                      "it out")  # fmt: skip
-    for name, values in (("--learning-rate", args.learning_rate), ("--seed", args.seed)):
-        if len(set(values)) < len(values):
-            parser.error(f"{name} has a value twice: give each once")
+    check_grid(parser, args)
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
     if args.start_from and args.random_encoder:
         parser.error("--start-from has a trained encoder, --random-encoder none: give one of them")
     for kind in (kind for kind in args.report_to if not is_installed(kind)):
         parser.error(f"--report-to {kind} needs a package that is not there: pip install {kind}")
-    if args.push_to_hub and args.keep != "best" and len(args.learning_rate) * len(args.seed) > 1:
+    if args.push_to_hub and args.keep != "best" and count_runs(vars(args)) > 1:
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
     export_model = args.export_model or args.push_to_hub is not None
     return RunOptions(**vars(args) | {"export_model": export_model})
@@ -276,6 +295,21 @@ def check_type(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             parser.error(f"--evaluate-only trains nothing: leave out {names}")
         args.fine_tune_type, args.learning_rate = "none", [0.0]
+
+
+def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a value given twice, and --seed beside a seed of one purpose."""
+    for name in RUN_AXES:
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name.replace('_', '-')} has a value twice: give each once")
+    if (args.init_seed or args.data_seed) and args.seed is not DEFAULT_SEEDS:
+        parser.error("--seed sets --init-seed and --data-seed: give --seed alone, or the other two")
+
+
+def count_runs(flags: Mapping[str, Any]) -> int:
+    """Return the number of runs of a command; earlier versions of args.json lack some names."""
+    return math.prod(len(flags.get(name) or [None]) for name in RUN_AXES)
 
 
 def learning_rate_warning(options: RunOptions) -> str | None:

@@ -25,6 +25,7 @@ import pandas as pd
 import utils
 from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
+from bitfit.model.run import format_seeds
 from bitfit.parsing import OneLineParser, new_file
 from bitfit.results import escape
 from bitfit.results.plots import (
@@ -92,7 +93,7 @@ def make_run(metrics: dict[str, Any], scores: pd.DataFrame, finished: bool) -> R
         "model": escape_unprintable(Path(metrics["model"]).name),
         "method": describe_method(metrics),
         "learning rate": f"{metrics['learning_rate']:g}",
-        "seed": metrics["seed"],
+        "seed": format_seeds(metrics).removeprefix("seed "),
         "trained": f"{metrics['trained_parameters'] / metrics['all_parameters']:.2%}",
         "score": metric,
         "train": f"{train.iloc[-1]:.1f}" if len(train) else "-",
@@ -148,7 +149,7 @@ def group_label(runs: list[Run], differing: list[str]) -> str:
     """Return the text of the legend for runs that differ in nothing but the seed."""
     row, last = runs[0].row, sum(run.curve.iloc[-1] for run in runs) / len(runs)
     score = f"{last:.1f} on average" if len(runs) > 1 else row["validation"]
-    seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {row['seed']}"
+    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "seed " * row["seed"].isdigit() + row["seed"]
     names = ", ".join([*(row[name] for name in differing), row["method"]])
     details = f"{row['trained']} trained, learning rate {row['learning rate']}, {seeds}"
     return textwrap.fill(f"{names}: {score} ({details})", 88)

@@ -6,7 +6,7 @@ import pytest
 
 from bitfit.data.tasks import TASKS
 from bitfit.model.run import Run
-from bitfit.results import sweeps
+from bitfit.results import seed_variance, sweeps
 from utils import Diverged
 
 RTE, NAN = TASKS["rte"], float("nan")
@@ -156,3 +156,63 @@ def test_curves_show_mean_and_range(tmp_path):
     assert "learning rate 0.01 (1 seed, last 50.0)" in lines
     band = np.asarray(axes.collections[1].get_paths()[0].vertices)[:, 1]
     assert (band.min(), band.max()) == pytest.approx((60, 70))
+
+
+def grid_results(shape, scores=None, diverged=()):
+    """Runs of a grid of seeds at two learning rates."""
+    rng, results = np.random.default_rng(0), []
+    for rate in (1e-4, 1e-3):
+        for i, j in np.ndindex(shape):
+            _, content, curve = result(rate, 0, [0.5, scores or rng.random()])
+            run = Run(rate, i, None if i == j else j)
+            content["diverged"] = "at epoch 1" if run in diverged else None
+            results.append((run, content, curve[:1] if run in diverged else curve))
+    return results
+
+
+def test_the_report_of_a_grid(tmp_path):
+    results = grid_results((2, 3))
+    text = sweeps.write_report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[2].startswith("0.0001 6 pairs ")
+    assert "(init seed 1, data seed 2, epoch " in text
+    title = "percent of the variance of the last epoch's scores that seeds explain (95 % interval):"
+    head = lines.index(title) + 1
+    assert lines[head] == "learning rate init seeds data seeds init seed data seed rest"
+    saved = pd.read_csv(tmp_path / "seed_variance.csv")
+    for number, (rate, of_rate) in enumerate(saved.groupby("learning_rate")):
+        last = [scores[-1] for run, _, scores in results if run.learning_rate == rate]
+        grid = 100 * np.reshape(last, (2, 3))
+        shares = seed_variance.variance_shares(seed_variance.mean_squares(grid)[0], (2, 3))
+        assert of_rate["share"].to_numpy() == pytest.approx(shares)
+        cells = [f"{100 * s:.0f} ({100 * a:.0f} to {100 * b:.0f})"
+                 for s, a, b in of_rate[["share", "low", "high"]].to_numpy()]  # fmt: skip
+        assert lines[head + 1 + number] == f"{rate:g} 2 3 {' '.join(cells)}"
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert table.columns[:4].tolist() == ["run", "learning_rate", "init_seed", "data_seed"]
+    assert table["init_seed"].tolist() == [0, 0, 0, 1, 1, 1] * 2
+    assert table["data_seed"].tolist() == [0, 1, 2] * 4
+    metadata, scores = sweeps.read_sweep({run: tmp_path / run.name for run, *_ in results})
+    axes = sweeps.sweep_curves(metadata, scores, RTE, "a caption")["Accuracy"].axes[0]
+    assert "(6 seed pairs, last " in str(axes.get_lines()[0].get_label())
+
+
+@pytest.mark.parametrize(
+    ("results", "rows"),
+    [
+        (grid_results((1, 4)), 0),
+        (grid_results((3, 1)), 0),
+        (grid_results((2, 2), scores=0.6), 0),
+        (grid_results((2, 2), diverged=[Run(1e-4, 0, 1)]), 3),
+        ([result(1e-3, seed, [0.5 + seed / 100]) for seed in range(4)], 0),
+    ],
+    ids=["one init seed", "one data seed", "equal scores", "a diverged run", "no grid"],
+)
+def test_only_complete_grids_are_decomposed(tmp_path, results, rows):
+    metadata, scores = sweeps.read_sweep(write(tmp_path, results))
+    groups = sweeps.scores_by_learning_rate(metadata, scores, RTE)
+    table = seed_variance.seed_variance(metadata, groups)
+    assert len(table) == rows
+    text = sweeps.write_report(tmp_path, RTE, {run: tmp_path / run.name for run, *_ in results}, "")
+    assert ("percent of the variance" in text) == (tmp_path / "seed_variance.csv").exists()
+    assert (tmp_path / "seed_variance.csv").exists() == (rows > 0)

@@ -72,7 +72,7 @@ def write_run_metrics(
     folder: Path, task: Task, record: Record, scores: pd.DataFrame, metadata: dict[str, Any]
 ) -> None:
     """Write metrics.json (metadata and all scores) and metrics.csv (one score per line)."""
-    content = metadata | record.run._asdict()
+    content = metadata | record.run.fields
     content |= {"diverged": record.diverged, "train_loss": record.train_loss}
     content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
     content |= {"epochs": scores["epoch"].unique().tolist()}

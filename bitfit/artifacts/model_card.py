@@ -17,6 +17,7 @@ from bitfit import options
 from bitfit.artifacts.run_folder import BY_NAME, HARMLESS
 from bitfit.data.tasks import Task
 from bitfit.files import atomic_file, write_text
+from bitfit.model.run import format_seeds
 from bitfit.results import escape
 from bitfit.results.scores import read_metrics
 
@@ -163,7 +164,7 @@ def paragraphs(
     if task.record:
         yield f"The task file:\n\n```json\n{json.dumps(task.record, indent=2)}\n```"
     versions = ", ".join(f"{name} {metadata[name]}" for name in ("torch", "transformers", "python"))
-    run = f"Learning rate {metrics['learning_rate']:g}, seed {metrics['seed']}"
+    run = f"Learning rate {metrics['learning_rate']:g}, {format_seeds(metrics)}"
     yield f"{run}, {metadata['precision']} on {metadata['device']}, {versions}."
 
 
@@ -198,7 +199,7 @@ def which_weights(metrics: Metadata, metadata: Metadata) -> str:
     if metrics["diverged"]:
         return f"The training diverged: {metrics['diverged']}. These weights have no scores."
     scored, epochs = metrics[metadata["keep"]]["epoch"], metadata["epochs"]
-    runs = len(metadata["learning_rate"]) * len(metadata["seed"])
+    runs = options.count_runs(metadata)
     if metadata["keep"] == "last":
         return f"The weights are those after the last epoch, {scored}."
     of_runs = f" and of {runs} runs" * (runs > 1)

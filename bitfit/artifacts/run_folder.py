@@ -37,7 +37,7 @@ TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenize
 # Values that earlier versions of this format did not write, as their commands ran.
 NEW_FLAGS = {
     "start_from": None, "start_sha256": None, "evaluate_only": False, "add_biases": False,
-    "train_score_rows": None,
+    "train_score_rows": None, "init_seed": None, "data_seed": None,
 }  # fmt: skip
 NAMES = {
     "data": "the data",
@@ -102,6 +102,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         metadata = json.loads(path.read_text(encoding="utf-8"))
         settings = {name: metadata[name] for name in ("fine_tune_type", "random_encoder")}
         settings |= {name: [metadata[name]] for name in ("learning_rate", "seed")}
+        settings |= {"data_seed": [metadata["data_seed"]]} if "data_seed" in metadata else {}
         settings |= {"add_biases": metadata.get("add_biases", False)}
         return settings | {"bias_terms": components_to_terms(metadata["components"]) or None}
 

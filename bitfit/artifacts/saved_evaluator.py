@@ -34,8 +34,8 @@ Tensors = dict[str, torch.Tensor]
 
 METADATA = EVALUATOR
 POSITIONS = ":positions"  # suffix of tensors with the flat positions of a random mask
-BUILT_FROM = ("task_name", "model_name", "seed", "data_dir", "precision", "random_encoder",
-              "add_biases")  # fmt: skip
+BUILT_FROM = ("task_name", "model_name", "seed", "data_seed", "data_dir", "precision",
+              "random_encoder", "add_biases")  # fmt: skip
 DATA = ("max_sequence_len", "batch_size", "train_size")
 READ = (".json", ".txt", ".model", ".jinja")  # suffixes of files that transformers reads
 
@@ -65,7 +65,7 @@ def write_evaluator(
     }
     metadata |= {"add_biases": True} if setup.add_biases else {}
     metadata |= {"task": setup.task.record} if setup.task.record else {}
-    metadata |= run._asdict() | {"train_loss": result.record.train_loss}
+    metadata |= run.fields | {"train_loss": result.record.train_loss}
     metadata |= {"scores": result.scores_of(run).to_numpy().tolist(), "model_sha256": None}
     metadata |= {"averaged": result.averaged} if result.averaged else {}
     metadata |= {"zero_gradient": prepared.zero_gradient} if prepared.zero_gradient else {}
@@ -107,6 +107,7 @@ def read_files(
         metadata, tensors = store.read_entry(folder / METADATA)
     except CorruptFile as error:
         raise UserError(f"{error}; train and save it again") from None
+    metadata.setdefault("data_seed", None)
     commit = metadata.setdefault("model_commit", None)  # Early versions did not write it.
     # The config of a whole model has the added biases already.
     metadata["add_biases"] = bool(metadata.get("add_biases") and not metadata["model_sha256"])
@@ -187,7 +188,7 @@ def restore_evaluator(
     setup = replace(setup, base_name=metadata["base_name"], model_commit=metadata["model_commit"])
     loaded = load_data(setup, *(metadata[name] for name in DATA))
     check_base(folder, metadata, loaded.base_fingerprints)
-    run = Run(metadata["learning_rate"], metadata["seed"])
+    run = Run(metadata["learning_rate"], metadata["seed"], metadata["data_seed"])
     random_encoder = metadata["random_encoder"] and not metadata["model_sha256"]
     model, fields = load_base(replace(setup, random_encoder=random_encoder))
     start = WarmStart(metadata["started_from"]) if "started_from" in metadata else None

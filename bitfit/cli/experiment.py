@@ -104,13 +104,14 @@ def prepare_evaluator(
     """Return an evaluator with data and model; all errors of the input are raised here."""
     from glue_evaluator import GLUEvaluator, set_seed
 
-    set_seed(options.seed[0])
+    set_seed(options.init_seeds[0])
     folder = options.task_file and task_files.default_data_dir(options.task_file)
     evaluator = GLUEvaluator(
         task_name=task or str(options.task_name),  # one of the two is given
         model_name=options.model_name,
         device=ranks.local_gpu(options.gpu_device),
-        seed=options.seed,
+        seed=options.init_seeds,
+        data_seed=options.data_seeds,
         data_dir=options.data_dir or folder,
         precision=options.precision,
         random_encoder=options.random_encoder,

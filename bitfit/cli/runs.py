@@ -146,7 +146,8 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
         if writes and options.keep == "best":
             sweeps.remove_beaten_exports(folders, best)
         if writes:
-            run_folder.write_args(folders[run], metadata | run._asdict(), finished=True)
+            of_run = run._asdict() | {"init_seed": None}  # `seed` has this run's.
+            run_folder.write_args(folders[run], metadata | of_run, finished=True)
 
 
 def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], kept: bool) -> None:

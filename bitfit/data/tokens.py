@@ -69,10 +69,10 @@ class TokenizedSplit(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A tokenized split, and the numbers of the rows that each seed trains on or scores."""
+    """A tokenized split, and the numbers of the rows that each data seed trains on or scores."""
 
     tokens: TokenizedSplit
-    rows_of_seed: dict[int, np.ndarray]  # {seed: row numbers in `tokens`}, equally many per seed
+    rows_of_seed: dict[int, np.ndarray]  # {seed: row numbers in `tokens`}, equally many
 
 
 def tokenize(
@@ -180,6 +180,7 @@ class Dataset:
         """
         Args:
             data_dir, max_length: as in `splits.find_split` and `tokenize`.
+            seeds: the data seeds of the runs.
             train_size: the number of training rows that each seed draws; None: all.
             train_score_rows: of these, the number of rows that each seed draws to score; 0: none;
                 None: all, or MAX_ROWS_SCORED evenly spaced ones.

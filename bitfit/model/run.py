@@ -1,18 +1,38 @@
 """One training among those of a command; this module starts without torch."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Run(NamedTuple):
-    """One training: a learning rate, and a seed for the classifier and the data order."""
+    """One training: a learning rate, a seed for classifier and masks, and a seed for the data."""
 
     learning_rate: float
     seed: int
+    # Of the training rows, their order and dropout. None, never an equal number: the same as seed.
+    data_seed: int | None = None
+
+    @property
+    def effective_data_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def name(self) -> str:
-        return f"lr{self.learning_rate}_seed{self.seed}"
+        pair = f"init{self.seed}_data{self.data_seed}"
+        seeds = f"seed{self.seed}" if self.data_seed is None else pair
+        return f"lr{self.learning_rate}_{seeds}"
 
     @property
     def caption(self) -> str:
-        return f"learning rate {self.learning_rate:g}, seed {self.seed}"
+        return f"learning rate {self.learning_rate:g}, {format_seeds(self.fields)}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the fields for metadata files, without those that are None."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def format_seeds(run: Mapping[str, Any]) -> str:
+    """Return "seed 0", or "init seed 0, data seed 1", of a run's metadata."""
+    seed, data_seed = f"seed {run['seed']}", run.get("data_seed")
+    return seed if data_seed is None else f"init {seed}, data seed {data_seed}"

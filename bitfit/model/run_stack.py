@@ -1,6 +1,6 @@
 """The run axis: the trainable parameters of K runs are the rows of one (K, n) matrix.
 
-A run is a pair of learning rate and seed. Its trainable parameters are one row of `params`, and
+A run is a learning rate with its seeds. Its trainable parameters are one row of `params`, and
 their gradients are the same row of `grads`. Clipping, optimizers and saved files therefore handle
 flat rows, whatever the fine-tune type.
 
@@ -66,7 +66,7 @@ class RunStack:
         Args:
             trainable: {parameter name: None for all of it, or flat positions}.
             runs: more than one only if `reason_not_stackable` returns None.
-            init_run: initializes the parameters of the model that depend on a run's seed.
+            init_run: initializes the parameters of the model that depend on a run's `seed`.
             zero_gradient: {parameter name: [[start, stop], ...]}, entries without a gradient.
             selections: (trainable, zero_gradient) of each run; empty: the same for all runs.
         """

@@ -13,7 +13,8 @@ import pandas as pd
 
 from bitfit.data.tasks import Task
 from bitfit.files import write_text
-from bitfit.results import plots
+from bitfit.model.run import Run, format_seeds
+from bitfit.results import plots, seed_variance
 from bitfit.results.scores import (
     explain_unreadable,
     format_mean_std,
@@ -28,10 +29,8 @@ from utils import Diverged
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bitfit.model.run import Run
 
-
-def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_sweep(folders: dict[Run, Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the metadata (one line per run) and scores of the runs with metrics files.
 
     Args:
@@ -46,6 +45,8 @@ def read_sweep(folders: dict["Run", Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
                     "run": run.name,
                     "learning_rate": run.learning_rate,
                     "seed": run.seed,
+                    "data_seed": run.effective_data_seed,
+                    "seeds": format_seeds(run.fields),
                     "train_loss": next(reversed(content["train_loss"]), None),
                     "seconds": round(sum(content["seconds"].values()), 2),
                     "diverged": content["diverged"] or "",
@@ -68,12 +69,20 @@ def best_run(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | 
     return best.fillna(-np.inf).idxmax()
 
 
+def has_seed_pairs(metadata: pd.DataFrame) -> bool:
+    """Return whether the data seed of a run is not its init seed."""
+    return bool((metadata["seed"] != metadata["data_seed"]).any())
+
+
 def results_rows(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> list[dict[str, Any]]:
     """Return the rows of results.csv, one per run, scores × 100."""
     rows, main = [], select_scores(scores, task.validation_splits[0], task.metrics[0])
+    pairs = has_seed_pairs(metadata)
+    seeds = {"init_seed": "seed", "data_seed": "data_seed"} if pairs else {"seed": "seed"}
     for entry in metadata.to_dict("records"):
         curve = 100 * main[main["run"] == entry["run"]].set_index("epoch")["value"]
-        row = {name: entry[name] for name in ("run", "learning_rate", "seed")}
+        row = {name: entry[name] for name in ("run", "learning_rate")}
+        row |= {name: entry[column] for name, column in seeds.items()}
         row |= {"metric": task.metrics[0]}
         row |= {"last_epoch": int(curve.index[-1]) if len(curve) else None}
         row |= {"last": round(curve.iloc[-1], 2) if len(curve) else np.nan}
@@ -96,10 +105,11 @@ def scores_by_learning_rate(
 
 def learning_rate_table(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
     """Return one line per learning rate: mean ± standard deviation over seeds, × 100."""
-    rows, seeds = [], metadata.set_index("run")["seed"]
+    rows, seeds = [], metadata.set_index("run")["seeds"]
+    unit = " pairs" if has_seed_pairs(metadata) else ""
     for rate, scores in groups.items():
         tried, ended = (metadata["learning_rate"] == rate).sum(), scores.shape[1]
-        row = {"learning rate": f"{rate:g}", "seeds": str(ended)}
+        row = {"learning rate": f"{rate:g}", "seeds": f"{ended}{unit}"}
         if ended < tried:
             row["seeds"] += f" ({tried - ended} diverged)"
         if ended:
@@ -109,7 +119,7 @@ def learning_rate_table(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame
                 mean, std, _ = mean_std(values)
                 row[name] = format_mean_std(mean, std)
             best_epoch = scores[top].fillna(-np.inf).idxmax()
-            row["best seed"] = f"{scores[top].max():.1f} (seed {seeds[top]}, epoch {best_epoch})"
+            row["best seed"] = f"{scores[top].max():.1f} ({seeds[top]}, epoch {best_epoch})"
         rows.append(row)
     return pd.DataFrame(rows).fillna("-").to_string(index=False)
 
@@ -148,10 +158,16 @@ def sweep_curves(
     scores = without_diverged(metadata, scores).merge(metadata[["run", "learning_rate"]], on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
-    return {metric: sweep_curve(part, task, metric, caption=caption) for metric, part in by_metric}
+    unit = "seed pair" if has_seed_pairs(metadata) else "seed"
+    return {
+        metric: sweep_curve(part, task, metric, caption=caption, unit=unit)
+        for metric, part in by_metric
+    }
 
 
-def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> "Figure":
+def sweep_curve(
+    scores: pd.DataFrame, task: Task, metric: str, *, caption: str, unit: str
+) -> "Figure":
     """Return a metric over the epochs: a line for each learning rate with a band over seeds."""
     x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
     y = f"{task.validation_splits[0].replace('_', ' ')} {metric} × 100"
@@ -160,7 +176,7 @@ def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> 
     for number, (rate, of_rate) in enumerate(rates):
         curve = 100 * of_rate.groupby("epoch")["value"].agg(["mean", "min", "max"])
         count = of_rate["run"].nunique()
-        seeds = f"{count} seed" + "s" * (count > 1)
+        seeds = f"{count} {unit}" + "s" * (count > 1)
         label = f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
         band = (curve["min"], curve["max"])
         plots.plot_curve(axes, curve["mean"], plots.series_style(number), label=label, band=band)
@@ -168,7 +184,7 @@ def sweep_curve(scores: pd.DataFrame, task: Task, metric: str, caption: str) -> 
     return figure
 
 
-def remove_beaten_exports(folders: dict["Run", Path], best: str | None) -> None:
+def remove_beaten_exports(folders: dict[Run, Path], best: str | None) -> None:
     """Remove evaluators and predictions of all runs but the best, for --keep best."""
     for run, folder in folders.items():
         if run.name != best:
@@ -178,7 +194,7 @@ def remove_beaten_exports(folders: dict["Run", Path], best: str | None) -> None:
                 path.unlink()
 
 
-def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: str) -> str:
+def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: str) -> str:
     """Write results.csv, results.json and the curves, and return the text to print.
 
     Raises:
@@ -192,6 +208,9 @@ def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: 
         raise Diverged(f"all {len(metadata)} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
     groups = scores_by_learning_rate(metadata, scores, task)
+    variance = seed_variance.seed_variance(metadata, groups)
+    if len(variance):
+        write_text(output / "seed_variance.csv", variance.to_csv(index=False))
     score = groups[row["learning_rate"]][best].max()  # not rounded, unlike `row["best"]`
     warnings = sweep_warnings(groups)
     content = {"trials": len(metadata), "best": row, "warnings": warnings}
@@ -204,6 +223,7 @@ def write_report(output: Path, task: Task, folders: dict["Run", Path], caption: 
         learning_rate_table(metadata, groups),
         f"best of {len(metadata)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
         "chosen on the examples it is scored on, so it is optimistic",
+        *([seed_variance.format_seed_variance(variance)] if len(variance) else []),
         *(f"warning: {text}" for text in warnings),
     ]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from bitfit.model.run import format_seeds
 from bitfit.model.trainable import components_to_terms, in_encoder, layer_and_name
 from bitfit.results import escape, plots, scores
 from bitfit.tools.saved_evaluators import SavedEvaluator
@@ -188,7 +189,7 @@ def with_average(
 def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
     """Return one line of the table of averages. An average has no learning rate and no seed."""
     metadata = saved.metadata
-    rate, seed = f"{metadata['learning_rate']:g}", str(metadata["seed"])
+    rate, seed = f"{metadata['learning_rate']:g}", format_seeds(metadata).removeprefix("seed ")
     rate, seed = ("", "") if metadata.get("averaged") else (rate, seed)
     return {"name": saved.name, "learning_rate": rate, "seed": seed, "weight": weight}
 

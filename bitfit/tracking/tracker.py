@@ -73,7 +73,7 @@ class Tracker:
         Args:
             kinds: some of `KINDS`.
             output: the command's output folder.
-            metadata: {name: value} that all runs show beside learning rate and seed.
+            metadata: {name: value} that all runs show beside learning rate and seeds.
         """
         self.open_trackers: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
         self.output, self.metadata = output and Path(output), metadata or {}
@@ -94,7 +94,7 @@ class Tracker:
         if self.open_trackers:
             self._set_step(state)
             for run, folder in folders.items():
-                self._open(run.name, folder, run._asdict())
+                self._open(run.name, folder, run.fields)
 
     def log_losses(self, state: TrackedState, losses: dict[int, float]) -> None:
         """Log {number of a run: loss in the last step} within an epoch.

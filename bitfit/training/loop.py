@@ -232,7 +232,7 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
     try:
         with checkpoints.defer_signals(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
-                rows = {k: split.rows_of_seed[stack.runs[k].seed] for k in active}
+                rows = {k: split.rows_of_seed[stack.runs[k].effective_data_seed] for k in active}
                 for k, logits in predict_runs(
                     plan.forward,
                     stack,

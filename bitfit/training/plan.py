@@ -69,7 +69,7 @@ class Plan:
 
     def labels_of(self, run: Run) -> int:
         """Return the number of labels that a run trains on in an epoch: of examples, or words."""
-        rows = self.train.rows_of_seed[run.seed]
+        rows = self.train.rows_of_seed[run.effective_data_seed]
         return int(count_labels(self.train.tokens, rows).sum())
 
     def examples_before(self, epoch: int, step: int) -> int:
@@ -101,10 +101,11 @@ class Plan:
     def order(self, run: Run, epoch: int) -> np.ndarray:
         """Return the training examples of a run in the order of an epoch, (rows,) int64.
 
-        The order depends only on the seed of the run and on the epoch.
+        The order depends only on the data seed of the run and on the epoch.
         """
-        rows = self.train.rows_of_seed[run.seed]
-        return rows[make_generator(run.seed, f"data order of epoch {epoch}").permutation(len(rows))]
+        seed = run.effective_data_seed
+        rows = self.train.rows_of_seed[seed]
+        return rows[make_generator(seed, f"data order of epoch {epoch}").permutation(len(rows))]
 
 
 def learning_rate_factors(kind: str, warmup_steps: int, total_steps: int) -> np.ndarray:

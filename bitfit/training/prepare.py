@@ -238,13 +238,26 @@ def select_trainable(
 
 
 def make_runs(
-    learning_rates: list[float], seeds: list[int], only_seed: int | None = None
+    learning_rates: list[float],
+    seeds: list[int],
+    data_seeds: list[int] | None,
+    only_seed: int | None = None,
 ) -> list[Run]:
-    """Return a run for each pair of a learning rate and a seed, or for one of the seeds only."""
+    """Return a run for each learning rate, seed and data seed.
+
+    Args:
+        data_seeds: None: the data seed of each run is its seed.
+        only_seed: one of `seeds`; None: all of them.
+    """
     if only_seed is not None and only_seed not in seeds:
         raise UserError(f"seed {only_seed} is not one of this evaluator's seeds: {seeds}")
     seeds = seeds if only_seed is None else [only_seed]
-    runs = [Run(float(rate), seed) for rate in learning_rates for seed in seeds]
+    runs = [
+        Run(float(rate), seed, None if data_seed == seed else data_seed)
+        for rate in learning_rates
+        for seed in seeds
+        for data_seed in data_seeds or [seed]
+    ]
     if len(set(runs)) < len(runs):
         raise UserError("a learning rate or seed is given twice: give each once")
     return runs

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+Seeds = int | Sequence[int] | None  # one or several; None: a default
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Setup:
     add_biases: bool  # zeros, through the switches of the model's config
     device: torch.device
     seeds: list[int]
+    data_seeds: list[int] | None  # None: the data seed of each run is its seed
     precision: str
     max_tokens: int | None
 
@@ -58,26 +60,18 @@ class Setup:
 
 
 def make_setup(
-    task_name: str | dict[str, Any],
-    model_name: str,
-    device: int | None,
-    *,
-    seed: int | Sequence[int] | None,
-    data_dir: str | Path | None,
-    precision: str | None,
-    random_encoder: bool,
-    max_tokens: int | None,
-    model_revision: str | None,
-    add_biases: bool,
-) -> Setup:
+    task_name: str | dict[str, Any], model_name: str, device: int | None, *, seed: Seeds,
+    data_seed: Seeds, data_dir: str | Path | None, precision: str | None, random_encoder: bool,
+    max_tokens: int | None, model_revision: str | None, add_biases: bool,
+) -> Setup:  # fmt: skip
     """Return the setup of `GLUEvaluator`'s arguments; raise UserError if one is wrong.
 
     Args:
         task_name: a name in `bitfit.data.tasks.TASKS`, the path or the content of a task file.
         model_name: a name on the Hub, or a folder.
         device: GPU number; None for the CPU.
-        seed: of classifier, data order, dropout and masks; a list: a run for each seed; None:
-            the seed of `set_seed`.
+        seed: of classifier, masks and data, or a list; None: the seed of `set_seed`.
+        data_seed: of training rows, their order and dropout, or a list; None: as `seed`.
         data_dir: GLUE's TSV folders or Parquet files; None: the Hub, or beside the task file.
         precision: "fp32" or "bf16"; None: bf16 on a GPU that supports it, else fp32.
         random_encoder: draw the encoder's weights at random (a control).
@@ -95,7 +89,8 @@ def make_setup(
         base_name=Path(model_name).name, data_dir=data_dir, random_encoder=random_encoder,
         add_biases=add_biases, device=torch_device,
         seeds=as_list(torch.initial_seed() if seed is None else seed),
-        precision=choose_precision(precision, torch_device), max_tokens=max_tokens,
+        data_seeds=None if data_seed is None else as_list(data_seed), max_tokens=max_tokens,
+        precision=choose_precision(precision, torch_device),
     )  # fmt: skip
 
 
@@ -124,7 +119,7 @@ class LoadedData:
     base_fingerprints: dict[str, Any]  # of the base model's config and tokenizer
     max_sequence_len: int  # in tokens; longer examples are cut
     batch_size: int  # examples in an optimizer step
-    train_size: int | None  # training examples drawn by each seed; None: all
+    train_size: int | None  # training examples drawn by each data seed; None: all
 
     def tokens(self, split: str) -> TokenizedSplit:
         """Return the tokens of a split; UserError if it does not exist."""
@@ -200,7 +195,7 @@ def load_data(
         data_dir=setup.data_dir,
         tokenizer=tokenizer,
         max_length=max_sequence_len,
-        seeds=setup.seeds,
+        seeds=setup.data_seeds or setup.seeds,
         train_size=train_size,
         device=setup.device,
         train_score_rows=train_score_rows,

@@ -55,7 +55,7 @@ def start_training(
     if reason:
         raise UserError(f"{len(runs)} runs cannot train in one pass, {reason}: "
                         "prepare and train one after the other")  # fmt: skip
-    seed = runs[0].seed
+    seed = runs[0].effective_data_seed
     if group.rank:  # The ranks compute different rows, so they need different dropout masks.
         seed = int(make_generator(seed, f"dropout of rank {group.rank}").integers(2**63))
     set_seed(seed)
