@@ -37,7 +37,7 @@ from bitfit.training.result import TrainingResult, new_result
 from bitfit.training.setup import LoadedData, Method, load_data, make_setup, need
 from bitfit.training.state import Record
 from bitfit.training.train import start_training, train
-from utils import Diverged, UserError, as_list, setup_default_logging
+from utils import Diverged, UserError, setup_default_logging
 from utils import set_seed as set_seed  # a name of the released code
 
 
@@ -113,8 +113,7 @@ class GLUEvaluator:
         A random mask needs encoder_trainable. seed: one of the evaluator's; None: all of them.
         """
         kind = Method.released_type(encoder_trainable, trainable_components)
-        seeds = self.setup.seeds, self.setup.data_seeds
-        runs = prepare.make_runs(as_list(learning_rate), *seeds, only_seed=seed)
+        runs = prepare.make_runs(self.setup, learning_rate, only_seed=seed)
         terms = trainable_components
         self.prepare(kind, learning_rate, optimizer, components=terms, verbose=verbose, only=runs)
 
@@ -132,8 +131,7 @@ class GLUEvaluator:
             only: some of the runs; None: all combinations of a learning rate with the seeds.
             start_from: folder of a saved evaluator, with whose values all runs start.
         """
-        seeds = self.setup.seeds, self.setup.data_seeds
-        runs = only or prepare.make_runs(as_list(learning_rate), *seeds)
+        runs = only or prepare.make_runs(self.setup, learning_rate)
         terms, source = tuple(components or ()), (start_from, self.setup, self.need_loaded())
         start = saved_evaluator.read_warm_start(*source, fine_tune_type=fine_tune_type)
         method = Method(fine_tune_type, terms, mask_size, optimizer=optimizer, start=start)

@@ -25,7 +25,7 @@ from bitfit.model.token_budget import TokenBudget
 from bitfit.results import plots
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, load_base, need
-from utils import LOGGER, UserError, make_generator, print_result
+from utils import LOGGER, UserError, as_list, make_generator, print_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,25 +238,16 @@ def select_trainable(
 
 
 def make_runs(
-    learning_rates: list[float],
-    seeds: list[int],
-    data_seeds: list[int] | None,
-    only_seed: int | None = None,
+    setup: Setup, learning_rate: float | Sequence[float], only_seed: int | None = None
 ) -> list[Run]:
-    """Return a run for each learning rate, seed and data seed.
-
-    Args:
-        data_seeds: None: the data seed of each run is its seed.
-        only_seed: one of `seeds`; None: all of them.
-    """
-    if only_seed is not None and only_seed not in seeds:
-        raise UserError(f"seed {only_seed} is not one of this evaluator's seeds: {seeds}")
-    seeds = seeds if only_seed is None else [only_seed]
+    """Return a run for each learning rate, seed and data seed, or for one of the seeds only."""
+    if only_seed is not None and only_seed not in setup.seeds:
+        raise UserError(f"seed {only_seed} is not one of this evaluator's seeds: {setup.seeds}")
     runs = [
         Run(float(rate), seed, None if data_seed == seed else data_seed)
-        for rate in learning_rates
-        for seed in seeds
-        for data_seed in data_seeds or [seed]
+        for rate in as_list(learning_rate)
+        for seed in (setup.seeds if only_seed is None else [only_seed])
+        for data_seed in setup.data_seeds or [seed]
     ]
     if len(set(runs)) < len(runs):
         raise UserError("a learning rate or seed is given twice: give each once")
