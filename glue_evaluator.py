@@ -34,7 +34,7 @@ from bitfit.training.checkpoints import CheckpointManager
 from bitfit.training.plan import TrainOptions
 from bitfit.training.prepare import PreparedModel
 from bitfit.training.result import TrainingResult, new_result
-from bitfit.training.setup import LoadedData, Method, load_data, make_setup, need
+from bitfit.training.setup import LoadedData, Method, Seeds, load_data, make_setup, need
 from bitfit.training.state import Record
 from bitfit.training.train import start_training, train
 from utils import Diverged, UserError, setup_default_logging
@@ -58,10 +58,9 @@ class GLUEvaluator:
 
     def __init__(
         self, task_name: str | dict[str, Any], model_name: str, device: int | None,
-        seed: int | Sequence[int] | None = None, data_dir: str | Path | None = None,
-        precision: str | None = None, random_encoder: bool = False, max_tokens: int | None = None,
-        model_revision: str | None = None, add_biases: bool = False,
-        data_seed: int | Sequence[int] | None = None,
+        seed: Seeds = None, data_dir: str | Path | None = None, precision: str | None = None,
+        random_encoder: bool = False, max_tokens: int | None = None,
+        model_revision: str | None = None, add_biases: bool = False, data_seed: Seeds = None,
     ) -> None:  # fmt: skip
         """Load nothing yet; see `make_setup` for the arguments."""
         setup_default_logging()
