@@ -23,7 +23,7 @@ from bitfit.artifacts import run_folder
 from bitfit.cli import exit_status, experiment
 from bitfit.cli.bias_term_listing import list_bias_terms, parse_listing
 from bitfit.distributed import Ranks
-from bitfit.options import RunOptions, learning_rate_warning, parse_args
+from bitfit.options import RunOptions, parse_args
 from utils import Diverged, RankLost, UserError
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.WARNING if options.quiet else logging.INFO
     utils.setup_logging(*[logging.ERROR, f"rank {ranks.rank}: "] if ranks.rank else [level])
 
-    if warning := learning_rate_warning(options):
+    if warning := experiment.learning_rate_warning(options):
         utils.LOGGER.warning(warning)
 
     def write_message(message: str, error: BaseException, status: int) -> None:

@@ -310,14 +310,3 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 def count_runs(flags: Mapping[str, Any]) -> int:
     """Return the number of runs of a command; earlier versions of args.json lack some names."""
     return math.prod(len(flags.get(name) or [None]) for name in RUN_AXES)
-
-
-def learning_rate_warning(options: RunOptions) -> str | None:
-    """Return a warning if all parameters train at the default learning rate, else None."""
-    is_default = options.learning_rate is DEFAULT_LEARNING_RATES
-    if options.fine_tune_type != "full_ft" or not is_default:
-        return None
-    return (
-        f"full_ft trains at the default learning rate {DEFAULT_LEARNING_RATES[0]:g}; "
-        "usual are 1e-5 to 5e-5: give --learning-rate"
-    )

@@ -17,7 +17,7 @@ from bitfit.cli.runs import Experiment, train_all_runs
 from bitfit.data import task_files
 from bitfit.distributed import Ranks
 from bitfit.model import hub
-from bitfit.options import RunOptions
+from bitfit.options import DEFAULT_LEARNING_RATES, RunOptions
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
 from utils import UserError
@@ -25,6 +25,17 @@ from utils import UserError
 if TYPE_CHECKING:
     from bitfit.training.setup import Setup
     from glue_evaluator import GLUEvaluator
+
+
+def learning_rate_warning(options: RunOptions) -> str | None:
+    """Return a warning if all parameters train at the default learning rate, else None."""
+    is_default = options.learning_rate is DEFAULT_LEARNING_RATES
+    if options.fine_tune_type != "full_ft" or not is_default:
+        return None
+    return (
+        f"full_ft trains at the default learning rate {DEFAULT_LEARNING_RATES[0]:g}; "
+        "usual are 1e-5 to 5e-5: give --learning-rate"
+    )
 
 
 def run(options: RunOptions, signals: StopSignals, ranks: Ranks) -> None:
