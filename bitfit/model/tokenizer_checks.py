@@ -1,4 +1,4 @@
-"""Check a tokenizer against the model, the vocabulary and the tokenizer's file."""
+"""Check a tokenizer against the model and its vocabulary; let it read lists of words like texts."""
 
 import re
 from pathlib import Path
