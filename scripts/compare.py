@@ -38,6 +38,7 @@ from bitfit.results.plots import (
     series_style,
 )
 from bitfit.results.scores import explain_unreadable, read_metrics, select_scores
+from bitfit.study.protocol import ROWS, Row
 from utils import UserError, escape_unprintable
 
 LABELS = ["task", "model", "method", "learning rate", "trained"]  # equal for runs of one curve
@@ -119,10 +120,8 @@ def study_method(metrics: dict[str, Any]) -> str:
     if metrics["random_encoder"] or "started_from" in metrics:
         return ""
     terms = tuple(sorted(metrics["bias_terms"]))
-    names = {("intermediate", "query"): "b_m2+b_q", ("intermediate",): "b_m2", ("query",): "b_q",
-            ("value",): "b_v"}  # fmt: skip
-    method = metrics["fine_tune_type"] if terms in ((), ("all",)) else names.get(terms, "")
-    return method if method in METHOD_STYLES else ""
+    row = Row(metrics["fine_tune_type"], () if terms == ("all",) else terms)
+    return next((name for name, known in ROWS.items() if known == row), "")
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:

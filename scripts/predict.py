@@ -23,7 +23,6 @@ import logging
 import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import BinaryIO
 
 import utils
@@ -74,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
         from bitfit.tools import answers, multi_task
 
         found = multi_task.read_evaluators(args.evaluators, args.model_name)
-        answers.check_files([evaluator.task for evaluator in found], args.input, args.output)
+        tasks = [evaluator.task for evaluator in found]
+        table = answers.read_words(tasks, args.input, args.output)
         local = hub.is_local(found[0].metadata["model_name"])
         hub.use_local_copies_when_offline(needs_hub=not local)
         import torch
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
         )
         name = "standard input" if args.input == "-" else args.input
         with predictor.stack.patched(dtype):
-            if args.output:
-                answers.tag_file(predictor, Path(args.input), Path(args.output))
+            if table:
+                answers.write_predicted_tags(predictor, table, args.output)
                 return
             for rows in answers.read_batches(predictor, lines, args.batch_size, name=name):
                 answered = answers.predict_answers(predictor, rows)

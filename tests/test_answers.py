@@ -250,18 +250,23 @@ def test_the_command(saved, lines, capsys):
 @pytest.mark.parametrize(
     ("names", "text", "answered", "message"),
     [
-        (["cola", "stsb"], b"a\tb\nc\td\nalone\n", 2, "one text, but stsb reads two; put a tab"),
+        (
+            ["cola", "stsb"],
+            b"a\tb\nc\td\nalone\n",
+            2,
+            "1 texts with tabs between them, but stsb re",
+        ),
         (
             ["cola", "stsb"],
             b"a\tb\nc\td\n1\t2\t3\n",
             2,
-            "3 texts with tabs between them; give one or two",
+            "3 texts with tabs between them, but stsb re",
         ),
         (
             ["cola", "sst2"],
             b"a\nb\nc\td\n",
             2,
-            "2 texts with tabs between them; give one: no evalua",
+            "2 texts with tabs between them, but no evaluator reads",
         ),
         (["cola"], b"a\nb\n \n", 2, "an empty text; give a text in every line"),
         (["stsb"], b"a\tb\nc\td\ne\t\n", 2, "an empty text; give a text in every line"),
@@ -292,9 +297,12 @@ def test_lines_of_any_system(saved, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"a film\rthe film\r", "in:1: a carriage return within a line"),
-        (b"a\nb\rc\n", "in:2: a carriage return within a line"),
-        ("a film\nthe film\n".encode("utf-16-le"), "in:1: not text, there is a zero byte"),
+        (b"a film\rthe film\r", "in:1: a zero byte or carriage return"),
+        (b"a\nb\rc\n", "in:2: a zero byte or carriage return within a line"),
+        (
+            "a film\nthe film\n".encode("utf-16-le"),
+            "in:1: a zero byte or carriage return",
+        ),
     ],
 )
 def test_lines_that_are_not_what_they_seem(saved, data, message):

@@ -155,7 +155,7 @@ ERRORS = [  # (suffix, content, message)
     (".conll", "a O\n# a comment inside\n", r":2: 4 columns where 2 are expected"),
     (".conll", "a\nb\n", r": no column '2' among 1"),
     (".conll", "a O\n\nb o\n", r":3: unknown tag 'o'; expected B-X, I-X, O"),
-    (".conll", "a O\nb \u041e\n", r":2: .* \(it looks like 'O', but is '\\u041e'\)"),
+    (".conll", "a O\nb \u041e\n", r":2: unknown tag .* \('\\u041e'\); expected B-X, I-X, O"),
     (".conll", "a\tO\n\tO\n", r":2: no word, but ''"),
     (".conll", "a\tO\n\u200b\tO\n", r":2: no word, but '\\u200b'"),
     (".conll", "a\tO\nb\t\n", r":2: the word 'b' has no tag, but ''"),

@@ -31,7 +31,6 @@ def decode_labels(
             expected = readers.quote_names(known) if known else f"a score from {low:g} to {high:g}"
             kind = "tag" if task.is_tagging else "label"
             problem = f"unknown {kind} {readers.quote_value(word or value)}"
-            problem += readers.describe_look_alike(word, [*known, *task.excluded_labels])
             raise UserError(f"{place(row)}: {problem}; expected {expected}") from None
     return np.array(labels, np.float32 if task.is_regression else np.int64)
 

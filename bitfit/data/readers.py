@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
 MAX_QUOTED, MAX_NAMES = 80, 20  # characters of a value, and names, in one message
 POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs leaves it for an absent file
 SHARD = re.compile(r"(\d+)-of-(\d+)(-[0-9a-f]+)?\.[a-z]+")  # some names end with a hash
-# Letters that look like others: Cyrillic, then Greek, then dashes, digits and quotes.
-LIKE_LETTERS = str.maketrans(
-    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455"
-    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0406"
-    "\u03b1\u03bf\u03bd\u03c1\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d"
-    "\u039f\u03a1\u03a4\u03a5\u03a7\u2010\u2011\u2013\u2014\u221210I\u2018\u2019",
-    "aeopcyxijsABEKMHOPCTXlaovpABEZHlKMNOPTYX-----lOl''",
-)
 
 
 class Table(NamedTuple):
@@ -61,9 +52,14 @@ class Table(NamedTuple):
 
 
 def quote_value(value: object) -> str:
-    """Return a value in quotes, shortened and without line breaks, for a message."""
+    """Return a value in quotes, shortened and without line breaks, for a message.
+
+    Letters outside ASCII are shown with their code points too, because some look like others.
+    """
     text = repr(value)
-    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 4]}...{text[-1]}"
+    if len(text) > MAX_QUOTED:
+        return f"{text[: MAX_QUOTED - 4]}...{text[-1]}"
+    return text if text.isascii() else f"{text} ({value!a})"
 
 
 def quote_names(names: Iterable) -> str:
@@ -75,20 +71,6 @@ def quote_names(names: Iterable) -> str:
     return (", ".join(map(str, words)) or "none") + more
 
 
-def describe_look_alike(word: str, known: Iterable[str | None]) -> str:
-    """Return the known word that looks like an unknown word, both with code points, or ""."""
-    for other in known:
-        if other and normalize_letters(other) == normalize_letters(word):
-            return f" (it looks like {other!a}, but is {word!a})"
-    return ""
-
-
-def normalize_letters(word: str) -> str:
-    """Return a word without accents and blanks, with one letter for all that look alike."""
-    letters = unicodedata.normalize("NFKD", word).translate(LIKE_LETTERS)
-    return "".join(c for c in letters if unicodedata.category(c)[0] not in "MCZ")
-
-
 def check_column_names(source: object, names: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise a UserError if a column occurs twice or is missing."""
     for name, count in Counter(names).items():
@@ -96,8 +78,7 @@ def check_column_names(source: object, names: Sequence[str], wanted: Sequence[st
             raise UserError(f"{source}: the column {quote_value(name)} occurs twice: give it once")
     for name in wanted:
         if name not in names:
-            among = f"{quote_names(names)}{describe_look_alike(name, names)}"
-            raise UserError(f"{source}: no column {quote_value(name)} among {among}")
+            raise UserError(f"{source}: no column {quote_value(name)} among {quote_names(names)}")
 
 
 def check_no_lfs_pointer(path: Path) -> None:

@@ -255,18 +255,17 @@ def drop_unlabelled_rows(task: Task, table: readers.Table) -> readers.Table:
 def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     """Return columns of texts; a missing text is an error, blank texts are logged."""
     columns = [table.columns[name] for name in names]
-    blank: dict[int, str] = {}
     for name, column in zip(names, columns, strict=True):
         for row, text in enumerate(column):
             if not isinstance(text, str) or SURROGATES.search(text):
                 column_name, value = readers.quote_value(name), readers.quote_value(text)
                 message = f"no text in column {column_name}, but {value}"
                 raise UserError(f"{table.place(row)}: {message}")
-            if BLANK.fullmatch(text):
-                blank.setdefault(row, name)
+    blank = [(row, name) for name, column in zip(names, columns, strict=True)
+             for row, text in enumerate(column) if BLANK.fullmatch(text)]  # fmt: skip
     if blank:
-        first = min(blank)
-        place, name = table.place(first), readers.quote_value(blank[first])
-        count = f"{len(blank)} of {len(columns[0])} rows have one, and are used as they are"
-        LOGGER.warning("%s: a blank text in column %s; %s", place, name, count)
+        row, name = min(blank)
+        count = f"{len(dict(blank))} of {len(columns[0])} rows have one, and are used as they are"
+        LOGGER.warning("%s: a blank text in column %s; %s",
+                       table.place(row), readers.quote_value(name), count)  # fmt: skip
     return columns

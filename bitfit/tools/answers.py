@@ -7,17 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from bitfit.data.readers import Table
 from bitfit.data.splits import TextColumns
 from bitfit.data.tagged_files import SUFFIXES, check_words, read_sentences, write_tags
 from bitfit.data.tasks import Task, predictions
 from bitfit.output_paths import file_error
 from bitfit.tools.multi_task import MultiTaskPredictor, predict_logits, predict_tags
 from utils import UserError
-
-INVALID_CHARACTERS = {  # signs that lines or letters would be misread
-    "\0": "not text, there is a zero byte; convert the input to UTF-8",
-    "\r": "a carriage return within a line; end every line with a newline",
-}
 
 
 def read_batches(
@@ -35,9 +31,8 @@ def read_batches(
     batch = []
     for number, line in enumerate(lines, 1):
         try:
-            batch.append(
-                line_texts(predictor, line.removeprefix(BOM_UTF8) if number == 1 else line)
-            )
+            text = line.removeprefix(BOM_UTF8) if number == 1 else line
+            batch.append(line_texts(predictor, text))
         except UserError as error:
             if batch:
                 yield batch
@@ -55,55 +50,51 @@ def line_texts(predictor: MultiTaskPredictor, line: bytes) -> tuple[str, ...]:
         texts = tuple(line.decode().rstrip("\r\n").split("\t"))
     except UnicodeDecodeError:
         raise UserError("not UTF-8 text; convert the input to UTF-8") from None
-    for character, message in INVALID_CHARACTERS.items():
-        if any(character in text for text in texts):
-            raise UserError(message)
-    pairs = [
-        n for n, task in zip(predictor.names, predictor.tasks, strict=True) if len(task.texts) > 1
-    ]
-    if len(texts) > 2 or (len(texts) == 2 and not pairs):
-        allowed = "one or two" if pairs else "one: no evaluator reads pairs"
-        raise UserError(f"{len(texts)} texts with tabs between them; give {allowed}")
-    if len(texts) < 2 and pairs:
-        raise UserError(f"one text, but {pairs[0]} reads two; put a tab between them")
+    if any(character in text for text in texts for character in "\0\r"):
+        raise UserError("a zero byte or carriage return within a line; give UTF-8 lines")
+    pairs = [name for name, task in zip(predictor.names, predictor.tasks, strict=True)
+             if len(task.texts) > 1]  # fmt: skip
+    if len(texts) != (2 if pairs else 1):
+        wanted = f"{pairs[0]} reads two" if pairs else "no evaluator reads pairs"
+        raise UserError(f"{len(texts)} texts with tabs between them, but {wanted}")
     if not all(text.strip() for text in texts):
         raise UserError("an empty text; give a text in every line")
     return texts
 
 
-def check_files(tasks: Sequence[Task], source: str, output: str | None) -> None:
-    """Check --input and --output of scripts/predict.py before the model is loaded.
+def read_words(tasks: Sequence[Task], source: str, output: str | None) -> Table | None:
+    """Return the sentences of --input for --output, before the model is loaded.
 
     Raises:
-        UserError: the evaluators cannot read or write them.
+        UserError: the evaluators cannot read or write these files.
     """
     suffix = Path(source).suffix
     if output is None:
         if tasks[0].is_tagging and suffix in (".conll", ".conllu", ".jsonl", ".parquet"):
             raise UserError(f"--input {source}: to tag such a file, give --output FILE{suffix}")
-        return
+        return None
     if not tasks[0].is_tagging:
         raise UserError("--output is for evaluators that tag words: leave it out")
     if suffix not in SUFFIXES:
         raise UserError(f"--input {source}: for --output give a file {', '.join(SUFFIXES)}")
     if problem := file_error(output, (suffix,)):
         raise UserError(f"--output {output} {problem}")
-    (words, *others), names = {task.texts[0] for task in tasks}, [task.tsv_label for task in tasks]
-    if others or len(set(names)) < len(names):
+    (words, *others), names = {task.texts[0] for task in tasks}, {task.tsv_label for task in tasks}
+    if others or len(names) < len(tasks):
         raise UserError("these evaluators read other words or write the same tags: give one")
-    if not check_words(read_sentences(Path(source), [words]), words):
+    table = read_sentences(Path(source), [words])
+    if not check_words(table, words):
         raise UserError(f"--input {source} has no sentences")
+    return table
 
 
-def tag_file(predictor: MultiTaskPredictor, source: Path, output: Path) -> None:
+def write_predicted_tags(predictor: MultiTaskPredictor, table: Table, output: str) -> None:
     """Write a file of sentences with the tags of all evaluators, in its format."""
-    words = predictor.tasks[0].texts[0]
-    table = read_sentences(source, [words])
-    sentences = check_words(table, words)
+    ((words, sentences),) = table.columns.items()
     texts = TextColumns((sentences,), None, place_word=table.place_word)
     names = [task.tsv_label for task in predictor.tasks]
     tags = dict(zip(names, predict_tags(predictor, texts), strict=True))
-    write_tags(output, source, {words: sentences} | tags)
+    write_tags(Path(output), Path(table.source), {words: sentences} | tags)
 
 
 def predict_answers(
