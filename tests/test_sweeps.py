@@ -204,9 +204,22 @@ def test_the_report_of_a_grid(tmp_path):
         (grid_results((3, 1)), 0),
         (grid_results((2, 2), scores=0.6), 0),
         (grid_results((2, 2), diverged=[Run(1e-4, 0, 1)]), 3),
+        (
+            grid_results(
+                (2, 2), diverged=[Run(1e-4, 0), Run(1e-4, 0, 1), Run(1e-4, 1, 0), Run(1e-4, 1)]
+            ),
+            3,
+        ),
         ([result(1e-3, seed, [0.5 + seed / 100]) for seed in range(4)], 0),
     ],
-    ids=["one init seed", "one data seed", "equal scores", "a diverged run", "no grid"],
+    ids=[
+        "one init seed",
+        "one data seed",
+        "equal scores",
+        "a diverged run",
+        "a diverged rate",
+        "no grid",
+    ],
 )
 def test_only_complete_grids_are_decomposed(tmp_path, results, rows):
     metadata, scores = sweeps.read_sweep(write(tmp_path, results))

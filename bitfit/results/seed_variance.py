@@ -61,14 +61,13 @@ def seed_variance(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> 
     Learning rates without a complete grid of two by two seeds, or with equal scores, have no row.
 
     Args:
-        metadata: one row per run: run, learning_rate, seed, data_seed.
+        metadata: one row per run: run, seed, data_seed.
         groups: {learning rate: scores (epochs, runs)}; the last epoch counts.
     """
     rows = []
     for rate, scores in groups.items():
-        of_rate = metadata[metadata["learning_rate"] == rate]
-        last = of_rate.assign(score=of_rate["run"].map(scores.iloc[-1]))
-        grid = last.pivot(index="seed", columns="data_seed", values="score").to_numpy()
+        of_runs = metadata.set_index("run").loc[scores.columns].assign(score=scores.iloc[-1])
+        grid = of_runs.pivot(index="seed", columns="data_seed", values="score").to_numpy()
         if min(grid.shape) < 2 or np.isnan(grid).any() or not np.ptp(grid):
             continue
         shares = variance_shares(mean_squares(grid)[0], grid.shape)
