@@ -20,13 +20,14 @@ if __name__ == "__main__":
     catch_signals("paper.py")
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import utils
 from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model import hub
+from bitfit.options import flag_words
 from bitfit.parsing import POSITIVE, OneLineParser, gpu, make_commands, number
 from bitfit.study import cell_tasks, cells, protocol
 
@@ -49,12 +50,13 @@ def add_plan(add: Callable) -> None:
     add("--add-biases", action="store_true",
         help="for models without biases, as for run_glue.py, in the rows that train biases [off]")
     add("--learning-rates", nargs="+", metavar="[ROW=]LR", default=[],
-        type=cells.named_numbers(float, 0),
+        type=cells.named_numbers(float, protocol.ROWS, 0),
         help="for all methods, or for one: 1e-3 full_ft=1e-5,3e-5 [the paper's grids]")
     add("--seeds", nargs="+", metavar="[ROW=]N", default=[],
-        type=cells.named_numbers(int, 0, 2**63),
+        type=cells.named_numbers(int, protocol.ROWS, 0, high=2**63),
         help="for all methods, or for one: 0 1 2 frozen=0,1 [0 1 2 3 4]")
-    add("--epochs", nargs="+", metavar="[TASK=]N", default=[], type=cells.named_numbers(int, 1),
+    add("--epochs", nargs="+", metavar="[TASK=]N", default=[],
+        type=cells.named_numbers(int, TASKS, 1),
         help="for all tasks, or for one: 8 rte=20 [cola 16, mrpc 20, rte 20, stsb 16, others 8]")
     add("--batch-size", type=POSITIVE, metavar="N", default=protocol.BATCH_SIZE,
         help="training examples per optimizer step [%(default)s]")
@@ -69,8 +71,7 @@ def add_plan(add: Callable) -> None:
     add("--data-dir", metavar="DIR", help="local data, as for run_glue.py [from the Hub]")
     add("--precision", choices=("fp32", "bf16"), help="precision, as for run_glue.py")
     add("--no-predict-test", action="store_false", dest="predict_test",
-        help="write no test predictions, so that `submit` cannot be used [full_ft and bitfit write "
-             "them]")
+        help="no test predictions, which `submit` needs [full_ft and bitfit write them]")
     add("--calibrate", action="store_true",
         help="measure the speed of this machine, to estimate the hours of each cell [off]")
     add("--gpu-device", type=gpu, metavar="GPU",
@@ -135,25 +136,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         is_planned = os.path.exists(args.output_path / cells.STUDY)
         if not args.tables and not args.figures and (planning or not is_planned):
             commands["plan"].error("give --tables 2 3, or --figures 1 2, or both")
-        by_row = (("learning_rates", protocol.ROWS), ("seeds", protocol.ROWS), ("epochs", TASKS))
-        for name, known in by_row:
-            setattr(args, name, collect(commands["plan"], name, getattr(args, name), known=known))
+        for name in ("learning_rates", "seeds", "epochs"):
+            setattr(args, name, cells.by_name(getattr(args, name)))
         if any(len(values) > 1 for values in args.epochs.values()):
             commands["plan"].error("--epochs: give one number for all tasks, or one per task")
     return args
-
-
-def collect(
-    parser: argparse.ArgumentParser, name: str, pairs: Iterable, known: Collection[str]
-) -> dict[str | None, list]:
-    """Return {row or None: values} of pairs (row or None, values)."""
-    values: dict[str | None, list] = {}
-    for key, given in pairs:
-        if key is not None and key not in known:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: {key!r} is not one of {', '.join(known)}")
-        values.setdefault(key, []).extend(given)
-    return values
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -190,9 +177,13 @@ def run(args: argparse.Namespace) -> int:
         hub.use_local_copies_when_offline()
         fit, left = plan.cells_within_budget(study, cells_here, args.budget_hours, states=states)
     if len(gpus) > 1:
+        names = ("output_path", "budget_hours", "retry_failed")
+        flags = {name: getattr(args, name) for name in names}
         shards = [f"{part + parts * i + 1}/{parts * len(gpus)}" for i in range(len(gpus))]
-        pairs = zip(gpus, shards, strict=True)
-        statuses = worker.run_workers([worker_command(args, gpu, shard) for gpu, shard in pairs])
+        statuses = worker.run_workers([
+            [__file__, "run", *flag_words(flags | {"gpus": gpu, "shard": args.shard and shard})]
+            for gpu, shard in zip(gpus, shards, strict=True)
+        ])  # fmt: skip
     else:
         worker.run_cells(
             study, fit, states, gpu=gpus[0], shared=args.shard is None, ranks=args.nproc_per_node
@@ -226,14 +217,6 @@ def submit(args: argparse.Namespace) -> int:
     )
     utils.print_result("\n".join([*lines, str(path)]))
     return 0
-
-
-def worker_command(args: argparse.Namespace, gpu: int | str, shard: str) -> list[str]:
-    """Return the command of one of several workers for a GPU and a shard."""
-    words = [__file__, "run", "--output-path", str(args.output_path), "--gpus", str(gpu)]
-    words += ["--shard", shard] if args.shard is not None else []
-    words += ["--budget-hours", str(args.budget_hours)] if args.budget_hours else []
-    return words + ["--retry-failed"] * args.retry_failed
 
 
 COMMANDS = {"plan": plan, "run": run, "report": report, "submit": submit}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from conftest import GLUE, TINY_BERT
+from mlflow import MlflowClient
 
 import run_glue
-from bitfit.tracking import services
 from bitfit.training import loop
 
 ALL = ["tensorboard", "wandb", "mlflow"]
@@ -46,7 +46,7 @@ def run(output, *more):
 
 def mlflow_runs(output):
     """{name: (its run, {name: {step: [values]}}, {artifact: its content})}"""
-    client = services.MLflow.new_client()
+    client = MlflowClient()
     (experiment,) = client.search_experiments(filter_string=f"name = '{output.name}'")
     found = {}
     for run in client.search_runs([experiment.experiment_id]):

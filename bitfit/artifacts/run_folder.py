@@ -1,4 +1,4 @@
-"""The state of a command's output folder, and args.json, which says whether it is finished.
+"""args.json of an output folder, which says whether the run there is finished.
 
 `finished` is false from the first moment, so that an interrupted command is recognized.
 """
@@ -7,12 +7,11 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from bitfit.files import write_text
 from bitfit.model.fingerprints import describe_change
 from bitfit.model.trainable import components_to_terms
-from bitfit.output_paths import LOCK, has_files, in_use_message, is_locked
 from utils import FORMAT, UserError, as_list, convert_errors, first_line
 
 if TYPE_CHECKING:
@@ -48,38 +47,22 @@ NAMES = {
 }
 
 
-class FolderState(NamedTuple):
-    """The state of an output folder for one command."""
-
-    kind: Literal["new", "resumable", "finished", "foreign", "in_use"]
-    message: str = ""  # foreign and in_use: why the command cannot use the folder
-    warnings: tuple[str, ...] = ()  # resumable and finished: differences worth a warning
-
-
-def folder_state(output: Path, metadata: dict[str, Any], is_mine: bool = False) -> FolderState:
-    """Return the state of an output folder, without writing, removing or printing anything.
+def check_resumable(output: Path, metadata: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Return whether the run in a folder is finished, and warnings about harmless differences.
 
     Args:
         metadata: the command's values in args.json, as far as they are known.
-        is_mine: this process holds the folder's lock.
 
     Raises:
-        UserError: the path is a file, or cannot be read.
+        UserError: the folder holds no run, or the run of another command.
     """
-    if not has_files(output):
-        return FolderState("new")
-    if not is_mine and is_locked(Path(output) / LOCK):
-        return FolderState("in_use", in_use_message(output))
     try:
         old = read_args(output)
         metadata = metadata | {"precision": metadata["precision"] or old["precision"]}
         check_same_run(output, old, metadata)
-        warnings = tuple(harmless_differences(old, metadata))
-    except UserError as error:
-        return FolderState("foreign", str(error))
+        return old["finished"], list(harmless_differences(old, metadata))
     except (AttributeError, TypeError) as error:
-        return FolderState("foreign", str(not_resumable(output, error)))
-    return FolderState("finished" if old["finished"] else "resumable", warnings=warnings)
+        raise not_resumable(output, error) from None
 
 
 def find_evaluator(folder: Path) -> Path:

@@ -5,9 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitfit.artifacts.run_folder import folder_state, remove_checkpoints
+from bitfit.artifacts.run_folder import check_resumable, remove_checkpoints
 from bitfit.options import RunOptions
-from bitfit.output_paths import check_writable, remove_lock
+from bitfit.output_paths import (
+    LOCK,
+    check_writable,
+    has_files,
+    in_use_message,
+    is_locked,
+    remove_lock,
+)
 from bitfit.versions import git_commit, has_uncommitted_changes, installed_version
 from utils import FORMAT, LOGGER, UserError, print_result
 
@@ -26,22 +33,22 @@ def is_finished(
     Raises:
         UserError: the folder holds another run, is in use or cannot be created.
     """
-    state = folder_state(output, metadata, is_mine)
-    if state.kind == "new":
+    if not has_files(output):
         check_writable(output)
         return False
     if not resume:
         advice = "give a new folder, or --resume to continue the interrupted run there"
         raise UserError(f"--output-path {output} is not empty: {advice}")
-    if state.kind in ("foreign", "in_use"):
-        raise UserError(state.message)
-    for warning in state.warnings:
+    if not is_mine and is_locked(output / LOCK):
+        raise UserError(in_use_message(output))
+    finished, warnings = check_resumable(output, metadata)
+    for warning in warnings:
         LOGGER.warning(warning)
-    if state.kind == "finished":
+    if finished:
         remove_checkpoints(output)
         remove_lock(output)
         print_result(f"{output} is finished: there is nothing to resume")
-    return state.kind == "finished"
+    return finished
 
 
 def flag_values(options: RunOptions, task: dict[str, Any] | None) -> dict[str, Any]:

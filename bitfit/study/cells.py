@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
     @property
     def args(self) -> dict[str, Any]:
         """The values of the flags, as in args.json."""
-        return parse_flags(self.flags)
+        return parse_flags(tuple(self.flags))
 
     @property
     def rates(self) -> list[float]:
@@ -115,13 +115,9 @@ def absolute_folder(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
-def parse_flags(words: Iterable[str]) -> dict[str, Any]:
-    """Return the values of flags of run_glue.py, as in args.json. Do not change the result."""
-    return parse_cached(tuple(words))
-
-
 @cache
-def parse_cached(words: tuple[str, ...]) -> dict[str, Any]:
+def parse_flags(words: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of flags of run_glue.py, as in args.json. Do not change the result."""
     return asdict(options.parse_args("", ["--output-path", "-", *words]))
 
 
@@ -148,7 +144,7 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
         "train_size": size or args.train_size,
         "train_score_rows": args.train_score_rows,
     }
-    known = task_of(parse_flags(options.flag_words(flags)))
+    known = task_of(parse_flags(tuple(options.flag_words(flags))))
     check_metric(known)
     is_submitted = row in ("full_ft", "bitfit") and not size and bool(known.server_files)
     words = options.flag_words(flags | {"predict_test": is_submitted and args.predict_test})
@@ -162,7 +158,7 @@ def value_for(values: dict[str | None, list], name: str) -> list | None:
 
 def result_settings(words: Iterable[str]) -> dict[str, Any]:
     """Return {option: value} of the options that results depend on."""
-    free, flags = HARMLESS - {"data_dir", "model_name", "start_from"}, parse_flags(words)
+    free, flags = HARMLESS - {"data_dir", "model_name", "start_from"}, parse_flags(tuple(words))
     settings = {name: value for name, value in flags.items() if name not in free}
     return settings | ({"task": task_of(flags).record} if flags["task_file"] else {})
 
@@ -266,16 +262,26 @@ def read_study(output: Path) -> Study:
 
 
 def named_numbers(
-    kind: type, low: float, high: float = math.inf
+    kind: type, names: Collection[str], low: float, high: float = math.inf
 ) -> Callable[[str], tuple[str | None, list]]:
-    """Return an argparse type: `7`, `7,8`, or `rte=7,8` for one task or row."""
+    """Return an argparse type: `7`, `7,8`, or `rte=7,8` for one of the names of tasks or rows."""
 
     def convert(word: str) -> tuple[str | None, list]:
         name, mark, values = word.rpartition("=")
+        if mark and name not in names:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(names)}")
         parsed = [number(kind, low, high, above=kind is float)(v) for v in values.split(",")]
         return (name if mark else None, parsed)
 
     return convert
+
+
+def by_name(pairs: Iterable[tuple[str | None, list]]) -> dict[str | None, list]:
+    """Return {name or None: values} of the values of a flag, as from `named_numbers`."""
+    values: dict[str | None, list] = {}
+    for name, given in pairs:
+        values.setdefault(name, []).extend(given)
+    return values
 
 
 def shard(word: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import html
 import json
 import os
 import secrets
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FLUSH_SECONDS = 5  # how late TensorBoard's files may be
+CODE = "    "  # at the start of lines that Markdown shows unchanged
 MAX_PARAMETER_LENGTH = 6000  # characters, MLflow's limit
 
 
@@ -31,11 +33,6 @@ def kept_id(folder: Path, kind: str, make: Callable[[], str]) -> str:
         ids[kind] = make()
         write_text(path, json.dumps(ids, indent=2) + "\n")
     return ids[kind]
-
-
-def indented(text: str) -> str:
-    """Return text that Markdown shows unchanged, as a code block."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 class TensorBoard:
@@ -55,7 +52,7 @@ class TensorBoard:
         self.writer = SummaryWriter(
             output / "tensorboard" / name, purge_step=step + 1, flush_secs=FLUSH_SECONDS
         )
-        self.writer.add_text("flags", indented(json.dumps(metadata, indent=2)), step)
+        self.writer.add_text("flags", textwrap.indent(json.dumps(metadata, indent=2), CODE), step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -66,7 +63,7 @@ class TensorBoard:
 
         for path in pictures:
             self.writer.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")
-        self.writer.add_text("results", indented(text), step)
+        self.writer.add_text("results", textwrap.indent(text, CODE), step)
 
     def close(self, failed: bool) -> None:
         self.writer.close()
@@ -118,13 +115,9 @@ class MLflow:
 
     @staticmethod
     def connect(output: Path) -> None:
-        MLflow.experiment(MLflow.new_client(), output)
-
-    @staticmethod
-    def new_client() -> "MlflowClient":
         from mlflow import MlflowClient
 
-        return MlflowClient()
+        MLflow.experiment(MlflowClient(), output)
 
     @staticmethod
     def experiment(client: "MlflowClient", output: Path) -> str:
@@ -137,9 +130,10 @@ class MLflow:
     def __init__(
         self, output: Path, name: str, folder: Path, metadata: dict[str, Any], step: int
     ) -> None:
+        from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        self.client = client = self.new_client()
+        self.client = client = MlflowClient()
         created = []
 
         def make() -> str:
