@@ -322,7 +322,7 @@ def test_a_byte_order_mark_within_the_lines_is_text(saved):
     [
         (["{cola}", "-i", "nowhere"], "cannot read --input nowhere: No such file or directory"),
         (["{cola}", "-i", "."], "cannot read --input .: Is a directory"),
-        (["nowhere", "-i", "{lines}"], "there is no saved evaluator in nowhere: evaluator.json is"),
+        (["nowhere", "-i", "{lines}"], "there is no saved evaluator in nowhere: train with"),
         (["{cola}", "-i", "{lines}", "--model-name", "./no"], "there is no model folder ./no"),
         (["{cola}", "-i", "{lines}", "--max-seq-length", "999"], "an example has 146 tokens, but"),
         (["{cola}", "-i", "{lines}", "--max-seq-length", "2"], "--max-seq-length 2 leaves no room"),

@@ -301,8 +301,8 @@ def test_a_moved_base_model_and_moved_data(here):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("show nowhere", "there is no saved evaluator in nowhere: evaluator.json is missing"),
-        ("show sweep", "sweep is a sweep: give its runs, sweep/lr*"),
+        ("show nowhere", "there is no saved evaluator in nowhere: train with --save-evaluator"),
+        ("show sweep", "there is no saved evaluator in sweep: train with --save-evaluator"),
         ("show torn", "torn/evaluator.json is damaged: the checksum of delta.safetensors is wrong"),
         ("show out/full", "out/full/evaluator trained everything (full_ft), so it has no delta"),
         ("show out/frozen/seed0", "seed0 is frozen: only bitfit has bias terms to show"),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from bitfit.data.glue_files import (
     read_mrpc_train_without_dev,
     tsv_names,
 )
-from bitfit.data.labels import decode_labels, name_classes
 from bitfit.data.tagged_files import check_tags, check_words, read_sentences
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
@@ -200,8 +199,13 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     feature = features.get(task.tsv_label)
     classes = getattr(getattr(feature, "feature", feature), "names", None)
     if classes and is_labelled(split):  # Replace class numbers by the names of the classes.
-        known, labels = dict(enumerate(classes)), table.columns[task.tsv_label]
-        table.columns[task.tsv_label] = [name_classes(label, known) for label in labels]
+        known: dict[Any, str] = dict(enumerate(classes))
+        table.columns[task.tsv_label] = [
+            [known.get(number, number) for number in label]
+            if isinstance(label, list)
+            else known.get(label, label)
+            for label in table.columns[task.tsv_label]
+        ]
     return table
 
 
@@ -221,12 +225,37 @@ def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bo
     return TextColumns(columns, labels)
 
 
+def decode_labels(
+    task: Task, values: list, place: Callable[[int], str], names: Sequence[str]
+) -> np.ndarray:
+    """Return labels as in a file as class numbers (rows,) int64, or scores (rows,) float32.
+
+    Args:
+        place: returns the position of a row for messages.
+        names: the labels in their order, as the file writes them.
+    """
+    known, (low, high) = {name: label for label, name in enumerate(names)}, task.score_range
+    labels = []
+    for row, value in enumerate(values):
+        word = label_text(value) or ""
+        try:
+            labels.append(float(word) if task.is_regression else known[word])
+            if task.is_regression and not low <= labels[-1] <= high:
+                raise ValueError
+        except (ValueError, KeyError):
+            expected = readers.quote_names(known) if known else f"a score from {low:g} to {high:g}"
+            kind = "tag" if task.is_tagging else "label"
+            problem = f"unknown {kind} {readers.quote_value(word or value)}"
+            raise UserError(f"{place(row)}: {problem}; expected {expected}") from None
+    return np.array(labels, np.float32 if task.is_regression else np.int64)
+
+
 def make_tagged_columns(task: Task, split: str, table: readers.Table) -> TextColumns:
     """Return a table's sentences and, if the split has them, the tags of all words."""
     (words,) = task.texts
     sentences, labels = check_words(table, words), None
     if is_labelled(split):
-        tags = list(chain.from_iterable(check_tags(table, words, task.tsv_label)))
+        tags = check_tags(table, words, task.tsv_label)
         places = [(row, n) for row, of_row in enumerate(sentences) for n in range(len(of_row))]
         labels = decode_labels(
             task, tags, lambda word: table.place_word(*places[word]), names=task.labels

@@ -103,9 +103,9 @@ def check_words(table: readers.Table, name: str) -> list[list[str]]:
     return table.columns[name]
 
 
-def check_tags(table: readers.Table, words: str, tags: str) -> list[list[str]]:
-    """Return a column of tags as text, one for each word of a checked column."""
-    found = []
+def check_tags(table: readers.Table, words: str, tags: str) -> list[str]:
+    """Return the tags of all words of a checked column in order, as text."""
+    found: list[str] = []
     for row, values in enumerate(table.columns[tags]):
         count = len(table.columns[words][row])
         if not isinstance(values, list) or len(values) != count:
@@ -117,7 +117,7 @@ def check_tags(table: readers.Table, words: str, tags: str) -> list[list[str]]:
                 word = readers.quote_value(table.columns[words][row][number])
                 problem = f"the word {word} has no tag, but {readers.quote_value(value)}"
                 raise UserError(f"{table.place_word(row, number)}: {problem}")
-        found.append([str(label_text(value)) for value in values])
+        found += [str(label_text(value)) for value in values]
     return found
 
 

@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ def with_labels(record: Record, folder: str | Path) -> Record:
     )
     check_words(table, record["words"])
     tags = check_tags(table, record["words"], record["tags"])
-    labels = parse_labels(sorted(set(chain.from_iterable(tags))))
+    labels = parse_labels(sorted(set(tags)))
     check_metrics(record["metrics"], labels, is_tagging=True)
     return record | {"labels": labels}
 

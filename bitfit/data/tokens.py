@@ -1,6 +1,7 @@
 """Tokenized splits: all tokens of a split are one flat array with offsets."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -163,35 +164,23 @@ def flat(rows: list[list[int]]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in rows]))
 
 
+@dataclass
 class Dataset:
     """The splits of one task, read and tokenized when they are first used."""
 
-    def __init__(
-        self,
-        task: Task,
-        data_dir: str | Path | None,
-        tokenizer: "PreTrainedTokenizerBase",
-        max_length: int,
-        seeds: list[int],
-        train_size: int | None,
-        device: torch.device,
-        train_score_rows: int | None = None,
-    ) -> None:
-        """
-        Args:
-            data_dir, max_length: as in `splits.find_split` and `tokenize`.
-            seeds: the data seeds of the runs.
-            train_size: the number of training rows that each seed draws; None: all.
-            train_score_rows: of these, the number of rows that each seed draws to score; 0: none;
-                None: all, or MAX_ROWS_SCORED evenly spaced ones.
-        """
-        self.train_score_rows = train_score_rows
-        self.task, self.data_dir, self.tokenizer = task, data_dir, tokenizer
-        self.max_length, self.seeds, self.train_size = max_length, seeds, train_size
-        self.device = device
-        self.splits: dict[str, Split] = {}
-        self.missing: set[str] = set()  # optional splits that do not exist
-        self.row_hashes: dict[str, np.ndarray] = {}  # {split: (rows,) int64 of each row's texts}
+    task: Task
+    data_dir: str | Path | None  # as in `splits.find_split`
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int  # as in `tokenize`
+    seeds: list[int]  # the data seeds of the runs
+    train_size: int | None  # the number of training rows that each seed draws; None: all
+    device: torch.device
+    # Of these, the number of rows that each seed draws to score; 0: none; None: all, or
+    # MAX_ROWS_SCORED evenly spaced ones.
+    train_score_rows: int | None = None
+    splits: dict[str, Split] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)  # optional splits that do not exist
+    row_hashes: dict[str, np.ndarray] = field(default_factory=dict)  # (rows,) int64 of texts
 
     def split(self, name: str) -> Split:
         """Return a `Split`; UserError if it does not exist."""

@@ -100,15 +100,14 @@ def titled_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
 
 def comparison_pairs(comparison: Comparison) -> pd.DataFrame:
     """Return a table with one line per pair of evaluators."""
-    names = list(comparison.norms.index)
-    return pd.DataFrame(
-        [
-            (names[i], names[j], comparison.cosine.iat[i, j], comparison.distance.iat[i, j],
-             comparison.norms.iat[i], comparison.norms.iat[j])
-            for i, j in zip(*np.triu_indices(len(names), 1), strict=True)
-        ],
-        columns=["first", "second", "cosine", "distance", "first_length", "second_length"],
-    )  # fmt: skip
+    names, norms = comparison.norms.index, comparison.norms.to_numpy()
+    i, j = np.triu_indices(len(names), 1)
+    return pd.DataFrame({
+        "first": names[i], "second": names[j],
+        "cosine": comparison.cosine.to_numpy()[i, j],
+        "distance": comparison.distance.to_numpy()[i, j],
+        "first_length": norms[i], "second_length": norms[j],
+    })  # fmt: skip
 
 
 def comparison_heatmap(comparison: Comparison, caption: str) -> "Figure":

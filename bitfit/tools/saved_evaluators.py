@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bitfit.artifacts import saved_evaluator
+from bitfit.artifacts.run_folder import find_evaluator
 from bitfit.data.tasks import Task
 from bitfit.model.fingerprints import describe_change
 from bitfit.model.trainable import components_to_terms
@@ -76,23 +77,12 @@ def read_deltas(folders: Iterable[str | Path]) -> list[SavedEvaluator]:
 
 def evaluator_folders(folders: Iterable[str | Path]) -> list[Path]:
     """Return the folder of each evaluator; UserError if one is given twice."""
-    paths = [evaluator_folder(Path(folder)) for folder in folders]
+    paths = [find_evaluator(Path(folder)) for folder in folders]
     resolved = [path.resolve() for path in paths]
     for number, folder in enumerate(paths):
         if resolved[number] in resolved[:number]:
             raise UserError(f"{folder} is given twice: give each once")
     return paths
-
-
-def evaluator_folder(folder: Path) -> Path:
-    """Return the folder itself, or the `evaluator/` inside if the folder is a run's folder."""
-    if (folder / "results.csv").exists():
-        raise UserError(f"{folder} is a sweep: give its runs, {folder}/lr*")
-    inner = folder / "evaluator"
-    inside = (inner / saved_evaluator.METADATA).exists() and not (
-        folder / saved_evaluator.METADATA
-    ).exists()
-    return Path(os.path.normpath(inner if inside else folder))
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
