@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import utils
+from bitfit import output_paths
 from bitfit.cli import exit_status
 from bitfit.files import atomic_folder, write_text
 from bitfit.model import hub
@@ -72,7 +73,7 @@ def add_average(add: Callable) -> None:
 
 def add_apply(add: Callable) -> None:
     add("folders", metavar="FOLDER", nargs=1, help="a saved evaluator")
-    add("--scale", metavar="S", type=number(float, 0), default=1.0,
+    add("--scale", metavar="S", type=number(float, 0, 1e6), default=1.0,
         help="multiply the encoder's delta by S; the classifier stays as trained [1]")
     add_output(add, "a plain Hugging Face model")
 
@@ -158,7 +159,6 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def average(args: argparse.Namespace) -> None:
-    from bitfit import output_paths
     from bitfit.tools import deltas, saved_evaluators
 
     output_paths.check_is_new(args.output_path)
@@ -175,7 +175,6 @@ def average(args: argparse.Namespace) -> None:
 
 
 def apply(args: argparse.Namespace) -> None:
-    from bitfit import output_paths
     from bitfit.tools import deltas, saved_evaluators
 
     output_paths.check_is_new(args.output_path)

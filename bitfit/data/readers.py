@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_QUOTED, MAX_NAMES = 80, 20  # characters of a value, and names, in one message
+SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can contain them, and they are no text
+BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # only characters without a width
 POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs leaves it for an absent file
 SHARD = re.compile(r"(\d+)-of-(\d+)(-[0-9a-f]+)?\.[a-z]+")  # some names end with a hash
 

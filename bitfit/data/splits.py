@@ -6,7 +6,6 @@ are left out, and a log line gives their number.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
@@ -30,8 +29,6 @@ from bitfit.data.tasks import Task, label_text
 from utils import LOGGER, UserError
 
 HUB_DATASET = "nyu-mll/glue"
-SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can contain them, and they are no text
-BLANK = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*")  # only characters without a width
 
 
 class TextColumns(NamedTuple):
@@ -286,12 +283,12 @@ def check_texts(table: readers.Table, names: Iterable[str]) -> list[list[str]]:
     columns = [table.columns[name] for name in names]
     for name, column in zip(names, columns, strict=True):
         for row, text in enumerate(column):
-            if not isinstance(text, str) or SURROGATES.search(text):
+            if not isinstance(text, str) or readers.SURROGATES.search(text):
                 column_name, value = readers.quote_value(name), readers.quote_value(text)
                 message = f"no text in column {column_name}, but {value}"
                 raise UserError(f"{table.place(row)}: {message}")
     blank = [(row, name) for name, column in zip(names, columns, strict=True)
-             for row, text in enumerate(column) if BLANK.fullmatch(text)]  # fmt: skip
+             for row, text in enumerate(column) if readers.BLANK.fullmatch(text)]  # fmt: skip
     if blank:
         row, name = min(blank)
         count = f"{len(dict(blank))} of {len(columns[0])} rows have one, and are used as they are"

@@ -19,8 +19,6 @@ CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEP
 NEVER_EMPTY = {"UPOS", "XPOS", "DEPREL"}  # columns of CoNLL-U in which _ means a missing tag
 COLUMN_FILES = (".conll", ".txt", ".tsv", ".conllu")  # one word per line
 SUFFIXES = (*COLUMN_FILES, ".jsonl", ".parquet")
-# Only characters without a width; or surrogates, which JSON can contain.
-NO_WORD = re.compile(r"[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*|.*[\ud800-\udfff].*", re.DOTALL)
 
 
 class ColumnFile(NamedTuple):
@@ -97,7 +95,8 @@ def check_words(table: readers.Table, name: str) -> list[list[str]]:
             column, value = readers.quote_value(name), readers.quote_value(words)
             raise UserError(f"{table.place(row)}: no list of words in column {column}, but {value}")
         for number, word in enumerate(words):
-            if not isinstance(word, str) or NO_WORD.fullmatch(word):
+            is_text = isinstance(word, str) and not readers.SURROGATES.search(word)
+            if not is_text or readers.BLANK.fullmatch(word):
                 problem = f"no word, but {readers.quote_value(word)}"
                 raise UserError(f"{table.place_word(row, number)}: {problem}")
     return table.columns[name]

@@ -71,19 +71,16 @@ class Task:
         """The scored splits; the first holds the main score."""
         return tuple(name for name in self.splits if name.startswith("validation"))
 
-    def suffix_of_answers(self, split: str) -> str:
-        """Return the suffix of a file of predictions; tags are written in the input's format."""
-        if not self.is_tagging:
-            return ".tsv"
-        return PurePath(self.splits[split]).suffix if "files" in (self.record or {}) else ".jsonl"
-
     @property
     def server_files(self) -> dict[str, str]:
         """The files of test predictions, {test split: name}; GLUE's server expects these names."""
         if self.record:
             tests = [split for split in self.splits if split.startswith("test")]
-            endings = {s: s.removeprefix("test").replace("_", "-") for s in tests}
-            return {s: f"{self.name}{endings[s]}{self.suffix_of_answers(s)}" for s in tests}
+            names = {s: self.name + s.removeprefix("test").replace("_", "-") for s in tests}
+            if self.is_tagging and "files" in self.record:  # Tags have the format of the input.
+                return {s: name + PurePath(self.splits[s]).suffix for s, name in names.items()}
+            suffix = ".jsonl" if self.is_tagging else ".tsv"
+            return {s: name + suffix for s, name in names.items()}
         suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
         files = {s: f"{self.folder}{suffixes[s]}.tsv" for s in self.splits if s in suffixes}
         return files | ({"ax": "AX.tsv"} if "ax" in self.splits else {})

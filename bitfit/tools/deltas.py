@@ -18,7 +18,6 @@ from bitfit.results import escape, plots, scores
 from bitfit.tools.saved_evaluators import SavedEvaluator
 from bitfit.training.state import Record
 from glue_evaluator import GLUEvaluator
-from utils import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,21 +149,14 @@ def average_evaluators(
     values = torch.stack([flatten(saved.tensors, evaluator.stack.slices) for saved in evaluators])
     shares = torch.tensor(weights, dtype=torch.float64)
     shares /= shares.sum()
-    rows = [
-        table_entry(saved, weight) | score_params(evaluator, params)
-        for saved, weight, params in zip(evaluators, shares.tolist(), values, strict=True)
-    ]
+    rows, averaged = [], []
+    for saved, weight, params in zip(evaluators, shares.tolist(), values, strict=True):
+        rows.append(table_entry(saved, weight) | score_params(evaluator, params))
+        averaged.append({"folder": str(saved.folder.resolve()), "weight": weight})
     last = score_params(evaluator, shares @ values)
-    averaged = [
-        {"folder": str(saved.folder.resolve()), "weight": weight}
-        for saved, weight in zip(evaluators, shares.tolist(), strict=True)
-    ]
-    average = with_average(evaluator, evaluators, averaged, last=last)
-    table = pd.DataFrame(
-        [*rows, {"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last]
-    )
-    table = table.rename(columns={key: " ".join(key) for key in last})
-    return average, table
+    rows.append({"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last)
+    table = pd.DataFrame(rows).rename(columns={key: " ".join(key) for key in last})
+    return with_average(evaluator, evaluators, averaged, last=last), table
 
 
 def with_average(
@@ -219,16 +211,9 @@ def average_text(table: pd.DataFrame, evaluator: GLUEvaluator) -> str:
 
 
 def scale_delta(evaluator: GLUEvaluator, factor: float) -> None:
-    """Multiply the delta of the encoder by a factor. The classifier does not change.
-
-    Raises:
-        UserError: a value would not be finite.
-    """
+    """Multiply the delta of the encoder by a factor. The classifier does not change."""
     values, start = evaluator.stack.params.clone(), evaluator.stack.initial_params
-    limit = torch.finfo(values.dtype).max
     for name in encoder_names(evaluator):
         a, b = evaluator.stack.slices[name]
-        values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], min(factor, limit))
-    if factor > limit or not values.isfinite().all():
-        raise UserError(f"--scale {factor:g}: the result is not finite: give a lower factor")
+        values[:, a:b] = torch.lerp(start[:, a:b], values[:, a:b], factor)
     evaluator.stack.set_params(values)
