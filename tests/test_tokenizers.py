@@ -26,6 +26,26 @@ def save_qwen2(folder):
     transformers.Qwen2ForSequenceClassification(config).save_pretrained(folder)
 
 
+def set_tokenizer(folder, **parts):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
+def test_a_tokenizer_file_that_transformers_reads_otherwise(folder, caplog):
+    """Its class takes the vocabulary alone: here numbers are no longer read digit by digit."""
+    loading.load_tokenizer(folder)
+    assert not caplog.records
+    steps = [{"type": "BertPreTokenizer"}, {"type": "Digits", "individual_digits": True}]
+    set_tokenizer(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    assert loading.load_tokenizer(folder).tokenize("20") == ["2", "##0"]
+    (record,) = caplog.records
+    assert "BertTokenizer takes the vocabulary alone from tokenizer.json" in record.getMessage()
+    caplog.clear()
+    set_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert loading.load_tokenizer(folder).tokenize("20") == ["2", "0"]
+    assert not caplog.records
+
+
 def test_a_token_that_only_the_class_adds_is_no_fault(folder):
     """Qwen2's adds `<|endoftext|>`, which no text of the task holds."""
     save_qwen2(folder)

@@ -46,6 +46,7 @@ def load_tokenizer(
         )
         add_token_types(tokenizer, config)
         tokenizer("a \u2603")  # fails for vocabularies that lack their unknown token
+        tokenizer_checks.warn_of_file(tokenizer, model_name, revision)
     if for_words:
         tokenizer_checks.read_words_like_text(tokenizer, model_name)
     tokenizer_checks.check_tokenizer(tokenizer, config, model_name)

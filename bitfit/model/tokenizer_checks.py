@@ -1,11 +1,13 @@
-"""Check a tokenizer against the model and its vocabulary; let it read lists of words like texts."""
+"""Check a tokenizer against the model and its files; let it read lists of words like texts."""
 
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 
+from bitfit.model import hub
 from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
@@ -53,6 +55,34 @@ def warn_of_case(
     else:
         return
     LOGGER.warning("the tokenizer of %s %s: %s", model_name, problem, advice)
+
+
+def warn_of_file(
+    tokenizer: "PreTrainedTokenizerBase", model_name: str | Path, revision: str | None = None
+) -> None:
+    """Log a warning if transformers tokenizes a text in another way than tokenizer.json describes.
+
+    Most classes of transformers read only the vocabulary from the file. If both normalize as BERT
+    does, tokenizer_config.json decides on lower-casing and accents.
+    """
+    path = hub.find_file(model_name, "tokenizer.json", revision)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if path is None or backend is None:
+        return
+    file = Tokenizer.from_file(str(path))
+    file.no_truncation()
+    file.no_padding()
+    if isinstance(file.normalizer, BertNormalizer):
+        file.normalizer = backend.normalizer or file.normalizer
+    if file.encode(SAMPLE, add_special_tokens=False).ids != tokenizer.encode(
+        SAMPLE, add_special_tokens=False
+    ):
+        LOGGER.warning(
+            "transformers' %s takes the vocabulary alone from tokenizer.json of %s and reads texts "
+            'otherwise than the file says; with "tokenizer_class": "PreTrainedTokenizerFast" in '
+            "tokenizer_config.json most models follow the file",
+            type(tokenizer).__name__, model_name,
+        )  # fmt: skip
 
 
 def read_words_like_text(tokenizer: "PreTrainedTokenizerBase", model_name: str | Path) -> None:
