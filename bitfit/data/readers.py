@@ -134,22 +134,13 @@ def read_tsv(
     names = names or (lines.pop(0).split("\t") if lines else [])
     rows = [line.split("\t") for line in lines]
     numbers: Sequence[int] = range(first, first + len(rows))
-    if skips_broken_rows:
-        rows, numbers = drop_broken_rows(path, rows, numbers, width=len(names))
+    kept = [i for i, row in enumerate(rows) if not skips_broken_rows or len(row) == len(names)]
+    if len(kept) < len(rows):
+        count = f"{len(rows) - len(kept)} of {len(rows)} rows do not have {len(names)} fields"
+        LOGGER.warning("%s: %s and are left out", path, count)
+        rows, numbers = [rows[i] for i in kept], [numbers[i] for i in kept]
     wanted = [*wanted, *(name for name in optional if name in names)]
     return make_table(path, names, rows, numbers=numbers, wanted=wanted)
-
-
-def drop_broken_rows(
-    path: Path, rows: list[list[str]], numbers: Sequence[int], width: int
-) -> tuple[list[list[str]], list[int]]:
-    """Return the rows with `width` fields and their line numbers; log the number of other rows."""
-    kept = [i for i, row in enumerate(rows) if len(row) == width]
-    if len(kept) < len(rows):
-        first = next(i for i, row in enumerate(rows) if len(row) != width)
-        count = f"{len(rows) - len(kept)} of {len(rows)} rows do not have {width} fields"
-        LOGGER.warning("%s:%d: broken; %s and are left out", path, numbers[first], count)
-    return [rows[i] for i in kept], [numbers[i] for i in kept]
 
 
 def read_csv(path: Path, wanted: Sequence[str]) -> Table:

@@ -21,7 +21,7 @@ from bitfit.model import fingerprints as models_fingerprints
 from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
 from bitfit.model.added_biases import add_biases
-from bitfit.model.batching import split_into_micro_batches, to_device
+from bitfit.model.batching import count_labels, split_into_micro_batches, to_device
 from bitfit.model.forward import select_labels
 from bitfit.model.predict import predict
 from bitfit.model.run import Run
@@ -230,9 +230,8 @@ def stacked_logits(
         batch, routing = to_device(pair, tokens.ids.device)
         with predictor.stack.routing(routing):
             outputs.append(select_labels(predictor.forward(tokens, batch), pair[0]))
-    together, order = torch.cat(outputs), np.concatenate(parts)
-    if tokens.word_counts is not None:
-        order = word_positions(tokens.word_counts[flat], order)
+    together = torch.cat(outputs)
+    order = word_positions(count_labels(tokens, flat), np.concatenate(parts))
     logits = np.empty(together.shape, np.float32)
     logits[order] = together.cpu().numpy()
     return logits.reshape(runs, -1, logits.shape[-1])
