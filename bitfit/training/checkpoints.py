@@ -6,7 +6,6 @@ Checkpoints are numbered entries of `store`. Two are kept, in case the newest is
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from bitfit.distributed import SINGLE_PROCESS, Group
@@ -44,10 +43,6 @@ class CheckpointManager:
         self.group, self.clock = group, clock
         self.written_at = clock()
         self.saved: tuple[int, int] | None = None  # (epoch, step) of the newest checkpoint
-
-    def defer_signals(self, defer: bool = True) -> AbstractContextManager[None]:
-        """Return a context in which a signal waits for `after_step`, unless `defer` is False."""
-        return self.signals.deferred(defer)
 
     def after_step(self, state: TrainState) -> None:
         """Save if `minutes` have passed; raise Stopped after a signal."""

@@ -230,7 +230,7 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
     plan, stack, scores = state.plan, state.stack, []
     begin, active = time.perf_counter(), stack.finite_runs()
     try:
-        with checkpoints.defer_signals(plan.group.size > 1):  # ranks evaluate together
+        with checkpoints.signals.deferred(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
                 rows = {k: split.rows_of_seed[stack.runs[k].effective_data_seed] for k in active}
                 for k, logits in predict_runs(

@@ -110,7 +110,7 @@ def train(
         write()
 
     try:
-        with state.stack.patched(dtype), checkpoints.defer_signals():
+        with state.stack.patched(dtype), checkpoints.signals.deferred():
             diverged = fit(state, take_and_write_scores, checkpoints, tracker=tracker)
     finally:
         if state.best is not None:
