@@ -295,9 +295,12 @@ def bias_changes(study: Study, entry: Entry) -> tuple[pd.DataFrame, int] | None:
     """
     selected, cell = entry.selected["last"], entry.results.cell
     counted = [s for s, v in zip(cell.seeds, selected.values, strict=True) if np.isfinite(v)]
-    chosen = {(cell.rates[c.rate], seed) for c in selected.choices for seed in counted}
-    folders = [f for run, f in cell.folders(study.output).items() if tuple(run) in chosen]
-    paths = [folder / "bias_term_changes.csv" for folder in folders]
+    rates = {cell.rates[choice.rate] for choice in selected.choices}
+    paths = [
+        folder / "bias_term_changes.csv"
+        for run, folder in cell.folders(study.output).items()
+        if run.learning_rate in rates and run.seed in counted
+    ]
     frames = [pd.read_csv(path, index_col="term") for path in paths if path.exists()]
     if not frames:
         return None
