@@ -19,6 +19,7 @@ if __name__ == "__main__":
     catch_signals("deltas.py")
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,8 +107,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.error(
             f"--weights: {len(weights)} for {len(args.folders)} folders: give one per folder"
         )
-    if weights and not sum(weights):
-        command.error("--weights: all are 0: give a positive weight")
+    if weights and not 0 < sum(weights) < math.inf:
+        command.error("--weights: their sum is 0 or too large: give other weights")
     return args
 
 

@@ -1,6 +1,7 @@
 """Models beside BERT and RoBERTa, with random weights: trained, or refused in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bitfit.model.packed_encoder import PackedEncoder
 from bitfit.results.scores import read_metrics
 from bitfit.tools import multi_task
 from glue_evaluator import GLUEvaluator
+from utils import UserError
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -219,6 +221,36 @@ def test_pairs_for_a_model_of_one_token_type_are_refused(tmp_path, capsys):
     assert "an example has token type 1, but the model" in last
     assert "has embeddings for 1 (type_vocab_size in config.json), from 0" in last
     assert not (tmp_path / "out").exists()
+
+
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "bos_token_id": 2,
+    "eos_token_id": 3, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads")),
+}  # fmt: skip
+
+
+def test_a_text_with_the_token_for_its_end_is_refused(tmp_path, few_rows, capsys):
+    """BART reads the last of them and wants as many in each row of a batch."""
+    model = folder_of(tmp_path / "model", "bart", **BART)
+    assert run(tmp_path, model, "--data-dir", str(few_rows), "--save-evaluator") == 0
+    many = multi_task.load_predictor(
+        multi_task.read_evaluators([tmp_path / "out" / "evaluator"]), torch.device("cpu")
+    )
+    with many.stack.patched(torch.float32):
+        assert len(multi_task.predict_logits(many, [("a film", "a cat")] * 2)[0]) == 2
+        with pytest.raises(UserError, match="a text contains the end token, 3"):
+            multi_task.predict_logits(many, [("a film", "a cat"), ("a film", "a [SEP] cat")])
+    data = shutil.copytree(few_rows, tmp_path / "data")
+    lines = (data / "RTE" / "dev.tsv").read_text().splitlines()
+    lines[2] = lines[2].replace(" ", " [SEP] ", 1)
+    (data / "RTE" / "dev.tsv").write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert run(tmp_path, model, "--data-dir", str(data), "-o", str(tmp_path / "other")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "a text contains the end token, 3 (3 in one example, 2 in another)" in last
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("setting", ["return_dict", "gradient_checkpointing", "torchscript"])

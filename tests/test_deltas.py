@@ -325,7 +325,7 @@ def test_a_moved_base_model_and_moved_data(here):
         ("average out/rte/seed0 out/rte/seed1 -o used", "--output-path used is not empty: give a"),
         ("average out/rte/seed0 out/rte/seed1 -o used/x", "--output-path used/x is a file: give a"),
         ("average out/rte/seed0 out/rte/seed1 -o new --weights 1", "--weights: 1 for 2 folders"),
-        ("average out/rte/seed0 out/rte/seed1 -o new --weights 0 0", "--weights: all are 0: give"),
+        ("average out/rte/seed0 out/rte/seed1 -o new --weights 0 0", "--weights: their sum is 0"),
         ("apply out/rte/seed0 -o new --scale 1e300", "argument --scale: '1e300' is not a number"),
         ("average out/rte/seed0 out/rte/seed1 -o new --weights 1 -1", "argument --weights: '-1' is "
          "not a number at least 0"),

@@ -92,7 +92,7 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
     """Check that the model has embeddings for all tokens, token types and positions.
 
     Raises:
-        UserError: an embedding is missing.
+        UserError: an embedding is missing, or an encoder-decoder model would read the wrong token.
     """
     size, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
     if isinstance(size, int) and last >= size:
@@ -110,6 +110,8 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
             f"{problem}embeddings for {types} (type_vocab_size in config.json), from 0: "
             "give a model for pairs, or the tokenizer of this model"
         )
+    if model.config.is_encoder_decoder:  # The classifier reads a text's last end token.
+        check_ends(model.config.eos_token_id, model_name, tokens)
 
 
 def token_types(model: "PreTrainedModel") -> int | None:
@@ -118,6 +120,16 @@ def token_types(model: "PreTrainedModel") -> int | None:
         if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
             return module.num_embeddings
     return None
+
+
+def check_ends(eos: object, model_name: str | Path, tokens: TokenizedSplit) -> None:
+    """Raise UserError unless all rows have the same number of end tokens."""
+    ends = np.concatenate([[0], (tokens.ids == eos).cpu().numpy().cumsum()])
+    counts = ends[tokens.starts + tokens.lengths] - ends[tokens.starts]
+    if counts.min() < counts.max():
+        problem = f"a text contains the end token, {eos} ({counts.max()} in one example, "
+        problem += f"{counts.min()} in another), and the model {model_name} needs equal numbers"
+        raise UserError(f"{problem}: change the text, or give another --model-name")
 
 
 def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
