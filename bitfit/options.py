@@ -200,7 +200,7 @@ def add_results(add: AddFlag) -> None:
     add("--evaluation-frequency", metavar="N", type=POSITIVE, default=1,
         help="score every N epochs, and after the last [%(default)s]")
     add("--train-score-rows", metavar="N", type=number(int, 0),
-        help="score N of the training examples, drawn once by the run's seed; 0: score the "
+        help="score N of a run's training examples, drawn by its data seed; 0: score the "
              "validation examples alone [all, at most 50000]")
     add("--keep", choices=("last", "best"), default="last",
         help="save and predict with the weights of the last epoch, or of the epoch with the best "

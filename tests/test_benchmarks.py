@@ -13,6 +13,7 @@ from quick_python import run_script
 SMALL = {
     "kill_and_resume": ["--kills", "1", "--cases", "single"],
     "throughput": ["--rows", "16", "--rounds", "1", "--precision", "fp32"],
+    "scoring": ["--rows", "16", "--runs", "2", "--size", "tiny"],
     "stacking": ["--rows", "16", "--rounds", "1", "--runs", "2"],
     "peers": [
         "--rows",

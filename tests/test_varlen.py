@@ -18,6 +18,7 @@ from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.packed_encoder import packed_encoders
+from bitfit.model.predict import predict, predict_runs
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
@@ -107,6 +108,28 @@ def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
             inside = row[begin : begin + CHUNK]
             assert (owner[inside[inside >= 0]] == chunks[begin // CHUNK]).all()
     assert len({round_up_size(n) for n in range(1, 8192)}) < 100
+
+
+@pytest.mark.parametrize(("max_tokens", "passes"), [(400, 1), (184, 2), (183, 6)])
+def test_runs_with_few_rows_share_micro_batches_when_scored(max_tokens, passes):
+    """Three of four runs, 92 tokens each, in another order: the same logits as run by run."""
+    model, split = random_model("bert"), tokens(*LENGTHS)
+    forward, budget = Forward(model, packed_encoders(model, 0)[0]), TokenBudget(max_tokens)
+    stack = RunStack(
+        model, select_trainable(model, "bitfit", ["bias"]), [Run(0.1, s) for s in range(4)]
+    )
+    stack.params += 0.02 * torch.randn(stack.params.shape, generator=torch.manual_seed(0))
+    rows = {0: ROWS, 2: ROWS[::-1].copy(), 3: ROWS}
+    counted = []
+    with stack.patched():
+        hook = model.base_model.register_forward_pre_hook(lambda *_: counted.append(1))
+        together = dict(predict_runs(forward, stack, split, budget, rows))
+        hook.remove()
+        for run, of_run in rows.items():
+            stack.load_run(run)
+            assert np.allclose(together[run], predict(forward, split, budget, of_run), atol=1e-6)
+    assert len(counted) == passes
+    assert np.abs(together[0] - together[2][::-1]).max() > 1e-3
 
 
 def new_state(graphs):

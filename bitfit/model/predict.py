@@ -8,8 +8,13 @@ import torch
 from bitfit.data.splits import word_positions
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
-from bitfit.model.batching import batches_by_length, count_labels
-from bitfit.model.forward import Forward
+from bitfit.model.batching import (
+    batches_by_length,
+    count_labels,
+    split_into_micro_batches,
+    to_device,
+)
+from bitfit.model.forward import Forward, select_labels
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
 
@@ -53,6 +58,37 @@ def predict(
     return logits.cpu().numpy()
 
 
+@torch.inference_mode()
+def predict_together(
+    forward: Forward,
+    stack: RunStack,
+    tokens: TokenizedSplit,
+    budget: TokenBudget,
+    rows: dict[int, np.ndarray],
+) -> list[np.ndarray]:
+    """Return the logits (B, C), or (words, C), of each run; runs share packed micro-batches.
+
+    Args:
+        rows: {run: (B,) int64 row numbers}.
+    """
+    forward.model.eval()
+    flat = np.concatenate([*rows.values()])
+    run_ids = np.repeat([*rows], [len(of_run) for of_run in rows.values()])
+
+    def compute() -> Iterator[torch.Tensor]:
+        for part in split_into_micro_batches(tokens.lengths[flat], budget.max_tokens, packed=True):
+            routed = forward.make_routed_batch(
+                tokens, flat[part], run_ids[part], num_runs=len(stack.runs)
+            )
+            batch, routing = to_device(routed, tokens.ids.device)
+            with stack.routing(routing):
+                yield select_labels(forward(tokens, batch), routed[0])
+
+    logits = budget.retry_on_oom(lambda: torch.cat([*compute()])).cpu().numpy()
+    labels = [count_labels(tokens, of_run).sum() for of_run in rows.values()]
+    return np.split(logits, np.cumsum(labels)[:-1])
+
+
 def predict_runs(
     forward: Forward,
     stack: RunStack,
@@ -64,8 +100,9 @@ def predict_runs(
     """Yield each run and the logits (B, C), or (words, C), of its rows.
 
     If only the classifier of a group of runs trains and all its runs have the same rows, the
-    encoder runs once for the group. Otherwise, and for words in padded rows, one run after the
-    other is loaded into the model.
+    encoder runs once for the group. On a GPU that packs rows, runs whose rows fill at most half a
+    micro-batch share micro-batches, because launching kernels takes longer than computing them. A
+    CPU launches at once. There, and otherwise, one run after the other is loaded into the model.
 
     Args:
         rows: {run: (B,) int64 row numbers}.
@@ -81,6 +118,11 @@ def predict_runs(
             with stack.routing():
                 logits = predict(forward, tokens, budget, rows=first, group=group)
             yield from ((run, logits[run]) for run in of_group)
+            continue
+        longest = max(tokens.lengths[of_run].sum() for of_run in of_group.values())
+        if forward.uses_varlen and group.size == 1 and others and 2 * longest <= budget.max_tokens:
+            logits = predict_together(forward, stack, tokens, budget=budget, rows=of_group)
+            yield from zip(of_group, logits, strict=True)
             continue
         for run, of_run in of_group.items():
             stack.load_run(run)

@@ -27,12 +27,10 @@ def scores_frame(scores: Iterable[Sequence]) -> pd.DataFrame:
 
 def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """Return {split: {metric: [value per scored epoch]}} of one run."""
-    return {
-        split: {
-            metric: list(values) for metric, values in part.groupby("metric", sort=False)["value"]
-        }
-        for split, part in scores.groupby("split", sort=False)
-    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for split, metric, value in scores[["split", "metric", "value"]].itertuples(index=False):
+        found.setdefault(split, {}).setdefault(metric, []).append(value)
+    return found
 
 
 def select_scores(scores: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:
