@@ -257,9 +257,4 @@ def load_hub(
     return arrow_table(source, table, wanted), rows.features
 
 
-def read_file(path: Path, wanted: Sequence[str]) -> Table:
-    """Read a file of a custom task in the format of the file's suffix."""
-    return READERS[path.suffix](path, wanted)
-
-
 READERS = {".tsv": read_tsv, ".csv": read_csv, ".jsonl": read_json_lines, ".parquet": read_parquet}

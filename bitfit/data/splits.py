@@ -186,7 +186,7 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     wanted, record = column_names(task, split), task.record or {}
     path = source_file(task, split, folder)
     if path is not None:
-        return (read_sentences if task.is_tagging else readers.read_file)(path, wanted)
+        return (read_sentences if task.is_tagging else readers.READERS[path.suffix])(path, wanted)
     hub = record["hub"]
     copies = 'check the task\'s "hub", or give "files" in its place'
     dataset = hub["name"], hub["config"], hub["splits"][split]

@@ -76,7 +76,7 @@ def read_sentences(path: Path, wanted: Sequence[str]) -> readers.Table:
         wanted: the names of the columns to return; in CoNLL files also their numbers, from 1.
     """
     if path.suffix not in COLUMN_FILES:
-        return readers.read_file(path, wanted)
+        return readers.READERS[path.suffix](path, wanted)
     file = read_columns(path)
     if file.words:
         readers.check_column_names(path, list(file.columns), wanted)

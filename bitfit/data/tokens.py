@@ -39,8 +39,7 @@ class TokenizedSplit(NamedTuple):
 
     def hashed(self) -> tuple[torch.Tensor | np.ndarray | None, ...]:
         """Return the arrays that identify the data."""
-        words = (self.word_index, self.word_counts, self.continues)
-        return self[:5] if self.word_index is None else (*self[:5], *words)
+        return self[:5] if self.word_index is None else self[:5] + self[-3:]
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the labels of some rows (or of their words) in order, on the host."""
@@ -206,8 +205,7 @@ class Dataset:
         if name == "train" and self.train_size is not None:
             rows, of_seed = sample_training_rows(self.seeds, len(texts), self.train_size)
             texts = texts.take(rows)
-        columns = [map(tuple, c) if self.task.is_tagging else c for c in texts.columns]
-        hashes = map(hash, zip(*columns, strict=True))
+        hashes = (hash(str(row)) for row in zip(*texts.columns, strict=True))
         self.row_hashes[name] = np.fromiter(hashes, np.int64, len(texts))
         tokens = tokenize(texts, self.tokenizer, self.max_length).to(self.device)
         return Split(tokens, of_seed)

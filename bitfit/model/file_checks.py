@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from bitfit.data.readers import POINTER
+from bitfit.data.readers import check_no_lfs_pointer
 from bitfit.model import hub
 from utils import UserError, convert_errors
 
@@ -102,9 +102,4 @@ def check_files(model_name: str | Path, revision: str | None = None) -> None:
     for path in sorted(folder.glob("*")) if hub.is_local(folder) else ():
         if path.suffix not in (".json", ".safetensors", ".txt", ".model"):
             continue
-        with open(path, "rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise UserError(
-                    f"cannot load the model {folder}: {path.name} is a git-lfs pointer, not the "
-                    "file: run `git lfs pull` there"
-                )
+        check_no_lfs_pointer(path)
