@@ -44,14 +44,13 @@ from utils import set_seed as set_seed  # a name of the released code
 class GLUEvaluator:
     """Fine-tune and score one model on one task; methods raise UserError for invalid input.
 
-    An evaluator has K >= 1 runs, one for each learning rate and its seeds. Predictions, files and
-    plots belong to the selected run, which is the first until `select` chooses another.
+    An evaluator has K >= 1 runs. Predictions, files and plots belong to the selected run, which is
+    the first until `select` chooses another.
 
     Attributes:
         setup: the task, the base model and the machine.
         loaded: the tokenized data; None before `preprocess_dataset`.
-        prepared: the model and the selection of trainable parameters; None before
-            `training_preparation` or `prepare`.
+        prepared: the model and its trainable parameters; None before `prepare`.
         result: trained values, scores and records; None before `train_and_evaluate`.
         group: the processes that train and predict together.
     """
@@ -107,10 +106,7 @@ class GLUEvaluator:
         trainable_components: Sequence[str] | None = None, verbose: bool = True,
         seed: int | None = None,
     ) -> None:  # fmt: skip
-        """Call `prepare` with the released code's arguments.
-
-        A random mask needs encoder_trainable. seed: one of the evaluator's; None: all of them.
-        """
+        """Call `prepare` with the released code's arguments; seed: one of them, or None: all."""
         kind = Method.released_type(encoder_trainable, trainable_components)
         runs = prepare.make_runs(self.setup, learning_rate, only_seed=seed)
         terms = trainable_components
@@ -118,7 +114,7 @@ class GLUEvaluator:
 
     def prepare(
         self, fine_tune_type: str, learning_rate: float | Sequence[float],
-        optimizer: str = "adamw", components: Sequence[str] | None = None,
+        optimizer: str = "adamw", components: Sequence[str] | Sequence[Sequence[str]] | None = None,
         mask_size: int | None = None, verbose: bool = True, only: Sequence[Run] | None = None,
         start_from: str | Path | None = None,
     ) -> None:  # fmt: skip
@@ -126,15 +122,17 @@ class GLUEvaluator:
 
         Args:
             learning_rate: before any schedule; a list: a run for each rate.
+            components: the bias terms of bitfit; a list of lists: runs for each of them.
             verbose: print the trained tensors.
             only: some of the runs; None: all combinations of a learning rate with the seeds.
             start_from: folder of a saved evaluator, with whose values all runs start.
         """
         runs = only or prepare.make_runs(self.setup, learning_rate)
-        terms, source = tuple(components or ()), (start_from, self.setup, self.need_loaded())
+        terms, runs = prepare.assign_terms(components, runs)
+        source = start_from, self.setup, self.need_loaded()
         start = saved_evaluator.read_warm_start(*source, fine_tune_type=fine_tune_type)
         method = Method(fine_tune_type, terms, mask_size, optimizer=optimizer, start=start)
-        self.prepare_runs(list(runs), method, verbose)
+        self.prepare_runs(runs, method, verbose)
 
     def prepare_runs(
         self, runs: list[Run], method: Method | None = None, verbose: bool = False
@@ -142,9 +140,8 @@ class GLUEvaluator:
         """Load the model again for some runs; method None: as it was prepared before."""
         before, method = self.prepared, method or self.need_prepared().method
         self.prepared, self.result = None, None
-        data = self.need_loaded()
-        self.prepared = prepare.prepare_model(self.setup, data, runs, method=method, before=before,
-                                              verbose=verbose)  # fmt: skip
+        parts = self.setup, self.need_loaded(), runs
+        self.prepared = prepare.prepare_model(*parts, method, before=before, verbose=verbose)
 
     def set_uniform_mask(self, mask_size: int | None = None) -> None:
         """Train parameters drawn uniformly from the encoder, and the classifier."""
@@ -189,8 +186,8 @@ class GLUEvaluator:
         folders = run_folder.run_folders(output_path, self.runs)
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
-        metadata = metrics_files.metrics_metadata(self.setup, data, prepared)
-        write = partial(metrics_files.write_metrics, state, self.result, folders, metadata)
+        write = partial(metrics_files.write_metrics, state, self.result, folders=folders,
+                        setup=self.setup, data=data, prepared=prepared)  # fmt: skip
         checkpoints = checkpoints or CheckpointManager()
         diverged = train(state, self.result, dtype=self.setup.dtype, checkpoints=checkpoints,
                          tracker=tracker, folders=folders, write=write)  # fmt: skip
@@ -232,7 +229,7 @@ class GLUEvaluator:
     ) -> dict[str, Any]:
         """Return {metric: figure}, and save learning_curves_<metric>.png in a folder if given."""
         run = run or self.record.run
-        caption = f"{self.setup.caption(self.need_prepared().method)}, {run.caption}"
+        caption = f"{self.setup.caption(self.need_prepared().method_of(run))}, {run.caption}"
         scores = self.need_result().require_scores_of(run)
         return plots.learning_curves(scores, self.task, caption, folder=output_path)
 
@@ -317,4 +314,5 @@ class GLUEvaluator:
     @property
     def caption(self) -> str:
         """Return one line with task, model, method and the selected run."""
-        return f"{self.setup.caption(self.need_prepared().method)}, {self.need_result().caption}"
+        result, prepared = self.need_result(), self.need_prepared()
+        return f"{self.setup.caption(prepared.method_of(result.record.run))}, {result.caption}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitfit import parsing
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import ShowVersions, is_installed
 from utils import as_list
@@ -33,6 +34,7 @@ TRAINING_FLAGS = (  # without an effect on --evaluate-only
     "data_seed", "checkpoint_every", "checkpoint_minutes", "evaluation_frequency", "keep",
     "save_evaluator", "export_model", "push_to_hub", "report_to", "verbose",
 )  # fmt: skip
+NO_TERMS = "none"  # in --bias-terms: only the classifier trains
 DEFAULT_LEARNING_RATES = [1e-3]  # the released code's, for all fine-tune types
 DEFAULT_SEEDS = [0]
 RUN_AXES = ("learning_rate", "seed", "init_seed", "data_seed")  # a run for each combination
@@ -61,7 +63,7 @@ class RunOptions:
     model_name: str
     model_revision: str | None
     fine_tune_type: str
-    bias_terms: list[str] | None
+    bias_terms: list[str] | list[list[str]] | None  # a list of lists if the flag is repeated
     mask_size: int | None
     random_encoder: bool
     add_biases: bool
@@ -123,9 +125,10 @@ def add_what_to_run(add: AddFlag) -> None:
         help="tag, branch or commit of a model on the Hub [its main branch]")
     add("--fine-tune-type", "-f", metavar="TYPE", choices=FINE_TUNE_TYPES,
         help=f"what trains: one of {', '.join(FINE_TUNE_TYPES)}")
-    add("--bias-terms", metavar="TERM", nargs="+",
+    add("--bias-terms", metavar="TERM", nargs="+", action=parsing.AppendWords,
         help=f"for bitfit: all, or some of {', '.join(TERMS)}; other models have other terms, see "
-             "--list-bias-terms [all]")
+             "--list-bias-terms; repeat the flag for runs with other terms in the same pass, none "
+             "trains the classifier alone [all]")
     add("--list-bias-terms", action="store_true", default=argparse.SUPPRESS,
         help="print the bias terms of --model-name, with --add-biases those that it adds, and exit")
     add("--mask-size", metavar="N", type=POSITIVE,
@@ -259,6 +262,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         parser.error("give one of --task-name (a GLUE task) and --task-file (a custom task)")
     if args.bias_terms and args.fine_tune_type != "bitfit":
         parser.error("--bias-terms goes with --fine-tune-type bitfit only: leave it out")
+    if args.bias_terms == [NO_TERMS]:
+        args.fine_tune_type, args.bias_terms = "frozen", None
     if args.add_biases and args.fine_tune_type not in BIAS_TYPES and not args.start_from:
         parser.error(f"--add-biases: {args.fine_tune_type} would leave the biases at zero: leave "
                      "it out")  # fmt: skip
@@ -278,7 +283,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
 def flag_words(values: dict[str, Any]) -> list[str]:
     """Return the words of a command with {option: value}; None, False and [] are left out."""
     words: list[str] = []
-    for name, value in values.items():
+    for name, value in ((n, part) for n, v in values.items() for part in parsing.split_repeated(v)):
         if value not in (None, []) and value is not False:
             words.append(f"--{name.replace('_', '-')}")
             words += [] if value is True else map(str, as_list(value))
@@ -309,4 +314,5 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def count_runs(flags: Mapping[str, Any]) -> int:
     """Return the number of runs of a command; earlier versions of args.json lack some names."""
-    return math.prod(len(flags.get(name) or [None]) for name in RUN_AXES)
+    sets = len(parsing.split_repeated(flags["bias_terms"]))
+    return sets * math.prod(len(flags.get(name) or [None]) for name in RUN_AXES)

@@ -64,6 +64,27 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2)
 
 
+class AppendWords(argparse.Action):
+    """Store the words of a flag, or if it is given again, a list of the words of each use."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ANN401
+        option_string: str | None = None,
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        before = [given] if given and isinstance(given[0], str) else given
+        setattr(namespace, self.dest, [*before, values] if before else values)
+
+
+def split_repeated(value: Any) -> list[Any]:  # noqa: ANN401
+    """Return the values of the uses of a flag that may be repeated."""
+    is_repeated = isinstance(value, list) and value and isinstance(value[0], list | tuple)
+    return value if is_repeated else [value]
+
+
 def is_unreadable(word: str) -> bool:
     """Return whether a word has control characters or bytes that are not UTF-8."""
     return any(unicodedata.category(character) in ("Cc", "Cs") for character in word)

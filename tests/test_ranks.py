@@ -165,6 +165,17 @@ def test_runs_that_were_dealt_out_equal_those_of_the_single_command(plain, tmp_p
     assert not list(both.rglob("checkpoints"))
 
 
+def test_term_sets_over_two_ranks_equal_their_own_commands(plain, tmp_path):
+    """Each rank trains one of the sets."""
+    more = ["--fine-tune-type", "bitfit", "--epochs", "1", "--learning-rate", "1e-3", "3e-3"]
+    sets = {"query": ["--bias-terms", "query"], "none": ["--bias-terms", "none"]}
+    run(tmp_path / "both", *more, *sets["query"], *sets["none"])
+    for name, words in sets.items():
+        assert plain(tmp_path / name, *more, *words) == 0
+        for of_run in ("lr0.001_seed0", "lr0.003_seed0"):
+            assert left(tmp_path / "both" / f"{of_run}_{name}") == left(tmp_path / name / of_run)
+
+
 def process_of_rank(torchrun, rank):
     """The process number of a rank, or None before it is there."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()

@@ -58,12 +58,19 @@ def score_initial(
 
 
 def write_metrics(
-    state: TrainState, result: TrainingResult, folders: dict[Run, Path], metadata: dict[str, Any]
+    state: TrainState,
+    result: TrainingResult,
+    folders: dict[Run, Path],
+    *,
+    setup: Setup,
+    data: LoadedData,
+    prepared: PreparedModel,
 ) -> None:
     """Write metrics and validation logits of the runs that have a folder."""
     for k, record in enumerate(state.records):
         if record.run in folders:
             folder, scores = folders[record.run], result.scores_of(record.run)
+            metadata = metrics_metadata(setup, data, prepared.for_run(record.run))
             write_run_metrics(folder, state.plan.task, record, scores=scores, metadata=metadata)
             write_logits(folder, state, k)
 
@@ -85,7 +92,7 @@ def write_run_metrics(
 
 
 def metrics_metadata(setup: Setup, data: LoadedData, prepared: PreparedModel) -> dict[str, Any]:
-    """Return the content of metrics.json that all runs share."""
+    """Return the content of metrics.json of runs with the same trained parameters."""
     method, model = prepared.method, prepared.model
     return {
         "task": setup.task.name,

@@ -49,7 +49,7 @@ def write_evaluator(
 ) -> None:
     """Write the selected run; evaluator.json is written last and makes the folder complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = result.record.run
+    prepared = prepared.for_run(run := result.record.run)
     metadata: dict[str, Any] = {"encoder_sha256": prepared.encoder_sha256}
     metadata |= {name: getattr(loaded, name) for name in DATA}
     metadata |= {
@@ -66,7 +66,8 @@ def write_evaluator(
     metadata |= {"add_biases": True} if setup.add_biases else {}
     metadata |= {"task": setup.task.record} if setup.task.record else {}
     metadata |= run.fields | {"train_loss": result.record.train_loss}
-    metadata |= {"scores": result.scores_of(run).to_numpy().tolist(), "model_sha256": None}
+    scores = result.scores_of(run).assign(run=run._replace(terms=None).name)
+    metadata |= {"scores": scores.to_numpy().tolist(), "model_sha256": None}
     metadata |= {"averaged": result.averaged} if result.averaged else {}
     metadata |= {"zero_gradient": prepared.zero_gradient} if prepared.zero_gradient else {}
     metadata |= prepared.method.start_record

@@ -18,6 +18,7 @@ from bitfit.data import task_files
 from bitfit.distributed import Ranks
 from bitfit.model import hub
 from bitfit.options import DEFAULT_LEARNING_RATES, RunOptions
+from bitfit.parsing import split_repeated
 from bitfit.signals import StopSignals
 from bitfit.tracking import tracker as tracking
 from utils import UserError
@@ -158,13 +159,13 @@ def check_classifier(options: RunOptions, evaluator: "GLUEvaluator") -> None:
                         "there is nothing to score")  # fmt: skip
 
 
-def check_bias_terms(options: RunOptions, setup: "Setup") -> list[str]:
+def check_bias_terms(options: RunOptions, setup: "Setup") -> list[str] | list[list[str]]:
     """Return the bias terms to train; UserError, before data are read, if the model lacks one."""
-    from bitfit.model.bias_terms import model_of_config, select_components
+    from bitfit.model.bias_terms import check_term_sets, model_of_config
 
     terms = (options.bias_terms or ["all"]) if options.fine_tune_type == "bitfit" else []
     if terms or options.add_biases:
         added, revision = options.add_biases, setup.revision
         model = model_of_config(options.model_name, setup.task, revision=revision, added=added)
-        select_components(model, terms or ["all"])
+        check_term_sets(model, split_repeated(terms or ["all"]))
     return terms

@@ -129,10 +129,6 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
     evaluator.group.barrier()  # rank 0 has written the metrics, and writes the rest
     writes = evaluator.group.rank == 0
     best = sweeps.best_run(*sweeps.read_sweep(folders), evaluator.task)
-    metadata = experiment.metadata | {
-        "chosen_sha256": evaluator.need_prepared().trainable_sha256(),
-        "trained_by": list(evaluator.group.ranks),
-    }
     # The best run is first, so that it is complete if a signal interrupts the others.
     for number, run in sorted(enumerate(evaluator.runs), key=lambda item: item[1].name != best):
         if run not in unfinished:
@@ -142,12 +138,26 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
         (kept,) = evaluator.group.all_reduce_max(
             writes and (options.keep != "best" or run.name == best)
         )
+        metadata = metadata_of_run(experiment, run)
         export_run(experiment, folders[run], metadata, kept=bool(kept))
         if writes and options.keep == "best":
             sweeps.remove_beaten_exports(folders, best)
         if writes:
-            of_run = run._asdict() | {"init_seed": None}  # `seed` has this run's.
+            of_run = run.fields | {"data_seed": run.data_seed, "init_seed": None}  # in `seed`
             run_folder.write_args(folders[run], metadata | of_run, finished=True)
+
+
+def metadata_of_run(experiment: Experiment, run: "Run") -> dict[str, Any]:
+    """Return args.json of a run, with the bias terms of the run if the command has several sets."""
+    prepared = experiment.evaluator.need_prepared().for_run(run)
+    metadata, trained = dict(experiment.metadata), prepared.trainable_fingerprints()
+    if "zero_gradient" not in trained:
+        metadata.pop("zero_gradient", None)
+    if run.terms is not None:
+        kind = prepared.method.fine_tune_type
+        terms = run.terms.split() if kind == "bitfit" else None
+        metadata |= {"fine_tune_type": kind, "bias_terms": terms}
+    return metadata | trained | {"trained_by": list(experiment.evaluator.group.ranks)}
 
 
 def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], kept: bool) -> None:
@@ -162,7 +172,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
     writes, record = evaluator.group.rank == 0, evaluator.record
     if writes and not options.evaluate_only:
         plot_curves(evaluator, folder)
-    if writes and evaluator.need_prepared().trains_only_biases:
+    if writes and evaluator.need_prepared().for_run(record.run).trains_only_biases:
         evaluator.plot_terms_changes(folder / "bias_term_changes")
     if writes:
         table = evaluator.score_table()
@@ -171,7 +181,9 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
         evaluator.save(folder / "evaluator")
     if writes and kept and options.export_model:
         evaluator.export_model(folder / "model")
-        model_card.write_model_card(folder, evaluator.task, metadata)
+        # The best run was chosen among the runs of all sets of bias terms.
+        card = experiment.metadata if options.keep == "best" else metadata
+        model_card.write_model_card(folder, evaluator.task, card)
     if kept and options.predict_test:
         evaluator.export_model_test_set_predictions(folder)
 

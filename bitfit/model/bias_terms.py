@@ -13,8 +13,8 @@ import torch
 from bitfit.data.tasks import Task
 from bitfit.model import loading
 from bitfit.model.added_biases import add_biases, find_switches
-from bitfit.model.trainable import ALL_BIASES, components_to_terms, encoder_biases
-from bitfit.options import TERMS
+from bitfit.model.trainable import ALL_BIASES, bitfit_names, components_to_terms, encoder_biases
+from bitfit.options import NO_TERMS, TERMS
 from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
@@ -75,6 +75,19 @@ def select_components(
                         len(sizes), f"{sum(sizes):,}")  # fmt: skip
         selected += found
     return tuple(dict.fromkeys(selected))
+
+
+def check_term_sets(model: "PreTrainedModel", sets: Iterable[Sequence[str]]) -> None:
+    """Raise UserError if the model lacks a term of a set, or two sets train the same parameters."""
+    checked: dict[tuple[str, ...], str] = {}
+    for terms in sets:
+        components = () if list(terms) == [NO_TERMS] else select_components(model, terms)
+        names = tuple(bitfit_names(model, components)) if components else ()
+        words = " ".join(terms)
+        if other := checked.get(names):
+            raise UserError(f"--bias-terms {words}: trains the same as --bias-terms {other}: give "
+                            "one of them")  # fmt: skip
+        checked[names] = words
 
 
 def need_biases(model: "PreTrainedModel") -> dict[str, str]:

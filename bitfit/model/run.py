@@ -11,6 +11,7 @@ class Run(NamedTuple):
     seed: int
     # Of the training rows, their order and dropout. None, never an equal number: the same as seed.
     data_seed: int | None = None
+    terms: str | None = None  # as after --bias-terms, of a command with several sets of terms
 
     @property
     def effective_data_seed(self) -> int:
@@ -20,7 +21,8 @@ class Run(NamedTuple):
     def name(self) -> str:
         pair = f"init{self.seed}_data{self.data_seed}"
         seeds = f"seed{self.seed}" if self.data_seed is None else pair
-        return f"lr{self.learning_rate}_{seeds}"
+        terms = "" if self.terms is None else "_" + self.terms.replace(" ", "-")
+        return f"lr{self.learning_rate}_{seeds}{terms}"
 
     @property
     def caption(self) -> str:
@@ -28,8 +30,9 @@ class Run(NamedTuple):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Return the fields for metadata files, without those that are None."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        """Return the fields for metadata files, without those that are None and the terms."""
+        fields = self._replace(terms=None)._asdict()
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def format_seeds(run: Mapping[str, Any]) -> str:

@@ -59,7 +59,6 @@ class RunStack:
         trainable: Trainable,
         runs: Sequence[Run],
         init_run: Callable[[torch.nn.Module, int], None] | None = None,
-        zero_gradient: ZeroGradient | None = None,
         selections: Sequence[tuple[Trainable, ZeroGradient]] = (),
     ) -> None:
         """
@@ -67,8 +66,8 @@ class RunStack:
             trainable: {parameter name: None for all of it, or flat positions}.
             runs: more than one only if `reason_not_stackable` returns None.
             init_run: initializes the parameters of the model that depend on a run's `seed`.
-            zero_gradient: {parameter name: [[start, stop], ...]}, entries without a gradient.
-            selections: (trainable, zero_gradient) of each run; empty: the same for all runs.
+            selections: (trainable, zero_gradient) of each run: its parameters, and their ranges
+                that get no gradient; empty: all runs train all of `trainable`.
         """
         self.model, self.trainable, self.runs = model, trainable, runs
         self.parameters = dict(model.named_parameters())
@@ -85,8 +84,7 @@ class RunStack:
         self.bad_step = torch.full((len(runs),), -1, device=device)
         self._read_params(init_run)
         self.initial_params = self.params.clone()
-        same = [(trainable, zero_gradient or {})] * len(runs)
-        self.groups = self._make_groups(selections or same)
+        self.groups = self._make_groups(selections or [(trainable, {})] * len(runs))
         self.current_routing: RunRouting | BroadcastRuns | None = None
         self.leaves: dict[str, torch.Tensor] = {}  # within `patched`: tensors that get gradients
         self.compute_params = self.params  # within `patched`: (K, n) in the dtype of the model

@@ -82,7 +82,7 @@ def format_seed_variance(table: pd.DataFrame) -> str:
     """Return the shares in percent as text, one line per learning rate."""
     percent = 100 * table[["share", "low", "high"]].to_numpy()
     cells = [f"{share:.0f} ({low:.0f} to {high:.0f})" for share, low, high in percent]
-    keys = ["learning_rate", "init_seeds", "data_seeds"]
+    keys = [name for name in table if name not in ("source", "share", "low", "high")]
     wide = table.assign(cell=cells).pivot(index=keys, columns="source", values="cell")
     shown = wide[list(SOURCES)].reset_index().rename(columns=lambda name: name.replace("_", " "))
     title = "percent of the variance of the last epoch's scores that seeds explain (95 % interval):"

@@ -43,6 +43,7 @@ def read_sweep(folders: dict[Run, Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
                 content, table = read_metrics(folder)
                 metadata.append({
                     "run": run.name,
+                    "bias_terms": run.terms or "",
                     "learning_rate": run.learning_rate,
                     "seed": run.seed,
                     "data_seed": run.effective_data_seed,
@@ -81,7 +82,8 @@ def results_rows(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> li
     seeds = {"init_seed": "seed", "data_seed": "data_seed"} if pairs else {"seed": "seed"}
     for entry in metadata.to_dict("records"):
         curve = 100 * main[main["run"] == entry["run"]].set_index("epoch")["value"]
-        row = {name: entry[name] for name in ("run", "learning_rate")}
+        columns = ("run", *["bias_terms"] * bool(entry["bias_terms"]), "learning_rate")
+        row = {name: entry[name] for name in columns}
         row |= {name: entry[column] for name, column in seeds.items()}
         row |= {"metric": task.metrics[0]}
         row |= {"last_epoch": int(curve.index[-1]) if len(curve) else None}
@@ -103,13 +105,17 @@ def scores_by_learning_rate(
     }
 
 
-def learning_rate_table(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> str:
-    """Return one line per learning rate: mean ± standard deviation over seeds, × 100."""
+def learning_rate_table(
+    metadata: pd.DataFrame, groups: dict[float, pd.DataFrame]
+) -> list[dict[str, str]]:
+    """Return a row for each learning rate: mean ± standard deviation over seeds, × 100."""
     rows, seeds = [], metadata.set_index("run")["seeds"]
     unit = " pairs" if has_seed_pairs(metadata) else ""
     for rate, scores in groups.items():
         tried, ended = (metadata["learning_rate"] == rate).sum(), scores.shape[1]
-        row = {"learning rate": f"{rate:g}", "seeds": f"{ended}{unit}"}
+        terms = metadata["bias_terms"].iloc[0]
+        row = {"bias terms": terms} if terms else {}
+        row |= {"learning rate": f"{rate:g}", "seeds": f"{ended}{unit}"}
         if ended < tried:
             row["seeds"] += f" ({tried - ended} diverged)"
         if ended:
@@ -121,7 +127,7 @@ def learning_rate_table(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame
             best_epoch = scores[top].fillna(-np.inf).idxmax()
             row["best seed"] = f"{scores[top].max():.1f} ({seeds[top]}, epoch {best_epoch})"
         rows.append(row)
-    return pd.DataFrame(rows).fillna("-").to_string(index=False)
+    return rows
 
 
 def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
@@ -155,7 +161,9 @@ def sweep_curves(
     metadata: pd.DataFrame, scores: pd.DataFrame, task: Task, caption: str
 ) -> dict[str, "Figure"]:
     """Return {metric: figure} with the mean and the range over seeds of each learning rate."""
-    scores = without_diverged(metadata, scores).merge(metadata[["run", "learning_rate"]], on="run")
+    terms = pd.Categorical(metadata["bias_terms"], metadata["bias_terms"].unique())  # in order
+    settings = metadata[["run", "learning_rate"]].assign(bias_terms=terms)
+    scores = without_diverged(metadata, scores).merge(settings, on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
     unit = "seed pair" if has_seed_pairs(metadata) else "seed"
@@ -172,15 +180,16 @@ def sweep_curve(
     x = "epoch (line: mean over the seeds; band: from the worst to the best seed)"
     y = f"{task.validation_splits[0].replace('_', ' ')} {metric} × 100"
     figure, axes = plots.curve_figure(caption, x, y, epochs=scores["epoch"])
-    rates = scores.groupby("learning_rate")
-    for number, (rate, of_rate) in enumerate(rates):
+    settings = scores.groupby(["bias_terms", "learning_rate"], observed=True)
+    for number, ((terms, rate), of_rate) in enumerate(settings):
         curve = 100 * of_rate.groupby("epoch")["value"].agg(["mean", "min", "max"])
         count = of_rate["run"].nunique()
         seeds = f"{count} {unit}" + "s" * (count > 1)
-        label = f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
+        label = f"{terms}, " * bool(terms)
+        label += f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
         band = (curve["min"], curve["max"])
         plots.plot_curve(axes, curve["mean"], plots.series_style(number), label=label, band=band)
-    figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(rates) < 4 else 2)
+    figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(settings) < 4 else 2)
     return figure
 
 
@@ -192,6 +201,22 @@ def remove_beaten_exports(folders: dict[Run, Path], best: str | None) -> None:
                 shutil.rmtree(folder / name, ignore_errors=True)
             for path in folder.glob("*.tsv"):
                 path.unlink()
+
+
+def report_settings(
+    metadata: pd.DataFrame, scores: pd.DataFrame, task: Task
+) -> tuple[str, pd.DataFrame, list[str]]:
+    """Return the table of learning rates, the variance of seeds and warnings, per set of terms."""
+    rows, variances, warnings = [], [], []
+    for terms, of_set in metadata.groupby("bias_terms", sort=False):
+        groups = scores_by_learning_rate(of_set, scores, task)
+        rows += learning_rate_table(of_set, groups)
+        variance = seed_variance.seed_variance(of_set, groups)
+        variances.append(variance.assign(bias_terms=terms) if terms else variance)
+        prefix = f"bias terms {terms}: " if terms else ""
+        warnings += [prefix + text for text in sweep_warnings(groups)]
+    variance = pd.concat([part for part in variances if len(part)] or variances)
+    return pd.DataFrame(rows).fillna("-").to_string(index=False), variance, warnings
 
 
 def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: str) -> str:
@@ -207,12 +232,10 @@ def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: st
     if best is None:
         raise Diverged(f"all {len(metadata)} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
-    groups = scores_by_learning_rate(metadata, scores, task)
-    variance = seed_variance.seed_variance(metadata, groups)
+    table, variance, warnings = report_settings(metadata, scores, task)
     if len(variance):
         write_text(output / "seed_variance.csv", variance.to_csv(index=False))
-    score = groups[row["learning_rate"]][best].max()  # not rounded, unlike `row["best"]`
-    warnings = sweep_warnings(groups)
+    score = 100 * main_scores(scores, task)[best].max()  # not rounded, unlike `row["best"]`
     content = {"trials": len(metadata), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
     plots.save_curves(
@@ -220,7 +243,7 @@ def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: st
     )
     lines = [
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} × 100",
-        learning_rate_table(metadata, groups),
+        table,
         f"best of {len(metadata)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
         "chosen on the examples it is scored on, so it is optimistic",
         *([seed_variance.format_seed_variance(variance)] if len(variance) else []),

@@ -94,7 +94,8 @@ class Tracker:
         if self.open_trackers:
             self._set_step(state)
             for run, folder in folders.items():
-                self._open(run.name, folder, run.fields)
+                terms = {} if run.terms is None else {"bias_terms": run.terms.split()}
+                self._open(run.name, folder, run.fields | terms)
 
     def log_losses(self, state: TrackedState, losses: dict[int, float]) -> None:
         """Log {number of a run: loss in the last step} within an epoch.

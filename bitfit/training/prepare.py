@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,21 +16,28 @@ from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import Group
 from bitfit.model import fingerprints, forward_trials, predict, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
-from bitfit.model.bias_terms import select_components
 from bitfit.model.forward import Forward, check_ids
 from bitfit.model.precision import cast_parameters
 from bitfit.model.run import Run
-from bitfit.model.run_stack import RunStack
+from bitfit.model.run_stack import RunStack, ZeroGradient
 from bitfit.model.token_budget import TokenBudget
+from bitfit.model.trainable import Trainable, components_to_terms
+from bitfit.parsing import split_repeated
 from bitfit.results import plots
 from bitfit.training.result import TrainingResult
-from bitfit.training.setup import LoadedData, Method, Setup, load_base, need
+from bitfit.training.setup import LoadedData, Method, Setup, load_base, method_for_terms, need
 from utils import LOGGER, UserError, as_list, make_generator, print_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Trainable = dict[str, np.ndarray | None]  # parameter name -> flat positions; None: all of it
+
+class Selection(NamedTuple):
+    """The parameters that train with one set of bias terms."""
+
+    method: Method
+    trainable: Trainable
+    zero_gradient: ZeroGradient
 
 
 @dataclass
@@ -52,7 +59,8 @@ class PreparedModel:
     method: Method = field(default_factory=Method)
     encoder_sha256: str = ""
     init_head: Callable | None = None  # (model, seed) -> None; None: the head is not random
-    zero_gradient: dict[str, list] = field(default_factory=dict)  # name: ranges
+    zero_gradient: ZeroGradient = field(default_factory=dict)
+    selections: dict[str | None, Selection] = field(default_factory=dict)  # {`Run.terms`: ...}
     base_biases: dict[str, torch.Tensor] = field(default_factory=dict)  # before a warm start
     verbose: bool = False  # print the trained tensors
     stackable_checked: bool = False
@@ -94,11 +102,22 @@ class PreparedModel:
         reason = self.reason_not_stackable(tokens) if len(self.runs) > 1 else None
         return split_into_passes(self.runs if share is None else share, reason)
 
+    def for_run(self, run: Run) -> "PreparedModel":
+        """Return this model with the method and the trainable parameters of one run."""
+        selection = self.selections.get(run.terms)
+        return replace(self, selections={}, **selection._asdict()) if selection else self
+
+    def method_of(self, run: Run) -> Method:
+        """Return the method of one run."""
+        return self.for_run(run).method
+
     def bias_changes(self, result: TrainingResult) -> pd.DataFrame:
         """Return the mean change of each bias term in each layer; see `plots.bias_changes`."""
-        if not self.trains_only_biases:
+        trained = self.for_run(result.record.run).trainable
+        if not trainable.trains_only_biases(self.model, trained):
             raise UserError("only bitfit has bias terms to plot")
-        before, after = result.values_before_and_after()
+        values = result.values_before_and_after()
+        before, after = ({name: of_run[name] for name in trained} for of_run in values)
         after |= {name: self.model.get_parameter(name).detach() for name in self.base_biases}
         return plots.bias_changes(before | self.base_biases, after, self.zero_gradient)
 
@@ -110,7 +129,8 @@ class PreparedModel:
             raise UserError("a random mask needs training_preparation(encoder_trainable=True)")
         method = replace(self.method, fine_tune_type=fine_tune_type, mask_size=mask_size)
         selected = select_trainable(self.model, method, self.runs, verbose=self.verbose)
-        return replace(self, method=method, trainable=selected, stackable_checked=False)
+        return replace(self, method=method, trainable=selected, selections={},
+                       stackable_checked=False)  # fmt: skip
 
     def predict(
         self, data: LoadedData, split: str, group: Group, rows: np.ndarray | None = None
@@ -140,22 +160,26 @@ class PreparedModel:
     def fingerprints(self, data: LoadedData) -> dict[str, Any]:
         """Return the hashes of the data, the base model and the trainable parameters."""
         hashes: dict[str, Any] = data.hashes() | {"encoder_sha256": self.encoder_sha256}
-        hashes |= {"chosen_sha256": self.trainable_sha256(), **data.base_fingerprints}
+        chosen = self.trainable_fingerprints()
+        hashes |= {"chosen_sha256": chosen.pop("chosen_sha256"), **data.base_fingerprints}
         hashes["start_sha256"] = self.method.start and self.method.start.record["sha256"]
-        return hashes | ({"zero_gradient": self.zero_gradient} if self.zero_gradient else {})
+        return hashes | chosen
 
-    def trainable_sha256(self) -> str:
-        """Return the hash of the names and positions that train."""
-        return fingerprints.sha256(v for item in self.trainable.items() for v in item)
+    def trainable_fingerprints(self) -> dict[str, Any]:
+        """Return the hash of the names and positions that train, and the zero gradients if any."""
+        digest = fingerprints.sha256(v for item in self.trainable.items() for v in item)
+        fixed = {"zero_gradient": self.zero_gradient} if self.zero_gradient else {}
+        return {"chosen_sha256": digest} | fixed
 
     def new_stack(self) -> RunStack:
         """Return the stack of all runs at their initial values."""
+        of_runs = [self.for_run(run) for run in self.runs]
         return RunStack(
             self.model,
             self.trainable,
             self.runs,
             init_run=self.init_head,
-            zero_gradient=self.zero_gradient,
+            selections=[(of_run.trainable, of_run.zero_gradient) for of_run in of_runs],
         )
 
 
@@ -205,23 +229,36 @@ def prepare_model(
         apply, sha256 = method.start.apply, fields["encoder_sha256"]
         fields["base_biases"] = apply(model, setup.task, sha256, report=before is None)
         fields["init_head"] = None if method.start.order else fields["init_head"]
-    if method.fine_tune_type == "bitfit":
-        components = select_components(model, method.components, report=before is None)
-        method = replace(method, components=components)
-    selected = select_trainable(model, method, runs, verbose=verbose)
+    selections = {}
+    for terms in dict.fromkeys(run.terms for run in runs):
+        of_terms = method_for_terms(method, terms, model, report=before is None)
+        selected = select_trainable(model, of_terms, runs, verbose=verbose)
+        selections[terms] = Selection(of_terms, selected, {})
+    method = of_terms if len(selections) == 1 else method
+    if len(selections) > 1:  # all train whole parameters
+        names = {name for selection in selections.values() for name in selection.trainable}
+        selected = {name: None for name, _ in model.named_parameters() if name in names}
     prepared = assemble(
         model, setup.model_name, selected, runs=runs, dtype=setup.dtype, max_tokens=setup.max_tokens
     )
-    prepared = replace(prepared, method=method, verbose=verbose, **fields)
+    prepared = replace(prepared, method=method, verbose=verbose, selections=selections, **fields)
     tokens = data.tokens("train")
     prepared.forward_for(tokens, data.all_tokens)
-    if prepared.trains_only_biases:
-        found = zero_gradients.find_zero_gradients(model, prepared.trainable, tokens)
-        prepared.zero_gradient = found
-        if found and (before is None or found != before.zero_gradient):
-            LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): "
-                        "%s", zero_gradients.format_zero_gradients(found, model))  # fmt: skip
+    find_zero_gradients(prepared, tokens)
+    found = prepared.zero_gradient
+    if found and (before is None or found != before.zero_gradient):
+        LOGGER.info("kept fixed, since the logits do not depend on it (its gradient is zero): %s",
+                    zero_gradients.format_zero_gradients(found, model))  # fmt: skip
     return prepared
+
+
+def find_zero_gradients(prepared: PreparedModel, tokens: TokenizedSplit) -> None:
+    """Set the biases without a gradient, of each set of bias terms and of all sets."""
+    for terms, selection in prepared.selections.items():
+        if trainable.trains_only_biases(prepared.model, selection.trainable):
+            found = zero_gradients.find_zero_gradients(prepared.model, selection.trainable, tokens)
+            prepared.selections[terms] = selection._replace(zero_gradient=found)
+            prepared.zero_gradient = prepared.zero_gradient | found
 
 
 def select_trainable(
@@ -252,6 +289,19 @@ def make_runs(
     if len(set(runs)) < len(runs):
         raise UserError("a learning rate or seed is given twice: give each once")
     return runs
+
+
+def assign_terms(
+    components: Sequence[str] | Sequence[Sequence[str]] | None, runs: Sequence[Run]
+) -> tuple[tuple[str, ...], list[Run]]:
+    """Return (terms, runs): of a single set, or () and the runs with the terms of each set."""
+    first, *others = sets = split_repeated(list(components or ()))
+    if not others:
+        return tuple(first), list(runs)
+    names = [" ".join(components_to_terms(terms)) for terms in sets]
+    if len(set(names)) < len(names):
+        raise UserError("a set of bias terms is given twice: give each once")
+    return (), [run._replace(terms=name) for name in names for run in runs]
 
 
 def split_into_passes(runs: Sequence[Run], reason: str | None) -> list[list[Run]]:

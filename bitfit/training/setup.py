@@ -1,7 +1,7 @@
 """The setup of an evaluator and its data: values that do not change once they are created."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,9 +14,11 @@ from bitfit.data.tasks import Task, score
 from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate, describe_split
 from bitfit.model import fingerprints, hub, loading
 from bitfit.model.added_biases import add_biases
+from bitfit.model.bias_terms import select_components
 from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
 from bitfit.model.warm_start import WarmStart
+from bitfit.options import NO_TERMS
 from utils import UserError, as_list, choose_device, choose_precision
 
 if TYPE_CHECKING:
@@ -238,6 +240,18 @@ class Method:
         if encoder_trainable and components:
             raise UserError("encoder_trainable trains everything: give no trainable_components")
         return "full_ft" if encoder_trainable else "bitfit" if components else "frozen"
+
+
+def method_for_terms(
+    method: Method, terms: str | None, model: "PreTrainedModel", report: bool
+) -> Method:
+    """Return the method of the runs with these `Run.terms`, with the model's names of biases."""
+    if terms == NO_TERMS:
+        return replace(method, fine_tune_type="frozen")
+    if method.fine_tune_type != "bitfit":
+        return method
+    words = method.components if terms is None else terms.split()
+    return replace(method, components=select_components(model, words, report=report))
 
 
 def need(value: T | None, call: str) -> T:
