@@ -137,7 +137,3 @@ def read_failure(study: Study, cell: Cell) -> dict[str, Any] | None:
 def write_failure(study: Study, cell: Cell, status: int, line: str) -> None:
     content = {"hash": cell.hash, "status": status, "line": line}
     write_text(sibling_file(study, cell, ".failed.json"), json.dumps(content, indent=2) + "\n")
-
-
-def remove_failure(study: Study, cell: Cell) -> None:
-    sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)

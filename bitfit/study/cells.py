@@ -229,14 +229,10 @@ def changed_settings(old: Cell, new: Cell) -> list[str]:
 
 
 def write_study(study: Study) -> None:
-    """Write study.json; UserError if its folder cannot be created."""
-    try:
-        study.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"cannot be created: {first_line(error)}: give another folder"
-        raise UserError(f"--output-path {study.output} {message}") from None
-    content = study._asdict() | {"output": None, "cells": [c._asdict() for c in study.cells]}
-    del content["output"]
+    """Write study.json."""
+    study.output.mkdir(parents=True, exist_ok=True)
+    cells = [cell._asdict() for cell in study.cells]
+    content = {"tables": study.tables, "figures": study.figures, "cells": cells}
     write_text(study.output / STUDY, json.dumps(content, indent=2) + "\n")
 
 

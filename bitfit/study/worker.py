@@ -87,7 +87,7 @@ def run_cell(
         lock: the file descriptor of `cell_states.lock_cell`, which the command inherits.
     """
     log, begin = cell_states.sibling_file(study, cell, ".log"), time.monotonic()
-    cell_states.remove_failure(study, cell)
+    cell_states.sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)
     status = run_command(study, cell, log, lock=lock, gpu=gpu, ranks=ranks)
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
     if status == 0 and cell_states.locked_cell_state(study, cell) == "done":
