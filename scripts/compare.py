@@ -148,7 +148,9 @@ def group_label(runs: list[Run], differing: list[str]) -> str:
     """Return the text of the legend for runs that differ in nothing but the seed."""
     row, last = runs[0].row, sum(run.curve.iloc[-1] for run in runs) / len(runs)
     score = f"{last:.1f} on average" if len(runs) > 1 else row["validation"]
-    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "seed " * row["seed"].isdigit() + row["seed"]
+    has_pairs = any("data" in run.row["seed"] for run in runs)
+    single = row["seed"] if has_pairs else f"seed {row['seed']}"
+    seeds = f"{len(runs)} seed{' pairs' if has_pairs else 's'}" if len(runs) > 1 else single
     names = ", ".join([*(row[name] for name in differing), row["method"]])
     details = f"{row['trained']} trained, learning rate {row['learning rate']}, {seeds}"
     return textwrap.fill(f"{names}: {score} ({details})", 88)

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import compare
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,6 +61,12 @@ def test_the_runs_of_a_grid_equal_their_single_commands(tmp_path, without_dropou
             assert together == alone
         assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-5)
     assert len(set(table["train_loss"].round(6))) == 4
+    runs = [compare.read_run(tmp_path / "all" / name) for name in NAMES]
+    assert runs[1].row["seed"] == "init seed 0, data seed 5"
+    assert ", 4 seed pairs)" in " ".join(compare.group_label(runs, []).split())
+    label = " ".join(compare.group_label(runs[1:2], []).split())
+    assert label.endswith(", init seed 0, data seed 5)")
+    assert compare.group_label(runs[:1], []).endswith(", seed 0)")
 
 
 @pytest.mark.parametrize("kind", ["bitfit", "rand_uniform"])
