@@ -186,9 +186,7 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="compare.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folders", nargs="+", metavar="DIR", help="output folder of a run or a sweep"
-    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run or a sweep")
     parser.add_argument("--plot", metavar="FILE", type=new_file(*FIGURE_SUFFIXES),
                         help="draw the learning curves (.png, .pdf or .svg)")  # fmt: skip
     return parser

@@ -104,9 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.error("give two folders or more")
     weights = getattr(args, "weights", None)
     if weights and len(weights) != len(args.folders):
-        command.error(
-            f"--weights: {len(weights)} for {len(args.folders)} folders: give one per folder"
-        )
+        command.error(f"--weights: {len(weights)} for {len(args.folders)} folders: give one each")
     if weights and not 0 < sum(weights) < math.inf:
         command.error("--weights: their sum is 0 or too large: give other weights")
     return args

@@ -76,7 +76,7 @@ def test_tabs_inside_parquet_text(tmp_path):
     [
         (
             "1\ta\n0\tb\n",
-            "test.tsv:2: 'index' is '1', but 0 is expected: give all rows in their order",
+            "test.tsv:2: 'index' is '1', but 0 is expected: give all rows in order",
         ),
         ("0\ta\n1\tb\n3\tc\n", "test.tsv:4: 'index' is '3', but 2 is expected"),
         ("1\ta\n2\tb\n", "test.tsv:2: 'index' is '1', but 0 is expected"),

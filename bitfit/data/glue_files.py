@@ -71,8 +71,7 @@ def check_row_numbers(table: readers.Table, begin: int) -> None:
     for name in table.columns.keys() & NUMBERS:
         for row, value in enumerate(table.columns[name], begin):
             if str(value) != str(row):
-                message = (
-                    f"{readers.quote_value(name)} is {readers.quote_value(value)}, but {row} is"
-                )
-                advice = "give all rows in their order, counted from 0, or remove that column"
-                raise UserError(f"{table.place(row - begin)}: {message} expected: {advice}")
+                column, found = readers.quote_value(name), readers.quote_value(value)
+                problem = f"{column} is {found}, but {row} is expected"
+                advice = "give all rows in order from 0, or remove that column"
+                raise UserError(f"{table.place(row - begin)}: {problem}: {advice}")

@@ -58,9 +58,8 @@ class TextColumns(NamedTuple):
         counts = self.word_counts
         positions = rows if counts is None else word_positions(counts, np.asarray(rows))
         labels = None if self.labels is None else self.labels[positions]
-        return TextColumns(
-            columns, labels, None if self.continues is None else self.continues[rows]
-        )
+        continues = None if self.continues is None else self.continues[rows]
+        return TextColumns(columns, labels, continues)
 
 
 def word_positions(word_counts: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -136,7 +136,10 @@ def validate_record(record: Record, source: object) -> Record:
             if key in record:
                 record[key] = parse(record[key])
         labels = record.get("labels", [])
-        check_suffixes(record.get("files", {}), SUFFIXES if is_tagging else tuple(READERS))
+        suffixes = SUFFIXES if is_tagging else tuple(READERS)
+        for split, file in record.get("files", {}).items():
+            message = f"{split}: {file} ends with none of {', '.join(suffixes)}"
+            require(Path(file).suffix in suffixes, "files", message)
         for word in record.get("exclude_labels", ()):
             require(word not in labels, "exclude_labels", f'"{word}" is one of the labels')
         check_metrics(record["metrics"], labels, is_tagging)
@@ -249,13 +252,6 @@ def parse_splits(splits: Json, key: str) -> dict[str, str]:
     for split in ("train", "validation"):
         require(split in splits, key, f'the split "{split}" is missing')
     return dict(sorted(splits.items()))
-
-
-def check_suffixes(files: dict[str, str], suffixes: Sequence[str]) -> None:
-    """Raise a UserError if the suffix of a file is not that of a known format."""
-    for split, name in files.items():
-        message = f"{split}: {name} ends with none of {', '.join(suffixes)}"
-        require(Path(name).suffix in suffixes, "files", message)
 
 
 def parse_hub(hub: Json) -> dict[str, Any]:
