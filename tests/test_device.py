@@ -48,11 +48,15 @@ def new_state(method, count, dtype, packed):
     texts = splits.read_split(COLA, "train", GLUE).take(range(24))
     tokens = tokenize(texts, loading.load_tokenizer(str(TINY_BERT)), 48).to(CUDA)
     forward = select_forward(model, "tiny", tokens, dtype) if packed else forward_of(model, False)
-    trainable = select_trainable(model, method, ["bias"] if method == "bitfit" else [], 1000,
+    kind = "bitfit" if method == "mixed" else method
+    trainable = select_trainable(model, kind, ["bias"] if kind == "bitfit" else [], 1000,
                     np.random.default_rng(0))  # fmt: skip
-    stack = RunStack(
-        model, trainable, [Run(1e-3, seed) for seed in range(count)], loading.init_head
-    )
+    runs = [Run(1e-3, seed) for seed in range(count)]
+    selections = []
+    if method == "mixed":  # every second run trains the classifier alone
+        both = (trainable, {}), (select_trainable(model, "frozen"), {})
+        selections = [both[k % 2] for k in range(count)]
+    stack = RunStack(model, trainable, runs, loading.init_head, selections=selections)
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
     plan = Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), TrainOptions(8, 9))
     return init_state(plan, stack)
@@ -67,7 +71,8 @@ def train_steps(state, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("method", "count"),
-    [(method, n) for method in FINE_TUNE_TYPES for n in ((1, 3) if method in STACKED else (1,))],
+    [(method, n) for method in FINE_TUNE_TYPES for n in ((1, 3) if method in STACKED else (1,))]
+    + [("mixed", 4)],
 )
 def test_a_packed_step_waits_for_nothing_and_needs_one_copy(method, count, dtype):
     with simulated_gpu() as gpu:
