@@ -52,10 +52,10 @@ def new_state(method, count, dtype, packed):
     trainable = select_trainable(model, kind, ["bias"] if kind == "bitfit" else [], 1000,
                     np.random.default_rng(0))  # fmt: skip
     runs = [Run(1e-3, seed) for seed in range(count)]
-    selections = []
-    if method == "mixed":  # every second run trains the classifier alone
-        both = (trainable, {}), (select_trainable(model, "frozen"), {})
-        selections = [both[k % 2] for k in range(count)]
+    frozen = select_trainable(model, "frozen")
+    # In a mixed stack, every second run trains the classifier alone.
+    selections = [(frozen if k % 2 else trainable, {}) for k in range(count)]
+    selections = selections if method == "mixed" else []
     stack = RunStack(model, trainable, runs, loading.init_head, selections=selections)
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
     plan = Plan(COLA, forward, split, {}, TokenBudget(2000, CUDA), TrainOptions(8, 9))
