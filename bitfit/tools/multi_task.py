@@ -13,16 +13,14 @@ import numpy as np
 import torch
 
 from bitfit.artifacts import saved_evaluator
-from bitfit.artifacts.saved_evaluator import POSITIONS
 from bitfit.data.splits import TextColumns, word_positions
 from bitfit.data.tasks import Task, predictions, tags_of_sentences
 from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
-from bitfit.model import fingerprints as models_fingerprints
-from bitfit.model import forward as models_forward
 from bitfit.model import hub, loading
 from bitfit.model.added_biases import add_biases
 from bitfit.model.batching import count_labels, split_into_micro_batches, to_device
-from bitfit.model.forward import select_labels
+from bitfit.model.fingerprints import fingerprint, fingerprints_of
+from bitfit.model.forward import Forward, check_ids, select_labels
 from bitfit.model.predict import predict
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
@@ -45,7 +43,7 @@ class MultiTaskPredictor(NamedTuple):
     tasks: list[Task]  # K
     lengths: list[int]  # K maximum numbers of tokens of an example
     tokenizer: Any
-    forward: models_forward.Forward
+    forward: Forward
     stack: RunStack  # the trained values of the K evaluators
     token_budget: TokenBudget
 
@@ -61,7 +59,9 @@ def read_evaluators(
     """
     found = saved_evaluators.read_evaluators(folders, model_name)
     for _, folder, metadata, tensors in found if len(found) > 1 else ():
-        if metadata["model_sha256"] or any(name.endswith(POSITIONS) for name in tensors):
+        if metadata["model_sha256"] or any(
+            name.endswith(saved_evaluator.POSITIONS) for name in tensors
+        ):
             raise UserError(f"{folder} ({metadata['fine_tune_type']}) changed weight matrices, "
                             "which the others share: give it alone")  # fmt: skip
     return found
@@ -122,12 +122,12 @@ def load_base(
     revision, _ = hub.resolve_revision(name, base["model_revision"])
     tokenizer = loading.load_tokenizer(name, revision, task.is_tagging)
     config = loading.load_config(name, task, revision)
-    fingerprints = models_fingerprints.fingerprints_of(config, tokenizer)
+    fingerprints = fingerprints_of(config, tokenizer)
     for _, folder, metadata, _ in found:
         saved_evaluator.check_base(folder, metadata, fingerprints)
     random_encoder = base["random_encoder"] and not base["model_sha256"]
     model, _ = loading.load_model(name, task, random_encoder, revision=revision)
-    encoder = models_fingerprints.fingerprint(model)
+    encoder = fingerprint(model)
     trainable: dict[str, np.ndarray | None] = {}
     if any(evaluator.metadata["add_biases"] for evaluator in found):
         add_biases(model)
@@ -194,7 +194,7 @@ def logits_of_tokens(
 ) -> list[np.ndarray]:
     """Return K arrays of logits (B, C) or (words, C) of the rows at `positions` (K, B)."""
     model = predictor.forward.model
-    models_forward.check_ids(model, model.name_or_path, tokens)
+    check_ids(model, model.name_or_path, tokens)
     tokens = tokens.to(predictor.stack.params.device)
     is_tagging = tokens.word_counts is not None
     shares = predictor.stack.shares_encoder and len(predictor.tasks) > 1
