@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2", "3", "4"])
     parser.add_argument("--train-size", default="2000")
     parser.add_argument("--epochs", default="3")
+    parser.add_argument("--train-score-rows", help="as for run_glue.py; None: score all")
     parser.add_argument("--rounds", type=int, default=1)
     return parser.parse_args()
 
@@ -36,6 +37,8 @@ def sweep_seconds(args: argparse.Namespace, rates: list[str], seeds: list[str]) 
     with tempfile.TemporaryDirectory() as folder:
         flags = [*command_flags(args), "--output-path", f"{folder}/out", "--fine-tune-type",
                  "bitfit", "--learning-rate", *rates, "--seed", *seeds]  # fmt: skip
+        if args.train_score_rows:
+            flags += ["--train-score-rows", args.train_score_rows]
         return command_seconds([sys.executable, str(ROOT / "run_glue.py"), *flags])
 
 
@@ -47,10 +50,11 @@ def main() -> None:
         grid = [([rate], [seed]) for rate in args.learning_rates for seed in args.seeds]
         pairs.append((sum(sweep_seconds(args, *pair) for pair in grid), sweep))
     apart, together = (spread([pair[i] for pair in pairs]) for i in (0, 1))
+    scored = "all" if args.train_score_rows is None else args.train_score_rows
     print(
-        f"{args.task_name}, {args.train_size} rows, {args.epochs} epochs, {args.precision}, "
-        f"{machine(pick_device())}\n{len(grid)} commands {apart} s | one sweep {together} s | "
-        f"ratio {ratio(pairs)}"
+        f"{args.task_name}, {args.train_size} rows, {scored} of them scored, {args.epochs} epochs, "
+        f"{args.precision}, {machine(pick_device())}\n"
+        f"{len(grid)} commands {apart} s | one sweep {together} s | ratio {ratio(pairs)}"
     )
 
 
