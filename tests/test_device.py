@@ -54,7 +54,7 @@ def new_state(method, count, dtype, packed):
     runs = [Run(1e-3, seed) for seed in range(count)]
     frozen = select_trainable(model, "frozen")
     # In a mixed stack, every second run trains the classifier alone.
-    selections = [(frozen if k % 2 else trainable, {}) for k in range(count)]
+    selections: list[tuple] = [(frozen if k % 2 else trainable, {}) for k in range(count)]
     selections = selections if method == "mixed" else []
     stack = RunStack(model, trainable, runs, loading.init_head, selections=selections)
     split = Split(tokens, dict.fromkeys(range(count), np.arange(24)))
