@@ -13,6 +13,7 @@ from moments import at_step, send
 
 import run_glue
 from glue_evaluator import GLUEvaluator
+from utils import UserError
 
 SETS = {"all": ["all"], "query-intermediate": ["query", "intermediate"], "none": ["none"]}
 RATES = ["-l", "1e-3", "3e-3"]
@@ -136,3 +137,15 @@ def test_invalid_sets_are_one_line(tmp_path, capsys, sets, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_sets_from_python():
+    evaluator = GLUEvaluator("rte", str(TINY_BERT), None, seed=[0, 1], data_dir=GLUE)
+    evaluator.preprocess_dataset("longest", 32, 8, train_size=8)
+    sets = [["attention.self.query.bias", "intermediate"], ["none"]]
+    evaluator.prepare("bitfit", 1e-3, components=sets, verbose=False)
+    names = [run.name for run in evaluator.runs]
+    assert names == [f"lr0.001_seed{seed}_{terms}" for terms in ("query-intermediate", "none")
+                     for seed in (0, 1)]  # fmt: skip
+    with pytest.raises(UserError, match="a set of bias terms is given twice"):
+        evaluator.prepare("bitfit", 1e-3, components=[["query"], ["query"]], verbose=False)
