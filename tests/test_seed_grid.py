@@ -90,6 +90,16 @@ def test_the_other_seed_is_0(tmp_path, more, names):
     assert pd.read_csv(tmp_path / "out/results.csv")["run"].tolist() == names
 
 
+def test_terms_and_seeds_span_one_grid(tmp_path, capsys):
+    terms = ["--bias-terms", "all", "--bias-terms", "none"]
+    assert run_glue.main(flags(tmp_path / "out", *GRID, *terms)) == 0
+    table = pd.read_csv(tmp_path / "out/results.csv")
+    assert table["run"].tolist() == [f"{name}_{term}" for term in ("all", "none") for name in NAMES]
+    variance = pd.read_csv(tmp_path / "out/seed_variance.csv")
+    assert variance["bias_terms"].tolist() == ["all"] * 3 + ["none"] * 3
+    assert "percent of the variance" in capsys.readouterr().out
+
+
 def new_evaluator(kind="bitfit", **seeds):
     evaluator = GLUEvaluator("rte", str(TINY_BERT), None, data_dir=GLUE, **seeds)
     evaluator.preprocess_dataset("longest", 48, 8, train_size=24)
