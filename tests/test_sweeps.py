@@ -6,6 +6,7 @@ import pytest
 
 from bitfit.data.tasks import TASKS
 from bitfit.model.run import Run
+from bitfit.options import TERMS
 from bitfit.results import seed_variance, sweeps
 from utils import Diverged
 
@@ -229,3 +230,39 @@ def test_only_complete_grids_are_decomposed(tmp_path, results, rows):
     text = sweeps.write_report(tmp_path, RTE, {run: tmp_path / run.name for run, *_ in results}, "")
     assert ("percent of the variance" in text) == (tmp_path / "seed_variance.csv").exists()
     assert (tmp_path / "seed_variance.csv").exists() == (rows > 0)
+
+
+def test_the_report_of_sets_of_terms_of_which_one_diverged(tmp_path):
+    results = []
+    for terms in ("all", "none"):
+        for run, content, curve in grid_results((2, 2)):
+            content["diverged"] = "at epoch 1" if terms == "all" else None
+            results.append((run._replace(terms=terms), content, curve))
+    text = sweeps.write_report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    assert "all 0.0001 0 pairs (4 diverged) - - -" in " ".join(text.split())
+    saved = pd.read_csv(tmp_path / "seed_variance.csv", keep_default_na=False)
+    assert saved["bias_terms"].unique().tolist() == ["none"]
+
+
+def test_the_variance_has_the_sets_of_terms_in_the_order_of_the_flags(tmp_path):
+    results = [(run._replace(terms=terms), *files)
+               for terms in ("query", "none", "all")
+               for run, *files in grid_results((2, 2))]  # fmt: skip
+    text = sweeps.write_report(tmp_path, RTE, write(tmp_path, results), "a caption")
+    first, second = text.split("best of ")
+    for part in (first, second.partition("percent of the variance")[2]):
+        places = [part.index(f" {terms} ") for terms in ("query", "none", "all")]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("terms", [None, "none", " ".join(TERMS)])
+def test_the_legend_of_a_sweep_is_within_the_figure(tmp_path, terms):
+    results = [(run._replace(terms=terms), *files) for run, *files in grid_results((1, 2))]
+    results += [(run._replace(learning_rate=rate), content, scores)
+                for rate in (2e-4, 3e-4) for run, content, scores in results[:2]]  # fmt: skip
+    metadata, scores = sweeps.read_sweep(write(tmp_path, results))
+    figure = sweeps.sweep_curves(metadata, scores, RTE, "a caption")["Accuracy"]
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    assert figure.axes[0].get_window_extent().height > 0.5 * figure.bbox.height

@@ -116,6 +116,19 @@ def curve_figure(
     return figure, axes
 
 
+def add_wide_legend(figure: "Figure") -> None:
+    """Add a legend below the axes, in two columns if they are as wide as the figure, else in one.
+
+    Longer labels are wrapped. The figure grows, so that the axes keep their height.
+    """
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if len(labels) > 3 and max(map(len, labels)) <= 42 else 1
+    labels = [textwrap.fill(label, 84) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, lines - 4))
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=columns)
+
+
 def epoch_ticks(epochs: Iterable[int]) -> list[int]:
     """Return at most MAX_TICKS of the epochs, evenly spaced, always with the last epoch."""
     unique = sorted({int(epoch) for epoch in epochs})

@@ -66,6 +66,8 @@ def seed_variance(metadata: pd.DataFrame, groups: dict[float, pd.DataFrame]) -> 
     """
     rows = []
     for rate, scores in groups.items():
+        if scores.empty:  # all runs diverged
+            continue
         of_runs = metadata.set_index("run").loc[scores.columns].assign(score=scores.iloc[-1])
         grid = of_runs.pivot(index="seed", columns="data_seed", values="score").to_numpy()
         if min(grid.shape) < 2 or np.isnan(grid).any() or not np.ptp(grid):
@@ -83,7 +85,8 @@ def format_seed_variance(table: pd.DataFrame) -> str:
     percent = 100 * table[["share", "low", "high"]].to_numpy()
     cells = [f"{share:.0f} ({low:.0f} to {high:.0f})" for share, low, high in percent]
     keys = [name for name in table if name not in ("source", "share", "low", "high")]
-    wide = table.assign(cell=cells).pivot(index=keys, columns="source", values="cell")
+    # Not pivot(), which sorts the sets of bias terms.
+    wide = table.assign(cell=cells).set_index([*keys, "source"])["cell"].unstack(sort=False)
     shown = wide[list(SOURCES)].reset_index().rename(columns=lambda name: name.replace("_", " "))
     title = "percent of the variance of the last epoch's scores that seeds explain (95 % interval):"
     return f"{title}\n{shown.to_string(index=False, float_format='{:g}'.format)}"

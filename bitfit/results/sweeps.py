@@ -185,11 +185,11 @@ def sweep_curve(
         curve = 100 * of_rate.groupby("epoch")["value"].agg(["mean", "min", "max"])
         count = of_rate["run"].nunique()
         seeds = f"{count} {unit}" + "s" * (count > 1)
-        label = f"{terms}, " * bool(terms)
+        label = f"bias terms {terms}, " * bool(terms)
         label += f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
         band = (curve["min"], curve["max"])
         plots.plot_curve(axes, curve["mean"], plots.series_style(number), label=label, band=band)
-    figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(settings) < 4 else 2)
+    plots.add_wide_legend(figure)
     return figure
 
 
@@ -211,8 +211,9 @@ def report_settings(
     for terms, of_set in metadata.groupby("bias_terms", sort=False):
         groups = scores_by_learning_rate(of_set, scores, task)
         rows += learning_rate_table(of_set, groups)
-        variance = seed_variance.seed_variance(of_set, groups)
-        variances.append(variance.assign(bias_terms=terms) if terms else variance)
+        variances.append(seed_variance.seed_variance(of_set, groups))
+        if terms:
+            variances[-1].insert(0, "bias_terms", terms)
         prefix = f"bias terms {terms}: " if terms else ""
         warnings += [prefix + text for text in sweep_warnings(groups)]
     variance = pd.concat([part for part in variances if len(part)] or variances)
