@@ -267,9 +267,9 @@ def machine(study: Study) -> list[str]:
         if args:
             known = defaultdict(lambda: "unknown", args)
             versions = " ".join(f"{n} {known[n]}" for n in ("torch", "transformers", "python"))
-            commit = (known["commit"] or "unknown")[:7]
+            commit = str(known["commit"] or "unknown")[:7]
             commit += " with uncommitted changes" * (args.get("uncommitted_changes") is True)
-            device = f"{known['device']}, {known['threads']} threads, {known['precision']}"
+            device = f"{known['device']}, threads: {known['threads']}, {known['precision']}"
             machines.append(f"{device}; {versions}; commit {commit}")
         hours += (cost.training_seconds(study, cell) or 0) / 3600
     runs = sum(cell.runs for cell in study.cells)
