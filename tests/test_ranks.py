@@ -169,7 +169,8 @@ def test_term_sets_over_two_ranks_equal_their_own_commands(plain, tmp_path):
     """Each rank trains one of the sets."""
     more = ["--fine-tune-type", "bitfit", "--epochs", "1", "--learning-rate", "1e-3", "3e-3"]
     sets = {"query": ["--bias-terms", "query"], "none": ["--bias-terms", "none"]}
-    run(tmp_path / "both", *more, *sets["query"], *sets["none"])
+    printed = run(tmp_path / "both", *more, *sets["query"], *sets["none"])
+    assert "bitfit: validation" in printed
     for name, words in sets.items():
         assert plain(tmp_path / name, *more, *words) == 0
         for of_run in ("lr0.001_seed0", "lr0.003_seed0"):

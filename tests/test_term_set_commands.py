@@ -81,6 +81,21 @@ def test_a_single_run_differs_by_rounding(mixed, no_dropout, tmp_path):
     assert found == pytest.approx(own, rel=1e-5)
 
 
+def test_sets_one_after_the_other_equal_their_own_commands(
+    no_dropout, tmp_path, monkeypatch, capsys
+):
+    """Of a model whose runs cannot share a pass: a set does not change the method of the next."""
+    monkeypatch.setattr("bitfit.model.forward_trials.reason_not_stackable", lambda *_: "a reason")
+    sets = {"none": ["none"], "query": ["query"], "all": ["all"]}
+    assert run_glue.main(flags(tmp_path / "out", no_dropout, *sets.values(), more=FILES)) == 0
+    assert "RTE, tiny, bitfit: validation" in capsys.readouterr().out
+    for name, terms in sets.items():
+        own = tmp_path / name / "out"  # A model card has the last part of the path.
+        assert run_glue.main(flags(own, no_dropout, terms, more=FILES)) == 0
+        found = contents(tmp_path / f"out/lr0.001_seed0_{name}")
+        assert differences(contents(own), found) == []
+
+
 def test_the_report_has_a_line_for_each_set_and_rate(mixed, no_dropout, capsys):
     table = pd.read_csv(mixed / "results.csv", keep_default_na=False)
     assert table["bias_terms"].unique().tolist() == ["all", "query intermediate", "none"]

@@ -234,7 +234,7 @@ def prepare_model(
         of_terms = method_for_terms(method, terms, model, report=before is None)
         selected = select_trainable(model, of_terms, runs, verbose=verbose)
         selections[terms] = Selection(of_terms, selected, {})
-    method = of_terms if len(selections) == 1 else method
+    method = of_terms if list(selections) == [None] else method  # for a later `prepare_runs`
     if len(selections) > 1:  # all train whole parameters
         names = {name for selection in selections.values() for name in selection.trainable}
         selected = {name: None for name, _ in model.named_parameters() if name in names}
