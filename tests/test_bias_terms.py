@@ -70,7 +70,7 @@ def test_added_biases_are_zeros_and_the_config_has_them(case, tmp_path):
         ("bert", {}, "the config of this bert model cannot add biases: leave it out"),
         ("modernbert", dict.fromkeys(MODERNBERT, True), "the config of this modernbert model"),
         ("t5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2},
-         "the config of this t5 model cannot add biases"),
+         "the config of this t5 model cannot add biases: give another model"),
     ],
 )  # fmt: skip
 def test_a_config_without_a_switch(kind, more, message):

@@ -242,6 +242,14 @@ def test_entity_metrics_are_checked_with_the_tags_of_the_training_split(tmp_path
         task_files.resolve_task(record, tmp_path)
 
 
+def test_one_tag_is_refused_with_the_training_file(tmp_path):
+    make_task(tmp_path, "a V\nb V\n")
+    files = {"train": "data.conll", "validation": "data.conll"}
+    record = {"name": "x", "words": 1, "tags": 2, "metrics": ["Accuracy"], "files": files}
+    with pytest.raises(UserError, match=r'"files": train: .*data.conll has no two different tags'):
+        task_files.resolve_task(record, tmp_path)
+
+
 def test_class_labels_of_the_hub_are_read_as_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "ner").mkdir()

@@ -183,11 +183,11 @@ def with_labels(record: Record, folder: str | Path) -> Record:
     """Return a record of tagging with "labels": if it has none, the training tags, sorted."""
     if "words" not in record or "labels" in record:
         return record
-    table = read_sentences(
-        data_file(folder, record["files"]["train"]), (record["words"], record["tags"])
-    )
+    file = data_file(folder, record["files"]["train"])
+    table = read_sentences(file, (record["words"], record["tags"]))
     check_words(table, record["words"])
     tags = check_tags(table, record["words"], record["tags"])
+    require(len(set(tags)) > 1, "files", f"train: {file} has no two different tags")
     labels = parse_labels(sorted(set(tags)))
     check_metrics(record["metrics"], labels, is_tagging=True)
     return record | {"labels": labels}

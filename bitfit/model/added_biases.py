@@ -34,7 +34,9 @@ def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
     added = added_parameters(model, switches)
     if not added:
         problem = f"the config of this {model.config.model_type} model cannot add biases"
-        raise UserError(f"--add-biases: {problem}: leave it out")
+        has_biases = any(in_encoder(model, n) and is_bias(n) for n, _ in model.named_parameters())
+        advice = "leave it out" if has_biases else "give another model"
+        raise UserError(f"--add-biases: {problem}: {advice}")
     for name, shape in added.items():
         module_name, _, kind = name.rpartition(".")
         zeros = torch.zeros(shape, dtype=torch.float32, device=model.device)
