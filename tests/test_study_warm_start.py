@@ -7,6 +7,7 @@ import time
 import pandas as pd
 import paper
 import pytest
+from conftest import ROOT, TINY_BERT
 from toy_study import plan, states
 
 from bitfit.study import cell_states, cells, worker
@@ -36,6 +37,14 @@ def test_sources_are_planned_first_and_save_evaluators(warm):
     cold = ["--rows", "bitfit", "--no-predict-test", "--epochs", "1"]
     assert plan(warm.output, *cold) == 0
     assert cells.read_study(warm.output).cells[-1].name == "tiny_bert/bitfit/rte"
+
+
+def test_taggers_cannot_start_from_a_task_of_sentences(tmp_path, capsys):
+    task = str(ROOT / "examples/tagging/toy-pos.json")
+    command = ["plan", "-o", str(tmp_path / "study"), "--tables", "3", "--tasks", task]
+    assert paper.main([*command, "--models", str(TINY_BERT), "--start-from", "mnli"]) == 2
+    assert "toy-pos tags words, which mnli does not: plan it without" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 def test_cells_start_from_the_best_run_of_the_source(warm, capsys):

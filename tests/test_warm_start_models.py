@@ -46,8 +46,10 @@ def test_taggers_start_from_taggers(tmp_path):
     other = prepared(toy / "toy-phrases.json", start=tmp_path / "pos")
     assert other.prepared.method.start.record["classifier"] is False
     save_random(tmp_path / "rte", prepared("rte"))
-    with pytest.raises(UserError, match="another base model"):
+    with pytest.raises(UserError, match="classifier of sentences, not of words as toy-pos needs"):
         prepared(toy / "toy-pos.json", start=tmp_path / "rte")
+    with pytest.raises(UserError, match="classifier of words, not of sentences as rte needs"):
+        prepared("rte", start=tmp_path / "pos")
 
 
 @pytest.mark.parametrize("kind", ["bitfit", "frozen"])

@@ -93,7 +93,14 @@ def make_warm_start(
 
     Args:
         metadata: the content of evaluator.json.
+
+    Raises:
+        UserError: one task tags words, the other classifies sentences.
     """
+    if source.is_tagging != task.is_tagging:
+        kinds = "words, not of sentences" if source.is_tagging else "sentences, not of words"
+        problem = f"{folder} has a classifier of {kinds} as {task.name} needs"
+        raise UserError(f"{problem}: give an evaluator of the same kind as --start-from")
     order = label_order(label_names(source), label_names(task)) or ()
     hashed = (part for name in sorted(values) for part in (name, values[name], positions[name]))
     digest = sha256([*label_names(source), *hashed])

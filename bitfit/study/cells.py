@@ -146,6 +146,9 @@ def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.
     }
     known = task_of(parse_flags(tuple(options.flag_words(flags))))
     check_metric(known)
+    if args.start_from and known.is_tagging:
+        problem = f"{known.name} tags words, which {args.start_from} does not"
+        raise UserError(f"{problem}: plan it without --start-from")
     is_submitted = row in ("full_ft", "bitfit") and not size and bool(known.server_files)
     words = options.flag_words(flags | {"predict_test": is_submitted and args.predict_test})
     return Cell(model, row, known.name, size=size, flags=words, hash=flags_hash(words))
