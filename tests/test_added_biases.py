@@ -43,6 +43,9 @@ def evaluators(sweep):
     return [sweep / f"{RATE}{seed}" / "evaluator" for seed in (0, 1)]
 
 
+PAIRS = [("a film", "good"), ("a small film is good, and long", "it is bad"), ("no", "no")]
+
+
 def prepared(model, *seeds, kind="bitfit", components=("bias",), **options):
     evaluator = GLUEvaluator("rte", str(model), None, list(seeds), GLUE, **options)
     evaluator.preprocess_dataset("longest", 128, 8, train_size=24)
@@ -109,6 +112,35 @@ def test_runs_in_one_pass_equal_single_runs(modern, kind):
         together.select(number)
         assert together.record.train_loss == pytest.approx(alone.record.train_loss, rel=1e-4)
         assert np.abs(together.predict("validation") - alone.predict("validation")).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "eurobert"])
+def test_runs_of_frozen_score_like_each_alone(modern, tmp_path, kind):
+    """EuroBERT's classifier computes all tokens before it pools."""
+    together = prepared(modern[kind], 0, 1, kind="frozen", components=())
+    together.train_and_evaluate(1)
+    for number in (0, 1):
+        alone = prepared(modern[kind], number, kind="frozen", components=())
+        alone.train_and_evaluate(1)
+        together.select(number)
+        assert together.evaluations == alone.evaluations
+        alone.save(tmp_path / str(number))
+    folders = [tmp_path / "0", tmp_path / "1"]
+    many = multi_task.load_predictor(multi_task.read_evaluators(folders), torch.device("cpu"))
+    with many.stack.patched():
+        answers = multi_task.predict_logits(many, PAIRS)
+    for folder, logits in zip(folders, answers, strict=True):
+        check_plain_logits(folder, logits)
+
+
+def check_plain_logits(folder, logits):
+    """Compare logits of PAIRS with those of a loaded evaluator's model, one row at a time."""
+    alone = GLUEvaluator.load(folder, None)
+    for row, expected in zip(PAIRS, logits, strict=True):
+        inputs = alone.loaded.tokenizer(*row, return_tensors="pt")
+        with torch.no_grad():
+            found = alone.model.eval()(**inputs).logits[0].numpy()
+        assert np.abs(found - expected).max() < 1e-4
 
 
 def test_a_loaded_evaluator_has_its_biases(sweep, evaluators, tmp_path):
@@ -186,16 +218,10 @@ def test_several_evaluators_answer_together(evaluators, modern, tmp_path):
     assert run_glue.main(frozen) == 0
     folders = [*evaluators, tmp_path / "frozen" / "evaluator"]
     many = multi_task.load_predictor(multi_task.read_evaluators(folders), torch.device("cpu"))
-    rows = [("a film", "good"), ("a small film is good, and long", "it is bad"), ("no", "no")]
     with many.stack.patched():
-        together = multi_task.predict_logits(many, rows)
+        together = multi_task.predict_logits(many, PAIRS)
     for folder, logits in zip(folders, together, strict=True):
-        alone = GLUEvaluator.load(folder, None)
-        for row, expected in zip(rows, logits, strict=True):
-            inputs = alone.loaded.tokenizer(*row, return_tensors="pt")
-            with torch.no_grad():
-                found = alone.model.eval()(**inputs).logits[0].numpy()
-            assert np.abs(found - expected).max() < 1e-4
+        check_plain_logits(folder, logits)
 
 
 def test_a_warm_start_needs_the_flag(evaluators, modern):

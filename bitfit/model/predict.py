@@ -99,10 +99,12 @@ def predict_runs(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each run and the logits (B, C), or (words, C), of its rows.
 
-    If only the classifier of a group of runs trains and all its runs have the same rows, the
-    encoder runs once for the group. On a GPU that packs rows, runs whose rows fill at most half a
-    micro-batch share micro-batches, because launching kernels takes longer than computing them. A
-    CPU launches at once. There, and otherwise, one run after the other is loaded into the model.
+    If only the classifier of a group of runs trains, all its runs have the same rows and rows are
+    packed, the encoder runs once for the group. With padded rows, some classifiers compute all
+    tokens before they pool (EuroBERT), so each run predicts alone. On a GPU that packs rows, runs
+    whose rows fill at most half a micro-batch share micro-batches, because launching kernels takes
+    longer than computing them. A CPU launches at once. There, and otherwise, one run after the
+    other is loaded into the model.
 
     Args:
         rows: {run: (B,) int64 row numbers}.
@@ -113,7 +115,7 @@ def predict_runs(
             continue
         stack.select_group(number)
         first, *others = of_group.values()
-        shared = stack.shares_encoder and (tokens.word_index is None or forward.packed_encoder)
+        shared = stack.shares_encoder and forward.packed_encoder
         if shared and others and all(np.array_equal(other, first) for other in others):
             with stack.routing():
                 logits = predict(forward, tokens, budget, rows=first, group=group)

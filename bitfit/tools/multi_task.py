@@ -198,7 +198,7 @@ def logits_of_tokens(
     tokens = tokens.to(predictor.stack.params.device)
     is_tagging = tokens.word_counts is not None
     shares = predictor.stack.shares_encoder and len(predictor.tasks) > 1
-    if shares and not (is_tagging and predictor.forward.packed_encoder is None):
+    if shares and predictor.forward.packed_encoder:  # for the reason, see `predict_runs`
         with predictor.stack.routing():
             together = predict(predictor.forward, tokens, predictor.token_budget)  # (K, rows, C)
         if not is_tagging:
