@@ -91,7 +91,7 @@ def add_run(add: Callable) -> None:
 
 
 def add_report(add: Callable) -> None:
-    add("--resamples", type=POSITIVE, metavar="N", default=1000,
+    add("--resamples", type=number(int, 2, 2**31), metavar="N", default=1000,
         help="number of bootstrap resamples [%(default)s]")
     add("--figure-formats", nargs="+", choices=("pdf", "svg"), metavar="FORMAT", default=[],
         help="also write the figures as pdf or svg [png alone]")

@@ -22,6 +22,10 @@ def test_the_report_has_the_size_and_labels_of_each_split(study):
         ["rte", "test", "sentences 2, rows 3, words 9", ""],
     ]
     assert "entailment 11, not_entailment 13" in report.html_table(table)
+    args = {"splits": splits, "train_size": 12}
+    (folder / "args.json").write_text(json.dumps(args))
+    splits_of_sample = report.data_table(study)["split"]
+    assert splits_of_sample.tolist()[-1] == "train (drawn by any seed)"
     (folder / "args.json").write_text(json.dumps({"splits": {"train": 3}}))
     assert len(report.data_table(study)) == 4
 

@@ -178,6 +178,7 @@ def test_a_study_cannot_be_a_file(tmp_path, capsys):
         (["run", "-o", "x"], "x holds no study"),
         (["run", "-o", "x", "--gpus", "zero"], "'zero'"),
         (["run", "-o", "x", "--gpus", "0", "1", "--nproc-per-node", "2"], "needs a single worker"),
+        (["report", "-o", "x", "--resamples", "1"], "'1' is not a whole number at least 2"),
         (["run"], "--output-path"),
         ([], "COMMAND"),
     ],

@@ -164,3 +164,5 @@ def test_sets_from_python():
                      for seed in (0, 1)]  # fmt: skip
     with pytest.raises(UserError, match="a set of bias terms is given twice"):
         evaluator.prepare("bitfit", 1e-3, components=[["query"], ["query"]], verbose=False)
+    with pytest.raises(UserError, match="only bitfit has sets of bias terms, not frozen"):
+        evaluator.prepare("frozen", 1e-3, components=sets, verbose=False)

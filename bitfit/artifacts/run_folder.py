@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bitfit.files import write_text
 from bitfit.model.fingerprints import describe_change
 from bitfit.model.trainable import components_to_terms
+from bitfit.options import flag_words
 from utils import FORMAT, UserError, as_list, convert_errors, first_line
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def describe_difference(name: str, old: Any, new: Any) -> str:  # noqa: ANN401 (
         old = old or {}
         keys = [key for key in old | new if old.get(key) != new.get(key)]
         return f"the task of --task-file has another {' and '.join(keys)}"
-    old, new = (" ".join(map(str, as_list(value))) for value in (old, new))
+    old, new = (" ".join(flag_words({name: value})[1:]) or value for value in (old, new))
     return f"--{name.replace('_', '-')} was {old} and is now {new}"
 
 

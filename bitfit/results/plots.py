@@ -117,10 +117,7 @@ def curve_figure(
 
 
 def add_wide_legend(figure: "Figure") -> None:
-    """Add a legend below the axes, in two columns if they are as wide as the figure, else in one.
-
-    Longer labels are wrapped. The figure grows, so that the axes keep their height.
-    """
+    """Add a legend below the axes, in one column if its labels are long, and enlarge the figure."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = 2 if len(labels) > 3 and max(map(len, labels)) <= 42 else 1
     labels = [textwrap.fill(label, 84) for label in labels]

@@ -254,7 +254,8 @@ def data_table(study: Study) -> pd.DataFrame:
             sizes = [f"{name} {count}" for name, count in known if not isinstance(count, dict)]
             labels = [f"{label} {count}" for _, counts in known if isinstance(counts, dict)
                       for label, count in counts.items()]  # fmt: skip
-            rows.append((cell.task, split, ", ".join(sizes), ", ".join(labels)))
+            sample = " (drawn by any seed)" * bool(split == "train" and args.get("train_size"))
+            rows.append((cell.task, split + sample, ", ".join(sizes), ", ".join(labels)))
     columns = ["task", "split", "size", "labels or scores"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 

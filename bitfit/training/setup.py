@@ -246,6 +246,8 @@ def method_for_terms(
     method: Method, terms: str | None, model: "PreTrainedModel", report: bool
 ) -> Method:
     """Return the method of the runs with these `Run.terms`, with the model's names of biases."""
+    if terms is not None and method.fine_tune_type != "bitfit":
+        raise UserError(f"only bitfit has sets of bias terms, not {method.fine_tune_type}")
     if terms == NO_TERMS:
         return replace(method, fine_tune_type="frozen")
     if method.fine_tune_type != "bitfit":
