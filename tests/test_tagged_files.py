@@ -125,6 +125,17 @@ def test_tags_are_added_to_files_without_them(suffix, tmp_path):
         assert table.columns == {"w": [["a", "c"], ["e"]], "t": [["O", "B-X"], ["I-X"]]}
 
 
+def test_tags_with_blanks_are_written_with_tabs(tmp_path):
+    source, out = tmp_path / "data.conll", tmp_path / "out.conll"
+    source.write_text("a x\nb y\n\nc z\n")
+    tags = [["noun phrase", "O"], ["O"]]
+    tagged_files.write_tags(out, source, {"3": tags})
+    assert tagged_files.read_sentences(out, ["1", "3"]).columns == {
+        "1": [["a", "b"], ["c"]],
+        "3": tags,
+    }
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -6,6 +6,7 @@ A row of a table is a sentence: a list of words and, in labelled splits, a list 
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,7 +142,12 @@ def write_tags(path: Path, source: Path | None, columns: Columns) -> None:
 
 
 def replace_columns(file: ColumnFile, columns: Columns) -> str:
-    """Return the text of a CoNLL file with other values in some columns, or with more columns."""
+    """Return the text of a CoNLL file with other values in some columns, or with more columns.
+
+    If a value has a blank, tabs separate the columns.
+    """
+    texts = chain.from_iterable(chain.from_iterable(columns.values()))
+    separator = "\t" if any(" " in text for text in texts) else file.separator
     lines = list(file.lines)
     for name, values in columns.items():
         column = file.columns.get(name)
@@ -151,7 +157,7 @@ def replace_columns(file: ColumnFile, columns: Columns) -> str:
                     fields.append(value)
                 else:
                     fields[column] = value
-                lines[index] = file.separator.join(fields)
+                lines[index] = separator.join(fields)
     return "".join(f"{line}\n" for line in lines)
 
 
