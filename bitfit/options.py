@@ -265,8 +265,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
     if args.bias_terms == [NO_TERMS]:
         args.fine_tune_type, args.bias_terms = "frozen", None
     if args.add_biases and args.fine_tune_type not in BIAS_TYPES and not args.start_from:
-        parser.error(f"--add-biases: {args.fine_tune_type} would leave the biases at zero: leave "
-                     "it out")  # fmt: skip
+        method = "--evaluate-only" if args.evaluate_only else args.fine_tune_type
+        parser.error(f"--add-biases: {method} would leave the biases at zero: leave it out")
     check_grid(parser, args)
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")

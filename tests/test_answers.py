@@ -354,6 +354,7 @@ def test_another_base_model_under_the_same_name(saved, lines, tmp_path, capsys):
     status, _, error = main(capsys, saved["cola"], "-i", lines, "-m", str(tmp_path))
     assert status == 2
     assert "was trained on another base model than" in error
+    assert "give the one it was trained on as --model-name" in error
 
 
 def started(*words, **options):

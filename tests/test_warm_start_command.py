@@ -118,6 +118,7 @@ def test_a_warm_start_from_the_same_task_begins_with_its_scores(tmp_path):
         (["--start-from", "x", "--random-encoder", "-f", "bitfit"], "give one of them"),
         (["--evaluate-only", "-f", "bitfit", "-e", "3", "--keep", "best"],
          "--evaluate-only trains nothing: leave out --fine-tune-type, --epochs, --keep"),
+        (["--evaluate-only", "--add-biases"], "--evaluate-only would leave the biases at zero"),
         (["--evaluate-only"], "has no classifier with the labels of rte"),
         ([], "the following arguments are required: --fine-tune-type/-f"),
     ],

@@ -96,7 +96,7 @@ def base_error(folder: object, model_name: str, reason: str = "") -> UserError:
     """Return the error for a base model that a saved evaluator was not trained on."""
     base = f"another base model than {model_name}{reason}"
     return UserError(
-        f"{folder} was trained on {base}: give the one it was trained on as model_name"
+        f"{folder} was trained on {base}: give the one it was trained on as --model-name"
     )
 
 
