@@ -61,6 +61,7 @@ BAD_FLAGS = {
     "an init seed twice": (["--init-seed", "1", "1"], "--init-seed has a value twice"),
     "a data seed twice": (["--data-seed", "1", "1"], "--data-seed has a value twice"),
     "a seed of both": (["-s", "0", "--data-seed", "1"], "give --seed alone, or the other two"),
+    "no terms and a term": (["--bias-terms", "query", "none"], "give it without other terms"),
     "one bad rate of two": (["-l", "1e-3", "nan"], "argument --learning-rate"),
     "no such GPU": (["--gpu-device", "99"], "there is no GPU 99"),
     "negative GPU": (["--gpu-device", "-1"], "there is no GPU -1"),

@@ -14,6 +14,7 @@ from bitfit.data.tasks import score
 from bitfit.results.scores import read_metrics
 from bitfit.study import cells
 from glue_evaluator import GLUEvaluator
+from utils import UserError
 
 
 @pytest.fixture
@@ -38,6 +39,11 @@ def test_the_sample_belongs_to_the_seed(make_evaluator):
         assert np.array_equal(sample, same)
         assert sorted(whole) == sorted(drawn)
     assert list(none.scored()) == ["validation"]
+
+
+def test_a_negative_number_is_refused(make_evaluator):
+    with pytest.raises(UserError, match="train_score_rows -1: give 0 for none"):
+        make_evaluator(-1)
 
 
 def test_the_score_is_that_of_the_sample(make_evaluator, caplog):

@@ -66,6 +66,9 @@ def select_components(
     """
     biases, selected = need_biases(model), []
     for term in components_to_terms(terms):
+        if term == NO_TERMS:
+            raise UserError("--bias-terms none trains the classifier alone: give it without other "
+                            "terms, or the fine-tune type frozen")  # fmt: skip
         found = [ALL_BIASES] if term == "all" else find_components(biases.values(), term)
         if not found:
             raise UserError(unknown_term_message(model, term))

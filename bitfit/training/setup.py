@@ -190,6 +190,8 @@ def load_data(
     Args:
         train_size, train_score_rows: as in `Dataset`.
     """
+    if (train_score_rows or 0) < 0:
+        raise UserError(f"train_score_rows {train_score_rows}: give 0 for none, or a number above")
     tokenizer = loading.load_tokenizer(setup.model_name, setup.revision, setup.task.is_tagging)
     config = loading.load_config(setup.model_name, setup.task, setup.revision)
     dataset = Dataset(
