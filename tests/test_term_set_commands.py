@@ -144,7 +144,7 @@ def test_none_alone_is_frozen(no_dropout, tmp_path):
         ([["all"], ["all", "query"]], "--bias-terms all query: trains the same as"),
         ([["none"], ["none"]], "--bias-terms none: trains the same as --bias-terms none: give one"),
         ([["all"], ["gate"]], "--bias-terms gate: this bert model has no such bias"),
-        ([["all"], ["none", "query"]], "--bias-terms none: this bert model has no such bias"),
+        ([["all"], ["none", "query"]], "--bias-terms none trains the classifier alone"),
     ],
 )
 def test_invalid_sets_are_one_line(tmp_path, capsys, sets, message):
