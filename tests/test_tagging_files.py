@@ -132,6 +132,10 @@ def test_predict_answers_lines_of_words(outputs, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["-i", "test.conll"], "to tag such a file, give --output FILE.conll"),
+        (
+            ["-i", "test.conll", "-o", "./test.conll"],
+            "test.conll is the file of --input: give anoth",
+        ),
         (["-i", "test.conll", "-o", "out.jsonl"], "out.jsonl is not a .conll file"),
         (["-o", "out.conll"], "--input -: for --output give a file .conll, .txt"),
         (["-i", "nowhere.conll", "-o", "out.conll"], "cannot read --input nowhere.conll"),

@@ -79,6 +79,8 @@ def read_words(tasks: Sequence[Task], source: str, output: str | None) -> Table 
         raise UserError(f"--input {source}: for --output give a file {', '.join(SUFFIXES)}")
     if problem := file_error(output, (suffix,)):
         raise UserError(f"--output {output} {problem}")
+    if Path(output).resolve() == Path(source).resolve():
+        raise UserError(f"--output {output} is the file of --input: give another")
     (words, *others), names = {task.texts[0] for task in tasks}, {task.tsv_label for task in tasks}
     if others or len(names) < len(tasks):
         raise UserError("these evaluators read other words or write the same tags: give one")
