@@ -13,8 +13,8 @@ from bitfit.versions import installed_version
 from utils import UserError
 
 FILE = "checklist.md"
-TODO = "TODO, please fill in"
-INTRODUCTION = f"Items with `{TODO}` need your answer. The others come from the study's files."
+OPEN = "please fill in"
+INTRODUCTION = f"Items with `{OPEN}` need your answer. The others come from the study's files."
 RESULTS_NOTE = (
     "Mean ± sample standard deviation over the seeds, × 100, on the validation examples. `split` "
     "chooses learning rate and epoch on one half and scores on the other, and the other way "
@@ -68,7 +68,7 @@ def write_checklist(study: Study) -> Path:
         "Sizes and labels of the splits (B6)": report.pipes(report.data_table(study)),
     }
     for section, questions in QUESTIONS.items():
-        sections[section] = "\n".join(f"- [ ] {TODO}: {question}" for question in questions)
+        sections[section] = "\n".join(f"- [ ] {OPEN}: {question}" for question in questions)
     parts = ["# Reproducibility checklist", report.progress(study), INTRODUCTION]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     write_text(study.output / FILE, "\n\n".join(parts) + "\n")
@@ -77,7 +77,7 @@ def write_checklist(study: Study) -> Path:
 
 def cell_settings(study: Study, cell: Cell) -> dict[str, str]:
     """Return the row of a cell in the table of settings; only a finished cell has all values."""
-    measured = dict.fromkeys(("trained parameters", "all parameters", "hours", "devices"), TODO)
+    measured = dict.fromkeys(("trained parameters", "all parameters", "hours", "devices"), OPEN)
     seconds = cost.training_seconds(study, cell)
     if seconds is not None:
         content = read_metrics(next(iter(cell.folders(study.output).values())))[0]
