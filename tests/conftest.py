@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers share the cores, torch's threads would fight
 
+import json
 from pathlib import Path
 
 import pictures
@@ -29,6 +30,17 @@ TINY_BERT = ROOT / "examples" / "tiny_bert"
 
 transformers.logging.disable_progress_bar()
 pictures.use_placeholders()
+
+
+@pytest.fixture(scope="session")
+def no_dropout(tmp_path_factory):
+    """A copy of the tiny BERT without dropout."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(TINY_BERT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(autouse=True)

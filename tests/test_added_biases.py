@@ -126,6 +126,11 @@ def test_runs_of_frozen_score_like_each_alone(modern, tmp_path, kind):
         assert together.evaluations == alone.evaluations
         alone.save(tmp_path / str(number))
     folders = [tmp_path / "0", tmp_path / "1"]
+    check_shared_logits(folders)
+
+
+def check_shared_logits(folders):
+    """Compare the logits of evaluators that predict in one pass with those of each alone."""
     many = multi_task.load_predictor(multi_task.read_evaluators(folders), torch.device("cpu"))
     with many.stack.patched():
         answers = multi_task.predict_logits(many, PAIRS)
@@ -217,11 +222,7 @@ def test_several_evaluators_answer_together(evaluators, modern, tmp_path):
                    model=modern["modernbert"])  # fmt: skip
     assert run_glue.main(frozen) == 0
     folders = [*evaluators, tmp_path / "frozen" / "evaluator"]
-    many = multi_task.load_predictor(multi_task.read_evaluators(folders), torch.device("cpu"))
-    with many.stack.patched():
-        together = multi_task.predict_logits(many, PAIRS)
-    for folder, logits in zip(folders, together, strict=True):
-        check_plain_logits(folder, logits)
+    check_shared_logits(folders)
 
 
 def test_a_warm_start_needs_the_flag(evaluators, modern):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -63,16 +62,6 @@ def train_types(folder, model, group):
         save_file({"logits": logits, "values": evaluator.result.stack.params, "limit": limit},
                   folder / f"{kind}.rank{group.rank}.safetensors")  # fmt: skip
         assert predicted
-
-
-@pytest.fixture(scope="module")
-def no_dropout(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(TINY_BERT, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

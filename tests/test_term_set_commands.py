@@ -1,7 +1,6 @@
 """Commands with several sets of bias terms: each run equals the run of its set's own command."""
 
 import json
-import shutil
 import signal
 
 import pandas as pd
@@ -18,16 +17,6 @@ from utils import UserError
 SETS = {"all": ["all"], "query-intermediate": ["query", "intermediate"], "none": ["none"]}
 RATES = ["-l", "1e-3", "3e-3"]
 FILES = ["--save-evaluator", "--export-model", "--predict-test"]
-
-
-@pytest.fixture(scope="module")
-def no_dropout(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(TINY_BERT, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
