@@ -108,12 +108,9 @@ def write_line(line: str) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print to standard output at once, whatever its encoding.
+    """Print to standard output at once, whatever its encoding; OSError if that fails.
 
     A reader that has closed the pipe (`| head -1`) is no error.
-
-    Raises:
-        OSError: the text cannot be written.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
@@ -151,11 +148,7 @@ def resolve_gpu(choice: int | str | None) -> int | None:
 
 
 def choose_device(gpu: int | None) -> "torch.device":
-    """Return the torch device of a GPU number; None means the CPU.
-
-    Raises:
-        UserError: there is no such GPU.
-    """
+    """Return the torch device of a GPU number, None for the CPU; UserError if there is none."""
     import torch
 
     if gpu is None:

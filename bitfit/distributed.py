@@ -184,13 +184,10 @@ class Ranks:
         )[0]
 
     def local_gpu(self, choice: int | str | None) -> int | None:
-        """Return the number of this rank's GPU, or None for the CPU.
+        """Return the number of this rank's GPU, None for the CPU; UserError if GPUs are too few.
 
         Args:
             choice: the value of --gpu-device.
-
-        Raises:
-            UserError: there are more ranks than GPUs, and no --gpu-device.
         """
         import torch
 

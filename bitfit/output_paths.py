@@ -26,11 +26,7 @@ def check_is_new(output: Path) -> None:
 
 
 def has_files(output: Path) -> bool:
-    """Return whether a folder exists and holds files.
-
-    Raises:
-        UserError: it is a file, or cannot be read.
-    """
+    """Return whether a folder exists and holds files; UserError for a file or unreadable folder."""
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"--output-path {output} is a file: give a folder")
     if not os.path.isdir(output):

@@ -7,11 +7,7 @@ from utils import NotPushed, UserError, convert_errors, first_line
 
 
 def check_push(name: str) -> None:
-    """Check the name, the network and the token for an upload, before any work.
-
-    Raises:
-        UserError: the upload could not succeed.
-    """
+    """Check name, network and token of an upload, before any work; UserError if one is wrong."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 

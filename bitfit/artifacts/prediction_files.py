@@ -40,11 +40,7 @@ def write_test_predictions(
 
 
 def write_tagged_split(path: Path, data: LoadedData, split: str, predicted: np.ndarray) -> None:
-    """Write the sentences of a split with the predicted tags (words,) in their file's format.
-
-    Raises:
-        UserError: the sentences have changed since they were read.
-    """
+    """Write a split's sentences with predicted tags (words,); UserError if they have changed."""
     task, folder, tokens = data.dataset.task, data.dataset.data_dir or ".", data.tokens(split)
     known = tokens.sentences_of(np.arange(len(tokens.lengths)))
     (sentences,) = read_split(task, split, folder).columns

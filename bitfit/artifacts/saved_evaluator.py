@@ -97,10 +97,9 @@ def resolved_folder(path: str | Path | None) -> str | Path | None:
 def read_files(
     folder: Path, model_name: str | Path | None = None
 ) -> tuple[dict[str, Any], Tensors]:
-    """Return (metadata, tensors) of a saved evaluator, with the current name of the base model.
+    """Return (metadata, tensors) of a saved evaluator; UserError if it is missing or damaged.
 
-    Raises:
-        UserError: the evaluator is missing, or a file is damaged.
+    The metadata have the current name of the base model.
     """
     if not (folder / METADATA).exists():
         raise UserError(f"there is no saved evaluator in {folder}: {METADATA} is missing")
@@ -166,11 +165,7 @@ def task_of(metadata: dict[str, Any]) -> Task:
 def read_evaluator(
     folder: Path, model_name: str | None = None, data_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], tuple[dict[str, Any], Tensors]]:
-    """Return the arguments of `GLUEvaluator`, and (metadata, tensors) for `restore_evaluator`.
-
-    Raises:
-        UserError: the files are damaged.
-    """
+    """Return `GLUEvaluator`'s arguments and (metadata, tensors); UserError if files are damaged."""
     metadata, tensors = read_files(folder, model_name)
     metadata["data_dir"] = data_dir or metadata["data_dir"]
     arguments = {name: metadata[name] for name in BUILT_FROM}
@@ -181,11 +176,7 @@ def read_evaluator(
 def restore_evaluator(
     setup: Setup, folder: Path, metadata: dict[str, Any], tensors: Tensors
 ) -> tuple[Setup, LoadedData, PreparedModel, TrainingResult]:
-    """Return setup, data, prepared model and result of a saved evaluator.
-
-    Raises:
-        UserError: the evaluator was trained on another base model.
-    """
+    """Return setup, data, prepared model and result; UserError for another base model."""
     setup = replace(setup, base_name=metadata["base_name"], model_commit=metadata["model_commit"])
     loaded = load_data(setup, *(metadata[name] for name in DATA))
     check_base(folder, metadata, loaded.base_fingerprints)

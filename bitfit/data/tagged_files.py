@@ -32,13 +32,10 @@ class ColumnFile(NamedTuple):
 
 
 def read_columns(path: Path) -> ColumnFile:
-    """Return the words of a CoNLL file.
+    """Return the words of a CoNLL file; UserError for a line with other columns than the first.
 
     Lines without a word are skipped: comments, -DOCSTART- and, in CoNLL-U, multiword tokens (1-2)
-    and empty nodes (1.1).
-
-    Raises:
-        UserError: a line has another number of fields than the first word, or an unexpected ID.
+    and empty nodes (1.1). IDs of CoNLL-U have to count the words of a sentence.
     """
     is_conllu = path.suffix == ".conllu"
     lines = [line.strip(" ") for line in readers.read_lines(path)]

@@ -37,11 +37,7 @@ SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
 def resolve_task(
     task: str | Path | Record, data_dir: str | Path | None = None
 ) -> tuple[Task, str | Path | None]:
-    """Return (Task, data_dir) for the name of a GLUE task, a task file's path, or its content.
-
-    Raises:
-        UserError: the name is unknown, or the record is invalid.
-    """
+    """Return (Task, data_dir) of a task's name, a task file or a record; UserError if invalid."""
     if isinstance(task, str) and task in TASKS:
         return TASKS[task], data_dir
     if isinstance(task, dict):
@@ -70,13 +66,10 @@ def task_of(record: Record) -> Task:
 
 
 def read_task_file(path: str | Path, data_dir: str | Path | None = None) -> Record:
-    """Return the validated content of a task file (its record).
+    """Return the validated content of a task file (its record); UserError if it is invalid.
 
     Args:
         data_dir: the folder of the data files; None: the folder of the task file.
-
-    Raises:
-        UserError: the file cannot be read, or a key is wrong.
     """
     try:
         record = json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys)
@@ -123,8 +116,7 @@ def default_data_dir(path: str | Path) -> str:
 def validate_record(record: Record, source: object) -> Record:
     """Return the content of a task file with defaults, labels as text, and splits by name.
 
-    Raises:
-        UserError: the message begins with `source` and names the key.
+    The message of a UserError begins with `source` and names the key.
     """
     try:
         is_tagging = isinstance(record, dict) and not {"words", "tags"}.isdisjoint(record)

@@ -78,13 +78,10 @@ class Split(NamedTuple):
 def tokenize(
     texts: TextColumns, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> TokenizedSplit:
-    """Return texts as a `TokenizedSplit` on the CPU.
+    """Return texts as a `TokenizedSplit` on the CPU; UserError if `max_length` leaves no room.
 
     Rows over `max_length` tokens are cut, the longest sentence first. Sentences of words are split
     into several rows before, so that no word is cut off.
-
-    Raises:
-        UserError: if `max_length` leaves no room for text.
     """
     tokens_for_text(tokenizer, max_length, pair=len(texts.columns) > 1)
     if texts.word_counts is not None and texts.continues is None:

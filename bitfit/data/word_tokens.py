@@ -39,10 +39,8 @@ def split_long_sentences(
 ) -> TextColumns:
     """Return sentences of over `max_length` tokens as several rows, cut evenly between words.
 
-    A single word with more tokens becomes a row, which `tokenize` cuts.
-
-    Raises:
-        UserError: a word has no sub-token, or `max_length` leaves no room for words.
+    A single word with more tokens becomes a row, which `tokenize` cuts. A word without a sub-token,
+    or a `max_length` without room for words, raises a UserError.
     """
     room = tokens_for_text(tokenizer, max_length, pair=False)
     (sentences,) = texts.columns

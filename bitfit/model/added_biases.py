@@ -22,13 +22,10 @@ SWITCH = re.compile(r"(\w+_)?bias")  # attention_bias, use_qkv_bias, bias, and n
 
 
 def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
-    """Switch on the biases in a model's config, and add them to the model as zeros.
+    """Add zero biases to a model, and switch them on in its config; UserError if it has no switch.
 
     Args:
         report: log which biases are added.
-
-    Raises:
-        UserError: the config has no switch that adds biases.
     """
     switches = find_switches(model)
     added = added_parameters(model, switches)

@@ -164,10 +164,7 @@ def varlen_kernel(
 
     Args:
         cu_seqlens, max_seqlen: of the queries, and of the keys.
-        dropout: the rate, 0.0 for none.
-
-    Raises:
-        ValueError: for dropout in float32.
+        dropout: the rate; in float32 a rate above 0.0 raises a ValueError.
     """
     if query.dtype == torch.float32:
         if dropout:

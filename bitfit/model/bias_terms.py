@@ -55,14 +55,11 @@ def model_of_config(
 def select_components(
     model: "PreTrainedModel", terms: Sequence[str], report: bool = False
 ) -> tuple[str, ...]:
-    """Return the relative names of the biases that terms select; all: "bias".
+    """Return the relative names of the biases of terms (all: "bias"); UserError if there are none.
 
     Args:
         terms: as in `--bias-terms`, or relative names such as "attention.self.query.bias".
         report: log the parameters of each term.
-
-    Raises:
-        UserError: the model has no biases, or none of a term.
     """
     biases, selected = need_biases(model), []
     for term in components_to_terms(terms):

@@ -82,11 +82,7 @@ def broken_file(folder: Path) -> str | None:
 
 
 def check_files(model_name: str | Path, revision: str | None = None) -> None:
-    """Check for files that transformers would silently ignore or misread.
-
-    Raises:
-        UserError: a folder has no config.json, git-lfs pointers, or an adapter of peft.
-    """
+    """Raise a UserError for files that transformers would silently ignore or misread."""
     if hub.find_file(model_name, "adapter_config.json", revision):
         raise UserError(
             f"cannot load the model {model_name}: the folder has an adapter of peft "

@@ -8,7 +8,12 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import Batch, gather_inputs, make_batch, make_varlen_batch, to_device
-from bitfit.model.loading import first_position, position_embedding, position_limit
+from bitfit.model.loading import (
+    find_embedding,
+    first_position,
+    position_embedding,
+    position_limit,
+)
 from bitfit.model.packed_encoder import PackedEncoder
 from bitfit.model.run_routing import RunRouting, route_chunks, route_rows
 from utils import UserError
@@ -89,11 +94,7 @@ def select_labels(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: TokenizedSplit) -> None:
-    """Check that the model has embeddings for all tokens, token types and positions.
-
-    Raises:
-        UserError: an embedding is missing, or an encoder-decoder model would read the wrong token.
-    """
+    """Raise UserError if the model lacks embeddings, or an encoder-decoder reads wrong tokens."""
     size, last = getattr(model.config.get_text_config(), "vocab_size", None), tokens.ids.max()
     if isinstance(size, int) and last >= size:
         problem = f"a text has token {last}, but the model {model_name} has embeddings for {size}"
@@ -103,7 +104,8 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
     if limit is not None and longest > limit:
         problem = f"an example has {longest} tokens, but the model {model_name} has {limit}"
         raise UserError(f"{problem} positions: give --max-seq-length {limit}")
-    types = token_types(model)
+    embedding = find_embedding(model, "token_type_embeddings")
+    types = 0 if embedding is None else embedding.num_embeddings
     if tokens.types is not None and types and tokens.types.max() >= types:
         problem = f"an example has token type {tokens.types.max()}, but the model {model_name} has "
         raise UserError(
@@ -112,14 +114,6 @@ def check_ids(model: "PreTrainedModel", model_name: str | Path, tokens: Tokenize
         )
     if model.config.is_encoder_decoder:  # The classifier reads a text's last end token.
         check_ends(model.config.eos_token_id, model_name, tokens)
-
-
-def token_types(model: "PreTrainedModel") -> int | None:
-    """Return the number of token types that a model has embeddings for, or None."""
-    for name, module in model.named_modules():
-        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
-            return module.num_embeddings
-    return None
 
 
 def check_ends(eos: object, model_name: str | Path, tokens: TokenizedSplit) -> None:

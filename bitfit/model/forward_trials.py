@@ -19,7 +19,7 @@ from bitfit.model.batching import count_labels, to_device
 from bitfit.model.forward import Forward, check_ids, set_pad_token
 from bitfit.model.loading import first_position, position_embedding, position_limit
 from bitfit.model.packed_encoder import packed_encoders
-from bitfit.model.precision import cast_parameters, without_tf32
+from bitfit.model.precision import cast_parameters, replaced_data, without_tf32
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.trainable import Trainable, in_encoder, is_bias, trains_matrices
@@ -123,10 +123,7 @@ def first_independent(
     """Return the first `Forward` that gives rows in batches the logits that they have alone.
 
     Args:
-        alone: {row: (labels, C) logits of a batch with this row alone}.
-
-    Raises:
-        UserError: no `Forward` passes.
+        alone: {row: (labels, C) logits of a batch with this row alone}. UserError if none has them.
     """
     candidates, problems = forward_candidates(model, tokens, rows, dtype=dtype), []
     if not candidates[0][0].packed_encoder:
@@ -209,19 +206,13 @@ def trial_head(model: "PreTrainedModel") -> Iterator[None]:
     """
     head = [(n, p) for n, p in model.named_parameters() if not in_encoder(model, n)]
     generator = torch.Generator().manual_seed(0)
-    biases = [p for n, p in head if is_bias(n)]
-    trial = {p: torch.zeros_like(p) for p in biases[-1:]}
-    for _, p in head:
-        if p.dim() > 1 and not p.any():
-            trial[p] = torch.randn(p.shape, generator=generator).to(p)
-    saved = {p: p.data for p in trial}
-    try:
-        for p, values in trial.items():
-            p.data = values
+    last_bias = [p for n, p in head if is_bias(n)][-1:]
+    zeros = [p for _, p in head if p.dim() > 1 and not p.any()]
+    with (
+        replaced_data(last_bias, torch.zeros_like),
+        replaced_data(zeros, lambda p: torch.randn(p.shape, generator=generator).to(p)),
+    ):
         yield
-    finally:
-        for p, values in saved.items():
-            p.data = values
 
 
 def reason_not_stackable(

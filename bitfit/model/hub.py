@@ -26,10 +26,7 @@ def resolve_revision(
     None, and loading fails with a message.
 
     Args:
-        revision: a tag, a branch or a commit; None: the default branch.
-
-    Raises:
-        UserError: a revision of a folder, which has none.
+        revision: a tag, a branch or a commit; None: the default branch. UserError for a folder's.
     """
     if is_local(model_name):
         if revision is not None:

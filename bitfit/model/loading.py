@@ -23,14 +23,11 @@ ENCODER_SEED = 0  # for encoder weights that the checkpoint lacks: the same in e
 def load_tokenizer(
     model_name: str | Path, revision: str | None = None, for_words: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """Return the fast tokenizer of a model.
+    """Return the fast tokenizer of a model; UserError if there is none, or it does not fit.
 
     Args:
         revision: from `hub.resolve_revision`, in the functions below too.
         for_words: texts are lists of words, as in tagging.
-
-    Raises:
-        UserError: there is no model or tokenizer, or the tokenizer does not fit the model.
     """
     import transformers
 
@@ -79,7 +76,7 @@ def load_model(
     revision: str | None = None,
     report: bool = False,
 ) -> tuple["PreTrainedModel", frozenset[str]]:
-    """Load a float32 classifier on the CPU.
+    """Load a float32 classifier on the CPU; UserError if its weights do not fit config.json.
 
     Args:
         random_encoder: initialize the encoder at random instead of loading the checkpoint.
@@ -87,9 +84,6 @@ def load_model(
 
     Returns:
         (model, names of the classifier's parameters that are left to initialize)
-
-    Raises:
-        UserError: there are no weights, or config.json does not describe them.
     """
     config = load_config(model_name, task, revision)
     with convert_load_errors(model_name, revision), torch.random.fork_rng(devices=[]):
@@ -124,22 +118,14 @@ def auto_class(task: Task) -> Any:  # noqa: ANN401 (a class of transformers)
 
 
 def build_model(config: "PreTrainedConfig", task: Task, **more: object) -> "PreTrainedModel":
-    """Return a classifier with random weights.
-
-    Args:
-        more: arguments of `from_config`, such as `dtype`.
-    """
+    """Return a classifier with random weights; `more` are arguments of `from_config`."""
     return auto_class(task).from_config(config, trust_remote_code=False, **more)
 
 
 def load_config(
     model_name: str | Path, task: Task, revision: str | None = None
 ) -> "PreTrainedConfig":
-    """Return the config of a classifier for a task.
-
-    Raises:
-        UserError: transformers has no classifier of words for the architecture.
-    """
+    """Return the config of a classifier for a task; UserError if its architecture cannot tag."""
     from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
     numbers = dict(enumerate(task.labels)) or {0: "score"}
@@ -161,11 +147,7 @@ def load_config(
 def read_config(
     model_name: str | Path, revision: str | None = None, **changes: object
 ) -> tuple["PreTrainedConfig", dict[str, Any]]:
-    """Return (config, the dictionary in config.json).
-
-    Raises:
-        UserError: transformers cannot read them, or files would be ignored or misread.
-    """
+    """Return (config, the dictionary in config.json); UserError if they would be misread."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -212,8 +194,13 @@ def position_limit(model: "PreTrainedModel") -> int | None:
 
 def position_embedding(model: "PreTrainedModel") -> torch.nn.Embedding | None:
     """Return the embedding of absolute positions, or None."""
+    return find_embedding(model, ".position_embeddings")
+
+
+def find_embedding(model: "PreTrainedModel", end: str) -> torch.nn.Embedding | None:
+    """Return the embedding whose name has this end, or None."""
     for name, module in model.named_modules():
-        if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding):
+        if name.endswith(end) and isinstance(module, torch.nn.Embedding):
             return module
     return None
 
@@ -227,11 +214,7 @@ def first_position(embedding: torch.nn.Module | None) -> int:
 def write_model(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path
 ) -> None:
-    """Write a model and its tokenizer as a Hugging Face folder, atomically.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write model and tokenizer as a Hugging Face folder, atomically; OSError if that fails."""
     with atomic_folder(folder) as temporary:
         try:
             model.save_pretrained(temporary)

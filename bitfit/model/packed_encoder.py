@@ -8,7 +8,6 @@ transformers' interface, is refused here and runs on padded rows.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from bitfit.model.packing import (
 )
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
@@ -45,16 +45,19 @@ class PackedEncoder(NamedTuple):
         """Return the model's output for `inputs` (1, N); the model itself is left as it was."""
         from transformers import AttentionInterface
 
-        attend, layout = self.attention_and_layout(packed)
+        attend: Callable = bucketed_attention
+        layout: AttentionLayout | attention.VarlenLayout
+        if isinstance(packed, attention.VarlenBatch):
+            attend, layout = (
+                attention.varlen_attention,
+                attention.VarlenLayout(packed, self.last_layer),
+            )
+        else:
+            layout = attention_layout(packed, self.heads, self.last_layer)
         AttentionInterface.register("packed", attend)
         positions = packed.position_ids[None] + self.first_position
-        implementation, hook = model.config._attn_implementation, None
-        if self.after_attention:
-            select = partial(select_first_inputs, packed.first_token)
-            hook = self.after_attention.register_forward_pre_hook(select)
-        elif self.layers:
-            select = partial(select_first_outputs, packed.first_token)
-            hook = self.layers.register_forward_hook(select)
+        implementation = model.config._attn_implementation
+        hook = self.select_first_tokens(packed.first_token)
         try:
             model.config._attn_implementation = "packed"
             return model(**inputs, position_ids=positions, layout=layout)
@@ -63,34 +66,20 @@ class PackedEncoder(NamedTuple):
                 hook.remove()
             model.config._attn_implementation = implementation
 
-    def attention_and_layout(
-        self, packed: PackedBatch | attention.VarlenBatch
-    ) -> tuple[Callable, AttentionLayout | attention.VarlenLayout]:
-        """Return the function that computes the attention of packed rows, and its layout."""
-        if isinstance(packed, attention.VarlenBatch):
-            return attention.varlen_attention, attention.VarlenLayout(packed, self.last_layer)
-        return bucketed_attention, attention_layout(packed, self.heads, self.last_layer)
+    def select_first_tokens(self, first_token: torch.Tensor) -> "RemovableHandle | None":
+        """Let the model compute first tokens alone after the last attention, until `remove`."""
 
+        def select(x: torch.Tensor) -> torch.Tensor:  # (1, N, d) -> (R, 1, d)
+            return x.squeeze(0).index_select(0, first_token)[:, None]
 
-def select_first_tokens(first_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the first token of each row, (1, N, d) -> (R, 1, d)."""
-    return x.squeeze(0).index_select(0, first_token)[:, None]
+        def select_output(_: object, args: object, output: "BaseModelOutput") -> "BaseModelOutput":
+            output.last_hidden_state = select(output.last_hidden_state)
+            return output
 
-
-def select_first_inputs(
-    first_token: torch.Tensor, module: torch.nn.Module, args: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    return tuple(select_first_tokens(first_token, x) for x in args)
-
-
-def select_first_outputs(
-    first_token: torch.Tensor,
-    module: torch.nn.Module,
-    args: tuple[torch.Tensor, ...],
-    output: "BaseModelOutput",
-) -> "BaseModelOutput":
-    output.last_hidden_state = select_first_tokens(first_token, output.last_hidden_state)
-    return output
+        if self.after_attention:
+            after = self.after_attention
+            return after.register_forward_pre_hook(lambda _, args: tuple(map(select, args)))
+        return self.layers.register_forward_hook(select_output) if self.layers else None
 
 
 def packed_encoders(

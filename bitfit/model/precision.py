@@ -1,24 +1,34 @@
 """The precision in which a model computes: float32, with or without TF32, or bfloat16."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the values of --precision
 
 
-@contextmanager
-def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Let all parameters have another dtype within the context, so that the model computes in it.
 
-    LayerNorm and softmax sum in float32 inside their kernels. On exit the parameters get their
-    former storage back, with the same bits.
+    LayerNorm and softmax sum in float32 inside their kernels.
     """
-    saved = [(parameter, parameter.data) for parameter in model.parameters()]
+    return replaced_data(model.parameters(), lambda parameter: parameter.data.to(dtype))
+
+
+@contextmanager
+def replaced_data(
+    parameters: Iterable[torch.nn.Parameter],
+    replace: Callable[[torch.nn.Parameter], torch.Tensor],
+) -> Iterator[None]:
+    """Let parameters have the values that `replace` returns within the context.
+
+    On exit they get their former storage back, with the same bits.
+    """
+    saved = [(parameter, parameter.data) for parameter in parameters]
     try:
-        for parameter, data in saved:
-            parameter.data = data.to(dtype)
+        for parameter, _ in saved:
+            parameter.data = replace(parameter)
         yield
     finally:
         for parameter, data in saved:

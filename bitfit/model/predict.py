@@ -66,7 +66,7 @@ def predict_together(
     budget: TokenBudget,
     rows: dict[int, np.ndarray],
 ) -> list[np.ndarray]:
-    """Return the logits (B, C), or (words, C), of each run; runs share packed micro-batches.
+    """Return the logits (B, C), or (words, C), of each run; runs share micro-batches.
 
     Args:
         rows: {run: (B,) int64 row numbers}.
@@ -75,16 +75,25 @@ def predict_together(
     flat = np.concatenate([*rows.values()])
     run_ids = np.repeat([*rows], [len(of_run) for of_run in rows.values()])
 
-    def compute() -> Iterator[torch.Tensor]:
-        for part in split_into_micro_batches(tokens.lengths[flat], budget.max_tokens, packed=True):
-            routed = forward.make_routed_batch(
-                tokens, flat[part], run_ids[part], num_runs=len(stack.runs)
-            )
-            batch, routing = to_device(routed, tokens.ids.device)
-            with stack.routing(routing):
-                yield select_labels(forward(tokens, batch), routed[0])
+    def logits_of_part(part: np.ndarray) -> torch.Tensor:
+        routed = forward.make_routed_batch(
+            tokens, flat[part], run_ids[part], num_runs=len(stack.runs)
+        )
+        batch, routing = to_device(routed, tokens.ids.device)
+        with stack.routing(routing):
+            return select_labels(forward(tokens, batch), routed[0])
 
-    logits = budget.retry_on_oom(lambda: torch.cat([*compute()])).cpu().numpy()
+    def compute() -> tuple[np.ndarray, np.ndarray]:
+        parts = split_into_micro_batches(
+            tokens.lengths[flat], budget.max_tokens, forward.packed_encoder is not None,
+            equal_length=forward.equal_length,
+        )  # fmt: skip
+        together = torch.cat([logits_of_part(part) for part in parts])
+        return np.concatenate(parts), together.cpu().numpy()
+
+    order, together = budget.retry_on_oom(compute)
+    logits = np.empty_like(together)
+    logits[word_positions(count_labels(tokens, flat), order)] = together
     labels = [count_labels(tokens, of_run).sum() for of_run in rows.values()]
     return np.split(logits, np.cumsum(labels)[:-1])
 

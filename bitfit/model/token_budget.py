@@ -1,7 +1,6 @@
 """The number of tokens that fit into memory; repeating a step that ran out of memory."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,12 +11,7 @@ Result = TypeVar("Result")
 
 
 class TokenBudget:
-    """The maximum number of tokens in a micro-batch; it is halved when memory runs out.
-
-    Attributes:
-        max_tokens: the maximum, at least 1.
-        device: the device that computes.
-    """
+    """The maximum of tokens in a micro-batch, at least 1; it is halved when memory runs out."""
 
     def __init__(self, max_tokens: int, device: torch.device | None = None) -> None:
         self.max_tokens = max_tokens
@@ -46,16 +40,6 @@ def free_gpu_bytes(device: torch.device) -> int:
     """Return the number of bytes that this process can still allocate on a GPU."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
-
-
-@contextmanager
-def preserve_random_state(device: torch.device) -> Iterator[None]:
-    """Reset the random generators on exit to the states that they had on entry."""
-    state = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(device, state)
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

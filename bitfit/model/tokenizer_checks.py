@@ -21,11 +21,7 @@ SAMPLE = "The film isn't GOOD, in 2023: caf\u00e9, $9.95 (http://a.b/c-d_e)"
 def check_tokenizer(
     tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", model_name: str | Path
 ) -> None:
-    """Check that a tokenizer pads, and warn if its vocabulary does not fit the model or its casing.
-
-    Raises:
-        UserError: there is no padding token.
-    """
+    """Raise UserError if a tokenizer cannot pad; warn if it does not fit the model or its case."""
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {model_name} has no padding token: BERT's family does")
     tokens = tokenizer.get_vocab()
@@ -88,10 +84,8 @@ def warn_of_file(
 def read_words_like_text(tokenizer: "PreTrainedTokenizerBase", model_name: str | Path) -> None:
     """Let a tokenizer read each word of a list like a word after a blank.
 
-    RoBERTa's and others, as they are saved, read every word like the first of a text.
-
-    Raises:
-        UserError: the tokenizer cannot tell which tokens belong to which word.
+    RoBERTa's and others, as they are saved, read every word like the first of a text. A tokenizer
+    that cannot tell which tokens belong to which word raises a UserError.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

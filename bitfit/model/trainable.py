@@ -29,11 +29,7 @@ MASK_SIZES = {"bert-base": 100_000, "bert-large": 280_000, "roberta-base": 105_0
 
 
 def terms_to_components(terms: Sequence[str]) -> list[str]:
-    """Convert terms of `--bias-terms` to parameter names relative to their layer; all to "bias".
-
-    Raises:
-        UserError: a term is unknown.
-    """
+    """Convert terms of `--bias-terms` to names in a layer, all to "bias"; UserError if unknown."""
     unknown = [term for term in terms if term != "all" and term not in TERMS]
     if unknown:
         raise UserError(f"unknown bias term {unknown[0]!r}; known: {', '.join(TERMS)}, all")
@@ -126,11 +122,7 @@ def default_mask_size(model: "PreTrainedModel") -> int:
 def draw_uniform_mask(
     model: "PreTrainedModel", mask_size: int, rng: np.random.Generator
 ) -> Trainable:
-    """Draw `mask_size` distinct positions, uniform over all parameters of the encoder.
-
-    Raises:
-        UserError: the encoder has fewer parameters.
-    """
+    """Draw `mask_size` distinct positions, uniform over the encoder; UserError if it has fewer."""
     encoder = [(n, p.numel()) for n, p in model.named_parameters() if in_encoder(model, n)]
     ends = np.cumsum([size for _, size in encoder])
     if not 1 <= mask_size <= ends[-1]:
@@ -203,8 +195,7 @@ def select_trainable(
         rng: NumPy generator, for the random masks.
 
     Raises:
-        UserError: the type is unknown, the model has no classifier, or it has fewer parameters
-            than the mask.
+        UserError: the type is unknown, the model has no classifier, or the mask is too large.
     """
     if kind not in SELECTORS:
         raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(FINE_TUNE_TYPES)}")

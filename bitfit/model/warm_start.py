@@ -89,13 +89,11 @@ def make_warm_start(
 ) -> WarmStart:
     """Return the warm start of a task from an evaluator of a source task.
 
-    The classifier is used if both tasks have the same labels, in any order.
+    The classifier is used if both tasks have the same labels, in any order. A task that tags words
+    and one that classifies sentences raise a UserError.
 
     Args:
         metadata: the content of evaluator.json.
-
-    Raises:
-        UserError: one task tags words, the other classifies sentences.
     """
     if source.is_tagging != task.is_tagging:
         kinds = "words, not of sentences" if source.is_tagging else "sentences, not of words"

@@ -24,13 +24,11 @@ def check_weights(
 ) -> set[str]:
     """Return the names that a checkpoint lacks or has in another shape.
 
-    A pooler may be absent, as in checkpoints of masked language models.
+    A pooler may be absent, as in checkpoints of masked language models. Other absent weights of
+    the encoder, or additional weights of its layers, raise a UserError.
 
     Args:
         info: transformers' lists of missing, unexpected and mismatched names.
-
-    Raises:
-        UserError: other encoder weights are absent, or layers have additional weights.
     """
     shapes = {
         name: (tuple(given), tuple(needed)) for name, given, needed in info["mismatched_keys"]
@@ -69,11 +67,7 @@ def layer_stack(model: "PreTrainedModel", name: str) -> str | None:
 def check_finite(
     model: "PreTrainedModel", model_name: str | Path, initialized: Collection[str]
 ) -> None:
-    """Check that all weights are finite, except for those that are initialized later.
-
-    Raises:
-        UserError: a weight is NaN or infinite.
-    """
+    """Raise a UserError if a weight is NaN or infinite, unless it is initialized later."""
     bad = [
         name
         for name, value in model.state_dict().items()

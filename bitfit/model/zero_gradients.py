@@ -5,8 +5,8 @@ all in bf16, so that the bias seems to learn. The biases are found by computatio
 because with relative positions the logits may depend on the key's bias.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.forward import Forward
-from bitfit.model.precision import cast_parameters, without_tf32
+from bitfit.model.precision import cast_parameters, replaced_data, without_tf32
 from bitfit.model.trainable import in_encoder, layer_and_name
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ def find_zero_gradients(
 
     Args:
         model: a float32 classifier. It is left unchanged, in evaluation mode.
-        trained: names of the trained parameters.
-        tokens: rows to compute with.
     """
     tokens = tokens._replace(lengths=np.minimum(tokens.lengths, TOKENS))
     order, count = np.argsort(tokens.lengths, kind="stable"), len(tokens.lengths)
@@ -99,37 +97,23 @@ def whole_parts(mask: torch.Tensor, width: int | None) -> torch.Tensor:
     return parts.all(1, keepdim=True).expand_as(parts).flatten()
 
 
-@contextmanager
 def shifted(
     model: "PreTrainedModel",
     names: Collection[str],
     rng: torch.Generator,
     masks: dict[str, torch.Tensor] | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Add random values to parameters, or to their entries in `masks`, within the context."""
-    parameters = [model.get_parameter(name) for name in names]
-    data = [parameter.data for parameter in parameters]
-    try:
-        for name, parameter in zip(names, parameters, strict=True):
-            noise = NOISE * torch.randn(parameter.shape, generator=rng)
-            noise = noise if masks is None else noise * masks[name]
-            parameter.data = parameter.data + noise.to(parameter)
-        yield
-    finally:
-        for parameter, values in zip(parameters, data, strict=True):
-            parameter.data = values
+    mask_of = {model.get_parameter(name): 1 if masks is None else masks[name] for name in names}
+
+    def shift(parameter: torch.nn.Parameter) -> torch.Tensor:
+        noise = NOISE * torch.randn(parameter.shape, generator=rng) * mask_of[parameter]
+        return parameter.data + noise.to(parameter)
+
+    return replaced_data(mask_of, shift)
 
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {bias: (sum, sum of absolutes)}, (size,)
-
-
-def add_gradient(sums: Sums, name: str, axis: int, gradient: torch.Tensor) -> None:
-    """Add a gradient of a module's output, whose features are on `axis`, to the sums of a bias."""
-    gradient = gradient.movedim(axis, -1).flatten(0, -2)
-    signed, absolute = gradient.sum(0), gradient.abs().sum(0)
-    if name in sums:  # the module is called more than once
-        signed, absolute = sums[name][0] + signed, sums[name][1] + absolute
-    sums[name] = signed, absolute
 
 
 def watch_output(
@@ -137,9 +121,15 @@ def watch_output(
 ) -> None:
     """Add the gradient of a module's output to the sums of its bias, as a forward hook."""
     output = output[0] if isinstance(output, tuple) else output
-    axis = 1 if isinstance(module, torch.nn.Conv1d) else -1
+    axis = 1 if isinstance(module, torch.nn.Conv1d) else -1  # of the features
+
+    def add(gradient: torch.Tensor) -> None:
+        gradient = gradient.movedim(axis, -1).flatten(0, -2)
+        signed, absolute = sums.get(name, (0, 0))  # not 0 if the module is called more than once
+        sums[name] = signed + gradient.sum(0), absolute + gradient.abs().sum(0)
+
     if output.shape[axis] == len(module.bias) and output.requires_grad:
-        output.register_hook(partial(add_gradient, sums, name, axis))
+        output.register_hook(add)
 
 
 def gradient_sums(

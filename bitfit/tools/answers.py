@@ -63,11 +63,7 @@ def line_texts(predictor: MultiTaskPredictor, line: bytes) -> tuple[str, ...]:
 
 
 def read_words(tasks: Sequence[Task], source: str, output: str | None) -> Table | None:
-    """Return the sentences of --input for --output, before the model is loaded.
-
-    Raises:
-        UserError: the evaluators cannot read or write these files.
-    """
+    """Return the sentences of --input for --output; UserError if they cannot be read or written."""
     suffix = Path(source).suffix
     if output is None:
         if tasks[0].is_tagging and suffix in (".conll", ".conllu", ".jsonl", ".parquet"):

@@ -7,21 +7,20 @@ and the logits of a task are cut to its number of classes.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from bitfit.artifacts import saved_evaluator
-from bitfit.data.splits import TextColumns, word_positions
+from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import Task, predictions, tags_of_sentences
 from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
 from bitfit.model import hub, loading
 from bitfit.model.added_biases import add_biases
-from bitfit.model.batching import count_labels, split_into_micro_batches, to_device
 from bitfit.model.fingerprints import fingerprint, fingerprints_of
-from bitfit.model.forward import Forward, check_ids, select_labels
-from bitfit.model.predict import predict
+from bitfit.model.forward import Forward, check_ids
+from bitfit.model.predict import predict, predict_together
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
@@ -29,9 +28,6 @@ from bitfit.tools import saved_evaluators
 from bitfit.tools.saved_evaluators import SavedEvaluator
 from bitfit.training.prepare import assemble
 from utils import UserError
-
-if TYPE_CHECKING:
-    pass
 
 TRIAL = [" ".join(["a small film is good,"] * n) for n in (1, 4, 16)]  # texts for first passes
 
@@ -51,12 +47,7 @@ class MultiTaskPredictor(NamedTuple):
 def read_evaluators(
     folders: Iterable[str | Path], model_name: str | None = None
 ) -> list[SavedEvaluator]:
-    """Read saved evaluators that can share a pass.
-
-    Raises:
-        UserError: as `saved_evaluators.read_evaluators`; or there are several evaluators, and one
-            of them changed the matrices of the encoder.
-    """
+    """Read saved evaluators; UserError also if one of several changed the encoder's matrices."""
     found = saved_evaluators.read_evaluators(folders, model_name)
     for _, folder, metadata, tensors in found if len(found) > 1 else ():
         if metadata["model_sha256"] or any(
@@ -112,11 +103,7 @@ def load_predictor(
 def load_base(
     found: Sequence[SavedEvaluator], task: Task
 ) -> tuple[torch.nn.Module, Any, dict[str, np.ndarray | None]]:
-    """Return the base model with a head for `task`, its tokenizer, and the trained parameters.
-
-    Raises:
-        UserError: the base model is missing, or is not the one that the evaluators trained on.
-    """
+    """Return base model, tokenizer and trained parameters; UserError for another base model."""
     base = found[0].metadata
     name = base["model_name"]
     revision, _ = hub.resolve_revision(name, base["model_revision"])
@@ -204,34 +191,10 @@ def logits_of_tokens(
         if not is_tagging:
             together = np.take_along_axis(together, positions[..., None], axis=1)
     else:
-        together = predictor.token_budget.retry_on_oom(
-            lambda: stacked_logits(predictor, tokens, positions)
+        rows = dict(enumerate(positions))
+        together = predict_together(
+            predictor.forward, predictor.stack, tokens, budget=predictor.token_budget, rows=rows
         )
     return [
         logits[:, : task.num_labels] for logits, task in zip(together, predictor.tasks, strict=True)
     ]
-
-
-@torch.inference_mode()
-def stacked_logits(
-    predictor: MultiTaskPredictor, tokens: TokenizedSplit, positions: np.ndarray
-) -> np.ndarray:
-    """Return logits (K, B, C) or (K, words, C) on the host for rows at `positions` (K, B)."""
-    predictor.forward.model.eval()
-    runs, packed = len(positions), predictor.forward.packed_encoder is not None
-    owner, flat = np.repeat(np.arange(runs), positions.shape[1]), positions.ravel()
-    parts = split_into_micro_batches(
-        tokens.lengths[flat], predictor.token_budget.max_tokens, packed,
-        equal_length=predictor.forward.equal_length,
-    )  # fmt: skip
-    outputs = []
-    for part in parts:
-        pair = predictor.forward.make_routed_batch(tokens, flat[part], owner[part], num_runs=runs)
-        batch, routing = to_device(pair, tokens.ids.device)
-        with predictor.stack.routing(routing):
-            outputs.append(select_labels(predictor.forward(tokens, batch), pair[0]))
-    together = torch.cat(outputs)
-    order = word_positions(count_labels(tokens, flat), np.concatenate(parts))
-    logits = np.empty(together.shape, np.float32)
-    logits[order] = together.cpu().numpy()
-    return logits.reshape(runs, -1, logits.shape[-1])

@@ -37,9 +37,7 @@ def read_evaluators(
 ) -> list[SavedEvaluator]:
     """Read the saved evaluators in folders, or in the `evaluator/` of run folders.
 
-    Raises:
-        UserError: an evaluator is missing, damaged or given twice, base models differ, or only
-            some evaluators tag words.
+    UserError if one is missing, damaged or given twice, base models differ, or some only tag words.
     """
     folders = evaluator_folders(folders)
     evaluators = [

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from bitfit.model.batching import to_device
-from bitfit.model.token_budget import preserve_random_state
 from bitfit.training.state import TrainState
 from utils import LOGGER
 
@@ -26,10 +25,11 @@ def fit_token_budget_to_memory(state: TrainState, free: float) -> None:
     step = plan.forward.make_routed_batch(
         tokens, row, np.zeros(1, np.int64), num_runs=len(stack.runs)
     )
-    batch, routing = to_device(step, stack.params.device)
+    device = stack.params.device
+    batch, routing = to_device(step, device)
     plan.forward.model.train()
     with (
-        preserve_random_state(plan.token_budget.device),
+        torch.random.fork_rng([device] * (device.type == "cuda")),
         count_kept_bytes(plan.forward.model) as kept,
         stack.routing(routing),
     ):
