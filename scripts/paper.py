@@ -93,6 +93,8 @@ def add_run(add: Callable) -> None:
 def add_report(add: Callable) -> None:
     add("--resamples", type=number(int, 2, 2**31), metavar="N", default=1000,
         help="number of bootstrap resamples [%(default)s]")
+    add("--halving", type=POSITIVE, nargs="+", metavar="N", default=[],
+        help="epochs of run_glue.py's --halving: what it would have stopped and saved [none]")
     add("--figure-formats", nargs="+", choices=("pdf", "svg"), metavar="FORMAT", default=[],
         help="also write the figures as pdf or svg [png alone]")
     add("--checklist", action="store_true",
@@ -130,6 +132,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "run" and len(args.gpus or []) > 1 and args.nproc_per_node > 1:
         commands["run"].error("--nproc-per-node needs a single worker: give at most one of --gpus")
+    if args.command == "report" and args.halving != sorted(set(args.halving)):
+        commands["report"].error("--halving: give ascending epochs")
     if args.command == "plan":
         given = [n for n, v in vars(args).items() if v != commands["plan"].get_default(n)]
         planning = [name for name in given if name not in NOT_PLANNING]
@@ -200,7 +204,8 @@ def report(args: argparse.Namespace) -> int:
     study = cells.read_study(args.output_path)
     if args.checklist:
         checklist.check_new(study)
-    utils.print_result(report.write_report(study, args.resamples, args.figure_formats))
+    text = report.write_report(study, args.resamples, args.figure_formats, halvings=args.halving)
+    utils.print_result(text)
     if args.checklist:
         utils.print_result(str(checklist.write_checklist(study)))
     return 0

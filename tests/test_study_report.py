@@ -208,8 +208,8 @@ def test_figure_1_is_the_mean_over_the_seeds(made, entries):
 
 
 def test_the_report_is_whole(study, capsys):
-    shown = report.write_report(study, resamples=20, formats=["svg"])
-    for text in ("BitFit", "Full-FT", "seeds needed", "P(a > b)"):
+    shown = report.write_report(study, resamples=20, formats=["svg"], halvings=[1])
+    for text in ("BitFit", "Full-FT", "seeds needed", "P(a > b)", "resampled is how"):
         assert text in shown
     page = (study.output / "report.html").read_text(encoding="utf-8")
     assert f"{len(study.cells)} of {len(study.cells)} cells are done." in page
@@ -225,10 +225,14 @@ def test_the_report_is_whole(study, capsys):
     shown_commands = [html.unescape(re.sub("</?span>", "", command)) for command in commands]
     assert shown_commands == [cell.shell(study.output) for cell in study.cells]
     assert all("<span>--learning-rate</span>" in command for command in commands)  # is not broken
-    for text in (published.NOTE, "60 training examples", "tiny_bert", "<th>P(a &gt; b)</th>"):
+    for text in (published.NOTE, "60 training examples", "<th>P(a &gt; b)</th>", "<th>lost</th>"):
         assert text in page
-    markdown = (study.output / "tables.md").read_text()
-    assert "| BitFit |" in markdown
+    halved = pd.read_csv(study.output / "halving.csv")
+    assert halved["methods"].notna().sum() == len(study.cells) + 1
+    assert (
+        halved["saved"].round(4).eq(0.3333).all()
+    )  # one of two rates stops after one of three epochs
+    assert "| BitFit |" in (study.output / "tables.md").read_text()
     latex = (study.output / "tables.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1
     frame = pd.read_csv(study.output / "tables.csv")

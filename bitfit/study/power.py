@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from bitfit.study import tables
 from bitfit.study.cells import slug
 from bitfit.study.protocol import ROWS
 from bitfit.study.results import PAIRS, Entries, Entry
@@ -134,7 +135,7 @@ def power_table(frame: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     if frame.empty:
         return frame
     last = frame.groupby(["model", "a", "b"], sort=False).tail(1)
-    texts = last.map(lambda v: f"{v:.2f}" if isinstance(v, float) else v).replace("nan", "")
+    texts = tables.format_numbers(last)
     texts["model"] = last["model"].map(slug)
     texts["column"] = last["column"].map(lambda column: labels.get(column, column))
     names = {"seeds_needed": "seeds needed", "probability": "P(a > b)",

@@ -14,7 +14,7 @@ import pandas as pd
 from bitfit.files import write_text
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
-from bitfit.study import cell_states, cost, figures, power, results, tables
+from bitfit.study import cell_states, cost, figures, halving, power, results, tables
 from bitfit.study.cells import Study
 from bitfit.study.protocol import (
     BATCH_SIZE,
@@ -55,30 +55,36 @@ STYLE = (
 )
 
 
-def write_report(study: Study, resamples: int = 1000, formats: Sequence[str] = ()) -> str:
+def write_report(
+    study: Study, resamples: int = 1000, formats: Sequence[str] = (), halvings: Sequence[int] = ()
+) -> str:
     """Write the report of the scores so far, and return the text to print.
 
     Args:
         formats: "pdf" or "svg", in which the figures are written beside PNG.
+        halvings: epochs of a simulated halving.
 
     Raises:
-        UserError: no run has been scored yet.
+        UserError: no run has been scored yet, or no cell has the epochs of halving.
     """
     entries = results.read_entries(study)
     if not entries:
         raise UserError(f"{study.output} has no scores yet: `paper.py run` makes them")
-    scores = results.score_frame(entries)
+    scores, files = results.score_frame(entries), {}
+    if halvings:
+        files["halving"] = halving.halving_frame(entries, halvings, resamples)
     differences = results.comparisons(entries, np.random.default_rng(0), resamples)
     chances = power.power_frame(entries, np.random.default_rng(0), resamples)
     headline = tables.headline_tables(scores)
     captions = write_figures(study, entries, formats)
     out, metrics = study.output, tables.column_labels(scores)
-    write_text(out / "tables.csv", scores.round(4).to_csv(index=False))
-    write_text(out / "differences.csv", differences.round(4).to_csv(index=False))
-    write_text(out / "power.csv", chances.round(4).to_csv(index=False))
+    files |= {"tables": scores, "differences": differences, "power": chances}
+    for name, frame in files.items():
+        write_text(out / f"{name}.csv", frame.round(4).to_csv(index=False))
     sections = {
         "Differences between methods": (STATISTICS, tables.difference_table(differences, metrics)),
         power.TITLE: (power.NOTE, power.power_table(chances, metrics)),
+        halving.TITLE: (halving.NOTE, tables.format_numbers(files.get("halving", pd.DataFrame()))),
     }
     sections = {title: section for title, section in sections.items() if len(section[1])}
     write_text(out / "tables.md", markdown(study, headline, sections))
@@ -86,14 +92,15 @@ def write_report(study: Study, resamples: int = 1000, formats: Sequence[str] = (
     page = html_page(study, headline, scores, sections=sections, captions=captions)
     write_text(out / "report.html", page)
     shown = [f"{name}\n{table.to_string()}" for name, table in headline.items()]
-    if power.TITLE in sections:
-        note, table = sections[power.TITLE]
-        shown.append(
-            f"{power.TITLE}\n{table.to_string(index=False)}\n{textwrap.fill(note, 100)}".replace(
-                "`", ""
-            )
-        )
+    printed = [title for title in (power.TITLE, halving.TITLE) if title in sections]
+    shown += [section_text(title, *sections[title]) for title in printed]
     return "\n\n".join(shown) + f"\n{out / 'report.html'}"
+
+
+def section_text(title: str, note: str, table: pd.DataFrame) -> str:
+    """Return a section of the report as text to print."""
+    text = f"{title}\n{table.to_string(index=False)}\n{textwrap.fill(note, 100)}"
+    return text.replace("`", "")
 
 
 def write_figures(

@@ -60,6 +60,11 @@ def spread(mean: float, std: float) -> str:
     return "no run counts" if pd.isna(mean) else format_mean_std(mean, std)
 
 
+def format_numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with its floats as texts with two decimals, empty for NaN."""
+    return frame.map(lambda v: f"{v:.2f}" if isinstance(v, float) else v).replace("nan", "")
+
+
 def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """Return the comparisons as a table of texts; `labels` are {column: name with metric}."""
     shown = pd.DataFrame()
