@@ -160,23 +160,21 @@ def choose_device(gpu: int | None) -> "torch.device":
     return torch.device("cuda", gpu)
 
 
-def default_precision(device: "torch.device") -> str:
-    """Return bf16 for a GPU with bf16 instructions, else fp32."""
+def choose_precision(precision: str | None, device: "torch.device") -> str:
+    """Return the requested precision; None: bf16 on a GPU with bf16 instructions, else fp32.
+
+    A warning tells that a CPU has to emulate bf16.
+    """
     import torch
 
-    if device.type == "cpu":
-        return "fp32"
-    with torch.cuda.device(device):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
-
-
-def choose_precision(precision: str | None, device: "torch.device") -> str:
-    """Return the requested precision, or the device's default; warn if a CPU has to emulate it."""
+    if precision is None and device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp32"
     if precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         LOGGER.warning("--precision bf16: this CPU has no bf16 instructions and emulates them, "
                        "about 15 times slower than fp32")  # fmt: skip
-    return precision or default_precision(device)
+    return precision or "fp32"
 
 
 def has_bf16_instructions() -> bool:

@@ -71,15 +71,14 @@ class Group(NamedTuple):
         return maxima.tolist()
 
     def all_gather(self, tensors: list["torch.Tensor"]) -> list["torch.Tensor"]:
-        """Return the byte tensors of all ranks in rank order; all ranks give the same shapes."""
+        """Return the tensors of all ranks in rank order."""
         if self.size == 1:
             return tensors
         import torch.distributed as dist
 
-        gathered = [[tensor.clone() for tensor in tensors] for _ in self.ranks]
+        gathered: list[list[torch.Tensor]] = [[] for _ in self.ranks]
         with raise_rank_lost():
-            for k, tensor in enumerate(tensors):
-                dist.all_gather([of_rank[k] for of_rank in gathered], tensor, group=self.host)
+            dist.all_gather_object(gathered, tensors, group=self.host)
         return [tensor for of_rank in gathered for tensor in of_rank]
 
     def replicas_equal(self, values: "torch.Tensor") -> bool:
@@ -92,11 +91,7 @@ class Group(NamedTuple):
         return maximum == -negative_minimum
 
     def shard_rows(self, lengths: np.ndarray) -> np.ndarray:
-        """Return this rank's rows as positions, so that all ranks get about as many tokens.
-
-        Args:
-            lengths: (rows,) tokens in each row.
-        """
+        """Return this rank's positions in `lengths` (rows,): all ranks get about as many tokens."""
         if self.size == 1:
             return np.arange(len(lengths))
         return np.argsort(-lengths, kind="stable")[self.rank :: self.size]
@@ -184,11 +179,7 @@ class Ranks:
         )[0]
 
     def local_gpu(self, choice: int | str | None) -> int | None:
-        """Return the number of this rank's GPU, None for the CPU; UserError if GPUs are too few.
-
-        Args:
-            choice: the value of --gpu-device.
-        """
+        """Return this rank's GPU for --gpu-device, None: the CPU; UserError if GPUs are too few."""
         import torch
 
         count = torch.cuda.device_count()

@@ -31,16 +31,11 @@ def has_files(output: Path) -> bool:
         raise UserError(f"--output-path {output} is a file: give a folder")
     if not os.path.isdir(output):
         return False
-    try:
-        return any(not is_leftover(name) for name in os.listdir(output))
+    try:  # A process that was killed in its first moments may have left a lock or temporary files.
+        return any(name != LOCK and not is_temporary(name) for name in os.listdir(output))
     except OSError as error:
         message = f"cannot be read: {error.strerror}: give another place"
         raise UserError(f"--output-path {output} {message}") from None
-
-
-def is_leftover(name: str) -> bool:
-    """Return whether a process killed in its first moments may have left a file of that name."""
-    return name == LOCK or is_temporary(name)
 
 
 def check_writable(output: Path) -> None:
@@ -51,19 +46,14 @@ def check_writable(output: Path) -> None:
     missing = places[: places.index(nearest)]
     try:
         for name in (path, *(nearest / place.name for place in missing)):
-            check_name(name)
+            with suppress(FileNotFoundError):
+                os.lstat(name)  # The operating system may refuse it, for example as too long.
         probe = temporary_name(nearest / "probe")  # Permissions alone do not tell, so try.
         os.mkdir(probe)
         os.rmdir(probe)
     except OSError as error:
         message = f"cannot be made in {nearest} ({error.strerror}): give another place"
         raise UserError(f"--output-path {output} {message}") from None
-
-
-def check_name(path: Path) -> None:
-    """Raise an OSError where the operating system refuses a path, for example as too long."""
-    with suppress(FileNotFoundError):
-        os.lstat(path)
 
 
 def file_error(path: str, suffixes: tuple[str, ...]) -> str | None:

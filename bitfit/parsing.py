@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
         # Names with such characters would appear in logs, tables, JSON and printed commands.
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
-            if is_unreadable(word):
+            if any(unicodedata.category(character) in ("Cc", "Cs") for character in word):
                 problem = "has control characters, or bytes that are not UTF-8: use another name"
                 self.error(f"the argument '{word}' {problem}")
         if suggestion := self.misspelled_flag(words):
@@ -83,11 +83,6 @@ def split_repeated(value: Any) -> list[Any]:  # noqa: ANN401
     """Return the values of the uses of a flag that may be repeated."""
     is_repeated = isinstance(value, list) and value and isinstance(value[0], list | tuple)
     return value if is_repeated else [value]
-
-
-def is_unreadable(word: str) -> bool:
-    """Return whether a word has control characters or bytes that are not UTF-8."""
-    return any(unicodedata.category(character) in ("Cc", "Cs") for character in word)
 
 
 def make_commands(

@@ -61,13 +61,7 @@ LICENCE = (
 
 
 def write_model_card(folder: Path, task: Task, metadata: Metadata) -> None:
-    """Write the card of a run's exported model, `model/README.md`, and the card's figures.
-
-    Args:
-        folder: the folder of the run, with metrics.json and figures.
-        task: the task of the run.
-        metadata: the content of the command's args.json.
-    """
+    """Write `model/README.md` in a run's folder, the card of its exported model, with figures."""
     metrics, _ = read_metrics(folder)
     names = [f"learning_curves_{metrics['main_metric'].lower()}.png", "bias_term_changes.png"]
     pictures = [folder / name for name in names if (folder / name).exists()]

@@ -59,10 +59,9 @@ def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
 
 
 def check_row_numbers(table: readers.Table, begin: int) -> None:
-    """Raise a UserError if a column of row numbers does not number the rows from 0.
+    """Raise a UserError if a column of row numbers does not count all rows of a split from 0.
 
-    Args:
-        begin: the number of rows in earlier files of the same split.
+    `begin` is the number of rows in earlier files of the split.
     """
     for name in table.columns.keys() & NUMBERS:
         for row, value in enumerate(table.columns[name], begin):

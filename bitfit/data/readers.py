@@ -237,11 +237,7 @@ def load_hub(
     wanted: Sequence[str],
     revision: str | None = None,
 ) -> tuple[Table, dict[str, Any]]:
-    """Return the table and the features of a data set on the Hub.
-
-    Args:
-        advice: the end of the message if the data set cannot be loaded.
-    """
+    """Return table and features of a data set on the Hub; `advice` ends the message of an error."""
 
     def unreachable(error: Exception) -> UserError:
         problem = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"

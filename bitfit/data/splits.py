@@ -206,11 +206,7 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
 
 
 def make_text_columns(task: Task, split: str, table: readers.Table, numbered: bool) -> TextColumns:
-    """Return a table's texts and, if the split has them, labels.
-
-    Args:
-        numbered: whether labels are numbers, as in `nyu-mll/glue`, or as TSV files write them.
-    """
+    """Return a table's texts and labels, if the split has any; `numbered` as in `column_names`."""
     names = column_names(task, split, numbered)
     if not is_labelled(split):
         return TextColumns(tuple(check_texts(table, names)), None)

@@ -68,11 +68,7 @@ def split_fields(line: str, separator: str) -> list[str]:
 
 
 def read_sentences(path: Path, wanted: Sequence[str]) -> readers.Table:
-    """Return the table of a file, in the format of the file's suffix.
-
-    Args:
-        wanted: the names of the columns to return; in CoNLL files also their numbers, from 1.
-    """
+    """Return some columns of a file, by name or, in CoNLL files, also by number from 1."""
     if path.suffix not in COLUMN_FILES:
         return readers.READERS[path.suffix](path, wanted)
     file = read_columns(path)

@@ -234,11 +234,7 @@ class Dataset:
 def sample_training_rows(
     seeds: list[int], total: int, size: int
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Draw `size` of `total` rows for each seed.
-
-    Returns:
-        (kept, rows): the rows that any seed has drawn, and {seed: positions in `kept`}.
-    """
+    """Return the rows that any seed draws, `size` of `total`, and {seed: positions among them}."""
     drawn = {s: make_generator(s, "training rows").permutation(total)[:size] for s in seeds}
     kept = np.unique(np.concatenate([*drawn.values()]))
     return kept, {seed: np.searchsorted(kept, rows) for seed, rows in drawn.items()}

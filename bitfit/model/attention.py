@@ -139,16 +139,16 @@ def varlen_attention(
     if len(query) != len(batch.position_ids) or key.shape != query.shape:
         raise ValueError("the heads do not have the shape of the packed sequences")
     bounds, longest = (batch.cu_seqlens, batch.cu_seqlens), (batch.max_seqlen, batch.max_seqlen)
-    if module not in layout.last_layer:
-        return varlen_kernel(
-            query, key, value, cu_seqlens=bounds, max_seqlen=longest, dropout=dropout, scale=scaling
-        )[None], None
-    bounds, longest = (batch.first_cu_seqlens, batch.cu_seqlens), (1, batch.max_seqlen)
-    first = query.index_select(0, batch.sequence_starts)
+    only_first = module in layout.last_layer
+    if only_first:
+        bounds, longest = (batch.first_cu_seqlens, batch.cu_seqlens), (1, batch.max_seqlen)
+        query = query.index_select(0, batch.sequence_starts)
     out = varlen_kernel(
-        first, key, value, cu_seqlens=bounds, max_seqlen=longest, dropout=dropout, scale=scaling
+        query, key, value, cu_seqlens=bounds, max_seqlen=longest, dropout=dropout, scale=scaling
     )
-    return torch.zeros_like(query).index_copy(0, batch.sequence_starts, out)[None], None
+    if only_first:
+        out = torch.zeros_like(key).index_copy(0, batch.sequence_starts, out)
+    return out[None], None
 
 
 def varlen_kernel(

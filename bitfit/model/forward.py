@@ -15,7 +15,7 @@ from bitfit.model.loading import (
     position_limit,
 )
 from bitfit.model.packed_encoder import PackedEncoder
-from bitfit.model.run_routing import RunRouting, route_chunks, route_rows
+from bitfit.model.run_routing import RunRouting, route_rows
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -53,17 +53,11 @@ class Forward(NamedTuple):
     def make_routed_batch(
         self, tokens: TokenizedSplit, rows: np.ndarray, run_ids: np.ndarray, num_runs: int
     ) -> tuple[Batch, RunRouting]:
-        """Return the `Batch` and the `RunRouting` of the rows (B,) of several runs, as arrays.
-
-        Args:
-            run_ids: (B,) int64, the run of each row, rows of a run together.
-        """
+        """Return `Batch` and `RunRouting` of rows (B,) with `run_ids` (B,), grouped by run."""
         packed = self.packed_encoder is not None
         if self.uses_varlen:
             batch, chunk_run_ids = make_varlen_batch(tokens, rows, run_ids, stacked=num_runs > 1)
-            if chunk_run_ids is None:
-                return batch, route_rows(run_ids, num_runs)
-            return batch, route_chunks(run_ids, chunk_run_ids)
+            return batch, route_rows(run_ids, num_runs, chunk_run_ids=chunk_run_ids)
         token_run_ids = np.repeat(run_ids, tokens.lengths[rows]) if packed else None
         routing = route_rows(run_ids, num_runs, token_run_ids)
         return make_batch(tokens, rows, packed), routing

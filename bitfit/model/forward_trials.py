@@ -66,7 +66,8 @@ def select_forward(
             model.eval()
             alone = {row: Forward(model).logits(tokens, rows[[i]]) for i, row in enumerate(rows)}
         warn_of_constant(model_name, alone, tokens.lengths[rows])
-        forward = first_independent(model, model_name, tokens, rows=rows, alone=alone, dtype=dtype)
+        candidates = forward_candidates(model, tokens, rows, dtype=dtype)
+        forward = first_independent(candidates, model_name, tokens, alone=alone)
     if dtype != torch.float32:
         errors = convert_errors(cannot(model_name, "compute in bf16", "--precision fp32"))
         with errors, cast_parameters(model, dtype):
@@ -113,21 +114,18 @@ def warn_of_constant(
 
 
 def first_independent(
-    model: "PreTrainedModel",
+    candidates: list[tuple[Forward, list[np.ndarray]]],
     model_name: str | Path,
     tokens: TokenizedSplit,
-    rows: np.ndarray,
     alone: dict[int, torch.Tensor],
-    dtype: torch.dtype,
 ) -> Forward:
     """Return the first `Forward` that gives rows in batches the logits that they have alone.
 
     Args:
         alone: {row: (labels, C) logits of a batch with this row alone}. UserError if none has them.
     """
-    candidates, problems = forward_candidates(model, tokens, rows, dtype=dtype), []
-    if not candidates[0][0].packed_encoder:
-        problems.append("packed rows need other layers")
+    is_packed = candidates[0][0].packed_encoder is not None
+    problems = [] if is_packed else ["packed rows need other layers"]
     for forward, batches in candidates:
         problem = neighbour_problem(forward, tokens, batches, alone=alone)
         if problem is None:
@@ -167,34 +165,26 @@ def neighbour_problem(
     logits = torch.cat([*alone.values()])
     spread, largest = (logits - logits.mean(0)).abs().max(), logits.abs().max()
     bound = 1e-4 * spread + 16 * torch.finfo(logits.dtype).eps * largest
+
+    def differs(batch: np.ndarray, bound: torch.Tensor) -> bool:
+        counts, logits = count_labels(tokens, batch).tolist(), forward.logits(tokens, batch)
+        if len(logits) < sum(counts):
+            return True
+        by_row = zip(logits.split(counts), batch, strict=True)
+        differences = [logits - alone[row] for logits, row in by_row if row in alone]
+        return not torch.cat(differences).abs().max() <= bound
+
     try:
         for batch in batches:
-            if differs_from_alone(forward, tokens, batch, alone=alone, bound=bound):
+            if differs(batch, bound):
                 return "give other logits"
             if forward.uses_varlen:  # FlashAttention, which is used in training, needs bf16
-                half, wide = cast_parameters(forward.model, torch.bfloat16), 0.2 * largest
-                with half:
-                    if differs_from_alone(forward, tokens, batch, alone=alone, bound=wide):
+                with cast_parameters(forward.model, torch.bfloat16):
+                    if differs(batch, 0.2 * largest):
                         return "give other logits in bf16"
     except Exception as error:  # The next candidate may work.
         return f"raise {type(error).__name__}: {shorten(first_line(error), 100)}"
     return None
-
-
-def differs_from_alone(
-    forward: Forward,
-    tokens: TokenizedSplit,
-    batch: np.ndarray,
-    alone: dict[int, torch.Tensor],
-    bound: torch.Tensor,
-) -> bool:
-    """Return whether logits of rows in a batch differ by more than `bound` from those `alone`."""
-    counts, logits = count_labels(tokens, batch).tolist(), forward.logits(tokens, batch)
-    if len(logits) < sum(counts):
-        return True
-    by_row = zip(logits.split(counts), batch, strict=True)
-    differences = [logits - alone[row] for logits, row in by_row if row in alone]
-    return not torch.cat(differences).abs().max() <= bound
 
 
 @contextmanager

@@ -168,12 +168,9 @@ def read_config(
 
 @torch.no_grad()
 def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None = None) -> None:
-    """Initialize the classifier from a run's seed: normal weights as in BERT, zero biases.
+    """Initialize the classifier, or only `names`, from a run's seed: normal weights, zero biases.
 
-    The weights are sampled on the CPU, so they are the same on every device.
-
-    Args:
-        names: the parameters to initialize; None: the whole classifier.
+    The weights are sampled on the CPU, as in BERT, so they are the same on every device.
     """
     rng = torch.Generator().manual_seed(seed % 2**63)
     std = getattr(model.config, "initializer_range", 0.02)

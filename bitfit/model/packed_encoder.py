@@ -90,12 +90,9 @@ def packed_encoders(
 ) -> list[PackedEncoder]:
     """Return the `PackedEncoder`s to try on a model, the fastest first.
 
-    There is none for layers with windows. After the last attention no token reads another, and
-    the classifier reads first tokens alone: for the other tokens three quarters of the last
-    layer's arithmetic can be skipped.
-
-    Args:
-        reads_all_tokens: whether the classifier reads all tokens, so that nothing is skipped.
+    There is none for layers with windows. After the last attention no token reads another. Unless
+    the classifier `reads_all_tokens`, it reads first tokens alone: for the other tokens three
+    quarters of the last layer's arithmetic can be skipped.
     """
     config, base = model.config, model.base_model
     windows = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))

@@ -66,10 +66,10 @@ def predict_together(
     budget: TokenBudget,
     rows: dict[int, np.ndarray],
 ) -> list[np.ndarray]:
-    """Return the logits (B, C), or (words, C), of each run; runs share micro-batches.
+    """Return the logits (B, C) or (words, C) of each run of `rows`; runs share micro-batches.
 
     Args:
-        rows: {run: (B,) int64 row numbers}.
+        rows: {run: (B,) int64 row numbers}, also below.
     """
     forward.model.eval()
     flat = np.concatenate([*rows.values()])
@@ -114,9 +114,6 @@ def predict_runs(
     whose rows fill at most half a micro-batch share micro-batches, because launching kernels takes
     longer than computing them. A CPU launches at once. There, and otherwise, one run after the
     other is loaded into the model.
-
-    Args:
-        rows: {run: (B,) int64 row numbers}.
     """
     for number, of_stack in enumerate(stack.groups):
         of_group = {run: rows[run] for run in of_stack.runs if run in rows}

@@ -146,29 +146,24 @@ class PerRunBias(torch.autograd.Function):
 
 
 def route_rows(
-    run_ids: np.ndarray, num_runs: int, token_run_ids: np.ndarray | None = None
+    run_ids: np.ndarray,
+    num_runs: int,
+    token_run_ids: np.ndarray | None = None,
+    chunk_run_ids: np.ndarray | None = None,
 ) -> RunRouting:
     """Return the `RunRouting` of rows, as arrays.
 
     Args:
         run_ids: (B,) int64, the run of each row.
         token_run_ids: (N,) int64, the run of each token if the rows are packed.
+        chunk_run_ids: (N / CHUNK,) int64 in its place if each run fills whole chunks.
     """
     if num_runs == 1:  # the parameters of the model are those of the run
         return RunRouting(RunIndex(run_ids, None, None, valid_mask=None, unpad_index=None), None)
     tokens = None if token_run_ids is None else index_runs(token_run_ids)
-    return RunRouting(index_runs(run_ids), tokens)
-
-
-def route_chunks(run_ids: np.ndarray, chunk_run_ids: np.ndarray) -> RunRouting:
-    """Return the `RunRouting` of rows of several runs that fill whole chunks, as arrays.
-
-    Args:
-        run_ids: (B,) int64, the run of each row.
-        chunk_run_ids: (N / CHUNK,) int64, the run of each chunk.
-    """
-    chunks = index_runs(chunk_run_ids, width_multiple=8)
-    tokens = chunks._replace(run_ids=np.repeat(chunks.run_ids, CHUNK))
+    if chunk_run_ids is not None:
+        chunks = index_runs(chunk_run_ids, width_multiple=8)
+        tokens = chunks._replace(run_ids=np.repeat(chunks.run_ids, CHUNK))
     return RunRouting(index_runs(run_ids), tokens)
 
 

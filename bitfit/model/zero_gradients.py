@@ -6,7 +6,7 @@ because with relative positions the logits may depend on the key's bias.
 """
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -139,35 +139,26 @@ def gradient_sums(
     row: np.ndarray,
     rng: torch.Generator,
 ) -> Sums:
-    """Return {bias: (sum, sum of absolute values)} of the gradients of a row's tokens.
+    """Return {bias: (sum, sum of absolute values)} of the gradients of the tokens of a row (1,).
 
     These are the gradients of the output of the bias's module. A bias that is not added to that
     output has no entry, or gradients that do not cancel.
-
-    Args:
-        row: (1,) int64, the number of the row.
     """
     sums: Sums = {}
-    handles, flags = [], [(p, p.requires_grad) for p in model.parameters()]
-
-    try:
-        for parameter, _ in flags:
+    with ExitStack() as on_exit, torch.enable_grad():
+        for parameter in model.parameters():
+            on_exit.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(parameter.dim() == 1)
         for name in biases:
             module = model.get_submodule(name.rpartition(".")[0])
-            handles.append(module.register_forward_hook(partial(watch_output, sums, name)))
-        with torch.enable_grad():
-            logits = Forward(model).logits(tokens, row)
-            direction = torch.randn(logits.shape, generator=rng).to(logits)
-            wanted = [p for p, _ in flags if p.requires_grad]
-            torch.autograd.grad((logits * direction).sum(), wanted, allow_unused=True)
-        if not logits.isfinite().all():
-            raise ValueError("the logits are not finite")
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            hook = module.register_forward_hook(partial(watch_output, sums, name))
+            on_exit.callback(hook.remove)
+        logits = Forward(model).logits(tokens, row)
+        direction = torch.randn(logits.shape, generator=rng).to(logits)
+        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.autograd.grad((logits * direction).sum(), wanted, allow_unused=True)
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite")
     return sums
 
 

@@ -58,11 +58,7 @@ def flatten(named: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tenso
 
 
 def compare_deltas(evaluators: Sequence[SavedEvaluator], evaluator: GLUEvaluator) -> Comparison:
-    """Compare saved evaluators that trained the same bias terms.
-
-    Args:
-        evaluator: one of them, loaded, which has the values of the base model.
-    """
+    """Compare saved evaluators of the same bias terms; `evaluator` is one of them, loaded."""
     names = encoder_names(evaluator)
     base = flatten(evaluator.stack.named_params(0, evaluator.stack.initial_params), names)
     deltas = torch.stack([flatten(saved.tensors, names) - base for saved in evaluators])
