@@ -9,7 +9,7 @@ from scipy import stats
 
 from bitfit.data.tasks import TASKS
 from bitfit.study import statistics
-from bitfit.study.statistics import Choice, Difference, Selected, main_scores
+from bitfit.study.statistics import Choice, Selected, main_scores
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +84,7 @@ def test_blocks_of_resamples_are_put_together():
 
 
 def compare(a_right, b_right, rng, resamples=200):
-    """The `Difference` of two methods, given which rows each seed is right about: (S, rows)."""
+    """The `difference` of two methods, given which rows each seed is right about: (S, rows)."""
     labels = np.ones(a_right.shape[1], int)
     logits = [logits_of(right)[None, :, None] for right in (a_right, b_right)]
     a, b = (last_of(ACCURACY, of_method, labels) for of_method in logits)
@@ -112,21 +112,21 @@ def test_the_interval_covers_a_known_difference():
         a = ~hard & (rng.random((6, 400)) < 0.9)
         b = ~hard & (rng.random((6, 400)) < 0.8)
         found = compare(a, b, rng)
-        covered += found.low <= 0.09 <= found.high
-        widths.append(found.high - found.low)
+        covered += found["low"] <= 9 <= found["high"]
+        widths.append(found["high"] - found["low"])
     assert covered >= 36
-    assert np.mean(widths) < 0.11
+    assert np.mean(widths) < 11
 
 
 def test_a_difference_is_paired():
     rng = np.random.default_rng(0)
     right = rng.random((5, 80)) < rng.random((5, 1))
-    assert compare(right, right, rng) == Difference(0, 0, 0, 1, 5)
+    assert list(compare(right, right, rng).values()) == [0, 0, 0, 5, 1, 0.0625]
 
 
 def test_the_interval_has_no_width_where_seeds_and_rows_are_alike():
     found = compare(np.ones((5, 30), bool), np.zeros((5, 30), bool), np.random.default_rng(0))
-    assert found == Difference(1, 1, 1, 0.0625, 5)
+    assert list(found.values()) == [100, 100, 100, 5, 0.0625, 0.0625]
 
 
 def test_the_interval_is_over_seeds_and_over_rows():
@@ -136,9 +136,9 @@ def test_the_interval_is_over_seeds_and_over_rows():
     for varied, deviation in ((of_seeds, 4), (of_rows, 50)):
         found = compare(varied, right, np.random.default_rng(0), 2000)
         wider = stats.t.ppf(0.975, 3) / 1.96 * (4 / 3) ** 0.5
-        half = wider * 1.96 * 0.5 / deviation**0.5
-        assert found.mean == 0.5
-        assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.06)
+        half = 100 * wider * 1.96 * 0.5 / deviation**0.5
+        assert found["difference"] == 50
+        assert (found["low"], found["high"]) == pytest.approx((50 - half, 50 + half), abs=6)
 
 
 def test_the_interval_is_widened_for_the_column_with_the_fewest_seeds():
@@ -156,7 +156,8 @@ def test_seeds_that_one_method_lacks_are_left_out():
     a, b = (last_of(ACCURACY, x, labels) for x in (logits, other))
     found = paired(a, b, logits, other, labels, np.random.default_rng(0))
     kept = [1, 2, 4]
-    assert (found.n, found.mean) == (3, pytest.approx((a.values - b.values)[kept].mean()))
+    expected = 100 * (a.values - b.values)[kept].mean()
+    assert (found["pairs"], found["difference"]) == (3, pytest.approx(expected))
     less = [x[:, kept] for x in (logits, other)]
     a, b = (last_of(ACCURACY, x, labels) for x in less)
     again = paired(a, b, less[0], less[1], labels, np.random.default_rng(0))
@@ -171,9 +172,9 @@ def test_too_few_seeds():
         logits[:, :lost] = np.nan
         a, b = (last_of(ACCURACY, x, labels) for x in (logits, other))
         found = paired(a, b, logits, other, labels, np.random.default_rng(0))
-        assert found.n == n
-        np.testing.assert_array_equal(found[1:4], np.full(3, np.nan))
-        assert np.isfinite(found.mean) == (n == 1)
+        assert found["pairs"] == n
+        assert np.isnan([found[name] for name in ("low", "high", "p")]).all()
+        assert np.isfinite(found["difference"]) == (n == 1)
 
 
 def test_what_cannot_be_compared():

@@ -217,12 +217,9 @@ def term_labels(names: Iterable[str]) -> dict[str, str]:
 
     A label has the name in --bias-terms and the paper's symbol. Other biases follow without one.
     """
-    labels = {
-        name: rf"{term}  $\mathbf{{{symbol}}}^{{\ell}}$" for term, (name, symbol) in TERMS.items()
-    }
-    known = {name: label for name, label in labels.items() if name in names}
-    others = sorted(name for name in names if name not in known)
-    return known | {name: name.removesuffix(".bias") for name in others}
+    labels = {name: rf"{term}  $\mathbf{{{symbol}}}^{{\ell}}$"
+              for term, (name, symbol) in TERMS.items() if name in names}  # fmt: skip
+    return labels | {name: name.removesuffix(".bias") for name in sorted({*names} - {*labels})}
 
 
 def bias_heatmap(changes: pd.DataFrame, caption: str) -> "Figure":

@@ -1,5 +1,6 @@
 """The figures of a study's report: {file name: (figure, caption below it)}."""
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,47 +31,31 @@ def all_figures(study: Study, entries: Entries) -> Figures:
     figures: Figures = {}
     for model in dict.fromkeys(key[0] for key in entries):
         of_model = {key: entry for key, entry in entries.items() if key[0] == model}
-        name = slug(model)
-        figures |= heatmaps(study, of_model, name) | size_curves(of_model, name)
-        figures |= gaps(of_model, name) | learning_curves(of_model, name) | trials(of_model, name)
+        on_all_rows = {key: entry for key, entry in of_model.items() if key[3] is None}
+        name, columns = slug(model), by_column(on_all_rows)
+        figures |= heatmaps(study, on_all_rows, name) | size_curves(of_model, name)
+        figures |= gaps(on_all_rows, name) | learning_curves(columns, name) | trials(columns, name)
     return figures
 
 
-def on_all_rows(entries: Entries) -> Entries:
-    """Return the entries that belong to no train-size curve."""
-    return {key: entry for key, entry in entries.items() if key[3] is None}
-
-
 def by_column(entries: Entries) -> dict[str, dict[str, Entry]]:
-    """Return {column: {row: entry}} with the rows in the order of METHOD_STYLES."""
-    found: dict[str, dict[str, Entry]] = {}
+    """Return {column: {row: entry}}."""
+    found: dict[str, dict[str, Entry]] = defaultdict(dict)
     for (_, row, column, _), entry in entries.items():
-        found.setdefault(column, {})[row] = entry
-    return {
-        column: {row: of_row[row] for row in METHOD_STYLES if row in of_row}
-        for column, of_row in found.items()
-    }
-
-
-def score_label(entry: Entry) -> str:
-    """Return the label of an axis that shows an entry's validation score."""
-    return f"validation {entry.results.task.metrics[0]} × 100"
+        found[column][row] = entry
+    return found
 
 
 def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
     """Return Figure 1, the change of each bias term, for all terms and for b_q + b_m2."""
     figures: Figures = {}
-    for (_, row, column, _), entry in on_all_rows(entries).items():
-        if row not in ("bitfit", "b_m2+b_q"):
-            continue
-        found = results.bias_changes(study, entry)
-        if found is None or column == "MNLI-mm":
-            continue
-        changes, seeds = found
-        caption = f"{name}, {row}, {column}, mean of {seeds} seeds"
-        figure = bias_heatmap(changes, caption)
-        text = f"Figure 1 of the paper, for {row} on {column}: mean absolute change per layer."
-        figures[f"figure1_{name}_{row}_{column}"] = figure, text
+    for (_, row, column, _), entry in entries.items():
+        shown = row in ("bitfit", "b_m2+b_q") and column != "MNLI-mm"
+        if shown and (found := results.bias_changes(study, entry)):
+            changes, seeds = found
+            figure = bias_heatmap(changes, f"{name}, {row}, {column}, mean of {seeds} seeds")
+            text = f"Figure 1 of the paper, for {row} on {column}: mean absolute change per layer."
+            figures[f"figure1_{name}_{row}_{column}"] = figure, text
     return figures
 
 
@@ -80,11 +65,8 @@ def size_curves(entries: Entries, name: str) -> Figures:
     scores = results.score_frame(entries)
     scores = scores[(scores["selection"] == "split") & scores["train_size"].notna()]
     for (column, metric), of_column in scores.groupby(["column", "metric"], sort=False):
-        figure, axes = curve_figure(
-            f"{name}, {column}",
-            "training examples (line: mean; band: ± standard deviation over seeds)",
-            f"validation {metric} × 100",
-        )
+        xlabel = "training examples (line: mean; band: ± standard deviation over seeds)"
+        figure, axes = curve_figure(f"{name}, {column}", xlabel, f"validation {metric} × 100")
         for row in METHOD_STYLES:
             of_row = of_column[of_column["row"] == row].set_index("train_size").sort_index()
             plot_mean(axes, row, of_row)
@@ -110,16 +92,14 @@ def gaps(entries: Entries, name: str) -> Figures:
     frame = results.train_gaps(entries)
     if frame.empty:
         return {}
-    columns = list(dict.fromkeys(frame["column"]))
+    columns = frame.groupby("column", sort=False)["metric"].first()  # {column: metric}
     rows = [row for row in METHOD_STYLES if row in set(frame["row"])]
-    metrics = {column: next(iter(of_row.values())).results.task.metrics[0]
-               for column, of_row in by_column(on_all_rows(entries)).items()}  # fmt: skip
     caption = f"{name}: gap between train and validation score in the last epoch"
     figure = new_figure(max(6, 1.8 + 1.7 * len(columns)), 4.5, caption)
     axes, width = figure.subplots(), 0.8 / len(rows)
     hatches = ("", "//", "..", "\\\\", "xx", "**", "--", "oo", "++")  # to tell bars apart in grey
     for i, row in enumerate(rows):
-        bars = frame[frame["row"] == row].set_index("column").reindex(columns)
+        bars = frame[frame["row"] == row].set_index("column").reindex(columns.index)
         x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
         drawn = axes.bar(x, bars["gap"], width, yerr=bars["std"], color=METHOD_STYLES[row].color,
                  label=row, hatch=hatches[list(METHOD_STYLES).index(row)], edgecolor="white",
@@ -127,7 +107,7 @@ def gaps(entries: Entries, name: str) -> Figures:
         for whiskers in drawn.errorbar[2] if drawn.errorbar else ():  # visible on black bars too
             whiskers.set_path_effects([withStroke(linewidth=2.4, foreground="white")])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(columns)), [f"{column}\n{metrics[column]}" for column in columns])
+    axes.set_xticks(range(len(columns)), [f"{c}\n{m}" for c, m in columns.items()])
     axes.set_xlabel("task and metric\n(bar: mean; whisker: ± standard deviation over seeds)")
     axes.set_ylabel("train - validation score × 100")
     figure.legend(loc="outside lower center", frameon=False, ncols=min(len(rows), 4))
@@ -141,21 +121,16 @@ def gaps(entries: Entries, name: str) -> Figures:
     return {f"gap_{name}": (figure, text)}
 
 
-def learning_curves(entries: Entries, name: str) -> Figures:
+def learning_curves(columns: dict[str, dict[str, Entry]], name: str) -> Figures:
     """Return a figure for each column: the validation score by epoch, a line for each method."""
     figures: Figures = {}
-    for column, of_row in by_column(on_all_rows(entries)).items():
+    for column, of_row in columns.items():
         curves = {row: results.curve_over_seeds(entry) for row, entry in of_row.items()}
-        found = {row: curve for row, curve in curves.items() if curve is not None}
-        epochs = [epoch for curve in found.values() for epoch in curve.index]
-        label = score_label(next(iter(of_row.values())))
-        figure, axes = curve_figure(
-            f"{name}, {column}",
-            "epoch (line: mean; band: ± standard deviation over seeds)",
-            label,
-            epochs=epochs,
-        )
-        for row, curve in found.items():
+        xlabel = "epoch (line: mean; band: ± standard deviation over seeds)"
+        ylabel = f"validation {main_metric(of_row)} × 100"
+        epochs = [epoch for curve in curves.values() for epoch in curve.index]
+        figure, axes = curve_figure(f"{name}, {column}", xlabel, ylabel, epochs=epochs)
+        for row, curve in curves.items():
             plot_mean(axes, row, curve)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = (
@@ -166,16 +141,20 @@ def learning_curves(entries: Entries, name: str) -> Figures:
     return figures
 
 
-def trials(entries: Entries, name: str) -> Figures:
+def main_metric(of_row: dict[str, Entry]) -> str:
+    """Return the main metric of the entries of one column."""
+    return next(iter(of_row.values())).results.task.metrics[0]
+
+
+def trials(columns: dict[str, dict[str, Entry]], name: str) -> Figures:
     """Return a figure for each column: the expected best score of n trials.
 
     A trial is one epoch of one learning rate and seed.
     """
     figures: Figures = {}
-    for column, of_row in by_column(on_all_rows(entries)).items():
+    for column, of_row in columns.items():
         xlabel = "trials (a trial is one epoch of one learning rate and seed)"
-        metric = next(iter(of_row.values())).results.task.metrics[0]
-        ylabel = f"expected best {metric} × 100"
+        ylabel = f"expected best {main_metric(of_row)} × 100"
         figure, axes = curve_figure(f"{name}, {column}", xlabel, ylabel)
         most = 1
         for row, entry in of_row.items():

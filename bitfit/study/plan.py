@@ -135,10 +135,8 @@ def cells_within_budget(
     if np.isnan(seconds).any():
         raise UserError("--budget-hours needs the cost of the cells: run `plan --calibrate` first")
     order = seconds.argsort(kind="stable")
-    cheapest, count = (
-        [open_cells[i] for i in order],
-        (seconds[order].cumsum() <= 3600 * budget).sum(),
-    )
+    count = (seconds[order].cumsum() <= 3600 * budget).sum()
+    cheapest = [open_cells[i] for i in order]
     return cheapest[:count], cheapest[count:]
 
 
@@ -151,16 +149,11 @@ def states_summary(study: Study, cells: Sequence[Cell], left: Sequence[Cell]) ->
         lines.append(f"left, beyond --budget-hours: {', '.join(cell.name for cell in left)}")
     for cell, state in zip(cells, states, strict=True):
         failure = cell_states.read_failure(study, cell) or {}
-        if state == "failed":
-            log = cell_states.sibling_file(study, cell, ".log")
-            reason = f"status {failure.get('status')}: {failure.get('line')}"
-            lines.append(f"failed: {cell.name}, {reason} ({log})")
-        if state == "waiting":
-            lines.append(
-                f"waiting: {cell.name}, until the cell of {cell.args['start_from']} is done"
-            )
-        if state == "foreign":
-            lines.append(
-                f"foreign: {cell_states.cell_folder(study, cell)} belongs to another command"
-            )
+        log = cell_states.sibling_file(study, cell, ".log")
+        reasons = {
+            "failed": f"{cell.name}, status {failure.get('status')}: {failure.get('line')} ({log})",
+            "waiting": f"{cell.name}, until the cell of {cell.args['start_from']} is done",
+            "foreign": f"{cell_states.cell_folder(study, cell)} belongs to another command",
+        }
+        lines += [f"{state}: {reasons[state]}"] if state in reasons else []
     return "\n".join(lines)

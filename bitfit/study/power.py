@@ -12,7 +12,7 @@ from scipy import stats
 from bitfit.study import tables
 from bitfit.study.cells import slug
 from bitfit.study.protocol import ROWS
-from bitfit.study.results import PAIRS, Entries, Entry
+from bitfit.study.results import PAIRS, Entries, Entry, finished_pairs
 from bitfit.study.statistics import SIGN_FLIPS
 
 POINT = 0.01  # the true difference to detect; scores are at most 1
@@ -42,12 +42,11 @@ def power_frame(entries: Entries, rng: np.random.Generator, resamples: int = 100
         for pair in combinations(ROWS, 2):
             a, b = pair[::-1] if pair[::-1] in PAIRS else pair
             key, of_task = {"model": model, "a": a, "b": b}, defaultdict(list)
-            for column in dict.fromkeys(key[2] for key in entries):
-                first, second = (entries.get((model, row, column, None)) for row in (a, b))
-                scores = seed_scores(first), seed_scores(second)
-                if first and all(x.notna().any() for x in scores):
+            for column, both in finished_pairs(entries, model, (a, b)).items():
+                scores = tuple(map(seed_scores, both))
+                if all(x.notna().any() for x in scores):
                     rows.append(key | {"column": column} | power_row([scores], rng, resamples))
-                    of_task[first.results.task.name].append(scores)
+                    of_task[both[0].results.task.name].append(scores)
             if len(of_task) > 1:
                 # The two columns of MNLI are of the same runs, so they count as their mean.
                 tasks = [tuple(sum(x) / len(x) for x in zip(*columns, strict=True))
@@ -56,10 +55,8 @@ def power_frame(entries: Entries, rng: np.random.Generator, resamples: int = 100
     return pd.DataFrame(rows)
 
 
-def seed_scores(entry: Entry | None) -> pd.Series:
-    """Return the scores by `split` of a finished cell, indexed by seed; else an empty series."""
-    if entry is None or entry.results.state != "done":
-        return pd.Series(dtype=float)
+def seed_scores(entry: Entry) -> pd.Series:
+    """Return the scores of a cell by `split`, indexed by seed."""
     # Equal scores, summed in another order, may differ in the last bit.
     return pd.Series(entry.selected["split"].values, entry.results.cell.seeds).round(12)
 

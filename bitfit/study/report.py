@@ -121,26 +121,22 @@ def deviations(study: Study) -> list[str]:
     """Return the differences between the plan and the paper's protocol, as texts."""
     messages = []
     for cell in study.cells:
-        if paper_model_name(cell.model) not in PAPER_MODELS:
-            messages.append(f"model {cell.model}")
-        if tuple(cell.rates) != tuple(paper_learning_rates(cell.model, cell.row)):
-            rates = " ".join(f"{rate:g}" for rate in cell.rates)
-            messages.append(f"learning rates of {cell.row}: {rates}")
-        if tuple(cell.seeds) != SEEDS:
-            messages.append(f"seeds of {cell.row}: {' '.join(map(str, cell.seeds))}")
-        for name, papers in (("batch_size", BATCH_SIZE), ("max_seq_length", 128)):
-            if cell.args[name] != papers:
-                messages.append(f"{name.replace('_', ' ')} {cell.args[name]}")
-        if cell.args["data_dir"]:
-            messages.append(f"data of {cell.args['data_dir']}")
-        if cell.args["train_size"] and not cell.size:
-            messages.append(f"{cell.args['train_size']} training examples, sampled by each seed")
-        if cell.start:
-            messages.append(f"{cell.task} starts from {cell.start}")
-        if cell.args["epochs"] != default_epochs(cell.task):
-            messages.append(
-                f"{cell.args['epochs']} epochs of {cell.task} (not this program's default)"
-            )
+        args, size, epochs = cell.args, cell.args["train_size"], cell.args["epochs"]
+        rates, papers = tuple(cell.rates), paper_learning_rates(cell.model, cell.row)
+        listed = " ".join(f"{rate:g}" for rate in rates)
+        differs = {
+            f"model {cell.model}": paper_model_name(cell.model) not in PAPER_MODELS,
+            f"learning rates of {cell.row}: {listed}": rates != tuple(papers),
+            f"seeds of {cell.row}: {' '.join(map(str, cell.seeds))}": tuple(cell.seeds) != SEEDS,
+            f"batch size {args['batch_size']}": args["batch_size"] != BATCH_SIZE,
+            f"max seq length {args['max_seq_length']}": args["max_seq_length"] != 128,
+            f"data of {args['data_dir']}": args["data_dir"],
+            f"{size} training examples, sampled by each seed": size and not cell.size,
+            f"{cell.task} starts from {cell.start}": cell.start,
+            f"{epochs} epochs of {cell.task} (not this program's default)":
+                epochs != default_epochs(cell.task),
+        }  # fmt: skip
+        messages += [text for text, is_different in differs.items() if is_different]
     metadata = [cell_states.read_cell_args(study, cell) or {} for cell in study.cells]
     if "bf16" in [content.get("precision") for content in metadata]:
         messages.append("computed in bf16; the trained parameters are kept in float32")

@@ -3,6 +3,7 @@
 Everything is read from the files of the runs; nothing is trained or predicted here.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -194,19 +195,30 @@ def comparisons(entries: Entries, rng: np.random.Generator, resamples: int = 100
     return frame
 
 
+def finished_pairs(
+    entries: Entries, model: str, pair: tuple[str, str]
+) -> dict[str, tuple[Entry, Entry]]:
+    """Return {column: the entries of two rows}, trained on all rows and finished."""
+    done = {key[1:3]: entry for key, entry in entries.items()
+            if (key[0], key[3], entry.results.state) == (model, None, "done")}  # fmt: skip
+    columns = dict.fromkeys(column for _, _, column, _ in entries)
+    return {c: (done[pair[0], c], done[pair[1], c]) for c in columns
+            if {(row, c) for row in pair} <= set(done)}  # fmt: skip
+
+
 def compare_pair(
     entries: Entries, model: str, pair: tuple[str, str], rng: np.random.Generator, resamples: int
 ) -> list[dict[str, Any]]:
     """Return the rows of one pair, from finished cells with the same seeds."""
-    rows: list[dict[str, Any]] = []
-    of_task: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    columns: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     drawn_seeds: dict[str, np.ndarray] = {}
-    for column in dict.fromkeys(key[2] for key in entries):
-        first, second = (entries.get((model, row, column, None)) for row in pair)
-        if not first or not second or not are_comparable(first, second):
+    of_task = defaultdict(list)
+    for column, (first, second) in finished_pairs(entries, model, pair).items():
+        selected, task = (first.selected["split"], second.selected["split"]), first.results.task
+        same_seeds = first.results.cell.seeds == second.results.cell.seeds
+        if not same_seeds or len(statistics.pairs(*selected)) < 2:
             continue
-        selected = first.selected["split"], second.selected["split"]
-        by_seed, task = statistics.differences(*selected), first.results.task
+        by_seed = statistics.differences(*selected)
         # The two columns of MNLI are of the same runs: they get the same seeds, and one mean.
         seeds = drawn_seeds.setdefault(task.name, statistics.draws(rng, len(by_seed), resamples))
         a_logits, b_logits = (entry.results.logits[entry.split] for entry in (first, second))
@@ -214,76 +226,48 @@ def compare_pair(
             task, *selected, a_logits=a_logits, b_logits=b_logits,
             labels=first.results.labels[first.split], rng=rng, seeds=seeds,
         )  # fmt: skip
-        of_task.setdefault(task.name, []).append((by_seed, drawn))
-        rows.append(difference_row(model, pair, column, columns=[(by_seed, drawn)], rng=rng))
+        columns[column] = [(by_seed, drawn)]
+        of_task[task.name].append((by_seed, drawn))
     if len(of_task) > 1:
-        means = [(np.mean([values for values, _ in pairs], axis=0),
-                  np.mean([drawn for _, drawn in pairs], axis=0))
-                 for pairs in of_task.values()]  # fmt: skip
-        rows.append(difference_row(model, pair, "all", columns=means, rng=rng))
-    return rows
+        columns["all"] = [(np.mean([values for values, _ in pairs], axis=0),
+                           np.mean([drawn for _, drawn in pairs], axis=0))
+                          for pairs in of_task.values()]  # fmt: skip
+    key = {"model": model, "a": pair[0], "b": pair[1]}
+    return [
+        key | {"column": column} | statistics.difference(values, rng)
+        for column, values in columns.items()
+    ]
 
 
-def are_comparable(first: Entry, second: Entry) -> bool:
-    """Return whether two cells are finished with the same seeds, of which at least two count."""
-    done = first.results.state == second.results.state == "done"
-    if not done or first.results.cell.seeds != second.results.cell.seeds:
-        return False
-    return len(statistics.pairs(first.selected["split"], second.selected["split"])) > 1
-
-
-def difference_row(
-    model: str,
-    pair: tuple[str, str],
-    column: str,
-    columns: Sequence[tuple[np.ndarray, np.ndarray]],
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """Return a row of `comparisons`; `columns` are as in `statistics.difference`."""
-    found = statistics.difference(columns, rng)
-    return {
-        "model": model, "a": pair[0], "b": pair[1], "column": column,
-        "difference": 100 * found.mean,
-        "low": 100 * found.low, "high": 100 * found.high, "pairs": found.n, "p": found.p,
-        "least_p": statistics.least_p(found.n),
-    }  # fmt: skip
-
-
-def scores_at_last_rate(entry: Entry) -> pd.DataFrame | None:
-    """Return the scores of an entry's runs at the rate of `last`, or None if no run counts."""
-    choices = entry.selected["last"].choices
-    if not choices:
-        return None
-    scores = entry.results.scores
-    return scores[scores["learning_rate"] == entry.results.cell.rates[choices[0].rate]]
+def scores_at_last_rate(entry: Entry) -> pd.DataFrame:
+    """Return the scores of an entry's runs at the rate of `last`; empty if no run counts."""
+    scores, rates = entry.results.scores, entry.results.cell.rates
+    chosen = [rates[choice.rate] for choice in entry.selected["last"].choices]
+    return scores[scores["learning_rate"].isin(chosen)]
 
 
 def train_gaps(entries: Entries) -> pd.DataFrame:
     """Return train minus validation score × 100 in the last epoch of `last`, a row per entry."""
     rows = []
     for (model, row, column, size), entry in entries.items():
-        scores = scores_at_last_rate(entry)
-        if size is not None or scores is None or "train" not in set(scores["split"]):
+        scores, metric = scores_at_last_rate(entry), entry.results.task.metrics[0]
+        if size is not None or "train" not in set(scores["split"]):
             continue
-        last = scores[scores["epoch"] == scores["epoch"].max()]
-        last = last[last["metric"] == entry.results.task.metrics[0]]
+        last = scores[(scores["epoch"] == scores["epoch"].max()) & (scores["metric"] == metric)]
         wide = 100 * last.pivot(index="seed", columns="split", values="value")
         gap, std, n = mean_std(wide["train"] - wide[entry.split], skip_nan=True)
-        rows.append({"model": model, "row": row, "column": column, "train": wide["train"].mean(),
-                     "validation": wide[entry.split].mean(), "gap": gap, "std": std,
-                     "seeds": n})  # fmt: skip
+        rows.append({"model": model, "row": row, "column": column, "metric": metric,
+                     "train": wide["train"].mean(), "validation": wide[entry.split].mean(),
+                     "gap": gap, "std": std, "seeds": n})  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def curve_over_seeds(entry: Entry) -> pd.DataFrame | None:
+def curve_over_seeds(entry: Entry) -> pd.DataFrame:
     """Return mean and std over the seeds of the main score × 100 by epoch, at the rate of `last`.
 
-    Return None if no run counts.
+    The frame is empty if no run counts.
     """
-    scores = scores_at_last_rate(entry)
-    if scores is None:
-        return None
-    main = select_scores(scores, entry.split, entry.results.task.metrics[0])
+    main = select_scores(scores_at_last_rate(entry), entry.split, entry.results.task.metrics[0])
     return 100 * main.groupby("epoch")["value"].agg(["mean", "std"])
 
 

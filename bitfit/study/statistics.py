@@ -34,16 +34,6 @@ class Selected(NamedTuple):
     choices: list[Choice]  # empty if all runs diverged
 
 
-class Difference(NamedTuple):
-    """The mean difference between the scores of two methods."""
-
-    mean: float
-    low: float  # of the 95 % interval
-    high: float
-    p: float  # two-sided
-    n: int  # seeds that both methods have
-
-
 def main_scores(task: Task, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the main metric of logits (..., rows, C) and labels (rows,), NaN if a logit is NaN."""
     return resampled(task, logits, labels, counts=np.ones((1, len(labels)), int))[0]
@@ -232,18 +222,19 @@ def row_bootstrap(
 
 def difference(
     columns: Sequence[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator
-) -> Difference:
-    """Return the `Difference` of two methods in one column of a table, or the mean over several.
+) -> dict[str, float]:
+    """Return the difference of two methods in points, the mean over columns of a table.
 
-    The interval covers new examples and new seeds. The p-value of the sign-flip test is for new
-    seeds on the same examples, so the two may disagree.
+    The interval `low` to `high` covers new examples and new seeds. The p-value of the sign-flip
+    test is for new seeds on the same examples, so the two may disagree.
 
     Args:
         columns: (`differences` (n,), `bootstrap_differences` (B,)) of every column.
     """
     by_seed = [values for values, _ in columns]
-    mean, p = pooled(by_seed, rng)
-    return Difference(mean, *interval(columns), p=p, n=sum(map(len, by_seed)))
+    (mean, p), (low, high), n = pooled(by_seed, rng), interval(columns), sum(map(len, by_seed))
+    points = {"difference": 100 * mean, "low": 100 * low, "high": 100 * high}
+    return points | {"pairs": n, "p": p, "least_p": least_p(n)}
 
 
 def pooled(

@@ -82,10 +82,8 @@ def best_run_folders(study: Study, model: str, row: str) -> dict[str, Path | Non
 
 def best_run_folder(study: Study, cell: Cell) -> Path | None:
     """Return the folder of the best run of a finished cell, or None."""
-    found = (
-        results.read_results(study, cell) if cell_states.cell_state(study, cell) == "done" else None
-    )
-    if found is None:
+    is_done = cell_states.cell_state(study, cell) == "done"
+    if not is_done or not (found := results.read_results(study, cell)):
         return None
     split = found.task.validation_splits[0]
     selected = results.select(found, split)["last"]

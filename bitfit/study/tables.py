@@ -3,7 +3,6 @@
 import pandas as pd
 
 from bitfit.results.scores import format_mean_std
-from bitfit.study import results
 from bitfit.study.cells import slug
 from bitfit.study.protocol import ROWS
 from bitfit.study.published import COLUMNS, average
@@ -87,14 +86,11 @@ def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
     selected = scores[scores["train_size"].isna()]
     if selected.empty:
         return pd.DataFrame()
-    keys = ["model", "row", "column", "metric"]
-    texts = selected.assign(text=[spread(*pair) for pair in zip(selected["mean"], selected["std"],
-                                                             strict=True)])  # fmt: skip
-    wide = texts.pivot(index=keys, columns="selection", values="text")[list(results.SELECTIONS)]
-    wide.columns = ["last epoch", "best epoch (optimistic)", "split"]
-    split = selected[selected["selection"] == "split"].set_index(keys)
-    more = split[["seeds", "trials", "learning_rate", "epoch"]]
-    joined = wide.join(more)
-    order = [tuple(key) for key in selected[keys].drop_duplicates().to_numpy()]
-    table = joined.loc[order].reset_index().rename(columns={"learning_rate": "learning rate"})
-    return table.assign(model=table["model"].map(slug))
+    texts = [spread(*pair) for pair in zip(selected["mean"], selected["std"], strict=True)]
+    parts = dict(list(selected.assign(split=texts).groupby("selection")))
+    titles = {"last epoch": "last", "best epoch (optimistic)": "best"}
+    others = {title: parts[name]["split"].to_numpy() for title, name in titles.items()}
+    table = parts["split"].assign(**others, model=parts["split"]["model"].map(slug))
+    columns = ["model", "row", "column", "metric", *titles, "split", "seeds", "trials"]
+    table = table[[*columns, "learning_rate", "epoch"]].reset_index(drop=True)
+    return table.rename(columns={"learning_rate": "learning rate"})
