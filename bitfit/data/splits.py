@@ -63,12 +63,7 @@ class TextColumns(NamedTuple):
 
 
 def word_positions(word_counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the positions of the words of some rows among the words of all rows, in order.
-
-    Args:
-        word_counts: (all rows,) words of each row.
-        rows: (B,) row numbers.
-    """
+    """Return the positions of the words of rows (B,) among all words; word_counts: (all rows,)."""
     counts, starts = word_counts[rows], np.cumsum(word_counts) - word_counts
     return np.repeat(starts[rows] - (counts.cumsum() - counts), counts) + np.arange(counts.sum())
 

@@ -6,6 +6,7 @@ store the record with defaults, so that files with the same meaning give equal r
 """
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -15,20 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from bitfit.data.readers import READERS, SHARD, unique_keys
-from bitfit.data.record_checks import (
-    WORD,
-    Json,
-    are_distinct,
-    matches,
-    require,
-    require_keys,
-    require_one_of,
-)
 from bitfit.data.tagged_files import SUFFIXES, check_tags, check_words, read_sentences
 from bitfit.data.tasks import METRICS, TASKS, Task, label_text
 from utils import UserError
 
+Json = Any  # a value of json.loads
 Record = dict[str, Json]
+# No control characters, and no surrogates, which JSON can contain.
+WORD = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # files are named after it
 ENTITY_TAG = r"O|[BIES]-.+"  # as seqeval reads them
 SPLIT = r"train|(validation|test)(_[a-z0-9_]{1,32})?"
@@ -183,6 +178,43 @@ def with_labels(record: Record, folder: str | Path) -> Record:
     labels = parse_labels(sorted(set(tags)))
     check_metrics(record["metrics"], labels, is_tagging=True)
     return record | {"labels": labels}
+
+
+def require(condition: object, key: str, message: str) -> None:
+    if not condition:
+        raise UserError(f'"{key}": {message}')
+
+
+def require_keys(
+    value: object, required: Sequence[str], optional: Sequence[str] = (), inside: str = ""
+) -> None:
+    """Raise a UserError unless a JSON value is an object with these keys."""
+    known = (*required, *optional)
+    if not isinstance(value, dict):
+        raise UserError(f"{inside}give an object, {{...}}, with the keys {', '.join(known)}")
+    unknown = [key for key in value if key not in known]
+    missing = [key for key in required if key not in value]
+    if unknown:
+        raise UserError(f'{inside}unknown key "{unknown[0]}"; known: {", ".join(known)}')
+    if missing:
+        raise UserError(f'{inside}the key "{missing[0]}" is missing')
+
+
+def require_one_of(record: dict[str, Json], first: str, second: str) -> None:
+    if (first in record) == (second in record):
+        reason = "not both" if first in record else "none is there"
+        raise UserError(f'give one of the keys "{first}" and "{second}", {reason}')
+
+
+def matches(pattern: str, word: Json) -> bool:
+    return isinstance(word, str) and re.fullmatch(pattern, word) is not None
+
+
+def are_distinct(words: Json, least: int, most: float = math.inf) -> bool:
+    """Return whether a JSON value is a list of `least` to `most` distinct words."""
+    if not isinstance(words, list) or not all(matches(WORD, word) for word in words):
+        return False
+    return least <= len(words) <= most and len(set(words)) == len(words)
 
 
 def parse_labels(labels: Json) -> list[str]:

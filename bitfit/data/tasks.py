@@ -190,6 +190,14 @@ def score(
         constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
         return 0.0 if constant else function(labels, predicted).statistic
 
+    def entity_f1() -> float:
+        from seqeval.metrics import f1_score as f1_of_entities
+
+        if sentences is None:
+            raise ValueError("entities need the number of words of each sentence")
+        gold, found = (tags_of_sentences(task, tags, sentences) for tags in (labels, predicted))
+        return f1_of_entities(gold, found, zero_division=0)
+
     predicted = logits[:, 0] if task.is_regression else predictions(task, logits)
     compute = {
         "MCC": lambda: matthews_corrcoef(labels, predicted),
@@ -198,21 +206,9 @@ def score(
         "Macro-F1": lambda: f1_score(labels, predicted, average="macro", zero_division=0.0),
         "Spearman": lambda: correlation(spearmanr),
         "Pearson": lambda: correlation(pearsonr),
-        "Entity-F1": lambda: entity_f1(task, labels, predicted, sentences=sentences),
+        "Entity-F1": entity_f1,
     }
     return {metric: float(compute[metric]()) for metric in task.metrics}
-
-
-def entity_f1(
-    task: Task, labels: np.ndarray, predicted: np.ndarray, sentences: np.ndarray | None
-) -> float:
-    """Return seqeval's F1 of entities in the tags of words; see `score` for `sentences`."""
-    from seqeval.metrics import f1_score
-
-    if sentences is None:
-        raise ValueError("entities need the number of words of each sentence")
-    gold, found = (tags_of_sentences(task, tags, sentences) for tags in (labels, predicted))
-    return f1_score(gold, found, zero_division=0)
 
 
 def tags_of_sentences(

@@ -32,16 +32,15 @@ IGNORED_PARTS = ("version", "truncation", "padding", "decoder")
 def fingerprints_of(
     config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, dict]:
-    """Return {"model_config": {key: value}, "tokenizer": {part: SHA-256}}."""
-    return {"model_config": config_values(config), "tokenizer": tokenizer_hashes(tokenizer)}
+    """Return {"model_config": {key: value}, "tokenizer": {part: SHA-256}}.
 
-
-def config_values(config: "PreTrainedConfig") -> dict[str, Any]:
-    """Return {key: value} of a config, nested keys joined by dots, and transformers' version."""
+    A key is `transformers_version`.
+    """
     import transformers
 
     content = json.loads(json.dumps(config.to_dict(), default=str))
-    return {"transformers_version": transformers.__version__} | flatten(content)
+    values = {"transformers_version": transformers.__version__} | flatten(content)
+    return {"model_config": values, "tokenizer": tokenizer_hashes(tokenizer)}
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -119,10 +119,10 @@ def first_independent(
     tokens: TokenizedSplit,
     alone: dict[int, torch.Tensor],
 ) -> Forward:
-    """Return the first `Forward` that gives rows in batches the logits that they have alone.
+    """Return the first `Forward` that gives rows their logits `alone`; UserError if none does.
 
     Args:
-        alone: {row: (labels, C) logits of a batch with this row alone}. UserError if none has them.
+        alone: {row: (labels, C) logits of a batch with this row alone}.
     """
     is_packed = candidates[0][0].packed_encoder is not None
     problems = [] if is_packed else ["packed rows need other layers"]

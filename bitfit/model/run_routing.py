@@ -8,7 +8,7 @@ The rest of the model is unchanged. No sum includes rows of two runs, so a run w
 loss does not affect the others.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +34,6 @@ class RunIndex(NamedTuple):
     valid_mask: torch.Tensor  # (k, 1, M) float, 0.0 at padding
     unpad_index: torch.Tensor  # (N,) int64, the position of each item in the flat (k * M)
 
-    def to(self, dtype: torch.dtype) -> Self:
-        """Return the same index with the mask in a dtype."""
-        return self._replace(valid_mask=self.valid_mask.to(dtype))
-
 
 class RunRouting(NamedTuple):
     """The runs of the rows of a micro-batch, and of the tokens if the rows are packed."""
@@ -49,7 +45,7 @@ class RunRouting(NamedTuple):
         """Return the same routing for parameters of a dtype."""
         if self.rows.valid_mask is None:
             return self
-        return RunRouting(self.rows.to(dtype), self.tokens and self.tokens.to(dtype))
+        return RunRouting._make(x and x._replace(valid_mask=x.valid_mask.to(dtype)) for x in self)
 
     def run_ids_of(self, label_index: torch.Tensor) -> torch.Tensor:
         """Return the run of each label of a batch, in the shape of `Batch.label_index`."""

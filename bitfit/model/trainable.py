@@ -92,11 +92,7 @@ def encoder_biases(model: "PreTrainedModel") -> dict[str, str]:
 
 
 def bitfit_names(model: "PreTrainedModel", components: Sequence[str]) -> list[str]:
-    """Return the names of the given biases, the pooler's bias and the classifier's parameters.
-
-    Args:
-        components: from `bias_terms.select_components`.
-    """
+    """Return the names of the components' biases, the pooler's bias and the whole classifier."""
     trainable = {
         name
         for name, kind in encoder_biases(model).items()

@@ -152,25 +152,14 @@ def average_evaluators(
     last = score_params(evaluator, shares @ values)
     rows.append({"name": "average", "learning_rate": "", "seed": "", "weight": 1.0} | last)
     table = pd.DataFrame(rows).rename(columns={key: " ".join(key) for key in last})
-    return with_average(evaluator, evaluators, averaged, last=last), table
-
-
-def with_average(
-    evaluator: GLUEvaluator,
-    evaluators: Sequence[SavedEvaluator],
-    averaged: list[dict[str, Any]],
-    last: dict[tuple[str, str], float],
-) -> GLUEvaluator:
-    """Return a copy of the loaded evaluator with the records and scores of the average."""
-    prepared, result = evaluator.need_prepared(), evaluator.need_result()
-    run = evaluator.record.run
+    prepared, run = evaluator.need_prepared(), evaluator.record.run
     if any(e.metadata.get("zero_gradient", {}) != prepared.zero_gradient for e in evaluators):
         prepared = replace(prepared, zero_gradient={})  # Earlier versions trained these biases.
-    rows = [(run.name, 0, *key, value) for key, value in last.items()]
+    of_average = scores.scores_frame([(run.name, 0, *key, value) for key, value in last.items()])
     result = replace(
-        result, records=[Record(run)], scores=scores.scores_frame(rows), averaged=averaged
+        evaluator.need_result(), records=[Record(run)], scores=of_average, averaged=averaged
     )
-    return evaluator.with_parts(prepared=prepared, result=result)
+    return evaluator.with_parts(prepared=prepared, result=result), table
 
 
 def table_entry(saved: SavedEvaluator, weight: float) -> dict[str, Any]:
