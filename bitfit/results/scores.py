@@ -25,6 +25,17 @@ def scores_frame(scores: Iterable[Sequence]) -> pd.DataFrame:
     return pd.DataFrame(scores, columns=["run", "epoch", "split", "metric", "value"])
 
 
+def training_caption(task: Task, metadata: dict[str, Any]) -> str:
+    """Return one line with task, model and method, from values of metrics.json."""
+    model = Path(metadata["model"]).name + " (random encoder)" * metadata["random_encoder"]
+    model += " (added biases)" * metadata.get("add_biases", False)
+    terms = ", ".join(metadata["bias_terms"])
+    kind = f"bitfit ({terms})" if terms else metadata["fine_tune_type"]
+    if "started_from" in metadata:
+        kind += f", started from {metadata['started_from']['task']}"
+    return f"{task.folder}, {model}, {kind}"
+
+
 def scores_by_split(scores: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """Return {split: {metric: [value per scored epoch]}} of one run."""
     found: dict[str, dict[str, list[float]]] = {}

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from bitfit import signals
 from bitfit.signals import Stopped
-from bitfit.study import cell_states, submit
+from bitfit.study import cell_states, joint_pass, submit
 from bitfit.study.cells import Cell, Study
 from utils import LOGGER, UserError
 
@@ -47,17 +49,46 @@ def run_cells(
         Stopped: on a signal; the running cell has written a checkpoint.
         UserError: the cells are shared, and the file system has no locks.
     """
-    tried: set[str] = set()
-    while cell := next_cell(study, [c for c in cells if c.name not in tried], states):
-        tried.add(cell.name)
-        number = cells.index(cell) + 1
-        with cell_states.lock_cell(study, cell, shared) as lock:
+    left = list(cells)
+    while cell := next_cell(study, left, states):
+        trained = run_with_others(
+            study, cell, left, states=states, gpu=gpu, shared=shared, ranks=ranks,
+            position=f"{cells.index(cell) + 1}/{len(cells)}",
+        )  # fmt: skip
+        left = [other for other in left if other not in trained]
+
+
+def run_with_others(
+    study: Study, cell: Cell, cells: Sequence[Cell], states: set[str], *,
+    gpu: int | str | None, shared: bool, ranks: int, position: str,
+) -> list[Cell]:  # fmt: skip
+    """Run a free cell, and those of the cells that a joint pass can train; return these cells."""
+    with ExitStack() as held:
+        locks: dict[str, int | None] = {}
+
+        def lock(cell: Cell) -> bool:
+            """Lock a cell and return whether it is free."""
+            if cell.name not in locks:
+                locks[cell.name] = held.enter_context(cell_states.lock_cell(study, cell, shared))
             # The state may have changed before the cell was locked.
-            if lock is None or cell_states.locked_cell_state(study, cell) not in states:
-                continue
-            LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), cell.name, cell.runs)
-            begun = cell_states.read_cell_args(study, cell) or {}
-            run_cell(study, cell, lock, gpu=gpu, ranks=begun.get("ranks") or ranks)
+            is_locked = locks[cell.name] is not None
+            return is_locked and cell_states.locked_cell_state(study, cell) in states
+
+        if not lock(cell):
+            return [cell]
+        command, trained = cell, [cell]
+        if ranks == 1:
+            command, trained = joint_pass.choose_command(study, cell, cells, lock=lock)
+        names, runs = ", ".join(c.name for c in trained), sum(c.runs for c in trained)
+        LOGGER.info("[%s] %s: %d runs", position, names, runs)
+        begun = cell_states.read_cell_args(study, command) or {}
+        files = [file for file in locks.values() if file is not None]
+        run = partial(run_cell, study, command, files, gpu=gpu, ranks=begun.get("ranks") or ranks)
+        if command is cell:
+            run()
+        else:
+            joint_pass.train(study, command, trained, run=run)
+        return trained
 
 
 def next_cell(study: Study, cells: Sequence[Cell], states: set[str]) -> Cell | None:
@@ -77,18 +108,22 @@ def next_cell(study: Study, cells: Sequence[Cell], states: set[str]) -> Cell | N
 
 
 def run_cell(
-    study: Study, cell: Cell, lock: int, gpu: int | str | None = None, ranks: int = 1
+    study: Study,
+    cell: Cell,
+    locks: Sequence[int],
+    gpu: int | str | None = None,
+    ranks: int = 1,
 ) -> None:
     """Run a cell's command to its end, append its output to its log, and record a failure.
 
     A command that was stopped by a signal counts as interrupted, one that was killed as failed.
 
     Args:
-        lock: the file descriptor of `cell_states.lock_cell`, which the command inherits.
+        locks: file descriptors of `cell_states.lock_cell`, which the command inherits.
     """
     log, begin = cell_states.sibling_file(study, cell, ".log"), time.monotonic()
     cell_states.sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)
-    status = run_command(study, cell, log, lock=lock, gpu=gpu, ranks=ranks)
+    status = run_command(study, cell, log, locks=locks, gpu=gpu, ranks=ranks)
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
     if status == 0 and cell_states.locked_cell_state(study, cell) == "done":
         LOGGER.info("%s: done in %s", cell.name, took)
@@ -101,7 +136,7 @@ def run_cell(
 
 
 def run_command(
-    study: Study, cell: Cell, log: Path, lock: int, gpu: int | str | None, ranks: int
+    study: Study, cell: Cell, log: Path, locks: Sequence[int], gpu: int | str | None, ranks: int
 ) -> int:
     """Run a cell's command, append its output to a log, and return its exit status.
 
@@ -119,7 +154,7 @@ def run_command(
         # In a new session, Ctrl-C reaches the command only through this process.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=(lock,), env=child_environment(),
+            start_new_session=True, pass_fds=locks, env=child_environment(),
         )  # fmt: skip
         return wait_for([process])[0]
 

@@ -19,6 +19,7 @@ from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
 from bitfit.model.warm_start import WarmStart
 from bitfit.options import NO_TERMS
+from bitfit.results.scores import training_caption
 from utils import UserError, as_list, choose_device, choose_precision
 
 if TYPE_CHECKING:
@@ -53,12 +54,10 @@ class Setup:
 
     def caption(self, method: "Method") -> str:
         """Return one line with task, model and method."""
-        model = self.base_name + " (random encoder)" * self.random_encoder
-        model += " (added biases)" * self.add_biases
-        terms = ", ".join(components_to_terms(method.components))
-        kind = f"bitfit ({terms})" if terms else method.fine_tune_type
-        kind += f", started from {method.start.record['task']}" if method.start else ""
-        return f"{self.task.folder}, {model}, {kind}"
+        terms = components_to_terms(method.components)
+        trained = {"fine_tune_type": method.fine_tune_type, "bias_terms": terms}
+        metadata = vars(self) | trained | method.start_record | {"model": self.base_name}
+        return training_caption(self.task, metadata)
 
 
 def make_setup(
