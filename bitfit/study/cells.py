@@ -21,14 +21,8 @@ from bitfit import options
 from bitfit.artifacts.run_folder import HARMLESS, NEW_FLAGS, describe_difference, run_folders
 from bitfit.files import write_text
 from bitfit.parsing import number
+from bitfit.study import protocol
 from bitfit.study.cell_tasks import check_metric, task_of
-from bitfit.study.protocol import (
-    ROWS,
-    SEEDS,
-    default_epochs,
-    paper_learning_rates,
-    requested_cells,
-)
 from utils import UserError, as_list, first_line
 
 if TYPE_CHECKING:
@@ -122,17 +116,18 @@ def parse_flags(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def make_cell(model: str, row: str, task: str, size: int | None, args: argparse.Namespace) -> Cell:
-    """Return the `Cell` of one key of `requested_cells` under the flags of `plan`."""
-    kind = ROWS[row]
-    seeds = value_for(args.seeds, row) or SEEDS
-    epochs = value_for(args.epochs, task) or [default_epochs(task)]
+    """Return the `Cell` of one key of `protocol.requested_cells` under the flags of `plan`."""
+    kind = protocol.ROWS[row]
+    seeds = value_for(args.seeds, row) or protocol.SEEDS
+    rates = value_for(args.learning_rates, row) or protocol.paper_learning_rates(model, row)
+    epochs = value_for(args.epochs, task) or [protocol.default_epochs(task)]
     flags = {
         "task_file" if task.endswith(".json") else "task_name": task,
         "model_name": model,
         "fine_tune_type": kind.fine_tune_type,
         "bias_terms": list(kind.bias_terms),
         "add_biases": args.add_biases and kind.fine_tune_type in options.BIAS_TYPES,
-        "learning_rate": value_for(args.learning_rates, row) or paper_learning_rates(model, row),
+        "learning_rate": rates,
         "seed": [int(seed) for seed in seeds],
         "epochs": int(epochs[0]),
         "batch_size": args.batch_size,
@@ -195,8 +190,8 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     """
     tables, figures = args.tables or [], args.figures or []
     models = args.models and [absolute_folder(model) for model in args.models]
-    keys = requested_cells(
-        tables, figures, models, tasks=args.tasks, rows=args.rows or ROWS, sizes=args.sizes
+    keys = protocol.requested_cells(
+        tables, figures, models, tasks=args.tasks, rows=args.rows or protocol.ROWS, sizes=args.sizes
     )
     if args.start_from:  # a source is planned before its cells
         keys = list(dict.fromkeys([(m, r, args.start_from, None) for m, r, *_ in keys] + keys))

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from bitfit.results.plots import (
-    METHOD_STYLES,
-    bias_heatmap,
-    count_ticks,
-    curve_figure,
-    new_figure,
-    plot_curve,
-    use_log_counts,
-)
+from bitfit.results import plots
 from bitfit.study import results, statistics
 from bitfit.study.cells import Study, slug
 from bitfit.study.results import Entries, Entry
@@ -53,7 +45,7 @@ def heatmaps(study: Study, entries: Entries, name: str) -> Figures:
         shown = row in ("bitfit", "b_m2+b_q") and column != "MNLI-mm"
         if shown and (found := results.bias_changes(study, entry)):
             changes, seeds = found
-            figure = bias_heatmap(changes, f"{name}, {row}, {column}, mean of {seeds} seeds")
+            figure = plots.bias_heatmap(changes, f"{name}, {row}, {column}, mean of {seeds} seeds")
             text = f"Figure 1 of the paper, for {row} on {column}: mean absolute change per layer."
             figures[f"figure1_{name}_{row}_{column}"] = figure, text
     return figures
@@ -66,11 +58,11 @@ def size_curves(entries: Entries, name: str) -> Figures:
     scores = scores[(scores["selection"] == "split") & scores["train_size"].notna()]
     for (column, metric), of_column in scores.groupby(["column", "metric"], sort=False):
         xlabel = "training examples (line: mean; band: ± standard deviation over seeds)"
-        figure, axes = curve_figure(f"{name}, {column}", xlabel, f"validation {metric} × 100")
-        for row in METHOD_STYLES:
+        figure, axes = plots.curve_figure(f"{name}, {column}", xlabel, f"validation {metric} × 100")
+        for row in plots.METHOD_STYLES:
             of_row = of_column[of_column["row"] == row].set_index("train_size").sort_index()
             plot_mean(axes, row, of_row)
-        use_log_counts(axes, sorted(of_column["train_size"].unique().astype(int)))
+        plots.use_log_counts(axes, sorted(of_column["train_size"].unique().astype(int)))
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
         text = f"Figure 2 of the paper, on {column}: mean over the seeds ± standard deviation."
         figures[f"figure2_{name}_{column}"] = figure, text
@@ -82,7 +74,7 @@ def plot_mean(axes: "Axes", row: str, curve: pd.DataFrame) -> None:
     std = curve["std"].fillna(0)
     band = curve["mean"] - std, curve["mean"] + std
     if len(curve):
-        plot_curve(axes, curve["mean"], METHOD_STYLES[row], label=row, band=band)
+        plots.plot_curve(axes, curve["mean"], plots.METHOD_STYLES[row], label=row, band=band)
 
 
 def gaps(entries: Entries, name: str) -> Figures:
@@ -93,17 +85,18 @@ def gaps(entries: Entries, name: str) -> Figures:
     if frame.empty:
         return {}
     columns = frame.groupby("column", sort=False)["metric"].first()  # {column: metric}
-    rows = [row for row in METHOD_STYLES if row in set(frame["row"])]
+    rows = [row for row in plots.METHOD_STYLES if row in set(frame["row"])]
     caption = f"{name}: gap between train and validation score in the last epoch"
-    figure = new_figure(max(6, 1.8 + 1.7 * len(columns)), 4.5, caption)
+    figure = plots.new_figure(max(6, 1.8 + 1.7 * len(columns)), 4.5, caption)
     axes, width = figure.subplots(), 0.8 / len(rows)
     hatches = ("", "//", "..", "\\\\", "xx", "**", "--", "oo", "++")  # to tell bars apart in grey
     for i, row in enumerate(rows):
         bars = frame[frame["row"] == row].set_index("column").reindex(columns.index)
         x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
-        drawn = axes.bar(x, bars["gap"], width, yerr=bars["std"], color=METHOD_STYLES[row].color,
-                 label=row, hatch=hatches[list(METHOD_STYLES).index(row)], edgecolor="white",
-                 linewidth=0.5, error_kw={"elinewidth": 0.8})  # fmt: skip
+        color, hatch = plots.METHOD_STYLES[row].color, hatches[list(plots.METHOD_STYLES).index(row)]
+        drawn = axes.bar(x, bars["gap"], width, yerr=bars["std"], color=color, label=row,
+                 hatch=hatch, edgecolor="white", linewidth=0.5,
+                 error_kw={"elinewidth": 0.8})  # fmt: skip
         for whiskers in drawn.errorbar[2] if drawn.errorbar else ():  # visible on black bars too
             whiskers.set_path_effects([withStroke(linewidth=2.4, foreground="white")])
     axes.axhline(0, color="black", linewidth=0.8)
@@ -129,7 +122,7 @@ def learning_curves(columns: dict[str, dict[str, Entry]], name: str) -> Figures:
         xlabel = "epoch (line: mean; band: ± standard deviation over seeds)"
         ylabel = f"validation {main_metric(of_row)} × 100"
         epochs = [epoch for curve in curves.values() for epoch in curve.index]
-        figure, axes = curve_figure(f"{name}, {column}", xlabel, ylabel, epochs=epochs)
+        figure, axes = plots.curve_figure(f"{name}, {column}", xlabel, ylabel, epochs=epochs)
         for row, curve in curves.items():
             plot_mean(axes, row, curve)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
@@ -155,7 +148,7 @@ def trials(columns: dict[str, dict[str, Entry]], name: str) -> Figures:
     for column, of_row in columns.items():
         xlabel = "trials (a trial is one epoch of one learning rate and seed)"
         ylabel = f"expected best {main_metric(of_row)} × 100"
-        figure, axes = curve_figure(f"{name}, {column}", xlabel, ylabel)
+        figure, axes = plots.curve_figure(f"{name}, {column}", xlabel, ylabel)
         most = 1
         for row, entry in of_row.items():
             logits = entry.results.logits[entry.split]
@@ -165,9 +158,10 @@ def trials(columns: dict[str, dict[str, Entry]], name: str) -> Figures:
                 continue
             budgets = np.unique(np.geomspace(1, len(scores), 40).astype(int))
             best = pd.Series(statistics.expected_best(scores, budgets), budgets)
-            plot_curve(axes, best, METHOD_STYLES[row], label=f"{row} ({len(scores)} trials)")
+            label = f"{row} ({len(scores)} trials)"
+            plots.plot_curve(axes, best, plots.METHOD_STYLES[row], label=label)
             most = max(most, len(scores))
-        use_log_counts(axes, count_ticks(most))
+        plots.use_log_counts(axes, plots.count_ticks(most))
         figure.legend(loc="outside lower center", frameon=False, ncols=3)
         text = f"{column}: expected best score of n trials (Tang et al. 2020)."
         figures[f"trials_{name}_{column}"] = figure, text

@@ -14,16 +14,8 @@ import pandas as pd
 from bitfit.files import write_text
 from bitfit.results import escape
 from bitfit.results.plots import save_figure
-from bitfit.study import cell_states, cost, figures, halving, power, results, tables
+from bitfit.study import cell_states, cost, figures, halving, power, protocol, results, tables
 from bitfit.study.cells import Study
-from bitfit.study.protocol import (
-    BATCH_SIZE,
-    PAPER_MODELS,
-    SEEDS,
-    default_epochs,
-    paper_learning_rates,
-    paper_model_name,
-)
 from bitfit.study.published import NOTE
 from utils import UserError
 
@@ -122,19 +114,19 @@ def deviations(study: Study) -> list[str]:
     messages = []
     for cell in study.cells:
         args, size, epochs = cell.args, cell.args["train_size"], cell.args["epochs"]
-        rates, papers = tuple(cell.rates), paper_learning_rates(cell.model, cell.row)
-        listed = " ".join(f"{rate:g}" for rate in rates)
+        model, rates, seeds = protocol.paper_model_name(cell.model), cell.rates, cell.seeds
         differs = {
-            f"model {cell.model}": paper_model_name(cell.model) not in PAPER_MODELS,
-            f"learning rates of {cell.row}: {listed}": rates != tuple(papers),
-            f"seeds of {cell.row}: {' '.join(map(str, cell.seeds))}": tuple(cell.seeds) != SEEDS,
-            f"batch size {args['batch_size']}": args["batch_size"] != BATCH_SIZE,
+            f"model {cell.model}": model not in protocol.PAPER_MODELS,
+            f"learning rates of {cell.row}: {' '.join(f'{rate:g}' for rate in rates)}":
+                tuple(rates) != protocol.paper_learning_rates(model, cell.row),
+            f"seeds of {cell.row}: {' '.join(map(str, seeds))}": tuple(seeds) != protocol.SEEDS,
+            f"batch size {args['batch_size']}": args["batch_size"] != protocol.BATCH_SIZE,
             f"max seq length {args['max_seq_length']}": args["max_seq_length"] != 128,
             f"data of {args['data_dir']}": args["data_dir"],
             f"{size} training examples, sampled by each seed": size and not cell.size,
             f"{cell.task} starts from {cell.start}": cell.start,
             f"{epochs} epochs of {cell.task} (not this program's default)":
-                epochs != default_epochs(cell.task),
+                epochs != protocol.default_epochs(cell.task),
         }  # fmt: skip
         messages += [text for text, is_different in differs.items() if is_different]
     metadata = [cell_states.read_cell_args(study, cell) or {} for cell in study.cells]
@@ -180,12 +172,9 @@ def latex(headline: dict[str, pd.DataFrame]) -> str:
 
 
 def html_page(
-    study: Study,
-    headline: dict[str, pd.DataFrame],
-    scores: pd.DataFrame,
-    sections: Sections,
-    captions: dict[Path, str],
-) -> str:
+    study: Study, headline: dict[str, pd.DataFrame], scores: pd.DataFrame,
+    sections: Sections, captions: dict[Path, str],
+) -> str:  # fmt: skip
     """Return one HTML page that needs no other file.
 
     Args:

@@ -4,7 +4,6 @@ Everything is read from the files of the runs; nothing is trained or predicted h
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,6 @@ from bitfit.study.cells import Cell, Study
 from bitfit.study.protocol import ROWS, paper_model_name
 from bitfit.study.published import COLUMNS, PUBLISHED
 
-SELECTIONS = ("last", "best", "split")
 # The claims of the paper, and last of BEFT, as differences between two rows.
 PAIRS = (
     ("bitfit", "full_ft"), ("bitfit", "rand_uniform"), ("bitfit", "rand_row_col"),
@@ -67,24 +65,16 @@ def read_results(study: Study, cell: Cell) -> Results | None:
                 kept[run][split][:] = np.nan
     if not kept:
         return None
-    logits, labels = {}, {}
+    labels = {split: next(iter(kept.values()))[f"{split}.labels"] for split in splits}
+    logits = {}
     for split in splits:
-        labels[split] = next(iter(kept.values()))[f"{split}.labels"]
-        logits[split] = stack_runs(
-            [kept.get(run, {}).get(split) for run in folders], len(cell.rates)
-        )
+        longest = max((of_run[split] for of_run in kept.values()), key=len)
+        grid = np.full((len(folders), *longest.shape), np.nan, longest.dtype)
+        for place, run in enumerate(folders):
+            if run in kept:
+                grid[place, : len(kept[run][split])] = kept[run][split]
+        logits[split] = grid.reshape(len(cell.rates), -1, *longest.shape)
     return Results(cell, state, logits, labels=labels, scores=pd.concat(scores))
-
-
-def stack_runs(arrays: Sequence[np.ndarray | None], rates: int) -> np.ndarray:
-    """Return an array (L, S, E, rows, C) of the runs' arrays (E, rows, C), NaN for None."""
-    shape = max((a.shape for a in arrays if a is not None), key=lambda shape: shape[0])
-    dtype = next(a.dtype for a in arrays if a is not None)
-    grid = np.full((len(arrays), *shape), np.nan, dtype)
-    for target, array in zip(grid, arrays, strict=True):
-        if array is not None:
-            target[: len(array)] = array
-    return grid.reshape(rates, -1, *shape)
 
 
 def select(results: Results, split: str) -> dict[str, statistics.Selected]:
@@ -136,13 +126,10 @@ def score_frame(entries: Entries) -> pd.DataFrame:
     """Return tables.csv: a row for each entry and selection, scores × 100."""
     rows = []
     for (model, row, column, size), entry in entries.items():
-        cell = entry.results.cell  # the paper trains on all rows
-        published, published_std = None, None
-        if cell.args["train_size"] is None:
-            key = paper_model_name(model), row, column
-            published, published_std = PUBLISHED.get(key, (None, None))
-        for selection in SELECTIONS:
-            selected = entry.selected[selection]
+        cell, key = entry.results.cell, (paper_model_name(model), row, column)
+        known = PUBLISHED if cell.args["train_size"] is None else {}  # the paper uses all rows
+        published, published_std = known.get(key, (None, None))
+        for selection, selected in entry.selected.items():
             mean, std, n = mean_std(100 * selected.values, skip_nan=True)
             low, high = statistics.mean_interval(100 * selected.values)
             rows.append({

@@ -13,9 +13,10 @@ SYMBOLS = {"b_m2+b_q": "b_m2, b_q", "full_ft": "Full-FT", "bitfit": "BitFit", "f
 
 def headline_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return {model: table} for models with scores; the columns' names include the metrics."""
-    tables = {slug(m): headline_table(scores, m) for m in dict.fromkeys(scores["model"])}
+    split = scores[(scores["selection"] == "split") & scores["train_size"].isna()]
     labels = column_labels(scores)
-    return {name: table.rename(columns=labels) for name, table in tables.items() if len(table)}
+    return {slug(model): headline_table(of_model).rename(columns=labels)
+            for model, of_model in split.groupby("model", sort=False)}  # fmt: skip
 
 
 def column_labels(scores: pd.DataFrame) -> dict[str, str]:
@@ -23,10 +24,8 @@ def column_labels(scores: pd.DataFrame) -> dict[str, str]:
     return {c: f"{c} ({m})" for c, m in zip(scores["column"], scores["metric"], strict=True)}
 
 
-def headline_table(scores: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Return Tables 2 and 3 in the paper's layout, as text: rows × columns."""
-    split = scores[(scores["model"] == model) & (scores["selection"] == "split")]
-    split = split[split["train_size"].isna()]
+def headline_table(split: pd.DataFrame) -> pd.DataFrame:
+    """Return one model's Tables 2 and 3 in the paper's layout, as text: rows × columns."""
     columns = [c for c in [*COLUMNS, *split["column"]] if c in set(split["column"])]
     rows = {}
     for row in ROWS:
@@ -39,8 +38,7 @@ def headline_table(scores: pd.DataFrame, model: str) -> pd.DataFrame:
             texts["Avg."] += "" if paper is None or mean is None else f" ({paper:.1f})"
             rows[SYMBOLS.get(row, row)] = texts
     table = pd.DataFrame(rows).T
-    has_average = len(table) and table["Avg."].any()
-    return table if has_average else table.drop(columns="Avg.", errors="ignore")
+    return table if table["Avg."].any() else table.drop(columns="Avg.")
 
 
 def entry_text(entry: pd.Series) -> str:
