@@ -14,8 +14,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,22 @@ def lock_cell(study: Study, cell: Cell, shared: bool = True) -> Iterator[int | N
         yield file if locked else None
     finally:
         os.close(file)
+
+
+@contextmanager
+def lock_cells(
+    study: Study, cells: Sequence[Cell], states: set[str], shared: bool
+) -> Iterator[dict[str, int]]:
+    """Lock the cells that are in some states, and yield {cell name: file descriptor} of these."""
+    with ExitStack() as held:
+        files = {
+            cell.name: held.enter_context(lock_cell(study, cell, shared))
+            for cell in cells
+            if cell_state(study, cell) in states
+        }
+        # A state may have changed before the cell was locked.
+        free = {cell.name for cell in cells if locked_cell_state(study, cell) in states}
+        yield {name: file for name, file in files.items() if file is not None and name in free}
 
 
 def try_lock(file: int) -> bool:

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from bitfit import signals
@@ -51,44 +49,24 @@ def run_cells(
     """
     left = list(cells)
     while cell := next_cell(study, left, states):
-        trained = run_with_others(
-            study, cell, left, states=states, gpu=gpu, shared=shared, ranks=ranks,
-            position=f"{cells.index(cell) + 1}/{len(cells)}",
-        )  # fmt: skip
-        left = [other for other in left if other not in trained]
-
-
-def run_with_others(
-    study: Study, cell: Cell, cells: Sequence[Cell], states: set[str], *,
-    gpu: int | str | None, shared: bool, ranks: int, position: str,
-) -> list[Cell]:  # fmt: skip
-    """Run a free cell, and those of the cells that a joint pass can train; return these cells."""
-    with ExitStack() as held:
-        locks: dict[str, int | None] = {}
-
-        def lock(cell: Cell) -> bool:
-            """Lock a cell and return whether it is free."""
-            if cell.name not in locks:
-                locks[cell.name] = held.enter_context(cell_states.lock_cell(study, cell, shared))
-            # The state may have changed before the cell was locked.
-            is_locked = locks[cell.name] is not None
-            return is_locked and cell_states.locked_cell_state(study, cell) in states
-
-        if not lock(cell):
-            return [cell]
-        command, trained = cell, [cell]
-        if ranks == 1:
-            command, trained = joint_pass.choose_command(study, cell, cells, lock=lock)
-        names, runs = ", ".join(c.name for c in trained), sum(c.runs for c in trained)
-        LOGGER.info("[%s] %s: %d runs", position, names, runs)
-        begun = cell_states.read_cell_args(study, command) or {}
-        files = [file for file in locks.values() if file is not None]
-        run = partial(run_cell, study, command, files, gpu=gpu, ranks=begun.get("ranks") or ranks)
-        if command is cell:
-            run()
-        else:
-            joint_pass.train(study, command, trained, run=run)
-        return trained
+        number = cells.index(cell) + 1
+        free = joint_pass.free_cells(study, cell, left) if ranks == 1 else [cell]
+        with cell_states.lock_cells(study, free, states, shared=shared) as locks:
+            locked = [c for c in free if c.name in locks]
+            command, trained = joint_pass.choose_command(study, cell, locked)
+            left = [c for c in left if c not in trained]
+            if cell not in locked:
+                continue
+            names, runs = ", ".join(c.name for c in trained), sum(c.runs for c in trained)
+            LOGGER.info("[%d/%d] %s: %d runs", number, len(cells), names, runs)
+            begun = cell_states.read_cell_args(study, command) or {}
+            if begun.get("finished") is not True:  # else the worker that ran it was killed
+                run_cell(
+                    study, command, trained, locks=[*locks.values()], gpu=gpu,
+                    ranks=begun.get("ranks") or ranks,
+                )  # fmt: skip
+            if command is not cell and cell_states.locked_cell_state(study, command) == "done":
+                joint_pass.divide(study, command, trained)
 
 
 def next_cell(study: Study, cells: Sequence[Cell], states: set[str]) -> Cell | None:
@@ -108,31 +86,37 @@ def next_cell(study: Study, cells: Sequence[Cell], states: set[str]) -> Cell | N
 
 
 def run_cell(
-    study: Study,
-    cell: Cell,
-    locks: Sequence[int],
-    gpu: int | str | None = None,
-    ranks: int = 1,
-) -> None:
-    """Run a cell's command to its end, append its output to its log, and record a failure.
+    study: Study, command: Cell, trained: Sequence[Cell], *,
+    locks: Sequence[int], gpu: int | str | None = None, ranks: int = 1,
+) -> None:  # fmt: skip
+    """Run a command to its end, append its output to its log, and record a failure.
 
     A command that was stopped by a signal counts as interrupted, one that was killed as failed.
 
     Args:
+        trained: the cell of the command, or the cells that a joint pass trains.
         locks: file descriptors of `cell_states.lock_cell`, which the command inherits.
     """
-    log, begin = cell_states.sibling_file(study, cell, ".log"), time.monotonic()
-    cell_states.sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)
-    status = run_command(study, cell, log, locks=locks, gpu=gpu, ranks=ranks)
+    log, begin = cell_states.sibling_file(study, command, ".log"), time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for cell in trained:
+        cell_states.sibling_file(study, cell, ".failed.json").unlink(missing_ok=True)
+        if cell is not command:
+            text = f"trained with {', '.join(c.row for c in trained)}: the log is {log}\n"
+            with open(cell_states.sibling_file(study, cell, ".log"), "ab") as file:
+                file.write(text.encode(errors="backslashreplace"))
+    status = run_command(study, command, log, locks=locks, gpu=gpu, ranks=ranks)
     took = f"{(time.monotonic() - begin) / 60:.1f} min"
-    if status == 0 and cell_states.locked_cell_state(study, cell) == "done":
-        LOGGER.info("%s: done in %s", cell.name, took)
+    name = command.name
+    if status == 0 and cell_states.locked_cell_state(study, command) == "done":
+        LOGGER.info("%s: done in %s", name, took)
     elif status in STOPPED:
-        LOGGER.info("%s: stopped by a signal after %s; the next worker resumes it", cell.name, took)
+        LOGGER.info("%s: stopped by a signal after %s; the next worker resumes it", name, took)
     else:
         line = failure_reason(log, status)
-        cell_states.write_failure(study, cell, status, line=line)
-        LOGGER.warning("%s: failed with status %d after %s: %s", cell.name, status, took, line)
+        for cell in trained:
+            cell_states.write_failure(study, cell, status, line=line)
+        LOGGER.warning("%s: failed with status %d after %s: %s", name, status, took, line)
 
 
 def run_command(
