@@ -163,7 +163,7 @@ class GLUEvaluator:
         self, num_epochs: int, output_path: str | Path | dict[Run, Path] | None = None,
         evaluation_frequency: int = 1, lr_schedule: str = "constant", warmup_ratio: float = 0.0,
         keep: str = "last", checkpoints: CheckpointManager | None = None, tracker: Tracker = OFF,
-        curves: bool = True,
+        curves: bool = True, halving: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """Train all runs together, evaluate them, write metrics and learning curves.
 
@@ -178,7 +178,8 @@ class GLUEvaluator:
         """
         prepared, data = self.need_prepared(), self.need_loaded()
         options = TrainOptions(data.batch_size, num_epochs, lr_schedule, warmup_ratio=warmup_ratio,
-                               evaluation_frequency=evaluation_frequency, keep=keep)  # fmt: skip
+                               evaluation_frequency=evaluation_frequency, keep=keep,
+                               halving=halving)  # fmt: skip
         if self.result:
             raise UserError("this evaluator has been trained: prepare it again to train again")
         state = start_training(prepared, data, options, group=self.group)

@@ -208,7 +208,7 @@ class Ours:
             wait: called before the time begins, for processes that begin together.
         """
         self.stack.params.copy_(self.stack.initial_params)
-        self.stack.bad_step.fill_(-1)
+        self.stack.last_step.fill_(-1)
         plan = self.plan_in(DTYPES[precision])
         state = init_state(plan, self.stack)
         with self.stack.patched(DTYPES[precision]):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitfit import parsing
+from bitfit.halving_checks import check_halving
 from bitfit.parsing import POSITIVE, AddFlag, OneLineParser, gpu, number
 from bitfit.versions import ShowVersions, is_installed
 from utils import as_list
@@ -32,7 +33,7 @@ TRAINING_FLAGS = (  # without an effect on --evaluate-only
     "fine_tune_type", "bias_terms", "mask_size", "random_encoder", "train_size", "learning_rate",
     "epochs", "batch_size", "optimizer", "lr_schedule", "warmup_ratio", "seed", "init_seed",
     "data_seed", "checkpoint_every", "checkpoint_minutes", "evaluation_frequency", "keep",
-    "save_evaluator", "export_model", "push_to_hub", "report_to", "verbose",
+    "halving", "save_evaluator", "export_model", "push_to_hub", "report_to", "verbose",
 )  # fmt: skip
 NO_TERMS = "none"  # in --bias-terms: only the classifier trains
 DEFAULT_LEARNING_RATES = [1e-3]  # the released code's, for all fine-tune types
@@ -73,6 +74,7 @@ class RunOptions:
     train_size: int | None
     learning_rate: list[float]
     epochs: int
+    halving: list[int] | None
     batch_size: int
     optimizer: str
     lr_schedule: str
@@ -161,6 +163,8 @@ def add_training(add: AddFlag) -> None:
              "a run for each [0.001]")
     add("--epochs", "-e", metavar="N", type=POSITIVE, default=16,
         help="passes over the training examples [%(default)s]")
+    add("--halving", metavar="N", nargs="+", type=POSITIVE,
+        help="after epoch N, the worse half of learning rates and sets of bias terms stops [off]")
     add("--batch-size", "-b", metavar="N", type=POSITIVE, default=8,
         help="training examples per optimizer step [%(default)s]")
     add("--optimizer", choices=("adamw", "adam"), default="adamw",
@@ -177,8 +181,7 @@ def add_training(add: AddFlag) -> None:
         help="instead of --seed: draws the classifier and the parameters of random masks; several: "
              "a run for each, with every data seed and learning rate [0 with --data-seed]")
     add("--data-seed", metavar="N", nargs="+", type=seed,
-        help="instead of --seed: draws the examples of --train-size, their order and dropout "
-             "[0 with --init-seed]")
+        help="instead of --seed: draws the examples, their order and dropout [0 with --init-seed]")
 
 
 def add_machine(add: AddFlag) -> None:
@@ -222,8 +225,7 @@ def add_results(add: AddFlag) -> None:
     add("--report-to", metavar="TRACKER", nargs="+", choices=TRACKERS, default=[],
         help=f"show losses and scores while training, in some of {', '.join(TRACKERS)} [off]")
     add("--verbose", action="store_true", help="list the trained parameters [off]")
-    add("--quiet", "-q", action="store_true",
-        help="print only warnings and, at the end, the results [off]")
+    add("--quiet", "-q", action="store_true", help="print only warnings and the results [off]")
 
 # fmt: on
 
@@ -268,6 +270,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         method = "--evaluate-only" if args.evaluate_only else args.fine_tune_type
         parser.error(f"--add-biases: {method} would leave the biases at zero: leave it out")
     check_grid(parser, args)
+    check_halving(parser, args)
     if args.mask_size and args.fine_tune_type != "rand_uniform":
         parser.error("--mask-size goes with --fine-tune-type rand_uniform only: leave it out")
     if args.start_from and args.random_encoder:
@@ -276,8 +279,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> RunOption
         parser.error(f"--report-to {kind} needs a package that is not there: pip install {kind}")
     if args.push_to_hub and args.keep != "best" and count_runs(vars(args)) > 1:
         parser.error("--push-to-hub takes one model of several runs: give --keep best too")
-    export_model = args.export_model or args.push_to_hub is not None
-    return RunOptions(**vars(args) | {"export_model": export_model})
+    args.export_model = args.export_model or args.push_to_hub is not None
+    return RunOptions(**vars(args))
 
 
 def flag_words(values: dict[str, Any]) -> list[str]:
@@ -296,8 +299,7 @@ def check_type(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("the following arguments are required: --fine-tune-type/-f")
     if args.evaluate_only:
         given = [n for n in TRAINING_FLAGS if getattr(args, n) != parser.get_default(n)]
-        if given:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        if names := ", ".join(f"--{name.replace('_', '-')}" for name in given):
             parser.error(f"--evaluate-only trains nothing: leave out {names}")
         args.fine_tune_type, args.learning_rate = "none", [0.0]
 

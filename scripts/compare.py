@@ -106,11 +106,13 @@ def make_run(metrics: dict[str, Any], scores: pd.DataFrame, finished: bool) -> R
 
 
 def describe_method(metrics: dict[str, Any]) -> str:
-    """Return the fine-tune type with its bias terms, warm start, added biases, random encoder."""
+    """Return the fine-tune type with bias terms, warm start, stop, added biases, random encoder."""
     terms = metrics["bias_terms"]
     method = metrics["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
     if start := metrics.get("started_from"):
         method += f" from {start['task']}"
+    if stopped := metrics.get("stopped"):
+        method += f" (stopped {stopped.partition(':')[0]})"
     method += " (added biases)" * metrics.get("add_biases", False)
     return method + " (random encoder)" * metrics["random_encoder"]
 

@@ -60,7 +60,7 @@ def next_epoch(state, precision="fp32"):
     losses = state.loss_sum / state.plan.rows_per_run
     state.loss_sum = torch.zeros_like(losses)
     state.epoch, state.step = state.epoch + 1, 0
-    return losses.where(state.stack.bad_step < 0, torch.nan).tolist()
+    return losses.where(state.stack.last_step < 0, torch.nan).tolist()
 
 
 def trained(model, tokens, trainable, epochs=2, optimizer="adamw", task=COLA, rate=1e-3, **options):

@@ -34,7 +34,7 @@ def some_steps(state):
     with state.stack.patched():
         optimizer_step(state)
     state.best.normal_()
-    state.stack.bad_step[1] = 3
+    state.stack.last_step[1] = 3
     state.loss_sum += 0.5
     state.epoch, state.step, state.seconds = 3, 5, 1.5
     state.plan.token_budget.max_tokens = 7

@@ -103,8 +103,8 @@ def test_a_run_that_diverges_cannot_touch_the_others(model_path, packed, cap):
 
     with at_step(2, lambda: steps.append(2)), at_passes(overflow), at_step(3, restore):
         losses = [next_epoch(state) for _ in range(3)]
-    assert stack.bad_step.tolist() == [-1, 2, -1, -1]
-    assert stack.finite_runs().tolist() == [0, 2, 3]
+    assert stack.last_step.tolist() == [-1, 2, -1, -1]
+    assert stack.active_runs().tolist() == [0, 2, 3]
     assert torch.equal(stack.params[1], kept[0][1])
     assert np.isnan(np.array(losses)[:, 1]).all()
     for k in (0, 2, 3):

@@ -92,9 +92,9 @@ def test_nothing_in_a_step_waits_for_the_device(model_path, method, runs, dtype,
     options = {"lr_schedule": "linear", "token_budget": TokenBudget(100)}
     state = new_state(model, tokens_of(model_path), trainable, grid, **options)
     rows = np.tile(np.arange(16), (len(grid), 1))
-    assert len(loop.prepare_step(state, state.stack.finite_runs(), rows).parts) > 1
+    assert len(loop.prepare_step(state, state.stack.active_runs(), rows).parts) > 1
     model.train()
-    alive = state.stack.finite_runs()
+    alive = state.stack.active_runs()
     rows = np.stack([np.random.default_rng(k).permutation(44)[:16] for k in alive])
     with state.stack.patched(dtype):
         loop.train_step(state, alive, rows)

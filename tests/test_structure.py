@@ -14,6 +14,7 @@ LAYERS = [
     [
         "utils",
         "bitfit.files",
+        "bitfit.halving_checks",
         "bitfit.output_paths",
         "bitfit.parsing",
         "bitfit.signals",

@@ -212,8 +212,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(tiny_bert):
     with at_passes(second_step_is_bad):
         (loss,) = next_epoch(state)
     assert np.isnan(loss)
-    assert stack.bad_step.tolist() == [1]
-    assert not len(stack.finite_runs())
+    assert stack.last_step.tolist() == [1]
+    assert not len(stack.active_runs())
     assert not torch.equal(kept[0], stack.initial_params)
     assert torch.equal(stack.params, kept[0])
 

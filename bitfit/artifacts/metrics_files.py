@@ -80,7 +80,8 @@ def write_run_metrics(
 ) -> None:
     """Write metrics.json (metadata and all scores) and metrics.csv (one score per line)."""
     content = metadata | record.run.fields
-    content |= {"diverged": record.diverged, "train_loss": record.train_loss}
+    content |= {"diverged": record.diverged, "stopped": record.stopped}
+    content |= {"train_loss": record.train_loss}
     content["seconds"] = {name: round(value, 2) for name, value in record.seconds.items()}
     content |= {"epochs": scores["epoch"].unique().tolist()}
     content |= {"evaluations": scores_by_split(scores)}

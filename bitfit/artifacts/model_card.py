@@ -195,7 +195,9 @@ def which_weights(metrics: Metadata, metadata: Metadata) -> str:
     scored, epochs = metrics[metadata["keep"]]["epoch"], metadata["epochs"]
     runs = options.count_runs(metadata)
     if metadata["keep"] == "last":
-        return f"The weights are those after the last epoch, {scored}."
+        chosen = " --halving selected their learning rate and bias terms by validation scores."
+        text = f"The weights are those after the last epoch, {scored}."
+        return text + chosen * bool(metadata["halving"])
     of_runs = f" and of {runs} runs" * (runs > 1)
     return (
         f"The weights are those of epoch {scored}, the best of {epochs} epochs{of_runs} by "

@@ -37,7 +37,7 @@ TOKENS = {"data_sha256", "test_sha256"}  # hashes of tokens, so another tokenize
 # Values that earlier versions of this format did not write, as their commands ran.
 NEW_FLAGS = {
     "start_from": None, "start_sha256": None, "evaluate_only": False, "add_biases": False,
-    "train_score_rows": None, "init_seed": None, "data_seed": None,
+    "train_score_rows": None, "init_seed": None, "data_seed": None, "halving": None,
 }  # fmt: skip
 NAMES = {
     "data": "the data",

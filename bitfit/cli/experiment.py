@@ -15,7 +15,7 @@ from bitfit.artifacts import run_folder
 from bitfit.cli.output_folder import flag_values, is_finished, run_metadata
 from bitfit.cli.runs import Experiment, train_all_runs
 from bitfit.data import task_files
-from bitfit.distributed import Ranks
+from bitfit.distributed import Ranks, shared_error
 from bitfit.model import hub
 from bitfit.options import DEFAULT_LEARNING_RATES, RunOptions
 from bitfit.parsing import split_repeated
@@ -41,6 +41,8 @@ def learning_rate_warning(options: RunOptions) -> str | None:
 
 def run(options: RunOptions, signals: StopSignals, ranks: Ranks) -> None:
     """Check the output folder, fine-tune all runs, and upload the model if asked to."""
+    if options.halving and ranks.size > 1:
+        raise shared_error("--halving needs a single process: start it without torchrun")
     start = options.start_from and Path(options.start_from)
     if options.evaluate_only and start:
         options = replace(options, **ranks.run_on_rank0(lambda: run_folder.saved_settings(start)))
@@ -146,14 +148,17 @@ def prepare_evaluator(
         verbose=options.verbose and ranks.rank == 0,
         start_from=options.start_from,
     )
-    if options.evaluate_only:
-        check_classifier(options, evaluator)
+    check_prepared(options, evaluator)
     return evaluator
 
 
-def check_classifier(options: RunOptions, evaluator: "GLUEvaluator") -> None:
-    """Raise UserError unless all weights of the classifier are loaded."""
-    if evaluator.need_prepared().init_head:
+def check_prepared(options: RunOptions, evaluator: "GLUEvaluator") -> None:
+    """Raise UserError if --evaluate-only has no classifier, or runs of --halving share no pass."""
+    if options.halving:
+        tokens = evaluator.tokens("train")
+        if reason := evaluator.need_prepared().reason_not_stackable(tokens):
+            raise UserError(f"--halving needs runs that share a pass, but {reason}: leave it out")
+    if options.evaluate_only and evaluator.need_prepared().init_head:
         source, task = options.start_from or options.model_name, evaluator.task.name
         raise UserError(f"--evaluate-only: {source} has no classifier with the labels of {task}: "
                         "there is nothing to score")  # fmt: skip

@@ -90,9 +90,8 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
         home / run_folder.CHECKPOINTS,
         every=options.checkpoint_every,
         minutes=options.checkpoint_minutes,
-        signals=experiment.signals,
-        group=group,
-    )
+        signals=experiment.signals, group=group,
+    )  # fmt: skip
     try:
         evaluator.train_and_evaluate(
             num_epochs=options.epochs,
@@ -101,6 +100,7 @@ def train(experiment: Experiment, folders: Folders, home: Path, single: bool) ->
             lr_schedule=options.lr_schedule,
             warmup_ratio=options.warmup_ratio,
             keep=options.keep,
+            halving=options.halving or (),
             checkpoints=checkpoints,
             tracker=experiment.tracker,
             curves=False,
@@ -136,7 +136,7 @@ def export_runs(experiment: Experiment, unfinished: Folders, folders: Folders) -
         evaluator.select(number)
         # Rank 0 decides for all ranks of the run, which may see different files.
         (kept,) = evaluator.group.all_reduce_max(
-            writes and (options.keep != "best" or run.name == best)
+            writes and not evaluator.record.stopped and (options.keep != "best" or run.name == best)
         )
         metadata = metadata_of_run(experiment, run)
         export_run(experiment, folders[run], metadata, kept=bool(kept))

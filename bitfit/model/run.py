@@ -25,6 +25,12 @@ class Run(NamedTuple):
         return f"lr{self.learning_rate}_{seeds}{terms}"
 
     @property
+    def candidate(self) -> str:
+        """Return the learning rate and the bias terms as text, equal for runs of other seeds."""
+        terms = "" if self.terms is None else f"bias terms {self.terms}, "
+        return f"{terms}learning rate {self.learning_rate}"
+
+    @property
     def caption(self) -> str:
         return f"learning rate {self.learning_rate:g}, {format_seeds(self.fields)}"
 

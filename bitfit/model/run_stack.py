@@ -45,7 +45,8 @@ class RunStack:
 
     Attributes:
         params, grads, initial_params: (K, n) float32.
-        bad_step: (K,) int64, the step of a run's first non-finite loss or gradient; -1: none.
+        last_step: (K,) int64, the step at which a run ended: of its first non-finite loss or
+            gradient, or the last before it was stopped; -1: it trains.
         slices: {parameter name: (start, stop)}, columns among the n.
         positions: {parameter name: (m,) int64 flat positions that train}, of partly trained ones.
         groups: the runs, by the parameters that they train.
@@ -81,7 +82,7 @@ class RunStack:
         self.shares_encoder = not any(in_encoder(model, name) for name in trainable)
         self.params = torch.empty(len(runs), max(b for _, b in self.slices.values()), device=device)
         self.grads = torch.zeros_like(self.params)
-        self.bad_step = torch.full((len(runs),), -1, device=device)
+        self.last_step = torch.full((len(runs),), -1, device=device)
         self._read_params(init_run)
         self.initial_params = self.params.clone()
         self.groups = self._make_groups(selections or [(trainable, {})] * len(runs))
@@ -227,17 +228,17 @@ class RunStack:
         finally:
             self.current_routing = None
 
-    def finite_runs(self, step: int | None = None) -> np.ndarray:
-        """Return the runs (k,) whose losses and gradients were finite, so far or before `step`.
+    def active_runs(self, step: int | None = None) -> np.ndarray:
+        """Return the runs (k,) that have not ended, so far or before `step`.
 
         This call waits for the device.
         """
-        bad_step = self.bad_step.cpu().numpy()
-        return np.flatnonzero((bad_step < 0) | (step is not None and bad_step >= step))
+        last_step = self.last_step.cpu().numpy()
+        return np.flatnonzero((last_step < 0) | (step is not None and last_step >= step))
 
-    def mark_diverged(self, diverged: torch.Tensor, step: torch.Tensor) -> None:
-        """Record `step` () for the runs in `diverged` (K,) bool that have not diverged before."""
-        self.bad_step.copy_(self.bad_step.where(~diverged | (self.bad_step >= 0), step))
+    def end_runs(self, ended: torch.Tensor, step: torch.Tensor) -> None:
+        """Record `step` () for the runs in `ended` (K,) bool that have not ended before."""
+        self.last_step.copy_(self.last_step.where(~ended | (self.last_step >= 0), step))
 
     def sync_to_model(self) -> None:
         """Copy `params` to where the model computes with them."""

@@ -51,6 +51,7 @@ def read_sweep(folders: dict[Run, Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
                     "train_loss": next(reversed(content["train_loss"]), None),
                     "seconds": round(sum(content["seconds"].values()), 2),
                     "diverged": content["diverged"] or "",
+                    "stopped": content.get("stopped") or "",
                 })  # fmt: skip
             scores += [table.assign(run=run.name)] * bool(len(table))
     return pd.DataFrame(metadata), pd.concat(scores[1:] or scores)
@@ -62,8 +63,11 @@ def without_diverged(metadata: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFra
 
 
 def best_run(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> str | None:
-    """Return the name of the run with the best main score in any epoch, or None."""
-    scores = without_diverged(metadata, scores)
+    """Return the name of the run with the best main score in any epoch, or None.
+
+    It is none of the runs that diverged or were stopped.
+    """
+    scores = without_diverged(metadata[metadata["stopped"] == ""], scores)
     if scores.empty:
         return None
     best = main_scores(scores, task)[scores["run"].unique()].max()
@@ -90,15 +94,20 @@ def results_rows(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> li
         row |= {"last": round(curve.iloc[-1], 2) if len(curve) else np.nan}
         row |= {"best_epoch": int(curve.fillna(-np.inf).idxmax()) if len(curve) else None}
         row |= {"best": round(curve.max(), 2)}
-        rows.append(row | {name: entry[name] for name in ("train_loss", "seconds", "diverged")})
+        columns = ("train_loss", "seconds", "diverged", *["stopped"] * metadata["stopped"].any())
+        rows.append(row | {name: entry[name] for name in columns})
     return rows
 
 
 def scores_by_learning_rate(
     metadata: pd.DataFrame, scores: pd.DataFrame, task: Task
 ) -> dict[float, pd.DataFrame]:
-    """Return {learning rate: main scores × 100 (epochs, runs)} in rising order."""
-    main = 100 * main_scores(without_diverged(metadata, scores), task)
+    """Return {learning rate: main scores × 100 (epochs, runs)} in rising order.
+
+    The runs that diverged or were stopped are left out.
+    """
+    kept = metadata[metadata["stopped"] == ""]
+    main = 100 * main_scores(without_diverged(kept, scores), task)
     return {
         rate: main[[run for run in of_rate["run"] if run in main]]
         for rate, of_rate in metadata.groupby("learning_rate")
@@ -117,7 +126,8 @@ def learning_rate_table(
         row = {"bias terms": terms} if terms else {}
         row |= {"learning rate": f"{rate:g}", "seeds": f"{ended}{unit}"}
         if ended < tried:
-            row["seeds"] += f" ({tried - ended} diverged)"
+            is_stopped = (metadata.loc[metadata["learning_rate"] == rate, "stopped"] != "").any()
+            row["seeds"] += f" ({tried - ended} {'stopped' if is_stopped else 'diverged'})"
         if ended:
             top = scores.max().fillna(-np.inf).idxmax()
             for name, values in (("last epoch", scores.iloc[-1]),
@@ -143,7 +153,8 @@ def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
         return []
     last = curves.iloc[-1]
     best = last.idxmax()
-    if len(last) > 1 and last[best] > last.drop(best).max() and best in (tried[0], tried[-1]):
+    is_best = not (last.drop(best) >= last[best]).any()
+    if len(tried) > 1 and is_best and best in (tried[0], tried[-1]):
         edge, beyond = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
         warnings.append(
             f"the best learning rate, {best:g}, is the {edge} of the grid: try {beyond} ones too"
@@ -162,7 +173,7 @@ def sweep_curves(
 ) -> dict[str, "Figure"]:
     """Return {metric: figure} with the mean and the range over seeds of each learning rate."""
     terms = pd.Categorical(metadata["bias_terms"], metadata["bias_terms"].unique())  # in order
-    settings = metadata[["run", "learning_rate"]].assign(bias_terms=terms)
+    settings = metadata[["run", "learning_rate", "stopped"]].assign(bias_terms=terms)
     scores = without_diverged(metadata, scores).merge(settings, on="run")
     scores = scores[scores["split"] == task.validation_splits[0]]
     by_metric = scores.groupby("metric", sort=False)
@@ -186,6 +197,8 @@ def sweep_curve(
         count = of_rate["run"].nunique()
         seeds = f"{count} {unit}" + "s" * (count > 1)
         label = f"bias terms {terms}, " * bool(terms)
+        when = of_rate["stopped"].iloc[0].partition(":")[0]
+        seeds += f", stopped {when}" * bool(when)
         label += f"learning rate {rate:g} ({seeds}, last {curve['mean'].iloc[-1]:.1f})"
         band = (curve["min"], curve["max"])
         plots.plot_curve(axes, curve["mean"], plots.series_style(number), label=label, band=band)
@@ -220,6 +233,17 @@ def report_settings(
     return pd.DataFrame(rows).fillna("-").to_string(index=False), variance, warnings
 
 
+def describe_stopped(metadata: pd.DataFrame) -> list[str]:
+    """Return a line for each setting that --halving stopped, and one about the others' scores."""
+    columns = ["bias_terms", "learning_rate", "stopped"]
+    settings = metadata.loc[metadata["stopped"] != "", columns].drop_duplicates().to_numpy()
+    note = "--halving chose among the settings by validation scores, so the scores are optimistic"
+    return [
+        "stopped: " + (f"bias terms {terms}, " if terms else "") + f"learning rate {rate:g} {why}"
+        for terms, rate, why in settings
+    ] + [note] * bool(len(settings))
+
+
 def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: str) -> str:
     """Write results.csv, results.json and the curves, and return the text to print.
 
@@ -231,7 +255,8 @@ def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: st
     write_text(output / "results.csv", pd.DataFrame(rows).to_csv(index=False))
     best = best_run(metadata, scores, task)
     if best is None:
-        raise Diverged(f"all {len(metadata)} runs diverged: try a lower --learning-rate")
+        left = (metadata["stopped"] == "").sum()
+        raise Diverged(f"all {left} runs diverged: try a lower --learning-rate")
     row = next(row for row in rows if row["run"] == best)
     table, variance, warnings = report_settings(metadata, scores, task)
     if len(variance):
@@ -247,6 +272,7 @@ def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: st
         table,
         f"best of {len(metadata)} trials: {score:.1f} ({best}, epoch {row['best_epoch']}); "
         "chosen on the examples it is scored on, so it is optimistic",
+        *describe_stopped(metadata),
         *([seed_variance.format_seed_variance(variance)] if len(variance) else []),
         *(f"warning: {text}" for text in warnings),
     ]

@@ -111,7 +111,7 @@ class Tracker:
         measured = {}
         for k, record in enumerate(state.records):
             of_run = [row[2:] for row in scores if row[0] == record.run.name]
-            if not record.diverged:
+            if len(record.train_loss) > state.epoch:  # it has not ended
                 measured[k] = {"train/mean_loss": record.train_loss[-1]}
                 measured[k] |= {f"{split}/{metric}": value for split, metric, value in of_run}
         self._log(state, measured)

@@ -26,6 +26,7 @@ from bitfit.results.scores import best_epochs, format_epoch_scores, scores_frame
 from bitfit.signals import Stopped
 from bitfit.tracking.tracker import OFF, Tracker
 from bitfit.training.graphs import StepGraphs
+from bitfit.training.halving import stop_worse_half
 from bitfit.training.plan import Plan
 from bitfit.training.progress import Progress
 from bitfit.training.state import TrainState
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from bitfit.training.checkpoints import CheckpointManager
 
 MAX_GRAD_NORM = 1.0  # as in the released code: over all of a run's gradients together
+MIN_ROWS = 4  # of a run in a micro-batch, see `rows_to_compute`
 READ_LOSS_SECONDS = 0.5  # between two readings of the loss, for which the host waits
 
 
@@ -67,27 +69,30 @@ def prepare_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> Ste
     """Return the arrays of one step, split into micro-batches.
 
     Args:
-        active: (R,) indices of the runs that train.
-        rows: (R, B) their training examples.
+        active: indices of the runs that train.
+        rows: (K, B) the training examples of all runs.
     """
     plan, runs, tokens = state.plan, state.stack.runs, state.plan.train.tokens
     parts: list[tuple[Batch, RunRouting, int]] = []
     for number, group in enumerate(state.stack.groups):
-        is_in = np.isin(active, group.runs)
-        parts += group_parts(plan, active[is_in], rows[is_in], num_runs=len(runs), group=number)
+        for part in group_parts(plan, group.runs, active, rows=rows[group.runs]):
+            routed = plan.forward.make_routed_batch(tokens, *part, num_runs=len(runs))
+            parts.append((*routed, number))
     number = state.epoch * plan.steps_per_epoch + state.step
     rates = np.array([run.learning_rate for run in runs]) * plan.factors[number]
-    labels = np.zeros(len(runs), np.float32)
-    labels[active] = count_labels(tokens, rows).sum(axis=1)
+    labels = count_labels(tokens, rows).sum(axis=1).astype(np.float32)
     return Step(tuple(parts), np.array(number), labels, rates=rates)
 
 
 def group_parts(
-    plan: Plan, active: np.ndarray, rows: np.ndarray, num_runs: int, group: int
-) -> list[tuple[Batch, RunRouting, int]]:
-    """Return the micro-batches of one group of runs, for `prepare_step`."""
+    plan: Plan, runs: list[int], active: np.ndarray, rows: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (rows, their runs) of the micro-batches of one group of runs, for `prepare_step`.
+
+    Runs that have ended count where a step is cut: so the sums of other runs stay the same.
+    """
     tokens, max_tokens = plan.train.tokens, plan.token_budget.max_tokens
-    run_ids, flat = np.repeat(active, rows.shape[1]), rows.ravel()
+    run_ids, flat = np.repeat(runs, rows.shape[1]), rows.ravel()
     shard = plan.group.shard_rows(tokens.lengths[flat])
     run_ids, flat = run_ids[shard], flat[shard]
     if not len(flat):
@@ -96,10 +101,22 @@ def group_parts(
     micro_batches = split_into_micro_batches(
         tokens.lengths[flat], max_tokens, packed, equal_length=equal
     )
-    return [
-        (*plan.forward.make_routed_batch(tokens, flat[part], run_ids[part], num_runs), group)
-        for part in micro_batches
-    ]
+    trained = (part[rows_to_compute(run_ids[part], active)] for part in micro_batches)
+    return [(flat[part], run_ids[part]) for part in trained if len(part)]
+
+
+def rows_to_compute(run_ids: np.ndarray, active: np.ndarray) -> np.ndarray:
+    """Return which rows (B,) of a micro-batch to compute: bool, True for those of active runs.
+
+    On a CPU a row of a matrix product is the same for any number of rows but 1 to 3. So some rows
+    of other runs, first of the largest one, accompany runs that have fewer.
+    """
+    rows = np.isin(run_ids, active)
+    if rows.any() and np.bincount(run_ids[rows]).max() < MIN_ROWS:
+        others = np.flatnonzero(~rows)
+        sizes = np.bincount(run_ids)[run_ids[others]]
+        rows[others[np.argsort(-sizes, kind="stable")[:MIN_ROWS]]] = True
+    return rows
 
 
 def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -109,11 +126,11 @@ def train_step(state: TrainState, active: np.ndarray, rows: np.ndarray) -> torch
     per micro-batch to find out whether there is padding.
 
     A run whose loss or gradient is not finite keeps its last finite values from then on, and
-    `stack.bad_step` holds the number of the step.
+    `stack.last_step` holds the number of the step.
 
     Args:
-        active: (R,) indices of the runs that train.
-        rows: (R, B) their training examples.
+        active: indices of the runs that train.
+        rows: (K, B) the training examples of all runs.
     """
     stack, device, budget = state.stack, state.stack.params.device, state.plan.token_budget
     tokens = budget.max_tokens
@@ -141,8 +158,8 @@ def update(state: TrainState, step: Step, losses: torch.Tensor) -> torch.Tensor:
         if len(parts) > 1:
             part.copy_(stack.grads[group.entries])
         norms[group.rows] = clip_grad_norms_(part, MAX_GRAD_NORM)
-    stack.mark_diverged(~(norms + losses).isfinite(), step.number)
-    bad = stack.bad_step >= 0  # (K,)
+    stack.end_runs(~(norms + losses).isfinite(), step.number)
+    bad = stack.last_step >= 0  # (K,)
     for group, part in zip(stack.groups, parts, strict=True):
         fixed = bad[group.rows, None]
         part.masked_fill_(fixed if group.fixed is None else fixed | group.fixed, 0.0)
@@ -187,22 +204,23 @@ def forward_backward(plan: Plan, stack: RunStack, step: Step) -> torch.Tensor:
 def train_epoch(
     state: TrainState, checkpoints: "CheckpointManager", progress: Progress, tracker: Tracker = OFF
 ) -> None:
-    """Train the remaining steps of an epoch. A run that diverges does not train in the next one."""
+    """Train the remaining steps of an epoch. Runs that have ended do not train in the next."""
     plan, stack = state.plan, state.stack
     plan.forward.model.train()
     steps = plan.steps_per_epoch
-    active = stack.finite_runs(state.epoch * steps)
-    orders = np.stack([plan.order(stack.runs[k], state.epoch) for k in active])  # (R, rows)
+    active = stack.active_runs(state.epoch * steps)
+    orders = np.stack([plan.order(run, state.epoch) for run in stack.runs])  # (K, rows)
+    progress.expect(len(active) * plan.examples_left(state.epoch, state.step))
     begin = time.perf_counter()
     while state.step < steps:
         first = state.step * plan.batch_size
         rows = orders[:, first : first + plan.batch_size]  # fewer in the last step
         losses = train_step(state, active, rows)
         state.step += 1
-        progress.update(rows.size)
+        progress.update(len(active) * rows.shape[1])
         reads_loss = progress.clock() - progress.read_at > READ_LOSS_SECONDS
         if reads_loss:
-            finite = stack.finite_runs()
+            finite = stack.active_runs()
             if plan.group.size == 1 and not len(finite):
                 break  # Not with several ranks, which read the losses at different times.
             read = losses.cpu()[finite]
@@ -214,21 +232,21 @@ def train_epoch(
         checkpoints.after_step(state)
         begin = time.perf_counter()
     # The last step may have been finite, but not the values after it.
-    last = torch.full_like(stack.bad_step[0], (state.epoch + 1) * steps - 1)
-    stack.mark_diverged(~stack.params.isfinite().all(1), last)
-    stack.finite_runs()  # wait for the device, so that all training is timed
+    last = torch.full_like(stack.last_step[0], (state.epoch + 1) * steps - 1)
+    stack.end_runs(~stack.params.isfinite().all(1), last)
+    stack.active_runs()  # wait for the device, so that all training is timed
     state.seconds += time.perf_counter() - begin
 
 
 def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]:
-    """Return the scores of the runs that have not diverged, as tuples like `TrainState.scores`.
+    """Return the scores of the runs that have not ended, as tuples like `TrainState.scores`.
 
     Their logits on validation splits go to `TrainState.logits`.
 
     A signal stops the evaluation at once. The checkpoint then holds the state before it.
     """
     plan, stack, scores = state.plan, state.stack, []
-    begin, active = time.perf_counter(), stack.finite_runs()
+    begin, active = time.perf_counter(), stack.active_runs()
     try:
         with checkpoints.signals.deferred(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
@@ -261,18 +279,18 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
 
 
 def record_epoch(state: TrainState, scores: list[tuple]) -> None:
-    """Record the losses, times, scores and best values of an epoch, and which runs diverged."""
+    """Record the losses, times, scores and best values of an epoch, and which runs ended."""
     stack, first = state.stack, state.epoch * state.plan.steps_per_epoch
     counts = torch.tensor([state.plan.labels_of(run) for run in stack.runs]).to(state.loss_sum)
-    losses, bad_step = (state.loss_sum / counts).tolist(), stack.bad_step.tolist()
-    trained, active = stack.finite_runs(first), stack.finite_runs()
+    losses, last_step = (state.loss_sum / counts).tolist(), stack.last_step.tolist()
+    trained, active = stack.active_runs(first), stack.active_runs()
     for k in trained:
         record = state.records[k]
         record.seconds["training"] += state.seconds / len(trained)
-        if bad_step[k] < 0:
+        if last_step[k] < 0:
             record.train_loss.append(losses[k])
             continue
-        time_of = f"epoch {state.epoch + 1}, step {bad_step[k] - first + 1}"
+        time_of = f"epoch {state.epoch + 1}, step {last_step[k] - first + 1}"
         record.diverged = f"the loss or its gradient was not finite at {time_of}"
         if len(state.records) > 1:
             LOGGER.warning("%s diverged: %s", record.run.name, record.diverged)
@@ -287,3 +305,4 @@ def record_epoch(state: TrainState, scores: list[tuple]) -> None:
     loss = mean(losses[k] for k in active)
     message = format_epoch_scores(scores_frame(scores), state.plan.task, loss)
     LOGGER.info("epoch %d  %s", state.epoch + 1, message)
+    stop_worse_half(state, scores)

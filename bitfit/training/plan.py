@@ -1,6 +1,7 @@
 """The plan of one training: everything that does not change while it runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import numpy as np
 from bitfit.data.tasks import Task
 from bitfit.data.tokens import Split
 from bitfit.distributed import SINGLE_PROCESS, Group
+from bitfit.halving_checks import halving_problem
 from bitfit.model.batching import count_labels
 from bitfit.model.forward import Forward
 from bitfit.model.run import Run
@@ -26,13 +28,17 @@ class TrainOptions:
     warmup_ratio: float = 0.0  # share of all steps over which the learning rate first rises
     evaluation_frequency: int = 1  # in epochs; the last epoch is always evaluated
     keep: str = "last"  # or "best": each run ends with the values of its best evaluation
+    halving: Sequence[int] = ()  # epochs after which the worse half of the candidates stops
 
-    def check(self) -> None:
-        """Raise UserError if a value is not allowed."""
+    def check(self, candidates: int) -> None:
+        """Raise UserError if a value is not allowed for so many candidates."""
         if self.lr_schedule not in ("constant", "linear") or self.keep not in ("last", "best"):
             raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
         if min(self.epochs, self.evaluation_frequency) < 1:
             raise UserError("num_epochs and evaluation_frequency are at least 1")
+        limits = {"epochs": self.epochs, "frequency": self.evaluation_frequency}
+        if problem := halving_problem(self.halving, **limits, candidates=candidates):
+            raise UserError(f"halving {problem}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,10 @@ class Plan:
         """Return how many training examples a run has seen before a step of an epoch."""
         rows = self.rows_per_run
         return epoch * rows + min(rows, step * self.batch_size)
+
+    def examples_left(self, epoch: int, step: int) -> int:
+        """Return how many training examples a run sees from a step of an epoch on."""
+        return self.epochs * self.rows_per_run - self.examples_before(epoch, step)
 
     @cached_property
     def factors(self) -> np.ndarray:

@@ -48,6 +48,10 @@ class Progress:
         with logging_redirect_tqdm(), self.bar:
             yield
 
+    def expect(self, rows: int) -> None:
+        """Set the number of training examples that are left, fewer if runs have ended."""
+        self.total = self.bar.total = self.done + rows
+
     def update(self, rows: int) -> None:
         """Count training examples of a finished step."""
         self.done += rows

@@ -25,6 +25,7 @@ class Record:
     # A run's share of the time of all runs.
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMERS, 0.0))
     diverged: str | None = None  # where the loss or gradient was not finite
+    stopped: str | None = None  # after which epoch and why, by `stop_worse_half`
 
 
 @dataclass
@@ -35,7 +36,7 @@ class TrainState:
     """
 
     plan: Plan
-    stack: RunStack  # the trained values, their gradients, and which runs diverged
+    stack: RunStack  # the trained values, their gradients, and which runs have ended
     optimizer: torch.optim.Optimizer
     optimized: list[torch.nn.Parameter]  # of each group of runs, see `init_state`
     rates: torch.Tensor  # (K,) the learning rates of this step
@@ -59,7 +60,7 @@ class TrainState:
 
         They include the random generators. All ranks of the group call it together.
         """
-        tensors = {"values": self.stack.params, "bad_step": self.stack.bad_step}
+        tensors = {"values": self.stack.params, "bad_step": self.stack.last_step}
         tensors["loss_sum"] = self.loss_sum
         if self.best is not None:
             tensors["best"] = self.best
@@ -95,7 +96,7 @@ class TrainState:
         if [r.run for r in records] != stack.runs or tensors["values"].shape != stack.params.shape:
             raise CorruptFile("it is of other runs or another model")
         stack.params.copy_(tensors["values"])
-        stack.bad_step.copy_(tensors["bad_step"])
+        stack.last_step.copy_(tensors["bad_step"])
         if self.best is not None:
             self.best.copy_(tensors["best"])
         self._load_optimizer(tensors)

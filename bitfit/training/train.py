@@ -49,8 +49,8 @@ def start_training(
     prepared: PreparedModel, data: LoadedData, options: TrainOptions, group: Group
 ) -> TrainState:
     """Seed dropout and return the state before the first step; UserError if it cannot train."""
-    options.check()
     train, runs = data.dataset.split("train"), prepared.runs
+    options.check(candidates=len({run.candidate for run in runs}))
     reason = prepared.reason_not_stackable(train.tokens) if len(runs) > 1 else None
     if reason:
         raise UserError(f"{len(runs)} runs cannot train in one pass, {reason}: "
@@ -161,15 +161,15 @@ def fit(
             state.epoch, state.step, state.seconds = ended, 0, 0.0
             if scores:
                 write()
-            if not len(state.stack.finite_runs()):
+            if not len(state.stack.active_runs()):
                 return divergence_message(state)
             checkpoints.after_epoch(state, last=ended == plan.epochs)
     return None
 
 
 def divergence_message(state: TrainState) -> str:
-    """Return the message for a training whose runs have all diverged."""
-    runs = len(state.records)
-    message = f"all {runs} runs diverged" if runs > 1 else state.records[0].diverged
+    """Return the message for a training whose runs, as far as not stopped, have all diverged."""
+    left = [record for record in state.records if not record.stopped]
+    message = f"all {len(left)} runs diverged" if len(left) > 1 else left[0].diverged
     return (f"{message}; training stopped there: try a lower --learning-rate, or "
             "--lr-schedule linear with --warmup-ratio")  # fmt: skip
