@@ -75,8 +75,7 @@ def forward_of(model, packed=True):
     """The model's `Forward` on packed rows, or on padded ones."""
     if not packed:
         return forward.Forward(model)
-    first = loading.first_position(loading.position_embedding(model))
-    return forward.Forward(model, packed_encoders(model, first)[0])
+    return forward.Forward(model, packed_encoders(model)[0])
 
 
 def forbid_loading(monkeypatch):

@@ -114,7 +114,7 @@ def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
 def test_runs_with_few_rows_share_micro_batches_when_scored(max_tokens, passes):
     """Three of four runs, 92 tokens each, in another order: the same logits as run by run."""
     model, split = random_model("bert"), tokens(*LENGTHS)
-    forward, budget = Forward(model, packed_encoders(model, 0)[0]), TokenBudget(max_tokens)
+    forward, budget = Forward(model, packed_encoders(model)[0]), TokenBudget(max_tokens)
     stack = RunStack(
         model, select_trainable(model, "bitfit", ["bias"]), [Run(0.1, s) for s in range(4)]
     )
@@ -137,7 +137,7 @@ def new_state(graphs):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    forward = Forward(model, packed_encoders(model, 0)[0])
+    forward = Forward(model, packed_encoders(model)[0])
     trainable = select_trainable(model, "bitfit", ["bias"])
     stack = RunStack(model, trainable, [Run(1e-3, 0), Run(3e-3, 1)])
     split = Split(rows._replace(labels=torch.tensor([0, 1, 1, 0, 1, 0])), {0: ROWS, 1: ROWS})

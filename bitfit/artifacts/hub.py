@@ -11,11 +11,9 @@ def check_push(name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    def cannot(error: Exception) -> UserError:
-        advice = "correct that, or give --export-model and `hf upload` the model later"
-        return UserError(f"--push-to-hub {name}: {first_line(error)}; {advice}")
-
-    with convert_errors(cannot):
+    flag = f"--push-to-hub {name}"
+    advice = "correct that, or give --export-model and `hf upload` the model later"
+    with convert_errors(lambda error: UserError(f"{flag}: {first_line(error)}; {advice}")):
         validate_repo_id(name)
         HfApi().whoami()
 
@@ -23,9 +21,7 @@ def check_push(name: str) -> None:
 def push_model(output: Path, name: str) -> str:
     """Upload the exported model of a finished output folder, and return a line with the address.
 
-    Raises:
-        UserError: the folder does not have exactly one exported model.
-        NotPushed: the upload failed.
+    UserError without exactly one exported model in the folder; NotPushed if the upload fails.
     """
     from huggingface_hub import HfApi
 

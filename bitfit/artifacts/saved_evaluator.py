@@ -216,9 +216,8 @@ def read_warm_start(
 ) -> WarmStart | None:
     """Return the warm start from the only saved evaluator in a folder; None: there is no folder.
 
-    Raises:
-        UserError: there is none or more than one, it has another base model, or everything trained
-            and `fine_tune_type` would not save everything.
+    UserError if there is none or more than one, it has another base model, or everything trained
+    and `fine_tune_type` would not save everything.
     """
     if folder is None:
         return None

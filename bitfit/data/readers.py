@@ -238,12 +238,9 @@ def load_hub(
     revision: str | None = None,
 ) -> tuple[Table, dict[str, Any]]:
     """Return table and features of a data set on the Hub; `advice` ends the message of an error."""
-
-    def unreachable(error: Exception) -> UserError:
-        problem = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
-        return UserError(f"{problem}: {first_line(error)}; {advice}")
-
-    with convert_errors(unreachable):  # Errors of network, cache and parser have no common class.
+    problem = f"cannot load {name} ({config or 'default'}) from the Hub or its cache"
+    # Errors of network, cache and parser have no common class.
+    with convert_errors(lambda error: UserError(f"{problem}: {first_line(error)}; {advice}")):
         import datasets
 
         datasets.disable_progress_bars()

@@ -84,13 +84,12 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
 def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns | None:
     """Return the texts and labels of one split; None if the optional split "ax" does not exist.
 
+    UserError for a missing file or split, broken rows, unknown labels, or without network.
+
     Args:
         data_dir: a folder in GLUE's layout (`RTE/train.tsv`) or in the layout of `nyu-mll/glue`
             (`rte/train-00000-of-00001.parquet`); None: the Hub. For a custom task, the folder of
             the data files; None: the current folder.
-
-    Raises:
-        UserError: a missing file or split, broken rows, unknown labels, no network.
     """
     if task.record:
         parts, numbered = [read_custom_split(task, split, Path(data_dir or "."))], False

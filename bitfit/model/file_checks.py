@@ -96,6 +96,5 @@ def check_files(model_name: str | Path, revision: str | None = None) -> None:
             "give another --model-name, or start the command in another folder"
         )
     for path in sorted(folder.glob("*")) if hub.is_local(folder) else ():
-        if path.suffix not in (".json", ".safetensors", ".txt", ".model"):
-            continue
-        check_no_lfs_pointer(path)
+        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            check_no_lfs_pointer(path)

@@ -8,12 +8,7 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import Batch, gather_inputs, make_batch, make_varlen_batch, to_device
-from bitfit.model.loading import (
-    find_embedding,
-    first_position,
-    position_embedding,
-    position_limit,
-)
+from bitfit.model.loading import find_embedding, first_position, position_limit
 from bitfit.model.packed_encoder import PackedEncoder
 from bitfit.model.run_routing import RunRouting, route_rows
 from utils import UserError
@@ -125,5 +120,5 @@ def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
 
     Models that count positions from their padding token (RoBERTa) keep it.
     """
-    if not first_position(position_embedding(model)):
+    if not first_position(model):
         model.config.get_text_config().pad_token_id = pad_id

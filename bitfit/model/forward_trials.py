@@ -17,7 +17,7 @@ import torch
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import count_labels, to_device
 from bitfit.model.forward import Forward, check_ids, set_pad_token
-from bitfit.model.loading import first_position, position_embedding, position_limit
+from bitfit.model.loading import position_limit
 from bitfit.model.packed_encoder import packed_encoders
 from bitfit.model.precision import cast_parameters, replaced_data, without_tf32
 from bitfit.model.run import Run
@@ -149,8 +149,7 @@ def forward_candidates(
     packed = [np.tile(rows, times), rows[1:2]]
     padded = [rows, rows[::-1].copy(), rows[1:], rows[[2, 1]]]
     equal = [np.append(np.flatnonzero(tokens.lengths == tokens.lengths[r])[:2], r) for r in rows]
-    first, tagging = first_position(position_embedding(model)), tokens.word_index is not None
-    encoders = packed_encoders(model, first, dtype, reads_all_tokens=tagging)
+    encoders = packed_encoders(model, dtype, reads_all_tokens=tokens.word_index is not None)
     candidates = [(Forward(model, packed_encoder), packed) for packed_encoder in encoders]
     return [*candidates, (Forward(model), padded), (Forward(model, equal_length=True), equal)]
 

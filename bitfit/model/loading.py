@@ -185,13 +185,8 @@ def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None
 
 def position_limit(model: "PreTrainedModel") -> int | None:
     """Return the maximum length that the position embeddings allow, or None."""
-    embedding = position_embedding(model)
-    return None if embedding is None else embedding.num_embeddings - first_position(embedding)
-
-
-def position_embedding(model: "PreTrainedModel") -> torch.nn.Embedding | None:
-    """Return the embedding of absolute positions, or None."""
-    return find_embedding(model, ".position_embeddings")
+    embedding = find_embedding(model, ".position_embeddings")
+    return None if embedding is None else embedding.num_embeddings - first_position(model)
 
 
 def find_embedding(model: "PreTrainedModel", end: str) -> torch.nn.Embedding | None:
@@ -202,9 +197,9 @@ def find_embedding(model: "PreTrainedModel", end: str) -> torch.nn.Embedding | N
     return None
 
 
-def first_position(embedding: torch.nn.Module | None) -> int:
+def first_position(model: "PreTrainedModel") -> int:
     """Return the position of a row's first token: padding_idx + 1 in RoBERTa, else 0."""
-    padding = getattr(embedding, "padding_idx", None)
+    padding = getattr(find_embedding(model, ".position_embeddings"), "padding_idx", None)
     return 0 if padding is None else padding + 1
 
 

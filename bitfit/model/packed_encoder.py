@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from bitfit.model import attention
+from bitfit.model.loading import first_position
 from bitfit.model.packing import (
     AttentionLayout,
     PackedBatch,
@@ -84,7 +85,6 @@ class PackedEncoder(NamedTuple):
 
 def packed_encoders(
     model: "PreTrainedModel",
-    first_position: int,
     dtype: torch.dtype = torch.float32,
     reads_all_tokens: bool = False,
 ) -> list[PackedEncoder]:
@@ -112,7 +112,7 @@ def packed_encoders(
     device = next(model.parameters()).device
     fused = attention.supports_flash_attention(size, device, dtype)
     return [
-        PackedEncoder(*part, heads, first_position, kind)
+        PackedEncoder(*part, heads, first_position(model), kind)
         for kind in ((True, False) if fused else (False,))
         for part in parts
     ]

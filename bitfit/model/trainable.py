@@ -184,14 +184,13 @@ def select_trainable(
 ) -> Trainable:
     """Return {parameter name: None for all of it, or flat positions} of a fine-tune type.
 
+    UserError if the type is unknown, the model has no classifier, or the mask is too large.
+
     Args:
         kind: one of FINE_TUNE_TYPES.
         components: for bitfit, names relative to a layer, or "bias" for all.
         mask_size: for rand_uniform; None: `default_mask_size`.
         rng: NumPy generator, for the random masks.
-
-    Raises:
-        UserError: the type is unknown, the model has no classifier, or the mask is too large.
     """
     if kind not in SELECTORS:
         raise UserError(f"unknown fine-tune type {kind!r}; known: {', '.join(FINE_TUNE_TYPES)}")

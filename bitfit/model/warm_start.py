@@ -39,11 +39,8 @@ class WarmStart:
     ) -> dict[str, torch.Tensor]:
         """Write the values into a base model, and return the former values of its biases.
 
-        Args:
-            report: log what is used.
-
-        Raises:
-            UserError: the values belong to another base model, or to biases that it lacks.
+        UserError if they belong to another base model, or to biases that it lacks. `report` logs
+        which values are used.
         """
         folder, names = self.record["folder"], self.used_names(model)
         if encoder_sha256 != self.encoder_sha256:
@@ -87,13 +84,10 @@ def make_warm_start(
     source: Task,
     task: Task,
 ) -> WarmStart:
-    """Return the warm start of a task from an evaluator of a source task.
+    """Return the warm start of a task from an evaluator of a source task, with its `metadata`.
 
     The classifier is used if both tasks have the same labels, in any order. A task that tags words
     and one that classifies sentences raise a UserError.
-
-    Args:
-        metadata: the content of evaluator.json.
     """
     if source.is_tagging != task.is_tagging:
         kinds = "words, not of sentences" if source.is_tagging else "sentences, not of words"

@@ -154,11 +154,7 @@ def log_weights_used(
     initialized: Collection[str],
     outputs: str,
 ) -> None:
-    """Log which weights of a checkpoint are kept, initialized, reordered and not used, in one line.
-
-    Args:
-        initialized, outputs: the result of `align_head`.
-    """
+    """Log in one line which weights are kept, initialized, reordered or unused (`align_head`)."""
     kept = {n for n in head_names(model) if n not in initialized}
     random_modules = modules_of(n for n in absent if in_encoder(model, n))
     parts = [", ".join(["kept the encoder", *modules_of(kept)])]

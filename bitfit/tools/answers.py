@@ -21,12 +21,11 @@ def read_batches(
 ) -> Iterator[list[tuple[str, ...]]]:
     """Yield batches of up to `size` examples, as soon as their lines arrive.
 
+    An invalid line raises a UserError after all lines before it.
+
     Args:
         lines: an example per line: a text, or two texts with a tab between them.
         name: the name of the input in messages.
-
-    Raises:
-        UserError: a line is invalid; all lines before are yielded first.
     """
     batch = []
     for number, line in enumerate(lines, 1):

@@ -67,12 +67,11 @@ def load_predictor(
 ) -> MultiTaskPredictor:
     """Load the base model of evaluators from `read_evaluators`; predict within `stack.patched`.
 
+    UserError if the base model is missing, has changed, or cannot be shared.
+
     Args:
         max_length: maximum number of tokens of an example; None: each evaluator's limit.
         max_tokens: maximum number of tokens of a pass; None: the default of the device.
-
-    Raises:
-        UserError: the base model is missing, has changed, or cannot be shared.
     """
     tasks = [evaluator.task for evaluator in found]
     lengths = [max_length or evaluator.metadata["max_sequence_len"] for evaluator in found]
@@ -159,8 +158,7 @@ def predict_logits(
 def predict_tags(predictor: MultiTaskPredictor, texts: TextColumns) -> list[list[list[str]]]:
     """Return the tags of each word of each sentence of K evaluators, within `stack.patched`.
 
-    Raises:
-        UserError: the evaluators have other lengths, or a word has no sub-tokens.
+    UserError if the evaluators have other lengths, or a word has no sub-tokens.
     """
     length = predictor.lengths[0]
     if len(set(predictor.lengths)) > 1:
