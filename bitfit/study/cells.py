@@ -204,26 +204,14 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
     old = read_study(output) if exists else Study(Path(output), [], [], cells=[])
     for cell in old.cells:
         if new.get(cell.name, cell).hash != cell.hash:
-            changes = "; ".join(changed_settings(cell, new[cell.name]))
-            problem = f"{output} has other flags for {cell.name}: {changes}"
+            before, after = result_settings(cell.flags), result_settings(new[cell.name].flags)
+            changes = [describe_difference(name, value, after.get(name))
+                       for name, value in before.items() if value != after.get(name)]  # fmt: skip
+            problem = f"{output} has other flags for {cell.name}: {'; '.join(changes)}"
             raise UserError(f"{problem}: give another --output-path")
     cells = {cell.name: cell for cell in old.cells} | new
-    return Study(
-        Path(output),
-        tables=sorted({*tables, *old.tables}),
-        figures=sorted({*figures, *old.figures}),
-        cells=list(cells.values()),
-    )
-
-
-def changed_settings(old: Cell, new: Cell) -> list[str]:
-    """Return the options in which two cells of one name differ, as texts."""
-    before, after = result_settings(old.flags), result_settings(new.flags)
-    return [
-        describe_difference(name, before[name], after.get(name))
-        for name in before
-        if before[name] != after.get(name)
-    ]
+    tables, figures = sorted({*tables, *old.tables}), sorted({*figures, *old.figures})
+    return Study(Path(output), tables, figures, cells=list(cells.values()))
 
 
 def write_study(study: Study) -> None:

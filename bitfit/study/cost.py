@@ -8,8 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -87,7 +86,8 @@ class Costs:
         self.study = study
         self.sizes: dict[tuple, Sizes | None] = {}
         self.unknown: dict[tuple, str] = {}  # the reason why sizes are not known
-        self.measured = read_rates(study.output)
+        # {model: {kind: FLOP/s}}, empty if there is none
+        self.measured = cell_states.read_object(study.output / RATES) or {}
         self.done = [
             (cell, operations(cell, sizes), seconds)
             for cell in study.cells
@@ -137,14 +137,10 @@ def training_seconds(study: Study, cell: Cell) -> float | None:
         return sum(sum(read_metrics(file.parent)[0]["seconds"].values()) for file in files)
 
 
-def read_rates(output: Path) -> dict[str, dict[str, Any]]:
-    """Return the measured {model: {kind: FLOP/s}}, empty if there are none."""
-    return cell_states.read_object(output / RATES) or {}
-
-
 def calibrate(study: Study, gpu: int | None, precision: str | None) -> None:
     """Measure the speed of the study's models on this machine, and write rates.json."""
-    rates, seeds = read_rates(study.output), list(range(CALIBRATIONS["stacked"][1]))
+    rates = cell_states.read_object(study.output / RATES) or {}
+    seeds = list(range(CALIBRATIONS["stacked"][1]))
     cells = sorted(study.cells, key=lambda cell: cell.args["add_biases"])
     for cell in {cell.model: cell for cell in cells}.values():
         args = cell.args

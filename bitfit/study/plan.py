@@ -68,9 +68,8 @@ def check_model(model: str, commands: Sequence[dict[str, Any]]) -> None:
 def check_split(task: Task, split: str, folder: str, rows: int) -> None:
     texts = find_split(task, split, folder)
     if texts is not None and len(texts) < rows:
-        raise UserError(
-            f"{task.name} has {len(texts)} training examples in {folder}, fewer than {rows}"
-        )
+        problem = f"{task.name} has {len(texts)} training examples in {folder}"
+        raise UserError(f"{problem}, fewer than {rows}")
 
 
 def error_messages(check: Callable[[], None]) -> list[str]:

@@ -60,13 +60,9 @@ def default_epochs(task: str) -> int:
 
 
 def requested_cells(
-    tables: Iterable[int],
-    figures: Iterable[int],
-    models: Sequence[str] | None,
-    tasks: Sequence[str] | None,
-    rows: Iterable[str],
-    sizes: Iterable[int],
-) -> list[Key]:
+    tables: Iterable[int], figures: Iterable[int], models: Sequence[str] | None,
+    tasks: Sequence[str] | None, rows: Iterable[str], sizes: Iterable[int],
+) -> list[Key]:  # fmt: skip
     """Return (model, row, task, size) of all cells of tables and figures, without repetitions."""
     base = list(models or PAPER_MODELS[:1])
     cells: list[Key] = []
