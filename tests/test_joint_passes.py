@@ -1,6 +1,7 @@
 """Joint passes of `paper.py run`: cells that differ in what trains are trained by one command."""
 
-import shutil
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ from pathlib import Path
 import paper
 import pytest
 import torch
-from conftest import GLUE, ROOT, wait_for
+from conftest import ROOT, TINY_BERT, wait_for
 from interruption import differences, output_contents
-from toy_study import plan, states
+from toy_study import plan, replace_python, states
 
 import run_glue
 from bitfit.study import cell_states, cells
@@ -46,55 +47,37 @@ def contents(study, cell):
     return content
 
 
-def logs(study):
-    return [cell_states.sibling_file(study, cell, ".log").read_text() for cell in study.cells]
-
-
-def passes(study):
-    """Return the files and folders of joint passes, without the rows' name."""
-    return [path.name for path in sorted(study.output.glob("*/.together-*/*"))]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, no_dropout):
-    """A study whose cells were trained by their own commands."""
-    study = planned(tmp_path_factory.mktemp("alone") / "study", no_dropout)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for cell in study.cells:
-        assert run_glue.main(cell.command(study.output, "-d", "cpu")[2:]) == 0
-    torch.set_num_threads(threads)
-    return study
-
-
 def check_equal(study, alone, capsys):
     """Check that all cells are done, and have the files of their own commands."""
     assert states(study) == ["done"] * 3
-    for cell, other in zip(study.cells, alone.cells, strict=True):
-        expected, found = contents(alone, other), contents(study, cell)
+    for cell in study.cells:
+        expected, found = contents(alone, cell), contents(study, cell)
         assert "lr0.001_seed1/evaluator/delta.safetensors" in expected
         assert differences(expected, found) == []
+        folder = cell_states.cell_folder(study, cell)
+        args = [json.loads(path.read_text()) for path in folder.rglob("args.json")]
+        assert [values["output_path"] for values in args] == [str(folder)] * 3
         capsys.readouterr()
         assert run_glue.main(cell.command(study.output)[2:]) == 0
         assert "is finished: there is nothing to resume" in capsys.readouterr().out
-    assert passes(study) == ["rte.log"]
 
 
-def test_cells_equal_their_own_commands(quick_python, alone, no_dropout, tmp_path, capsys):
-    """Bit by bit: evaluators, logits, scores, figures, reports and args.json."""
-    study = planned(tmp_path / "study", no_dropout)
-    assert run(study) == 0
-    check_equal(study, alone, capsys)
-    (log,) = study.output.glob("*/.together-*/rte.log")
-    assert log.read_text().count("$ python run_glue.py") == 1
-    assert logs(study) == [f"trained with bitfit, b_q, frozen: the log is {log}\n"] * 3
-
-
-def test_a_worker_killed_between_any_two_files_loses_nothing(
-    quick_python, alone, no_dropout, tmp_path, capsys, monkeypatch
+def test_cells_of_a_stopped_and_killed_pass_equal_their_own_commands(
+    quick_python, no_dropout, tmp_path, capsys, monkeypatch
 ):
-    """The worker that divides the folder is stopped after every second renaming of a folder."""
+    """Bit by bit: evaluators, logits, scores, figures, reports and args.json.
+
+    The command gets a signal and is resumed. Then its worker is stopped before every third folder
+    that it moves.
+    """
     study, rename, count = planned(tmp_path / "study", no_dropout), Path.rename, 0
+    command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(study.output)]
+    worker = subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.PIPE)
+    wait_for(lambda: list(study.output.glob("*/.together-*/rte/args.json")))
+    assert states(study) == ["running"] * 3  # for other workers
+    worker.send_signal(signal.SIGTERM)
+    assert b"the same command goes on" in worker.communicate()[1]
+    assert worker.returncode == 128 + signal.SIGTERM
 
     def stop_at_times(path, target):
         nonlocal count
@@ -108,42 +91,67 @@ def test_a_worker_killed_between_any_two_files_loses_nothing(
     while statuses[-1] and len(statuses) < 10:
         assert set(states(study)) <= {"missing", "done"}
         statuses.append(run(study))
-    assert statuses == [128 + signal.SIGINT] * 4 + [0]
+    assert statuses == [128 + signal.SIGINT] * 4 + [0]  # nine folders, two at a time
+    alone = planned(tmp_path / "alone", no_dropout)
+    for cell in alone.cells:
+        assert run_glue.main(cell.command(alone.output, "-d", "cpu")[2:]) == 0
     check_equal(study, alone, capsys)
-    (log,) = study.output.glob("*/.together-*/rte.log")
-    assert log.read_text().count("$ python run_glue.py") == 1
+    (log,) = study.output.glob("*/.together-*/*")
+    assert log.read_text().count("$ python run_glue.py") == 2  # one was stopped
+    for cell in study.cells:
+        text = cell_states.sibling_file(study, cell, ".log").read_text()
+        assert text == f"trained with bitfit, b_q, frozen: the log is {log}\n" * 2
 
 
-def test_a_pass_stopped_by_a_signal_is_resumed(quick_python, alone, no_dropout, tmp_path, capsys):
-    study = planned(tmp_path / "study", no_dropout)
-    command = [sys.executable, "scripts/paper.py", "run", "--output-path", str(study.output)]
-    worker = subprocess.Popen([*command, "--gpus", "cpu"], cwd=ROOT, stderr=subprocess.PIPE)
-    wait_for(lambda: list(study.output.glob("*/.together-*/rte/args.json")))
-    assert states(study) == ["running"] * 3  # for other workers
-    worker.send_signal(signal.SIGTERM)
-    assert b"the same command goes on" in worker.communicate()[1]
-    assert worker.returncode == 128 + signal.SIGTERM
-    assert states(study) == ["missing"] * 3
-    assert run(study) == 0
-    check_equal(study, alone, capsys)
+def commands(study, tmp_path, monkeypatch, *more):
+    """Return the folders of the commands that a worker starts; each is stopped at once."""
+    replace_python(monkeypatch, tmp_path, f'echo "$*" >>{tmp_path}/commands; kill -TERM $$')
+    run(study, *more)
+    text = (tmp_path / "commands").read_text()
+    (tmp_path / "commands").unlink()
+    return re.findall(rf"--output-path {study.output}/tiny_bert/(\S+)", text)
 
 
-def test_a_pass_that_fails(quick_python, alone, no_dropout, tmp_path, capsys, monkeypatch):
-    """All cells get its reason; after a failure before the training, each is tried on its own."""
-    data = tmp_path / "glue"
-    shutil.copytree(GLUE / "RTE", data / "RTE")
-    study = planned(tmp_path / "study", no_dropout, "--data-dir", str(data))
-    text = (data / "RTE/train.tsv").read_bytes()
-    (data / "RTE/train.tsv").write_bytes(b"not a table\n")
+def test_a_pass_that_fails_before_the_training(tmp_path, capsys, monkeypatch):
+    """All its cells get the reason. They are tried again on their own."""
+    study = planned(tmp_path / "study", TINY_BERT)
     capsys.readouterr()
+    replace_python(monkeypatch, tmp_path, "echo run_glue.py: error: no such term; exit 2")
     assert run(study) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "3 failed"
-    assert (
-        len({line.partition(", status 2: run_glue.py: error: ")[2][:60] for line in printed}) == 2
-    )
-    (data / "RTE/train.tsv").write_bytes(text)
+    total, *lines = capsys.readouterr().out.splitlines()
+    assert total == "3 failed"
+    assert all("rte, status 2: run_glue.py: error: no such term (" in line for line in lines)
+    assert len(lines) == 3
+    more = ["--retry-failed"]
+    assert commands(study, tmp_path, monkeypatch, *more) == ["bitfit/rte", "b_q/rte", "frozen/rte"]
+
+
+def test_a_pass_that_is_killed_after_its_beginning(tmp_path, monkeypatch):
+    """It goes on with all its cells, but not while one of them is not for this worker."""
+    study = planned(tmp_path / "study", TINY_BERT)
+    body = """for word; do [ "$before" = --output-path ] && folder=$word; before=$word; done
+mkdir -p "$folder"; echo '{"bias_terms": [["all"], ["query"], ["none"]]}' >"$folder/args.json"
+kill -KILL $$"""
+    replace_python(monkeypatch, tmp_path, body)
     assert run(study) == 1
-    assert run(study, "--retry-failed") == 0
-    assert states(study) == ["done"] * 3
-    assert [text.count("$ python run_glue.py") for text in logs(study)] == [1] * 3
+    assert states(study) == ["failed"] * 3
+    more = ["--retry-failed", "--shard", "1/2"]
+    assert commands(study, tmp_path, monkeypatch, *more) == ["bitfit/rte", "frozen/rte"]
+    (found,) = commands(study, tmp_path, monkeypatch, "--retry-failed")
+    assert found.startswith(".together-")
+
+
+@pytest.mark.parametrize(
+    ("planning", "running", "expected"),
+    [
+        (["--seeds", "0"], [], ["bitfit", "b_q", "frozen"]),
+        (["--learning-rates", "1e-3", "frozen=1e-2"], [], [".together-", "frozen"]),
+        ([], ["--nproc-per-node", "2"], ["bitfit", "b_q", "frozen"]),
+        (["--rows", "full_ft", "rand_uniform"], [], ["full_ft", "rand_uniform"]),
+    ],
+)
+def test_cells_that_run_alone(tmp_path, monkeypatch, planning, running, expected):
+    """A single run, other rates, several ranks, and methods that change matrices."""
+    study = planned(tmp_path / "study", TINY_BERT, *planning)
+    found = commands(study, tmp_path, monkeypatch, *running)
+    assert [re.sub(r"(?<=-)\w{16}$", "", path.split("/")[0]) for path in found] == expected
