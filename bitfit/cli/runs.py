@@ -175,7 +175,7 @@ def export_run(experiment: Experiment, folder: Path, metadata: dict[str, Any], k
     if writes and evaluator.need_prepared().for_run(record.run).trains_only_biases:
         evaluator.plot_terms_changes(folder / "bias_term_changes")
     if writes:
-        table = evaluator.score_table()
+        table = "\n".join(filter(None, (evaluator.score_table(), record.stopped)))
         experiment.tracker.log_results(record.run.name, folder, table, diverged=record.diverged)
     if writes and kept and options.save_evaluator:
         evaluator.save(folder / "evaluator")

@@ -43,6 +43,7 @@ def read_sweep(folders: dict[Run, Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
                 content, table = read_metrics(folder)
                 metadata.append({
                     "run": run.name,
+                    "candidate": run.candidate,
                     "bias_terms": run.terms or "",
                     "learning_rate": run.learning_rate,
                     "seed": run.seed,
@@ -234,14 +235,11 @@ def report_settings(
 
 
 def describe_stopped(metadata: pd.DataFrame) -> list[str]:
-    """Return a line for each setting that --halving stopped, and one about the others' scores."""
-    columns = ["bias_terms", "learning_rate", "stopped"]
-    settings = metadata.loc[metadata["stopped"] != "", columns].drop_duplicates().to_numpy()
+    """Return a line for each candidate that --halving stopped, and one about the others' scores."""
+    stopped = metadata.loc[metadata["stopped"] != "", ["candidate", "stopped"]].drop_duplicates()
     note = "--halving chose among the settings by validation scores, so the scores are optimistic"
-    return [
-        "stopped: " + (f"bias terms {terms}, " if terms else "") + f"learning rate {rate:g} {why}"
-        for terms, rate, why in settings
-    ] + [note] * bool(len(settings))
+    lines = [f"stopped: {candidate} {reason}" for candidate, reason in stopped.to_numpy()]
+    return lines + [note] * bool(lines)
 
 
 def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: str) -> str:

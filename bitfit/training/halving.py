@@ -15,9 +15,8 @@ from utils import LOGGER
 def stop_worse_half(state: TrainState, scores: list[tuple]) -> None:
     """Stop the runs of the worse half of the remaining candidates, if it is time to.
 
-    A candidate's score is the mean of the main validation scores of its runs. A candidate with a
-    run that has diverged, or whose score is not a number, is among the last. Equal candidates
-    keep their order.
+    A candidate's score is the mean of the main validation scores of its runs. A run that has
+    diverged, or whose score is not a number, counts as -inf. Equal candidates keep their order.
 
     Args:
         scores: of the evaluation after this epoch, as tuples like `TrainState.scores`.
@@ -26,19 +25,18 @@ def stop_worse_half(state: TrainState, scores: list[tuple]) -> None:
     if epoch not in plan.options.halving:
         return
     main = plan.task.validation_splits[0], plan.task.metrics[0]
-    score_of = {run: value for run, _, *of, value in scores if tuple(of) == main}
+    score_of = {name: x for name, _, *of, x in scores if tuple(of) == main and not math.isnan(x)}
     values: dict[str, list[float]] = {}
     for record in state.records:
         if not record.stopped:
-            value = score_of.get(record.run.name, math.nan)
+            value = score_of.get(record.run.name, -math.inf)
             values.setdefault(record.run.candidate, []).append(value)
     reasons = rank_candidates(values, f"after epoch {epoch}", main[1])
     for record in state.records:
         record.stopped = record.stopped or reasons.get(record.run.candidate)
-    stopped = torch.tensor([bool(record.stopped) for record in state.records])
-    last_step = torch.tensor(epoch * plan.steps_per_epoch - 1)
-    device = state.stack.last_step.device
-    state.stack.end_runs(stopped.to(device), last_step.to(device))
+    device = state.stack.params.device
+    stopped = torch.tensor([bool(record.stopped) for record in state.records], device=device)
+    state.stack.end_runs(stopped, torch.tensor(epoch * plan.steps_per_epoch - 1, device=device))
     kept, names = len(values) - len(reasons), "; ".join(reasons)
     LOGGER.info("halving: %d of %d candidates go on; stopped: %s", kept, len(values), names)
 
@@ -47,18 +45,15 @@ def rank_candidates(values: dict[str, list[float]], when: str, metric: str) -> d
     """Return why each candidate of the worse half stops, from the best of them to the worst.
 
     Args:
-        values: {candidate: main scores of its runs, NaN for none}.
+        values: {candidate: main scores of its runs}.
         when: "after epoch 2", the beginning of the texts.
     """
-    means = {name: fmean(of_runs) for name, of_runs in values.items()}
-    scored = {name: sum(not math.isnan(v) for v in of_runs) for name, of_runs in values.items()}
-    ranks = {n: (-math.inf if math.isnan(m) else m, scored[n]) for n, m in means.items()}
+    ranks = {name: (fmean(x), max(x) > -math.inf) for name, x in values.items()}
     order = sorted(ranks, key=ranks.__getitem__, reverse=True)  # stable
-    shown = {n: "no score" if math.isnan(m) else f"{100 * m:.1f}" for n, m in means.items()}
     kept = -(-len(order) // 2)
-    last = shown[order[kept - 1]]
+    last = 100 * ranks[order[kept - 1]][0]
     return {
         name: f"{when}: place {place} of {len(order)} by mean {metric} × 100 "
-        f"({shown[name]}, n = {len(values[name])}; the last kept has {last})"
+        f"({100 * ranks[name][0]:.1f}, n = {len(values[name])}; the last kept has {last:.1f})"
         for place, name in enumerate(order[kept:], kept + 1)
     }

@@ -210,7 +210,8 @@ def train_epoch(
     steps = plan.steps_per_epoch
     active = stack.active_runs(state.epoch * steps)
     orders = np.stack([plan.order(run, state.epoch) for run in stack.runs])  # (K, rows)
-    progress.expect(len(active) * plan.examples_left(state.epoch, state.step))
+    seen = plan.examples_before(state.epoch, state.step)
+    progress.expect(len(active) * (plan.epochs * plan.rows_per_run - seen))
     begin = time.perf_counter()
     while state.step < steps:
         first = state.step * plan.batch_size

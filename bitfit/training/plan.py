@@ -36,8 +36,8 @@ class TrainOptions:
             raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
         if min(self.epochs, self.evaluation_frequency) < 1:
             raise UserError("num_epochs and evaluation_frequency are at least 1")
-        limits = {"epochs": self.epochs, "frequency": self.evaluation_frequency}
-        if problem := halving_problem(self.halving, **limits, candidates=candidates):
+        limits = self.epochs, self.evaluation_frequency
+        if problem := halving_problem(self.halving, *limits, candidates=candidates):
             raise UserError(f"halving {problem}")
 
 
@@ -82,10 +82,6 @@ class Plan:
         """Return how many training examples a run has seen before a step of an epoch."""
         rows = self.rows_per_run
         return epoch * rows + min(rows, step * self.batch_size)
-
-    def examples_left(self, epoch: int, step: int) -> int:
-        """Return how many training examples a run sees from a step of an epoch on."""
-        return self.epochs * self.rows_per_run - self.examples_before(epoch, step)
 
     @cached_property
     def factors(self) -> np.ndarray:
