@@ -47,7 +47,11 @@ def halving_frame(entries: Entries, halvings: Sequence[int], resamples: int) -> 
         problem = f"--halving {' '.join(unused)}: no finished cell with several learning rates"
         raise UserError(f"{problem} has scores of this epoch and of a later one")
     frame = pd.DataFrame([outcome(grid) for grid in grids])
-    return pd.concat([with_mean(part) for _, part in frame.groupby(frame["cells"] > 1)])
+    kinds = frame.groupby(frame["cells"] > 1)
+    pooled = dict.fromkeys(("lost", "saved", "resampled"), "mean") | {"cells": "sum"}
+    means = kinds.agg(pooled | {"stopped": lambda s: f"{(s != '').sum()} of {len(s)}"})
+    parts = [part for kind, of_kind in kinds for part in (of_kind, means[means.index == kind])]
+    return pd.concat(parts).fillna({"model": "mean"})
 
 
 def mean_scores(entry: Entry, halvings: Sequence[int], resamples: int) -> Scores:
@@ -97,11 +101,3 @@ def outcome(grid: Sequence[Scores]) -> dict[str, Any]:
         "saved": 1 - np.take(epochs, stops[0]).mean() / epochs[-1],
         "resampled": 1 - np.take_along_axis(is_kept, winners[:, None], axis=1)[1:].mean(),
     }  # fmt: skip
-
-
-def with_mean(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows, and one more with their means."""
-    means = frame[["lost", "saved", "resampled"]].mean()
-    stopped = f"{(frame['stopped'] != '').sum()} of {len(frame)}"
-    last = {"model": "mean", "cells": frame["cells"].sum(), "stopped": stopped, **means}
-    return pd.DataFrame([*frame.to_dict("records"), last])
