@@ -27,16 +27,7 @@ from bitfit.cli import exit_status
 from bitfit.data.tasks import TASKS
 from bitfit.model.run import format_seeds
 from bitfit.parsing import OneLineParser, new_file
-from bitfit.results import escape
-from bitfit.results.plots import (
-    FIGURE_SUFFIXES,
-    METHOD_STYLES,
-    LineStyle,
-    curve_figure,
-    plot_curve,
-    save_figure,
-    series_style,
-)
+from bitfit.results import escape, plots
 from bitfit.results.scores import explain_unreadable, read_metrics, select_scores
 from bitfit.study.protocol import ROWS, Row
 from utils import UserError, escape_unprintable
@@ -127,21 +118,21 @@ def study_method(metrics: dict[str, Any]) -> str:
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return the runs in groups that differ in nothing but the seed, in METHOD_STYLES' order."""
+    """Return the runs in groups that differ in nothing but the seed, in the methods' order."""
     rows = pd.DataFrame([run.row for run in runs])
     groups = [[runs[i] for i in rows] for rows in rows.groupby(LABELS, sort=False).indices.values()]
-    order = [*METHOD_STYLES, ""]
+    order = [*plots.METHOD_STYLES, ""]
     return sorted(groups, key=lambda group: order.index(group[0].method))
 
 
-def line_styles(methods: list[str]) -> list[LineStyle]:
+def line_styles(methods: list[str]) -> list[plots.LineStyle]:
     """Return a style for each line: its method's style where the method occurs once.
 
     Other lines get styles of other colors, as far as there are any.
     """
-    known = [METHOD_STYLES.get(m) if methods.count(m) == 1 else None for m in methods]
+    known = [plots.METHOD_STYLES.get(m) if methods.count(m) == 1 else None for m in methods]
     used = {style.color for style in known if style}
-    others = map(series_style, range(7 * len(methods)))
+    others = map(plots.series_style, range(7 * len(methods)))
     free = iter(sorted(others, key=lambda style: style.color in used))
     return [style or next(free) for style in known]
 
@@ -174,22 +165,22 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
         xlabel += " (line: mean over the seeds; band: from the worst to the best seed)"
     height = 4 + 0.22 * sum(label.count("\n") + 1 for label in labels)
     epochs = [epoch for run in runs for epoch in run.curve.index]
-    figure, axes = curve_figure(
+    figure, axes = plots.curve_figure(
         caption, xlabel, f"validation {metrics} × 100", epochs=epochs, height=height
     )
     styles = line_styles([group[0].method for group in groups])
     for group, style, label in zip(groups, styles, labels, strict=True):
         curves = pd.concat([run.curve for run in group], axis=1)
         band = (curves.min(axis=1), curves.max(axis=1)) if len(group) > 1 else None
-        plot_curve(axes, curves.mean(axis=1), style, label=escape.plot(label), band=band)
+        plots.plot_curve(axes, curves.mean(axis=1), style, label=escape.plot(label), band=band)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="compare.py", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run or a sweep")
-    parser.add_argument("--plot", metavar="FILE", type=new_file(*FIGURE_SUFFIXES),
+    parser.add_argument("--plot", metavar="FILE", type=new_file(*plots.FIGURE_SUFFIXES),
                         help="draw the learning curves (.png, .pdf or .svg)")  # fmt: skip
     return parser
 

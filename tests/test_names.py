@@ -188,7 +188,7 @@ def test_pictures(sweep, tmp_path, monkeypatch, capsys):
     other = tmp_path / "$x$"
     assert run_glue.main(flags(other, model=TINY_BERT)) == 0
     plot = ["--plot", str(tmp_path / "x.png")]
-    texts = texts_of(monkeypatch, compare, lambda: compare.main([*runs, str(other), *plot]))
+    texts = texts_of(monkeypatch, compare.plots, lambda: compare.main([*runs, str(other), *plot]))
     assert sum("<img" in text.get_text() for text in texts) >= 1
     assert all(map(shown_plainly, texts))
     members = [str(shutil.copytree(run, tmp_path / name / f"$_{name}$"))
@@ -212,7 +212,7 @@ def test_a_legend_leaves_no_run_out(sweep, tmp_path, monkeypatch):
         path = tmp_path / name / "metrics.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model": f"/{name}"}))
     argv = [str(tmp_path / name) for name in ("_a", "b")] + ["--plot", str(tmp_path / "x.png")]
-    texts = texts_of(monkeypatch, compare, lambda: compare.main(argv))
+    texts = texts_of(monkeypatch, compare.plots, lambda: compare.main(argv))
     assert any(text.get_text().strip().startswith("_a, bitfit") for text in texts)
 
 

@@ -4,18 +4,8 @@ import errno
 import signal
 from collections.abc import Callable
 
+import utils
 from bitfit.signals import Stopped, StopSignals, exit_statuses
-from utils import (
-    CorruptFile,
-    Diverged,
-    NotPushed,
-    RankLost,
-    UserError,
-    first_line,
-    is_machine_error,
-    is_out_of_memory,
-    write_line,
-)
 
 
 def run_cli(
@@ -38,7 +28,7 @@ def run_cli(
         write_message: writes the line; gets the line, the exception and the exit status.
         is_finished: returns whether all files are complete, so that a signal came too late.
     """
-    write_message = write_message or (lambda line, error, status: write_line(line))
+    write_message = write_message or (lambda line, error, status: utils.write_line(line))
     try:
         with StopSignals() as signals:
             status = work(signals) or 0
@@ -60,19 +50,19 @@ def outcome(
     error: BaseException, after_signal: str, after_error: str, less_memory: str
 ) -> tuple[int | None, str]:
     """Return the exit status and the message for an exception; the status of a bug is None."""
-    if isinstance(error, UserError):
+    if isinstance(error, utils.UserError):
         return 2, f"error: {error}"
-    if isinstance(error, (Diverged, NotPushed)):
+    if isinstance(error, (utils.Diverged, utils.NotPushed)):
         return 1, f"stopped: {error}"
     if isinstance(error, Stopped):
         return 128 + error.number, f"stopped: {error}{after_signal}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, f"stopped: at once{after_signal}"
-    if (
-        isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-    ):  # Only the user gives such names.
-        return 2, f"error: {first_line(error)}: give another name"
-    if is_machine_error(error) or isinstance(error, (CorruptFile, RankLost, OSError)):
-        memory = f"out of memory{less_memory}: " * is_out_of_memory(error)
-        return 1, f"stopped: {memory}{first_line(error)}{after_error}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        # Only the user gives such names.
+        return 2, f"error: {utils.first_line(error)}: give another name"
+    is_known = isinstance(error, (utils.CorruptFile, utils.RankLost, OSError))
+    if is_known or utils.is_machine_error(error):
+        memory = f"out of memory{less_memory}: " * utils.is_out_of_memory(error)
+        return 1, f"stopped: {memory}{utils.first_line(error)}{after_error}"
     return None, ""

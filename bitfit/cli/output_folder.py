@@ -5,16 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitfit import output_paths
 from bitfit.artifacts.run_folder import check_resumable, remove_checkpoints
 from bitfit.options import RunOptions
-from bitfit.output_paths import (
-    LOCK,
-    check_writable,
-    has_files,
-    in_use_message,
-    is_locked,
-    remove_lock,
-)
 from bitfit.versions import git_commit, has_uncommitted_changes, installed_version
 from utils import FORMAT, LOGGER, UserError, print_result
 
@@ -33,20 +26,20 @@ def is_finished(
     Raises:
         UserError: the folder holds another run, is in use or cannot be created.
     """
-    if not has_files(output):
-        check_writable(output)
+    if not output_paths.has_files(output):
+        output_paths.check_writable(output)
         return False
     if not resume:
         advice = "give a new folder, or --resume to continue the interrupted run there"
         raise UserError(f"--output-path {output} is not empty: {advice}")
-    if not is_mine and is_locked(output / LOCK):
-        raise UserError(in_use_message(output))
+    if not is_mine and output_paths.is_locked(output / output_paths.LOCK):
+        raise UserError(output_paths.in_use_message(output))
     finished, warnings = check_resumable(output, metadata)
     for warning in warnings:
         LOGGER.warning(warning)
     if finished:
         remove_checkpoints(output)
-        remove_lock(output)
+        output_paths.remove_lock(output)
         print_result(f"{output} is finished: there is nothing to resume")
     return finished
 

@@ -13,16 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bitfit.data import readers
-from bitfit.data.glue_files import (
-    AX_FILES,
-    FIRST_TRAIN_FILE,
-    NUMBERS,
-    check_row_numbers,
-    find_shards,
-    read_mrpc_train_without_dev,
-    tsv_names,
-)
+from bitfit.data import glue_files, readers
 from bitfit.data.tagged_files import check_tags, check_words, read_sentences
 from bitfit.data.task_files import data_file
 from bitfit.data.tasks import Task, label_text
@@ -102,7 +93,7 @@ def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
     if not (task.record or is_labelled(split)):
         begins = accumulate((len(part.numbers) for part in parts), initial=0)
         for part, begin in zip(parts, begins, strict=False):
-            check_row_numbers(part, begin)
+            glue_files.check_row_numbers(part, begin)
     if task.is_tagging:
         texts = make_tagged_columns(task, split, parts[0])
     else:
@@ -143,12 +134,12 @@ def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Tab
     if not os.path.isdir(data_dir):  # `Path.is_dir` raises an error if a name is too long.
         raise UserError(f"there is no data folder {data_dir}: check --data-dir")
     config, stem = ("ax", "test") if split == "ax" else (task.name, split)
-    shards = find_shards(data_dir / config, stem)
+    shards = glue_files.find_shards(data_dir / config, stem)
     if shards:
         wanted = column_names(task, split, numbered=True)
-        tables = [readers.read_parquet(path, wanted, NUMBERS) for path in shards]
+        tables = [readers.read_parquet(path, wanted, glue_files.NUMBERS) for path in shards]
         return tables, True
-    names = AX_FILES if split == "ax" else tsv_names(task, split)
+    names = glue_files.AX_FILES if split == "ax" else glue_files.tsv_names(task, split)
     found = [name for name in names if (data_dir / name).is_file()]
     if found:
         return [read_glue_tsv(task, split, data_dir, name=found[0])], False
@@ -161,11 +152,12 @@ def read_local(task: Task, split: str, data_dir: Path) -> tuple[list[readers.Tab
 def read_glue_tsv(task: Task, split: str, data_dir: Path, name: str) -> readers.Table:
     """Return the table of a TSV file of GLUE."""
     path, wanted = data_dir / name, column_names(task, split)
-    if name == FIRST_TRAIN_FILE:
-        return read_mrpc_train_without_dev(path, wanted)
+    if name == glue_files.FIRST_TRAIN_FILE:
+        return glue_files.read_mrpc_train_without_dev(path, wanted)
     names = task.tsv_names if is_labelled(split) else None
     skips = task.skips_short_rows and split == "train"
-    return readers.read_tsv(path, wanted, names, skips_broken_rows=skips, optional=NUMBERS)
+    optional = glue_files.NUMBERS
+    return readers.read_tsv(path, wanted, names, skips_broken_rows=skips, optional=optional)
 
 
 def source_file(task: Task, split: str, folder: str | Path) -> Path | None:

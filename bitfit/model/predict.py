@@ -8,12 +8,7 @@ import torch
 from bitfit.data.splits import word_positions
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import SINGLE_PROCESS, Group
-from bitfit.model.batching import (
-    batches_by_length,
-    count_labels,
-    split_into_micro_batches,
-    to_device,
-)
+from bitfit.model import batching
 from bitfit.model.forward import Forward, select_labels
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
@@ -45,12 +40,12 @@ def predict(
 
     def compute() -> tuple[list[np.ndarray], list[torch.Tensor]]:
         lengths = tokens.lengths[rows[shard]]
-        parts = list(batches_by_length(lengths, budget.max_tokens, forward.equal_length))
+        parts = list(batching.batches_by_length(lengths, budget.max_tokens, forward.equal_length))
         return parts, [forward.logits(tokens, rows[shard[part]]) for part in parts]
 
     parts, outputs = budget.retry_on_oom(compute)
     of_shard = torch.cat(outputs, dim=-2)
-    counts = count_labels(tokens, rows)
+    counts = batching.count_labels(tokens, rows)
     logits = of_shard.new_zeros(*of_shard.shape[:-2], counts.sum(), of_shard.shape[-1])
     positions = word_positions(counts, shard[np.concatenate(parts)])
     logits[..., torch.from_numpy(positions).to(logits.device), :] = of_shard
@@ -79,12 +74,12 @@ def predict_together(
         routed = forward.make_routed_batch(
             tokens, flat[part], run_ids[part], num_runs=len(stack.runs)
         )
-        batch, routing = to_device(routed, tokens.ids.device)
+        batch, routing = batching.to_device(routed, tokens.ids.device)
         with stack.routing(routing):
             return select_labels(forward(tokens, batch), routed[0])
 
     def compute() -> tuple[np.ndarray, np.ndarray]:
-        parts = split_into_micro_batches(
+        parts = batching.split_into_micro_batches(
             tokens.lengths[flat], budget.max_tokens, forward.packed_encoder is not None,
             equal_length=forward.equal_length,
         )  # fmt: skip
@@ -93,8 +88,8 @@ def predict_together(
 
     order, together = budget.retry_on_oom(compute)
     logits = np.empty_like(together)
-    logits[word_positions(count_labels(tokens, flat), order)] = together
-    labels = [count_labels(tokens, of_run).sum() for of_run in rows.values()]
+    logits[word_positions(batching.count_labels(tokens, flat), order)] = together
+    labels = [batching.count_labels(tokens, of_run).sum() for of_run in rows.values()]
     return np.split(logits, np.cumsum(labels)[:-1])
 
 
