@@ -148,7 +148,7 @@ def resolve_gpu(choice: int | str | None) -> int | None:
 
 
 def choose_device(gpu: int | None) -> "torch.device":
-    """Return the torch device of a GPU number, None for the CPU; UserError if there is none."""
+    """Return the torch device of a GPU number, None for the CPU; UserError for an unknown GPU."""
     import torch
 
     if gpu is None:

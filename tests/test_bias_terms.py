@@ -10,8 +10,7 @@ from documentation import plain
 from modern_encoders import classifier
 
 import run_glue
-from bitfit.model.added_biases import add_biases
-from bitfit.model.bias_terms import select_components
+from bitfit.model.bias_terms import add_biases, select_components
 from bitfit.model.trainable import encoder_biases
 from utils import UserError
 

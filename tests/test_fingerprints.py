@@ -141,10 +141,10 @@ def test_a_file_added_to_a_whole_model(whole, tmp_path):
 def as_before(folder, copy):
     """A copy as earlier versions of this program wrote it: the same format, fewer facts."""
     shutil.copytree(folder, copy)
-    metadata, tensors = store.read_entry(copy / saved_evaluator.METADATA)
+    metadata, tensors = store.read_entry(copy / saved_evaluator.EVALUATOR)
     for name in ("model_config", "tokenizer", "model_files"):
         metadata.pop(name, None)
-    store.write_entry(copy / saved_evaluator.METADATA, metadata, tensors, "delta.safetensors")
+    store.write_entry(copy / saved_evaluator.EVALUATOR, metadata, tensors, "delta.safetensors")
     return copy
 
 

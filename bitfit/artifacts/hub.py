@@ -7,7 +7,7 @@ from utils import NotPushed, UserError, convert_errors, first_line
 
 
 def check_push(name: str) -> None:
-    """Check name, network and token of an upload, before any work; UserError if one is wrong."""
+    """Check name, network and token of an upload, before any work; UserError if it would fail."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
@@ -21,7 +21,7 @@ def check_push(name: str) -> None:
 def push_model(output: Path, name: str) -> str:
     """Upload the exported model of a finished output folder, and return a line with the address.
 
-    UserError without exactly one exported model in the folder; NotPushed if the upload fails.
+    Raise a UserError unless the folder has one exported model, NotPushed if the upload fails.
     """
     from huggingface_hub import HfApi
 

@@ -32,7 +32,6 @@ from utils import LOGGER, CorruptFile, UserError
 
 Tensors = dict[str, torch.Tensor]
 
-METADATA = EVALUATOR
 POSITIONS = ":positions"  # suffix of tensors with the flat positions of a random mask
 BUILT_FROM = ("task_name", "model_name", "seed", "data_seed", "data_dir", "precision",
               "random_encoder", "add_biases")  # fmt: skip
@@ -79,7 +78,7 @@ def write_evaluator(
     else:
         metadata |= loaded.base_fingerprints
         tensors = changed_values(prepared, run)
-    store.write_entry(folder / METADATA, metadata, tensors, tensors_name="delta.safetensors")
+    store.write_entry(folder / EVALUATOR, metadata, tensors, tensors_name="delta.safetensors")
 
 
 def changed_values(prepared: PreparedModel, run: Run) -> Tensors:
@@ -101,10 +100,10 @@ def read_files(
 
     The metadata have the current name of the base model.
     """
-    if not (folder / METADATA).exists():
-        raise UserError(f"there is no saved evaluator in {folder}: {METADATA} is missing")
+    if not (folder / EVALUATOR).exists():
+        raise UserError(f"there is no saved evaluator in {folder}: {EVALUATOR} is missing")
     try:
-        metadata, tensors = store.read_entry(folder / METADATA)
+        metadata, tensors = store.read_entry(folder / EVALUATOR)
     except CorruptFile as error:
         raise UserError(f"{error}; train and save it again") from None
     metadata.setdefault("data_seed", None)
@@ -216,8 +215,8 @@ def read_warm_start(
 ) -> WarmStart | None:
     """Return the warm start from the only saved evaluator in a folder; None: there is no folder.
 
-    UserError if there is none or more than one, it has another base model, or everything trained
-    and `fine_tune_type` would not save everything.
+    Raise a UserError if there is none or more than one, it has another base model, or everything
+    trained and `fine_tune_type` would not save everything.
     """
     if folder is None:
         return None

@@ -37,7 +37,7 @@ def tsv_names(task: Task, split: str) -> tuple[str, ...]:
 
 
 def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
-    """Read MRPC's first training file without the rows of dev.tsv; UserError if it lacks some."""
+    """Read MRPC's original train file without the rows of dev.tsv; UserError if it lacks some."""
     dev = path.with_name("dev.tsv")
     if not dev.is_file():
         problem = f"{path} contains the validation rows too, which only {dev} tells"

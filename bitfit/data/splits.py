@@ -75,7 +75,7 @@ def read_split(task: Task, split: str, data_dir: str | Path | None = None) -> Te
 def find_split(task: Task, split: str, data_dir: str | Path | None = None) -> TextColumns | None:
     """Return the texts and labels of one split; None if the optional split "ax" does not exist.
 
-    UserError for a missing file or split, broken rows, unknown labels, or without network.
+    Raise a UserError for a missing file or split, broken rows, unknown labels, no network.
 
     Args:
         data_dir: a folder in GLUE's layout (`RTE/train.tsv`) or in the layout of `nyu-mll/glue`

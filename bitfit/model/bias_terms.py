@@ -1,10 +1,16 @@
-"""The bias terms of a model, as `--bias-terms` names them.
+"""The bias terms of a model, as `--bias-terms` names them; zero biases for models without any.
 
 A term is the name of a module in the architecture (`attn.Wqkv`, or only its last parts: `Wqkv`), or
 the paper's name of the module with the same purpose (`intermediate`).
+
+Biases are added to the loaded model, so that weights, random values and fingerprints are those of
+the base model. The switches of its config are found by building models without weights and
+comparing the names of their parameters.
 """
 
+import re
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,14 +18,22 @@ import torch
 
 from bitfit.data.tasks import Task
 from bitfit.model import loading
-from bitfit.model.added_biases import add_biases, find_switches
-from bitfit.model.trainable import ALL_BIASES, bitfit_names, components_to_terms, encoder_biases
+from bitfit.model.trainable import (
+    ALL_BIASES,
+    bitfit_names,
+    components_to_terms,
+    encoder_biases,
+    in_encoder,
+    is_bias,
+    relative_name,
+)
 from bitfit.options import NO_TERMS, TERMS
 from utils import LOGGER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SWITCH = re.compile(r"(\w+_)?bias")  # attention_bias, use_qkv_bias, bias, and no_bias
 # The paper's term -> the modules with its purpose in other architectures. A norm before a block has
 # no counterpart in the paper, nor has a joint projection of query, key and value.
 ALIASES = {
@@ -138,3 +152,56 @@ def terms_table(model: "PreTrainedModel") -> str:
     )
     table.loc[len(table)] = ["all", "-", *table[["tensors", "parameters"]].sum(), "-"]
     return table.to_string(index=False, formatters={"parameters": "{:,}".format})
+
+
+def add_biases(model: "PreTrainedModel", report: bool = False) -> None:
+    """Add zero biases to a model, and switch them on in its config; UserError if it has no switch.
+
+    Args:
+        report: log which biases are added.
+    """
+    switches = find_switches(model)
+    added = added_parameters(model, switches)
+    if not added:
+        problem = f"the config of this {model.config.model_type} model cannot add biases"
+        advice = "leave it out" if encoder_biases(model) else "give another model"
+        raise UserError(f"--add-biases: {problem}: {advice}")
+    for name, shape in added.items():
+        module_name, _, kind = name.rpartition(".")
+        zeros = torch.zeros(shape, dtype=torch.float32, device=model.device)
+        setattr(model.get_submodule(module_name), kind, torch.nn.Parameter(zeros))
+    model.config.update(switches)
+    if report:
+        terms = {relative_name(model, n).removesuffix(".bias") for n in added}
+        LOGGER.info(
+            "added biases: %d tensors with %s zeros (%s), switched on in the config by %s",
+            len(added), f"{sum(shape.numel() for shape in added.values()):,}",
+            ", ".join(sorted(terms)), ", ".join(switches),
+        )  # fmt: skip
+
+
+def find_switches(model: "PreTrainedModel") -> dict[str, bool]:
+    """Return {config attribute: value that adds biases to the encoder, and nothing else}."""
+    found = {}
+    for name, value in model.config.to_dict().items():
+        negated = name.startswith("no_")
+        if SWITCH.fullmatch(name) and value is negated:
+            added = added_parameters(model, {name: not value})
+            if any(in_encoder(model, n) for n in added) and all(map(is_bias, added)):
+                found[name] = not value
+    return found
+
+
+def added_parameters(model: "PreTrainedModel", values: dict[str, bool]) -> dict[str, torch.Size]:
+    """Return {name: shape} that a model gains by values of its config; none if others change."""
+    config = deepcopy(model.config)
+    config.update(values)
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    try:
+        with torch.device("meta"):  # without weights
+            after = {n: p.shape for n, p in type(model)(config).named_parameters()}
+    except Exception:  # of any kind: the architecture does not support these values
+        return {}
+    if not before.items() <= after.items():
+        return {}
+    return {name: shape for name, shape in after.items() if name not in before}

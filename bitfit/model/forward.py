@@ -8,7 +8,7 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import Batch, gather_inputs, make_batch, make_varlen_batch, to_device
-from bitfit.model.loading import find_embedding, first_position, position_limit
+from bitfit.model.loading import find_embedding, position_limit
 from bitfit.model.packed_encoder import PackedEncoder
 from bitfit.model.run_routing import RunRouting, route_rows
 from utils import UserError
@@ -113,12 +113,3 @@ def check_ends(eos: object, model_name: str | Path, tokens: TokenizedSplit) -> N
         problem = f"a text contains the end token, {eos} ({counts.max()} in one example, "
         problem += f"{counts.min()} in another), and the model {model_name} needs equal numbers"
         raise UserError(f"{problem}: change the text, or give another --model-name")
-
-
-def set_pad_token(model: "PreTrainedModel", pad_id: int) -> None:
-    """Set the model's padding token to the tokenizer's, because decoders read the token before it.
-
-    Models that count positions from their padding token (RoBERTa) keep it.
-    """
-    if not first_position(model):
-        model.config.get_text_config().pad_token_id = pad_id

@@ -16,8 +16,8 @@ import torch
 
 from bitfit.data.tokens import TokenizedSplit
 from bitfit.model.batching import count_labels, to_device
-from bitfit.model.forward import Forward, check_ids, set_pad_token
-from bitfit.model.loading import position_limit
+from bitfit.model.forward import Forward, check_ids
+from bitfit.model.loading import first_position, position_limit
 from bitfit.model.packed_encoder import packed_encoders
 from bitfit.model.precision import cast_parameters, replaced_data, without_tf32
 from bitfit.model.run import Run
@@ -54,7 +54,9 @@ def select_forward(
         UserError: the model cannot run on the rows or compute in `dtype` (with the message of the
             model's exception), or the logits of a row always depend on the others in a batch.
     """
-    set_pad_token(model, tokens.pad_id)
+    # Decoders read the token before the padding. RoBERTa counts positions from its padding token.
+    if not first_position(model):
+        model.config.get_text_config().pad_token_id = tokens.pad_id
     check_ids(model, model_name, tokens)
     tokens, rows = trial_rows(model, tokens)
     device = tokens.ids.device

@@ -168,9 +168,9 @@ def read_config(
 
 @torch.no_grad()
 def init_head(model: "PreTrainedModel", seed: int, names: Collection[str] | None = None) -> None:
-    """Initialize the classifier, or only `names`, from a run's seed: normal weights, zero biases.
+    """Initialize the classifier, or only `names`, from a run's seed: random weights, zero biases.
 
-    The weights are sampled on the CPU, as in BERT, so they are the same on every device.
+    The weights are normal as in BERT and sampled on the CPU, so they are the same on every device.
     """
     rng = torch.Generator().manual_seed(seed % 2**63)
     std = getattr(model.config, "initializer_range", 0.02)

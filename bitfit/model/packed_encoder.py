@@ -49,10 +49,8 @@ class PackedEncoder(NamedTuple):
         attend: Callable = bucketed_attention
         layout: AttentionLayout | attention.VarlenLayout
         if isinstance(packed, attention.VarlenBatch):
-            attend, layout = (
-                attention.varlen_attention,
-                attention.VarlenLayout(packed, self.last_layer),
-            )
+            attend = attention.varlen_attention
+            layout = attention.VarlenLayout(packed, self.last_layer)
         else:
             layout = attention_layout(packed, self.heads, self.last_layer)
         AttentionInterface.register("packed", attend)
@@ -68,7 +66,7 @@ class PackedEncoder(NamedTuple):
             model.config._attn_implementation = implementation
 
     def select_first_tokens(self, first_token: torch.Tensor) -> "RemovableHandle | None":
-        """Let the model compute first tokens alone after the last attention, until `remove`."""
+        """Let only first tokens be computed after the last attention, until the hook is removed."""
 
         def select(x: torch.Tensor) -> torch.Tensor:  # (1, N, d) -> (R, 1, d)
             return x.squeeze(0).index_select(0, first_token)[:, None]

@@ -64,7 +64,7 @@ def predict_together(
     """Return the logits (B, C) or (words, C) of each run of `rows`; runs share micro-batches.
 
     Args:
-        rows: {run: (B,) int64 row numbers}, also below.
+        rows: {run: (B,) int64 row numbers}, as in `predict_runs`.
     """
     forward.model.eval()
     flat = np.concatenate([*rows.values()])

@@ -184,7 +184,7 @@ def select_trainable(
 ) -> Trainable:
     """Return {parameter name: None for all of it, or flat positions} of a fine-tune type.
 
-    UserError if the type is unknown, the model has no classifier, or the mask is too large.
+    Raise a UserError if the type is unknown, the model has no classifier, or the mask is too large.
 
     Args:
         kind: one of FINE_TUNE_TYPES.

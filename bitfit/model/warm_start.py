@@ -39,8 +39,8 @@ class WarmStart:
     ) -> dict[str, torch.Tensor]:
         """Write the values into a base model, and return the former values of its biases.
 
-        UserError if they belong to another base model, or to biases that it lacks. `report` logs
-        which values are used.
+        Raise a UserError if they belong to another base model, or to biases that it lacks. `report`
+        logs which values are used.
         """
         folder, names = self.record["folder"], self.used_names(model)
         if encoder_sha256 != self.encoder_sha256:

@@ -17,7 +17,7 @@ from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import Task, predictions, tags_of_sentences
 from bitfit.data.tokens import TokenizedSplit, concatenate, tokenize
 from bitfit.model import hub, loading
-from bitfit.model.added_biases import add_biases
+from bitfit.model.bias_terms import add_biases
 from bitfit.model.fingerprints import fingerprint, fingerprints_of
 from bitfit.model.forward import Forward, check_ids
 from bitfit.model.predict import predict, predict_together
@@ -67,7 +67,7 @@ def load_predictor(
 ) -> MultiTaskPredictor:
     """Load the base model of evaluators from `read_evaluators`; predict within `stack.patched`.
 
-    UserError if the base model is missing, has changed, or cannot be shared.
+    Raise a UserError if the base model is missing, has changed, or cannot be shared.
 
     Args:
         max_length: maximum number of tokens of an example; None: each evaluator's limit.
@@ -158,7 +158,7 @@ def predict_logits(
 def predict_tags(predictor: MultiTaskPredictor, texts: TextColumns) -> list[list[list[str]]]:
     """Return the tags of each word of each sentence of K evaluators, within `stack.patched`.
 
-    UserError if the evaluators have other lengths, or a word has no sub-tokens.
+    Raise a UserError if the evaluators have other lengths, or a word has no sub-tokens.
     """
     length = predictor.lengths[0]
     if len(set(predictor.lengths)) > 1:

@@ -37,7 +37,7 @@ def read_evaluators(
 ) -> list[SavedEvaluator]:
     """Read the saved evaluators in folders, or in the `evaluator/` of run folders.
 
-    UserError if one is missing, damaged or given twice, base models differ, or some only tag words.
+    Raise a UserError if one is missing, damaged or given twice, or bases or kinds of tasks differ.
     """
     folders = evaluator_folders(folders)
     evaluators = [

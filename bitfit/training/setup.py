@@ -13,8 +13,7 @@ from bitfit.data import task_files
 from bitfit.data.tasks import Task, score
 from bitfit.data.tokens import Dataset, Split, TokenizedSplit, concatenate, describe_split
 from bitfit.model import fingerprints, hub, loading
-from bitfit.model.added_biases import add_biases
-from bitfit.model.bias_terms import select_components
+from bitfit.model.bias_terms import add_biases, select_components
 from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
 from bitfit.model.warm_start import WarmStart
@@ -78,7 +77,7 @@ def make_setup(
         random_encoder: draw the encoder's weights at random (a control).
         max_tokens: in one forward pass; None: the default of the device.
         model_revision: tag, branch or commit of a model on the Hub; None: its main branch.
-        add_biases: add zero biases to the encoder, see `bitfit.model.added_biases`.
+        add_biases: add zero biases to the encoder, see `bitfit.model.bias_terms`.
     """
     if precision not in (None, *DTYPES):
         raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
