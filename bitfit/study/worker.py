@@ -106,8 +106,7 @@ def run_cell(
             with open(cell_states.sibling_file(study, cell, ".log"), "ab") as file:
                 file.write(text.encode(errors="backslashreplace"))
     status = run_command(study, command, log, locks=locks, gpu=gpu, ranks=ranks)
-    took = f"{(time.monotonic() - begin) / 60:.1f} min"
-    name = command.name
+    name, took = command.name, f"{(time.monotonic() - begin) / 60:.1f} min"
     if status == 0 and cell_states.locked_cell_state(study, command) == "done":
         LOGGER.info("%s: done in %s", name, took)
     elif status in STOPPED:
@@ -131,14 +130,18 @@ def run_command(
     source = cell_states.source_cell(study, cell)
     if folder := source and submit.best_run_folder(study, source):
         more += ["--start-from", str(folder / "evaluator")]
-    command = [*launch_command(ranks), str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", HANDLED, "--nproc-per-node"]
+    launcher = [sys.executable, *([*torchrun, str(ranks)] if ranks > 1 else [])]
+    command = [*launcher, str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    # The command is no rank of a torchrun that started this process.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     with open(log, "ab") as output:
         output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
         output.flush()
         # In a new session, Ctrl-C reaches the command only through this process.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=locks, env=child_environment(),
+            start_new_session=True, pass_fds=locks, env=environment,
         )  # fmt: skip
         return wait_for([process])[0]
 
@@ -169,19 +172,6 @@ def check_gpus_for_ranks(ranks: int, gpu: int | str | None) -> None:
             f"--nproc-per-node {ranks} needs {ranks} GPUs, but this machine has {count}: "
             "leave --gpus out, and give at most the number of GPUs"
         )
-
-
-def launch_command(ranks: int) -> list[str]:
-    """Return the words that start a program on a number of ranks."""
-    if ranks == 1:
-        return [sys.executable]
-    options = ["--standalone", HANDLED, "--nproc-per-node", str(ranks)]
-    return [sys.executable, "-m", "torch.distributed.run", *options]
-
-
-def child_environment() -> dict[str, str]:
-    """Return the environment without torchrun's variables, because the command is no rank of it."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
 
 
 def failure_reason(log: Path, status: int) -> str:
