@@ -161,10 +161,7 @@ def choose_device(gpu: int | None) -> "torch.device":
 
 
 def choose_precision(precision: str | None, device: "torch.device") -> str:
-    """Return the requested precision; None: bf16 on a GPU with bf16 instructions, else fp32.
-
-    A warning tells that a CPU has to emulate bf16.
-    """
+    """Return the precision, by default bf16 if a GPU has it, else fp32; warn if it is emulated."""
     import torch
 
     if precision is None and device.type == "cuda":

@@ -59,10 +59,7 @@ def read_mrpc_train_without_dev(path: Path, wanted: list[str]) -> readers.Table:
 
 
 def check_row_numbers(table: readers.Table, begin: int) -> None:
-    """Raise a UserError if a column of row numbers does not count all rows of a split from 0.
-
-    `begin` is the number of rows in earlier files of the split.
-    """
+    """Raise UserError if a column of row numbers does not count on after `begin` earlier rows."""
     for name in table.columns.keys() & NUMBERS:
         for row, value in enumerate(table.columns[name], begin):
             if str(value) != str(row):

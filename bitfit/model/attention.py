@@ -26,10 +26,7 @@ MAX_ROUNDED_TOKENS = 32768
 
 
 class VarlenBatch(NamedTuple):
-    """The layout of S sequences in one row of N tokens: NumPy arrays, then tensors on the device.
-
-    The sequences are the R rows of a batch and fillers.
-    """
+    """The layout of S sequences, R rows and fillers, in N tokens: NumPy arrays, then tensors."""
 
     position_ids: torch.Tensor  # (N,) int64, the position of each token in its sequence
     first_token: torch.Tensor  # (R,) int64, the index of each row's first token

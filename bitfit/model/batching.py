@@ -53,10 +53,7 @@ def make_varlen_batch(
     run_ids: np.ndarray | None = None,
     stacked: bool = False,
 ) -> tuple[Batch, np.ndarray | None]:
-    """Return the `Batch` of the rows (B,) for FlashAttention, and the run of each chunk.
-
-    The arguments are those of `attention.pack_sequences`.
-    """
+    """Return the `Batch` for FlashAttention and the runs of chunks; see `pack_sequences`."""
     layout, row, chunk_run_ids = pack_sequences(tokens.lengths[rows], run_ids, stacked)
     token_index = (np.where(row < 0, 0, tokens.starts[rows][row]) + layout.position_ids)[None]
     label_index = index_labels(tokens, rows, token_index, valid=row >= 0)

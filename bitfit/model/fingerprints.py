@@ -32,10 +32,7 @@ IGNORED_PARTS = ("version", "truncation", "padding", "decoder")
 def fingerprints_of(
     config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, dict]:
-    """Return {"model_config": {key: value}, "tokenizer": {part: SHA-256}}.
-
-    A key is `transformers_version`.
-    """
+    """Return {"model_config": {key: value}, "tokenizer": {part: SHA-256}}."""
     import transformers
 
     content = json.loads(json.dumps(config.to_dict(), default=str))
@@ -77,10 +74,7 @@ def sha256_of_json(value: object) -> str:
 
 
 def describe_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Return the differences of two results of `fingerprints_of` as text, or None.
-
-    A part that only one result has is not compared.
-    """
+    """Return how two results of `fingerprints_of` differ in common parts, as text, or None."""
     messages = []
     for name, kind in (("model_config", "config"), ("tokenizer", "tokenizer")):
         before, after = (values.get(name) or {} for values in (old, new))

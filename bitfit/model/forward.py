@@ -71,10 +71,7 @@ class Forward(NamedTuple):
 
 
 def select_labels(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the logits (labels, C) of a `Batch` of arrays: of rows, or of words in order.
-
-    With a leading dimension for K runs they are (K, labels, C).
-    """
+    """Return the logits (labels, C) or (K, labels, C) of a `Batch` of arrays: of rows or words."""
     index = batch.label_index
     if index.ndim == 1:
         return logits

@@ -21,10 +21,7 @@ def replaced_data(
     parameters: Iterable[torch.nn.Parameter],
     replace: Callable[[torch.nn.Parameter], torch.Tensor],
 ) -> Iterator[None]:
-    """Let parameters have the values that `replace` returns within the context.
-
-    On exit they get their former storage back, with the same bits.
-    """
+    """Let parameters have the values of `replace` in the context, then their old storage again."""
     saved = [(parameter, parameter.data) for parameter in parameters]
     try:
         for parameter, _ in saved:

@@ -72,10 +72,7 @@ def matrix_weights(model: "PreTrainedModel") -> int:
 
 
 def is_bias(name: str) -> bool:
-    """Return whether a parameter is a bias.
-
-    The last part of the name decides, because the biases of some models have two dimensions.
-    """
+    """Return whether a parameter is a bias, by its name's last part: some have two dimensions."""
     last = name.rsplit(".", 1)[-1]
     return bool(BIAS.fullmatch(last)) and not POSITION_TABLE.fullmatch(last)
 
