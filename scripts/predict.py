@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> None:
         import torch
 
         device = utils.choose_device(utils.resolve_gpu(args.gpu_device))
-        precision = utils.choose_precision(args.precision, device)
-        dtype = DTYPES[precision]
+        dtype = DTYPES[utils.choose_precision(args.precision, device)]
         if not args.no_tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
         predictor = multi_task.load_predictor(

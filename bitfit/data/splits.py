@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -181,13 +181,10 @@ def read_custom_split(task: Task, split: str, folder: Path) -> readers.Table:
     feature = features.get(task.tsv_label)
     classes = getattr(getattr(feature, "feature", feature), "names", None)
     if classes and is_labelled(split):  # Replace class numbers by the names of the classes.
-        known: dict[Any, str] = dict(enumerate(classes))
-        table.columns[task.tsv_label] = [
-            [known.get(number, number) for number in label]
-            if isinstance(label, list)
-            else known.get(label, label)
-            for label in table.columns[task.tsv_label]
-        ]
+        known, column = dict(enumerate(classes)), table.columns[task.tsv_label]
+        for row, label in enumerate(column):
+            is_list = isinstance(label, list)
+            column[row] = [known.get(n, n) for n in label] if is_list else known.get(label, label)
     return table
 
 

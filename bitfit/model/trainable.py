@@ -121,12 +121,11 @@ def draw_uniform_mask(
     if not 1 <= mask_size <= ends[-1]:
         raise UserError(f"--mask-size {mask_size}: the encoder has {ends[-1]} parameters to draw")
     drawn = np.sort(rng.choice(ends[-1], size=mask_size, replace=False, shuffle=False))
-    cuts = np.searchsorted(drawn, ends)
-    starts = [0, *cuts[:-1]]
-    trainable = {
-        name: drawn[start:stop] - (end - size)
-        for (name, size), end, start, stop in zip(encoder, ends, starts, cuts, strict=True)
-        if stop > start
+    parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    trainable: Trainable = {
+        name: part - (end - size)
+        for (name, size), end, part in zip(encoder, ends, parts, strict=True)
+        if len(part)
     }
     return trainable | dict.fromkeys(head_names(model))
 
