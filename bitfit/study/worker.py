@@ -1,4 +1,4 @@
-"""Workers: a worker takes the next unlocked cell and runs the cell's command as a process.
+"""Workers: a worker takes the next unlocked cells and runs their command as a process.
 
 Any number of workers may share a folder. A cell of a killed worker is resumed by the next one.
 """
@@ -37,7 +37,7 @@ def run_cells(
     shared: bool = True,
     ranks: int = 1,
 ) -> None:
-    """Run the cells that are in one of the given states, in order, once each.
+    """Run the cells that are in one of the given states, in order, once each; some in joint passes.
 
     Args:
         ranks: ranks of torchrun for each command. A resumed cell keeps its number of ranks.
