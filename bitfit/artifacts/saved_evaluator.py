@@ -40,11 +40,7 @@ READ = (".json", ".txt", ".model", ".jinja")  # suffixes of files that transform
 
 
 def write_evaluator(
-    result: TrainingResult,
-    prepared: PreparedModel,
-    loaded: LoadedData,
-    setup: Setup,
-    folder: Path,
+    result: TrainingResult, prepared: PreparedModel, loaded: LoadedData, setup: Setup, folder: Path
 ) -> None:
     """Write the selected run; evaluator.json is written last and makes the folder complete."""
     folder.mkdir(parents=True, exist_ok=True)

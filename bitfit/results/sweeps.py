@@ -85,18 +85,19 @@ def results_rows(metadata: pd.DataFrame, scores: pd.DataFrame, task: Task) -> li
     rows, main = [], select_scores(scores, task.validation_splits[0], task.metrics[0])
     pairs = has_seed_pairs(metadata)
     seeds = {"init_seed": "seed", "data_seed": "data_seed"} if pairs else {"seed": "seed"}
+    first = ["run", *["bias_terms"] * metadata["bias_terms"].any(), "learning_rate"]
+    more = ["train_loss", "seconds", "diverged", *["stopped"] * metadata["stopped"].any()]
     for entry in metadata.to_dict("records"):
         curve = 100 * main[main["run"] == entry["run"]].set_index("epoch")["value"]
-        columns = ("run", *["bias_terms"] * bool(entry["bias_terms"]), "learning_rate")
-        row = {name: entry[name] for name in columns}
-        row |= {name: entry[column] for name, column in seeds.items()}
-        row |= {"metric": task.metrics[0]}
-        row |= {"last_epoch": int(curve.index[-1]) if len(curve) else None}
-        row |= {"last": round(curve.iloc[-1], 2) if len(curve) else np.nan}
-        row |= {"best_epoch": int(curve.fillna(-np.inf).idxmax()) if len(curve) else None}
-        row |= {"best": round(curve.max(), 2)}
-        columns = ("train_loss", "seconds", "diverged", *["stopped"] * metadata["stopped"].any())
-        rows.append(row | {name: entry[name] for name in columns})
+        row = {name: entry[name] for name in first}
+        row |= {name: entry[column] for name, column in seeds.items()} | {
+            "metric": task.metrics[0],
+            "last_epoch": int(curve.index[-1]) if len(curve) else None,
+            "last": round(curve.iloc[-1], 2) if len(curve) else np.nan,
+            "best_epoch": int(curve.fillna(-np.inf).idxmax()) if len(curve) else None,
+            "best": round(curve.max(), 2),
+        }
+        rows.append(row | {name: entry[name] for name in more})
     return rows
 
 
@@ -144,11 +145,8 @@ def learning_rate_table(
 def sweep_warnings(groups: dict[float, pd.DataFrame]) -> list[str]:
     """Return warnings about a grid of learning rates that is too narrow, or too few epochs."""
     tried, warnings = list(groups), []
-    means = {
-        rate: scores.mean(axis=1, skipna=False)
-        for rate, scores in groups.items()
-        if scores.shape[1]
-    }
+    known = {rate: scores for rate, scores in groups.items() if scores.shape[1]}
+    means = {rate: scores.mean(axis=1, skipna=False) for rate, scores in known.items()}
     curves = pd.DataFrame(means).fillna(-np.inf)
     if curves.empty:
         return []
@@ -262,9 +260,8 @@ def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: st
     score = 100 * main_scores(scores, task)[best].max()  # not rounded, unlike `row["best"]`
     content = {"trials": len(metadata), "best": row, "warnings": warnings}
     write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
-    plots.save_curves(
-        sweep_curves(metadata, scores, task, caption=f"{caption}, {len(metadata)} runs"), output
-    )
+    curves = sweep_curves(metadata, scores, task, caption=f"{caption}, {len(metadata)} runs")
+    plots.save_curves(curves, output)
     lines = [
         f"{caption}: {task.validation_splits[0].replace('_', ' ')} {task.metrics[0]} × 100",
         table,

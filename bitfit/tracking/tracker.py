@@ -133,10 +133,7 @@ class Tracker:
         self.step = state.epoch * state.plan.steps_per_epoch + state.step
 
     def _log(
-        self,
-        state: TrackedState,
-        measured: dict[int, dict[str, float]],
-        skippable: bool = False,
+        self, state: TrackedState, measured: dict[int, dict[str, float]], skippable: bool = False
     ) -> None:
         """Log values of some runs, together with epoch, memory, speed and learning rate.
 
