@@ -165,9 +165,8 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
         xlabel += " (line: mean over the seeds; band: from the worst to the best seed)"
     height = 4 + 0.22 * sum(label.count("\n") + 1 for label in labels)
     epochs = [epoch for run in runs for epoch in run.curve.index]
-    figure, axes = plots.curve_figure(
-        caption, xlabel, f"validation {metrics} × 100", epochs=epochs, height=height
-    )
+    ylabel = f"validation {metrics} × 100"
+    figure, axes = plots.curve_figure(caption, xlabel, ylabel, epochs=epochs, height=height)
     styles = line_styles([group[0].method for group in groups])
     for group, style, label in zip(groups, styles, labels, strict=True):
         curves = pd.concat([run.curve for run in group], axis=1)

@@ -184,10 +184,8 @@ def apply(args: argparse.Namespace) -> None:
     evaluator = load(args, member)
     deltas.scale_delta(evaluator, args.scale)
     evaluator.export_model(args.output_path)
-    times = f"{args.scale:g} x " * (args.scale != 1)
-    utils.print_result(
-        f"{args.output_path}: {saved_evaluators.describe_base(member)} + {times}{member.name}"
-    )
+    base, times = saved_evaluators.describe_base(member), f"{args.scale:g} x " * (args.scale != 1)
+    utils.print_result(f"{args.output_path}: {base} + {times}{member.name}")
 
 
 COMMANDS = {"show": show, "compare": compare, "average": average, "apply": apply}

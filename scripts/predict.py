@@ -34,9 +34,8 @@ from utils import UserError
 
 
 def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="predict.py", allow_abbrev=False, description=__doc__.splitlines()[0]
-    )
+    description = __doc__.splitlines()[0]
+    parser = OneLineParser(prog="predict.py", allow_abbrev=False, description=description)
     add = parser.add_argument
     # fmt: off
     add("evaluators", nargs="+", metavar="EVALUATOR",

@@ -130,9 +130,8 @@ def check_files(folder: Path, metadata: dict[str, Any]) -> None:
     changed = [name for name in written | found if written.get(name) != found.get(name)]
     if changed:
         names = ", ".join(sorted(changed))
-        raise UserError(
-            f"{folder / 'model'}: {names} is not as it was written: train and save it again"
-        )
+        problem = f"{folder / 'model'}: {names} is not as it was written"
+        raise UserError(f"{problem}: train and save it again")
 
 
 def check_base(folder: Path, metadata: dict[str, Any], fingerprints: dict[str, Any]) -> None:

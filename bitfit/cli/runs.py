@@ -40,12 +40,10 @@ def train_all_runs(experiment: Experiment) -> None:
     """Train all runs in one pass if they can share it, else one after the other; report them."""
     options, evaluator, ranks = experiment.options, experiment.evaluator, experiment.ranks
     folders = run_folder.run_folders(experiment.output, evaluator.runs)
-    has_own_gpu = ranks.size == 1 or (
-        evaluator.setup.device.type == "cuda" and options.gpu_device is None
-    )
+    on_gpus = evaluator.setup.device.type == "cuda" and options.gpu_device is None
     if ranks.rank > 0:
         utils.LOGGER.setLevel(logging.WARNING)  # Rank 0 logs the lines that all ranks share.
-    share, group = ranks.make_group(evaluator.runs, on_own_gpus=has_own_gpu)
+    share, group = ranks.make_group(evaluator.runs, on_own_gpus=ranks.size == 1 or on_gpus)
     evaluator.join_group(group._replace(shows_progress=group.shows_progress and not options.quiet))
     for runs in evaluator.passes(share):
         home = experiment.output if len(runs) == len(folders) else folders[runs[0]]

@@ -54,7 +54,8 @@ def write_checklist(study: Study) -> Path:
     texts = {"learning_rate": str, "epoch": str}
     scores = pd.read_csv(study.output / "tables.csv", dtype=texts).fillna(dict.fromkeys(texts, ""))
     settings = pd.DataFrame([cell_settings(study, cell) for cell in study.cells])
-    metrics = {cell.task: ", ".join(task_of(cell.args).metrics) for cell in study.cells}
+    tasks = {cell.task: task_of(cell.args) for cell in study.cells}
+    metrics = [f"{task.name}: {', '.join(task.metrics)}" for task in tasks.values()]
     packages = [f"{name} {installed_version(name)}" for name in ("numpy", "scipy", "scikit-learn")]
     machine = [*report.machine(study), f"this report: {', '.join(packages)}"]
     sections = {
@@ -62,9 +63,7 @@ def write_checklist(study: Study) -> Path:
         "Budget, hardware and versions (C1, C4)": report.markdown_list(machine),
         "Trials, best settings and results (C2, C3)": RESULTS_NOTE
         + report.pipes(tables.selection_table(scores)),
-        "Metrics, of which the first selects (C4)": report.markdown_list(
-            f"{task}: {names}" for task, names in metrics.items()
-        ),
+        "Metrics, of which the first selects (C4)": report.markdown_list(metrics),
         "Sizes and labels of the splits (B6)": report.pipes(report.data_table(study)),
     }
     for section, questions in QUESTIONS.items():

@@ -50,9 +50,8 @@ def read_evaluators(
     """Read saved evaluators; UserError also if one of several changed the encoder's matrices."""
     found = saved_evaluators.read_evaluators(folders, model_name)
     for _, folder, metadata, tensors in found if len(found) > 1 else ():
-        if metadata["model_sha256"] or any(
-            name.endswith(saved_evaluator.POSITIONS) for name in tensors
-        ):
+        has_positions = any(name.endswith(saved_evaluator.POSITIONS) for name in tensors)
+        if metadata["model_sha256"] or has_positions:
             raise UserError(f"{folder} ({metadata['fine_tune_type']}) changed weight matrices, "
                             "which the others share: give it alone")  # fmt: skip
     return found
@@ -143,9 +142,8 @@ def predict_logits(
 
     If only heads trained, the encoder runs once for all evaluators.
     """
-    ways = [
-        (len(task.texts), n) for task, n in zip(predictor.tasks, predictor.lengths, strict=True)
-    ]
+    numbers_of_texts = [len(task.texts) for task in predictor.tasks]
+    ways = list(zip(numbers_of_texts, predictor.lengths, strict=True))
     distinct = list(dict.fromkeys(ways))  # evaluators that read the same tokens share them
     parts = []
     for texts, length in distinct:
@@ -189,10 +187,8 @@ def logits_of_tokens(
         if not is_tagging:
             together = np.take_along_axis(together, positions[..., None], axis=1)
     else:
-        rows = dict(enumerate(positions))
-        together = predict_together(
-            predictor.forward, predictor.stack, tokens, budget=predictor.token_budget, rows=rows
-        )
-    return [
-        logits[:, : task.num_labels] for logits, task in zip(together, predictor.tasks, strict=True)
-    ]
+        rows, budget = dict(enumerate(positions)), predictor.token_budget
+        forward, stack = predictor.forward, predictor.stack
+        together = predict_together(forward, stack, tokens, budget=budget, rows=rows)
+    both = zip(together, predictor.tasks, strict=True)
+    return [logits[:, : task.num_labels] for logits, task in both]

@@ -54,10 +54,8 @@ def read_evaluators(
     for other in others:
         change = describe_change(first.metadata, other.metadata)
         if change:
-            both = f"{first.name} and {other.name}"
-            raise UserError(
-                f"{both} have different base models, whose {change}: give evaluators with the same"
-            )
+            problem = f"{first.name} and {other.name} have different base models, whose {change}"
+            raise UserError(f"{problem}: give evaluators with the same")
     return evaluators
 
 
