@@ -8,7 +8,6 @@ from bitfit.data.splits import TextColumns
 from bitfit.data.tasks import TASKS
 from bitfit.data.tokens import Dataset, concatenate, tokenize
 from bitfit.model.batching import (
-    batches_by_length,
     buffer_views,
     gather_inputs,
     list_arrays,
@@ -153,12 +152,13 @@ def test_rows_of_equal_length_alone_share_a_batch(cap):
     assert len(parts) == fewest
 
 
-def test_batches_by_length_hold_each_row_once():
+def test_padded_batches_hold_each_row_once():
     lengths = np.random.default_rng(0).integers(1, 128, 500)
-    parts = list(batches_by_length(lengths, 512))
+    parts = split_into_micro_batches(lengths, 512, packed=False)
     assert sorted(np.concatenate(parts)) == list(range(500))
     assert all(len(p) * lengths[p].max() <= 512 for p in parts)
-    assert [len(p) for p in batches_by_length(np.array([900, 3]), 512)] == [1, 1]
+    two = split_into_micro_batches(np.array([900, 3]), 512, packed=False)
+    assert [p.tolist() for p in two] == [[0], [1]]
 
 
 def test_one_buffer_holds_all_arrays_of_a_step():

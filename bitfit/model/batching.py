@@ -166,43 +166,31 @@ def gather_inputs(tokens: TokenizedSplit, batch: Batch) -> dict[str, torch.Tenso
 def split_into_micro_batches(
     lengths: np.ndarray, max_tokens: int, packed: bool, equal_length: bool = False
 ) -> list[np.ndarray]:
-    """Split a step's rows into micro-batches of at most `max_tokens` tokens, at least one row.
+    """Split rows into micro-batches of at most `max_tokens` tokens, at least one row.
 
     Packed rows stay in their order, run after run, in micro-batches of similar size. Padded rows
-    are sorted by length, to keep padding small.
+    are sorted by length, the longest first, to keep padding small.
 
     Args:
-        lengths: (B,) int64, the number of tokens of each row.
+        lengths: (B,) int64, the number of tokens of each row; if not `packed`, padding counts.
         equal_length: put only rows of equal length into one micro-batch.
 
     Returns:
         Arrays of positions in `lengths`; every position is in exactly one of them.
     """
-    if not packed:
-        return list(batches_by_length(lengths, max_tokens, equal_length))
     ends, cuts = lengths.cumsum(), [0]
-    size = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
-    while cuts[-1] < len(lengths):
-        done = ends[cuts[-1] - 1] if cuts[-1] else 0
-        stop = np.searchsorted(ends, done + min(size, max_tokens), "right")
-        cuts.append(max(cuts[-1] + 1, int(stop)))
-    return np.split(np.arange(len(lengths)), cuts[1:-1])
-
-
-def batches_by_length(
-    lengths: np.ndarray, max_tokens: int, equal_length: bool = False
-) -> Iterator[np.ndarray]:
-    """Yield the positions of rows, the longest first, in batches of at most `max_tokens`.
-
-    Args:
-        lengths: (B,) int64, the number of tokens of each row; padding counts.
-        equal_length: put only rows of equal length into one batch.
-    """
+    if packed:
+        size = int(ends[-1]) // -(-int(ends[-1]) // max_tokens) + int(lengths.max())
+        while cuts[-1] < len(lengths):
+            done = ends[cuts[-1] - 1] if cuts[-1] else 0
+            stop = np.searchsorted(ends, done + min(size, max_tokens), "right")
+            cuts.append(max(cuts[-1] + 1, int(stop)))
+        return np.split(np.arange(len(lengths)), cuts[1:-1])
     order = np.argsort(-lengths, kind="stable")
-    start, falling = 0, -lengths[order]
-    while start < len(order):
-        stop = start + max(1, int(max_tokens // lengths[order[start]]))
+    falling = -lengths[order]
+    while cuts[-1] < len(order):
+        stop = cuts[-1] + max(1, int(max_tokens // -falling[cuts[-1]]))
         if equal_length:
-            stop = min(stop, int(np.searchsorted(falling, falling[start], "right")))
-        yield order[start:stop]
-        start = stop
+            stop = min(stop, int(np.searchsorted(falling, falling[cuts[-1]], "right")))
+        cuts.append(stop)
+    return np.split(order, cuts[1:-1])

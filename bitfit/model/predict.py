@@ -39,8 +39,10 @@ def predict(
     shard = group.shard_rows(tokens.lengths[rows])  # positions in `rows`
 
     def compute() -> tuple[list[np.ndarray], list[torch.Tensor]]:
-        lengths = tokens.lengths[rows[shard]]
-        parts = list(batching.batches_by_length(lengths, budget.max_tokens, forward.equal_length))
+        lengths, equal_length = tokens.lengths[rows[shard]], forward.equal_length
+        parts = batching.split_into_micro_batches(  # By length, which needs the least padding.
+            lengths, budget.max_tokens, packed=False, equal_length=equal_length
+        )
         return parts, [forward.logits(tokens, rows[shard[part]]) for part in parts]
 
     parts, outputs = budget.retry_on_oom(compute)
