@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,8 +17,11 @@ from test_sweeps import RTE, result, write
 
 import run_glue
 from bitfit.artifacts.run_folder import run_folders
+from bitfit.cli import experiment
 from bitfit.model.run import Run
+from bitfit.options import parse_args
 from bitfit.results import sweeps
+from bitfit.signals import StopSignals
 from bitfit.training.halving import rank_candidates
 from glue_evaluator import GLUEvaluator
 from utils import UserError
@@ -145,6 +149,9 @@ def test_runs_that_share_no_pass_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bitfit.model.forward_trials.reason_not_stackable", lambda *_: "a reason")
     assert run_glue.main(flags(tmp_path / "out")) == 2
     assert "share a pass, but a reason: leave it out" in capsys.readouterr().err
+    options = parse_args("", flags(tmp_path / "out"))
+    with pytest.raises(UserError, match="start it without torchrun"):
+        experiment.run(options, StopSignals(), SimpleNamespace(size=2))
     assert not (tmp_path / "out").exists()
 
 
