@@ -35,9 +35,18 @@ def slow_scores(task, logits, labels):
     return np.reshape(scores, logits.shape[:-2])
 
 
+def select_last(scores, rows):
+    last = np.full(scores.shape[:2], scores.shape[2] - 1)
+    return statistics.select_epochs(scores, last, rows)
+
+
+def select_best(scores, rows):
+    return statistics.select_epochs(scores, scores.argmax(axis=-1), rows)
+
+
 def last_of(task, logits, labels):
-    return statistics.select_last(main_scores(task, logits, labels), len(labels))
+    return select_last(main_scores(task, logits, labels), len(labels))
 
 
 def best_of(task, logits, labels):
-    return statistics.select_best(main_scores(task, logits, labels), len(labels))
+    return select_best(main_scores(task, logits, labels), len(labels))

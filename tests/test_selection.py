@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from drawn_scores import ACCURACY, NAMES, drawn, logits_of, slow_scores
+from drawn_scores import ACCURACY, NAMES, drawn, logits_of, select_best, select_last, slow_scores
 
 from bitfit.data.tasks import TASKS
 from bitfit.study import statistics
@@ -65,12 +65,12 @@ def assert_selected(selected, values, rate, epoch, rows=7):
 
 
 def test_select_last():
-    assert_selected(statistics.select_last(SCORES, 7), [0.6, 0.6], 1, [2, 2])
+    assert_selected(select_last(SCORES, 7), [0.6, 0.6], 1, [2, 2])
 
 
 def test_select_best():
-    assert_selected(statistics.select_best(SCORES, 7), [0.7, 0.9], 0, [1, 0])
-    assert_selected(statistics.select_best(SCORES[1:], 7), [0.6, 0.6], 0, [2, 0])
+    assert_selected(select_best(SCORES, 7), [0.7, 0.9], 0, [1, 0])
+    assert_selected(select_best(SCORES[1:], 7), [0.6, 0.6], 0, [2, 0])
 
 
 def test_of_equals_the_lowest_rate_is_chosen():
@@ -83,11 +83,11 @@ def test_of_equals_the_lowest_rate_is_chosen():
 def test_a_rate_that_diverged_is_chosen_only_when_no_rate_is_whole():
     scores = SCORES.copy()
     scores[1, 0, 2] = np.nan
-    assert_selected(statistics.select_last(scores, 7), [0.5, 0.5], 0, [2, 2])
-    assert_selected(statistics.select_best(scores, 7), [0.7, 0.9], 0, [1, 0])
+    assert_selected(select_last(scores, 7), [0.5, 0.5], 0, [2, 2])
+    assert_selected(select_best(scores, 7), [0.7, 0.9], 0, [1, 0])
     scores[0, 1] = np.nan
-    assert_selected(statistics.select_last(scores, 7), [np.nan, 0.6], 1, [2, 2])
-    selected = statistics.select_best(scores, 7)
+    assert_selected(select_last(scores, 7), [np.nan, 0.6], 1, [2, 2])
+    selected = select_best(scores, 7)
     np.testing.assert_array_equal(selected.values, [0.7, np.nan])
     assert selected.choices[0].rate == 0
 
@@ -97,8 +97,8 @@ def test_nothing_is_chosen_when_all_runs_diverged():
     logits[:, :, -1] = np.nan
     scores = main_scores(ACCURACY, logits, labels)
     for selected in (
-        statistics.select_last(scores, 20),
-        statistics.select_best(scores, 20),
+        select_last(scores, 20),
+        select_best(scores, 20),
         statistics.select_split(ACCURACY, logits, labels),
     ):
         np.testing.assert_array_equal(selected.values, np.full(3, np.nan))
@@ -159,7 +159,7 @@ def test_best_is_optimistic_on_noise_and_split_is_not():
     best, split = [], []
     for seed in range(20):
         logits, labels = drawn(ACCURACY, (4, 5, 10), 100, seed, skill=0)
-        best += [*statistics.select_best(main_scores(ACCURACY, logits, labels), 100).values]
+        best += [*select_best(main_scores(ACCURACY, logits, labels), 100).values]
         split += [*statistics.select_split(ACCURACY, logits, labels).values]
     assert np.mean(best) > 0.56
     assert np.mean(split) == pytest.approx(0.5, abs=0.02)  # its deviation is about 0.005

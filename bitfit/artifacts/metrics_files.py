@@ -94,7 +94,7 @@ def write_run_metrics(
 
 def metrics_metadata(setup: Setup, data: LoadedData, prepared: PreparedModel) -> dict[str, Any]:
     """Return the content of metrics.json of runs with the same trained parameters."""
-    method, model = prepared.method, prepared.model
+    method, model, splits = prepared.method, prepared.model, setup.task.validation_splits
     return {
         "task": setup.task.name,
         "model": str(setup.model_name),
@@ -103,9 +103,7 @@ def metrics_metadata(setup: Setup, data: LoadedData, prepared: PreparedModel) ->
         **({"add_biases": True} if setup.add_biases else {}),
         "fine_tune_type": method.fine_tune_type,
         "bias_terms": components_to_terms(method.components),
-        "validation_rows": {
-            split: len(data.tokens(split).lengths) for split in setup.task.validation_splits
-        },
+        "validation_rows": {split: len(data.tokens(split).lengths) for split in splits},
         "runs_in_one_pass": len(prepared.runs),
         "trained_parameters": count_trainable(model, prepared.trainable),
         "zero_gradient": prepared.zero_gradient,

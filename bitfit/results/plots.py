@@ -54,9 +54,7 @@ def series_style(number: int) -> LineStyle:
     styles = list(METHOD_STYLES.values())
     colors = [styles[i].color for i in (1, 7, 3, 8, 0, 2, 4)]
     lines, markers = ("-", "--", "-.", ":"), ("o", "s", "^", "v", "D", "P", "x", "*", "<")
-    return LineStyle(
-        colors[number % len(colors)], lines[number % len(lines)], markers[number % len(markers)]
-    )
+    return LineStyle(*(cycle[number % len(cycle)] for cycle in (colors, lines, markers)))
 
 
 def new_figure(width: float, height: float, caption: str) -> "Figure":

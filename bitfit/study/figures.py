@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Figures = dict[str, tuple["Figure", str]]
+AT_BEST_RATE = (
+    "mean over the seeds ± standard deviation, at each method's best learning rate at the last "
+    "epoch."
+)
 
 
 def all_figures(study: Study, entries: Entries) -> Figures:
@@ -104,10 +108,7 @@ def gaps(entries: Entries, name: str) -> Figures:
     axes.set_xlabel("task and metric\n(bar: mean; whisker: ± standard deviation over seeds)")
     axes.set_ylabel("train - validation score × 100")
     figure.legend(loc="outside lower center", frameon=False, ncols=min(len(rows), 4))
-    text = (
-        "Generalization gap: train minus validation score in the last epoch, mean over the seeds ± "
-        "standard deviation, at each method's best learning rate at the last epoch."
-    )
+    text = f"Generalization gap: train minus validation score in the last epoch, {AT_BEST_RATE}"
     sampled = [entry.results.cell.args["train_score_rows"] or 0 for entry in entries.values()]
     if most := max(sampled):
         text += f" With --train-score-rows, train scores are of {most:,} training examples."
@@ -126,11 +127,7 @@ def learning_curves(columns: dict[str, dict[str, Entry]], name: str) -> Figures:
         for row, curve in curves.items():
             plot_mean(axes, row, curve)
         figure.legend(loc="outside lower center", frameon=False, ncols=4)
-        text = (
-            f"{column}: mean over the seeds ± standard deviation, at each method's best learning "
-            "rate at the last epoch."
-        )
-        figures[f"curves_{name}_{column}"] = figure, text
+        figures[f"curves_{name}_{column}"] = figure, f"{column}: {AT_BEST_RATE}"
     return figures
 
 

@@ -78,12 +78,16 @@ def read_results(study: Study, cell: Cell) -> Results | None:
 
 
 def select(results: Results, split: str) -> dict[str, statistics.Selected]:
-    """Return {selection: Selected} of a validation split; scores are at most 1."""
+    """Return {selection: Selected} of a validation split; scores are at most 1.
+
+    `last` is the last epoch and `best` the best epoch of each run, which is optimistic.
+    """
     logits, labels = results.logits[split], results.labels[split]
     scores = statistics.main_scores(results.task, logits, labels)
+    last = np.full(scores.shape[:2], scores.shape[2] - 1)
     return {
-        "last": statistics.select_last(scores, len(labels)),
-        "best": statistics.select_best(scores, len(labels)),
+        "last": statistics.select_epochs(scores, last, len(labels)),
+        "best": statistics.select_epochs(scores, scores.argmax(axis=-1), len(labels)),
         "split": statistics.select_split(results.task, logits, labels),
     }
 
@@ -220,10 +224,7 @@ def compare_pair(
                            np.mean([drawn for _, drawn in pairs], axis=0))
                           for pairs in of_task.values()]  # fmt: skip
     key = {"model": model, "a": pair[0], "b": pair[1]}
-    return [
-        key | {"column": column} | statistics.difference(values, rng)
-        for column, values in columns.items()
-    ]
+    return [key | {"column": c} | statistics.difference(drawn, rng) for c, drawn in columns.items()]
 
 
 def scores_at_last_rate(entry: Entry) -> pd.DataFrame:

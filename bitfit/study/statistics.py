@@ -106,16 +106,6 @@ def best_mean(values: np.ndarray) -> tuple:
     return np.unravel_index(means.round(12).argmax(), means.shape)
 
 
-def select_last(scores: np.ndarray, rows: int) -> Selected:
-    """Select the last epoch of scores (L, S, E) at the best learning rate."""
-    return select_epochs(scores, np.full(scores.shape[:2], scores.shape[2] - 1), rows)
-
-
-def select_best(scores: np.ndarray, rows: int) -> Selected:
-    """Select the best epoch of each run at the best learning rate, which is optimistic."""
-    return select_epochs(scores, scores.argmax(axis=-1), rows)
-
-
 def select_epochs(scores: np.ndarray, epochs: np.ndarray, rows: int) -> Selected:
     """Select the given epoch (L, S) of each run at the learning rate with the best mean."""
     values = np.take_along_axis(counted(scores), epochs[..., None], axis=-1)[..., 0]
