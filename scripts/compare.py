@@ -75,11 +75,12 @@ def is_finished(folder: Path) -> bool:
 def make_run(metrics: dict[str, Any], scores: pd.DataFrame, finished: bool) -> Run:
     """Return the run of the content of metrics.json and metrics.csv."""
     metric, task = metrics["main_metric"], metrics["task"]
-    validation = scores.loc[scores["split"] != "train", "split"].iloc[0]
+    validation = next(iter(scores.loc[scores["split"] != "train", "split"]), "")
     curve, train = (
         100 * select_scores(scores, split, metric).set_index("epoch")["value"]
         for split in (validation, "train")
     )
+    end = " (not finished)" * (not finished)
     row = {
         "task": TASKS[task].folder if task in TASKS else escape_unprintable(task),
         "model": escape_unprintable(Path(metrics["model"]).name),
@@ -89,21 +90,22 @@ def make_run(metrics: dict[str, Any], scores: pd.DataFrame, finished: bool) -> R
         "trained": f"{metrics['trained_parameters'] / metrics['all_parameters']:.2%}",
         "score": metric,
         "train": f"{train.iloc[-1]:.1f}" if len(train) else "-",
-        "validation": f"{curve.iloc[-1]:.1f}" + " (not finished)" * (not finished),
-        "best": f"{curve.max():.1f} (epoch {curve.idxmax()})",
+        "validation": (f"{curve.iloc[-1]:.1f}" if len(curve) else "-") + end,
+        "best": f"{curve.max():.1f} (epoch {curve.idxmax()})" if curve.notna().any() else "-",
         "seconds": f"{sum(metrics['seconds'].values()):.1f}",
     }
     return Run(row, curve, study_method(metrics))
 
 
 def describe_method(metrics: dict[str, Any]) -> str:
-    """Return the fine-tune type with bias terms, warm start, stop, added biases, random encoder."""
+    """Return the fine-tune type with bias terms, and how the run differs from others otherwise."""
     terms = metrics["bias_terms"]
     method = metrics["fine_tune_type"] + f" ({', '.join(terms)})" * (terms not in ([], ["all"]))
     if start := metrics.get("started_from"):
         method += f" from {start['task']}"
     if stopped := metrics.get("stopped"):
         method += f" (stopped {stopped.partition(':')[0]})"
+    method += " (diverged)" * bool(metrics.get("diverged"))
     method += " (added biases)" * metrics.get("add_biases", False)
     return method + " (random encoder)" * metrics["random_encoder"]
 
@@ -154,6 +156,9 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
 
     The line is the mean over the seeds, and the band reaches from the worst to the best seed.
     """
+    runs = [run for run in runs if len(run.curve)]
+    if not runs:
+        raise UserError("--plot needs a run with scores: all runs diverged before an evaluation")
     rows, groups = pd.DataFrame([run.row for run in runs]), group_by_seed(runs)
     shared = [name for name in ("task", "model") if rows[name].nunique() == 1]
     caption = "".join(f"{rows[name][0]}, " for name in shared) + "validation score"

@@ -51,6 +51,8 @@ def test_the_card_of_a_run(made):
     score, epoch = metrics["best"]["validation"]["Accuracy"], metrics["best"]["epoch"]
     assert f"| validation | 240 | Accuracy | {100 * score:.1f} |" in text
     assert f"epoch {epoch}, the best of 2 epochs and of 2 runs by Accuracy" in text
+    halved = json.loads((folder.parent / "args.json").read_text()) | {"halving": [1]}
+    assert "optimistic. --halving selected" in model_card.which_weights(metrics, halved)
     assert (
         f"(commit {COMMITS['main']}) fine-tuned on 16 training examples of RTE (other examples"
         in text

@@ -179,6 +179,7 @@ def test_the_worse_half_stops(values, stopped):
     assert list(reasons) == stopped
     for place, reason in enumerate(reasons.values(), len(values) - len(stopped) + 1):
         assert reason.startswith(f"after epoch 1: place {place} of {len(values)} by mean MCC × 100")
+        assert "inf" not in reason
 
 
 def test_a_stopped_run_is_never_the_best(tmp_path):

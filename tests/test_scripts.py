@@ -20,6 +20,8 @@ from quick_python import run_script
 import run_glue
 from bitfit.options import TERMS
 from bitfit.results.plots import METHOD_STYLES
+from bitfit.results.scores import scores_frame
+from utils import UserError
 
 
 def test_the_demo(checkout, quick_python, monkeypatch):
@@ -167,6 +169,19 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, messag
     assert captured.out == ""
     assert captured.err.startswith(f"compare.py: error: {message}")
     assert captured.err.count("\n") == 1
+
+
+def test_compare_shows_runs_without_scores(tmp_path):
+    metrics = {
+        "task": "cola", "model": "m", "fine_tune_type": "bitfit", "bias_terms": ["all"], "seed": 0,
+        "learning_rate": 9.0, "trained_parameters": 1, "all_parameters": 2, "seconds": {},
+        "random_encoder": False, "main_metric": "MCC", "diverged": "at epoch 1, step 2",
+    }  # fmt: skip
+    run = compare.make_run(metrics, scores_frame([]), finished=True)
+    shown = [run.row[name] for name in ("method", "validation", "best")]
+    assert shown == ["bitfit (diverged)", "-", "-"]
+    with pytest.raises(UserError, match="--plot needs a run with scores"):
+        compare.plot_runs([run], tmp_path / "x.png")
 
 
 def test_methods_have_their_style_beside_others():

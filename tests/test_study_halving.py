@@ -9,7 +9,7 @@ import pytest
 from drawn_scores import drawn, slow_scores
 
 from bitfit.data.tasks import TASKS
-from bitfit.study import halving, results, statistics
+from bitfit.study import figures, halving, results, statistics
 from utils import UserError
 
 RATES = [0.1, 0.2, 0.3]
@@ -100,6 +100,7 @@ def test_what_cannot_be_halved(tmp_path, capsys):
         halving.halving_frame(entries_of(cells), [1, 4, 9], resamples=2)
     diverged = {"bitfit": (np.full((3, 1, 4, 20, 2), np.nan), cells["bitfit"][1])}
     single = {"bitfit": (cells["bitfit"][0][:1], cells["bitfit"][1])}
+    assert not figures.by_column(entries_of(diverged))  # no empty figures either
     for entries in (entries_of(cells, state="interrupted"), entries_of(diverged),
                     entries_of(single, rates=[0.1])):  # fmt: skip
         with pytest.raises(UserError, match="--halving 1: "):

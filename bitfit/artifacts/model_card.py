@@ -194,14 +194,15 @@ def which_weights(metrics: Metadata, metadata: Metadata) -> str:
         return f"The training diverged: {metrics['diverged']}. These weights have no scores."
     scored, epochs = metrics[metadata["keep"]]["epoch"], metadata["epochs"]
     runs = options.count_runs(metadata)
+    chosen = " --halving selected their learning rate and bias terms by validation scores."
+    chosen *= bool(metadata["halving"])
     if metadata["keep"] == "last":
-        chosen = " --halving selected their learning rate and bias terms by validation scores."
         text = f"The weights are those after the last epoch, {scored}."
-        return text + chosen * bool(metadata["halving"])
+        return text + chosen
     of_runs = f" and of {runs} runs" * (runs > 1)
     return (
         f"The weights are those of epoch {scored}, the best of {epochs} epochs{of_runs} by "
-        f"{metrics['main_metric']} on the same examples: the scores are optimistic."
+        f"{metrics['main_metric']} on the same examples: the scores are optimistic." + chosen
     )
 
 

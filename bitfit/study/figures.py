@@ -35,10 +35,11 @@ def all_figures(study: Study, entries: Entries) -> Figures:
 
 
 def by_column(entries: Entries) -> dict[str, dict[str, Entry]]:
-    """Return {column: {row: entry}}."""
+    """Return {column: {row: entry}} of the entries with a run that did not diverge."""
     found: dict[str, dict[str, Entry]] = defaultdict(dict)
     for (_, row, column, _), entry in entries.items():
-        found[column][row] = entry
+        if not np.isnan(entry.results.logits[entry.split]).all():
+            found[column][row] = entry
     return found
 
 

@@ -44,6 +44,8 @@ def stop_worse_half(state: TrainState, scores: list[tuple]) -> None:
 def rank_candidates(values: dict[str, list[float]], when: str, metric: str) -> dict[str, str]:
     """Return why each candidate of the worse half stops, from the best of them to the worst.
 
+    A mean of -inf is shown as "none".
+
     Args:
         values: {candidate: main scores of its runs}.
         when: "after epoch 2", the beginning of the texts.
@@ -51,9 +53,9 @@ def rank_candidates(values: dict[str, list[float]], when: str, metric: str) -> d
     ranks = {name: (fmean(x), max(x) > -math.inf) for name, x in values.items()}
     order = sorted(ranks, key=ranks.__getitem__, reverse=True)  # stable
     kept = -(-len(order) // 2)
-    last = 100 * ranks[order[kept - 1]][0]
+    shown = {name: f"{100 * x:.1f}".replace("-inf", "none") for name, (x, _) in ranks.items()}
     return {
         name: f"{when}: place {place} of {len(order)} by mean {metric} × 100 "
-        f"({100 * ranks[name][0]:.1f}, n = {len(values[name])}; the last kept has {last:.1f})"
+        f"({shown[name]}, n = {len(values[name])}; the last kept has {shown[order[kept - 1]]})"
         for place, name in enumerate(order[kept:], kept + 1)
     }
