@@ -16,7 +16,7 @@ from small_training import COLA
 from test_sweeps import RTE, result, write
 
 import run_glue
-from bitfit.artifacts.run_folder import run_folders
+from bitfit.artifacts.run_folder import find_evaluator, run_folders
 from bitfit.cli import experiment
 from bitfit.model.run import Run
 from bitfit.options import parse_args
@@ -79,6 +79,8 @@ def test_runs_that_go_on_equal_those_of_the_full_grid(halved, command, tmp_path)
         else:
             assert stopped.startswith(f"after epoch {last_epochs[-1]}: place ")
             assert not any(name.startswith("evaluator") for name in found)
+            with pytest.raises(UserError, match=r"--save-evaluator \(a stopped run"):
+                find_evaluator(folder)
             whole = pd.read_csv(tmp_path / "out" / folder.name / "metrics.csv")
             assert table.equals(whole[whole["epoch"] <= last_epochs[-1]].reset_index(drop=True))
     assert sorted(last_epochs) == [1, 1, 1, 1, 2, 2, 3, 3]

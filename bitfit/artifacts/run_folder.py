@@ -76,7 +76,8 @@ def find_evaluator(folder: Path) -> Path:
             raise UserError(f"{folder} has {len(found)} saved evaluators: give one of {names}")
         if found:
             return Path(found[0])
-    raise UserError(f"there is no saved evaluator in {folder}: train with --save-evaluator")
+    advice = "train with --save-evaluator (a stopped run, or one beaten with --keep best, has none)"
+    raise UserError(f"there is no saved evaluator in {folder}: {advice}")
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
