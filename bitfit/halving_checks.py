@@ -27,7 +27,7 @@ def halving_problem(
     most = (candidates - 1).bit_length()
     if halving and candidates < 2:
         return "compares learning rates or sets of bias terms: give several, or leave it out"
-    if list(halving) != sorted(set(halving)) or max(halving, default=0) >= epochs:
+    if list(halving) != sorted(set(halving) & set(range(1, epochs))):
         return f"takes epochs in ascending order, all before the last, {epochs}"
     if not_scored := [epoch for epoch in halving if epoch % frequency]:
         return f"{not_scored[0]}: scores exist every {frequency} epochs: give a multiple of it"

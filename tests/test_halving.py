@@ -163,6 +163,8 @@ def test_halving_from_python_is_checked(tiny_bert):
     evaluator.prepare("bitfit", [1e-3, 2e-3], components=["bias"], verbose=False)
     with pytest.raises(UserError, match="halving takes epochs in ascending order, all before"):
         evaluator.train_and_evaluate(2, halving=[2])
+    with pytest.raises(UserError, match="halving takes epochs in ascending order, all before"):
+        evaluator.train_and_evaluate(2, halving=[0])
 
 
 @pytest.mark.parametrize(
