@@ -43,6 +43,15 @@ def no_dropout(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread of torch for all tests of a module, which compare numbers bit by bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def drawing(request):
     """Draw pictures in tests with the mark `pictures`; others write placeholders."""

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 from conftest import GLUE, TINY_BERT
 from interruption import differences, output_contents
 from moments import at_evaluation, at_file, at_step, raises, send
@@ -27,6 +26,7 @@ from glue_evaluator import GLUEvaluator
 from utils import UserError
 
 WORST = float("-inf")
+pytestmark = pytest.mark.usefixtures("one_thread")
 HALVING = ["--halving", "1", "2"]
 GRID = ["-l", "3e-4", "3e-3", "-s", "0", "1", "--bias-terms", "all", "--bias-terms", "none"]
 
@@ -36,14 +36,6 @@ def flags(output, model=TINY_BERT, more=(*GRID, *HALVING), data=GLUE):
     return ["-o", str(output), "-t", "cola", "-m", str(model), "--data-dir", str(data), "-e", "3",
             "--train-size", "20", "-b", "8", "--max-tokens", "200", "-d", "cpu", "-f", "bitfit",
             "--train-score-rows", "0", "--save-evaluator", *more]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import paper
 import pytest
-import torch
 from conftest import ROOT, TINY_BERT, wait_for
 from interruption import differences, output_contents
 from toy_study import plan, replace_python, states
@@ -21,12 +20,8 @@ ROWS = ["--rows", "bitfit", "b_q", "frozen", "--no-predict-test", "--start-from"
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
+def one_thread_of_commands(monkeypatch, one_thread):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def planned(output, model, *more):

@@ -5,7 +5,6 @@ import signal
 
 import pandas as pd
 import pytest
-import torch
 from conftest import GLUE, TINY_BERT
 from interruption import differences, output_contents
 from moments import at_step, send
@@ -14,17 +13,10 @@ import run_glue
 from glue_evaluator import GLUEvaluator
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETS = {"all": ["all"], "query-intermediate": ["query", "intermediate"], "none": ["none"]}
 RATES = ["-l", "1e-3", "3e-3"]
 FILES = ["--save-evaluator", "--export-model", "--predict-test"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def flags(output, model, *sets, more=()):

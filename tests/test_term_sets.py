@@ -20,14 +20,6 @@ SETS = [["bias"], ["attention.self.query.bias"], [], ["intermediate.dense.bias"]
 RUNS = [Run(3e-4, 0), Run(2e-3, 0), Run(1e-3, 7)]
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained(model_path, sets, max_tokens=2048, optimizer="adamw", broken=()):
     """Train RUNS with each set of bias terms in one stack; return (state, losses, logits).
 
