@@ -94,7 +94,7 @@ def add_report(add: Callable) -> None:
     add("--resamples", type=number(int, 2, 2**31), metavar="N", default=1000,
         help="number of bootstrap resamples [%(default)s]")
     add("--halving", type=POSITIVE, nargs="+", metavar="N", default=[],
-        help="epochs of run_glue.py's --halving: what it would have stopped and saved [none]")
+        help="epochs for run_glue.py's --halving: simulate it on the finished cells [none]")
     add("--figure-formats", nargs="+", choices=("pdf", "svg"), metavar="FORMAT", default=[],
         help="also write the figures as pdf or svg [png alone]")
     add("--checklist", action="store_true",

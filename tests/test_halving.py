@@ -62,11 +62,11 @@ def test_runs_that_go_on_equal_those_of_the_full_grid(halved, command, tmp_path)
     assert run_glue.main(command(tmp_path / "out", more=GRID)) == 0
     last_epochs = []
     for folder, stopped in stopped_runs(halved).items():
-        own, found = output_contents(tmp_path / "out" / folder.name), output_contents(folder)
+        alone, found = output_contents(tmp_path / "out" / folder.name), output_contents(folder)
         table = pd.read_csv(folder / "metrics.csv")
         last_epochs.append(table["epoch"].max())
         if stopped is None:
-            assert differences(own, found) == ["args.json"]
+            assert differences(alone, found) == ["args.json"]
             assert "evaluator/delta.safetensors" in found
         else:
             assert stopped.startswith(f"after epoch {last_epochs[-1]}: place ")

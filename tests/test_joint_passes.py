@@ -1,4 +1,4 @@
-"""Joint passes of `paper.py run`: cells that differ in what trains are trained by one command."""
+"""Joint passes of `paper.py run`: one command trains cells with different parameters."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def contents(study, cell):
 
 
 def check_equal(study, alone, capsys):
-    """Check that all cells are done, and have the files of their own commands."""
+    """Check that all cells are done, and have the files of their commands."""
     assert states(study) == ["done"] * 3
     for cell in study.cells:
         expected, found = contents(alone, cell), contents(study, cell)
@@ -108,7 +108,7 @@ def commands(study, tmp_path, monkeypatch, *more):
 
 
 def test_a_pass_that_fails_before_the_training(tmp_path, capsys, monkeypatch):
-    """All its cells get the reason. They are tried again on their own."""
+    """All its cells get the reason. They are tried again one by one."""
     study = planned(tmp_path / "study", TINY_BERT)
     capsys.readouterr()
     replace_python(monkeypatch, tmp_path, "echo run_glue.py: error: no such term; exit 2")

@@ -1,4 +1,4 @@
-"""Commands with several sets of bias terms: each run equals the run of its set's own command."""
+"""Commands with several sets of bias terms: each run equals that of a command with one set."""
 
 import json
 import signal
@@ -45,21 +45,21 @@ def test_each_run_leaves_the_files_of_its_own_command(mixed, no_dropout, tmp_pat
     more = [*RATES, *FILES]
     assert run_glue.main(flags(tmp_path / "out", no_dropout, SETS[name], more=more)) == 0
     for run in ("lr0.001_seed0", "lr0.003_seed0"):
-        own, found = contents(tmp_path / "out" / run), contents(mixed / f"{run}_{name}")
-        assert {"model/README.md", "evaluator/delta.safetensors", "RTE.tsv"} <= own.keys()
-        assert differences(own, found) == []
+        alone, found = contents(tmp_path / "out" / run), contents(mixed / f"{run}_{name}")
+        assert {"model/README.md", "evaluator/delta.safetensors", "RTE.tsv"} <= alone.keys()
+        assert differences(alone, found) == []
     loaded = GLUEvaluator.load(mixed / f"{run}_{name}" / "evaluator", None)
-    assert loaded.evaluations == own["metrics.json"]["evaluations"]
+    assert loaded.evaluations == alone["metrics.json"]["evaluations"]
     assert loaded.prepared.method.fine_tune_type == ("frozen" if name == "none" else "bitfit")
 
 
 def test_a_single_run_differs_by_rounding(mixed, no_dropout, tmp_path):
     """A stack sums the gradients of a bias in another order than a single run."""
     more = ["-l", "1e-3"]
-    assert run_glue.main(flags(tmp_path / "own", no_dropout, SETS["all"], more=more)) == 0
-    own = json.loads((tmp_path / "own/metrics.json").read_text())["train_loss"]
+    assert run_glue.main(flags(tmp_path / "alone", no_dropout, SETS["all"], more=more)) == 0
+    alone = json.loads((tmp_path / "alone/metrics.json").read_text())["train_loss"]
     found = json.loads((mixed / "lr0.001_seed0_all/metrics.json").read_text())["train_loss"]
-    assert found == pytest.approx(own, rel=1e-5)
+    assert found == pytest.approx(alone, rel=1e-5)
 
 
 def test_sets_one_after_the_other_equal_their_own_commands(
@@ -71,10 +71,10 @@ def test_sets_one_after_the_other_equal_their_own_commands(
     assert run_glue.main(flags(tmp_path / "out", no_dropout, *sets.values(), more=FILES)) == 0
     assert "RTE, tiny, bitfit: validation" in capsys.readouterr().out
     for name, terms in sets.items():
-        own = tmp_path / name / "out"  # A model card has the last part of the path.
-        assert run_glue.main(flags(own, no_dropout, terms, more=FILES)) == 0
+        alone = tmp_path / name / "out"  # A model card has the last part of the path.
+        assert run_glue.main(flags(alone, no_dropout, terms, more=FILES)) == 0
         found = contents(tmp_path / f"out/lr0.001_seed0_{name}")
-        assert differences(contents(own), found) == []
+        assert differences(contents(alone), found) == []
 
 
 def test_the_report_has_a_line_for_each_set_and_rate(mixed, no_dropout, capsys):

@@ -1,7 +1,7 @@
-"""Joint passes: one command trains the runs of several cells that differ only in what trains.
+"""Joint passes: one command trains the runs of several cells with different trained parameters.
 
-The command has a folder of its own. From this folder each cell gets its runs, and the files that
-the cell's own command would write. After a kill at any time, the next worker finds the folder.
+The command has a separate folder. From this folder each cell gets its runs, and the files that
+a command for this cell alone would write. After a kill, the next worker finds the folder.
 """
 
 import json
@@ -37,7 +37,7 @@ def joint_cell(cells: Sequence[Cell]) -> Cell:
 
 
 def can_share(a: Cell, b: Cell) -> bool:
-    """Return whether one command can train two cells, because only what trains differs.
+    """Return whether one command can train two cells, because only their parameters differ.
 
     Each cell has at least two runs, because a single run would get other numbers in a pass.
     """
@@ -65,8 +65,8 @@ def begun_pass(study: Study, cell: Cell) -> list[Cell]:
 def choose_command(study: Study, cell: Cell, locked: Sequence[Cell]) -> tuple[Cell, list[Cell]]:
     """Return the command that trains a cell, and the cells that get their files from it.
 
-    It is a begun joint pass, else a new one of cells that did not fail, else the cell's own
-    command. So after a failure before the training, each cell is tried alone.
+    It is a begun joint pass, else a new one of cells that did not fail, else the command of
+    the cell. So after a failure before the training, each cell is tried alone.
 
     Args:
         locked: the cells of `free_cells` that this worker has locked.
@@ -84,7 +84,7 @@ def choose_command(study: Study, cell: Cell, locked: Sequence[Cell]) -> tuple[Ce
 def divide(study: Study, joint: Cell, cells: Sequence[Cell]) -> None:
     """Move the runs of a finished joint pass to the folders of their cells."""
     for cell in cells:
-        if not cell_folder(study, cell).exists():  # else its own command was run meanwhile
+        if not cell_folder(study, cell).exists():  # else its command was run meanwhile
             write_cell(study, joint, cell)
     home = cell_folder(study, joint)
     (home / "args.json").unlink()  # first, so that the rest is not taken for a pass
