@@ -10,6 +10,7 @@ from drawn_scores import drawn, slow_scores
 
 from bitfit.data.tasks import TASKS
 from bitfit.study import figures, halving, results, statistics
+from bitfit.training.halving import rank_candidates
 from utils import UserError
 
 RATES = [0.1, 0.2, 0.3]
@@ -30,20 +31,24 @@ def entries_of(cells, task="cola", rates=RATES, state="done"):
 
 
 def slow_halving(scores, halvings, epochs):
-    """Return (winner, its last epoch, selected, share saved) of scores {candidate: (S, E)}."""
+    """Return (winner, its last epoch, selected, share saved) of scores {candidate: (S, E)}.
 
-    def order(candidates, epoch):
-        mean = {c: scores[c][:, epoch - 1].mean().round(12) for c in candidates}
-        return sorted(candidates, key=lambda c: (np.isnan(mean[c]), -mean[c]))
+    Who stops is decided by the function that stops the runs of a real sweep.
+    """
+
+    def best(candidates):
+        mean = {c: scores[c][:, -1].mean().round(12) for c in candidates}
+        return min(candidates, key=lambda c: (np.isnan(mean[c]), -mean[c]))
 
     alive, trained = list(scores), dict.fromkeys(scores, epochs)
     for epoch in halvings:
-        kept = order(alive, epoch)[: -(-len(alive) // 2)]
-        trained |= {c: epoch for c in alive if c not in kept}
-        alive = [c for c in alive if c in kept]
-    winner = order(scores, epochs)[0]
+        values = {c: np.nan_to_num(scores[c][:, epoch - 1].round(12), nan=-np.inf) for c in alive}
+        stopped = rank_candidates({c: v.tolist() for c, v in values.items()}, "", "MCC")
+        trained |= dict.fromkeys(stopped, epoch)
+        alive = [c for c in alive if c not in stopped]
+    winner = best(scores)
     saved = 1 - sum(trained.values()) / (len(scores) * epochs)
-    return winner, trained[winner], order(alive, epochs)[0], saved
+    return winner, trained[winner], best(alive), saved
 
 
 def slow_row(parts, task, halvings, resamples):
