@@ -15,12 +15,12 @@ from conftest import GLUE, TINY_BERT
 
 import run_glue
 from bitfit.data.tasks import TASKS
+from bitfit.results import sweeps
 from bitfit.results.scores import read_metrics
 from bitfit.study import (
     cell_states,
     cells,
     figures,
-    protocol,
     published,
     report,
     results,
@@ -28,6 +28,7 @@ from bitfit.study import (
     submit,
     tables,
 )
+from bitfit.study.cell_tasks import task_of
 from utils import UserError
 
 MODEL = str(TINY_BERT)
@@ -93,28 +94,6 @@ def test_the_frame_has_all_columns_and_selections(entries):
     assert (frame["low"] <= frame["mean"]).all()
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "mean", "std", "off"),
-    [(1, 2, 3, 1, False), (1, 2, 3, 0.5, True), (4, 5, 3, 1, False), (4.1, 5, 3, 1, True),
-     (1, 2, 3, None, True), (np.nan, np.nan, 3, 1, None), (1, 2, None, None, None)],
-)  # fmt: skip
-def test_the_flag(low, high, mean, std, off):
-    assert results.differs_from_paper(low, high, mean, std) is off
-
-
-def test_published_numbers_add_up():
-    """The averages of the paper's Table 2 and 3 are those of its rows."""
-    expected = {("bert-base-cased", "full_ft"): 82.3, ("bert-base-cased", "bitfit"): 82.4,
-                ("bert-base-cased", "b_q"): 76.6, ("bert-base-cased", "frozen"): 62.1,
-                ("bert-base-cased", "rand_row_col"): 79.5}  # fmt: skip
-    for (model, row), average in expected.items():
-        scores = {c: published.PUBLISHED[model, row, c][0] for c in published.COLUMNS}
-        assert published.average(scores) == pytest.approx(average, abs=0.06)
-    assert published.average({"CoLA": 1.0}) is None
-    assert {task for task, _ in published.COLUMNS.values()} == set(protocol.PAPER_TASKS)
-    assert {row for _, row, _ in published.PUBLISHED} == set(protocol.ROWS) - {"b_v"}
-
-
 def test_differences_are_paired_and_pooled(entries):
     frame = results.comparisons(entries, np.random.default_rng(0), resamples=50)
     pairs = frame[(frame["a"] == "bitfit") & (frame["b"] == "full_ft")].set_index("column")
@@ -172,6 +151,20 @@ def test_the_gap_is_that_of_the_metrics(made, entries):
     ]
     expected = [f["last"]["train"]["MCC"] - f["last"]["validation"]["MCC"] for f in metadata]
     assert gaps.loc[("full_ft", "CoLA"), "gap"] == pytest.approx(100 * np.mean(expected))
+
+
+def test_warnings_about_the_search_are_those_of_the_sweeps(made, entries):
+    """The warnings that each command of the study prints about its learning rates and epochs."""
+    expected = set()
+    for cell in made.cells:
+        frames = sweeps.read_sweep(cell.folders(made.output))
+        groups = sweeps.scores_by_learning_rate(*frames, task_of(cell.args))
+        expected |= {(warning, cell.name) for warning in sweeps.sweep_warnings(groups)}
+    frame = results.search_warnings(entries)
+    found = [(row.warning, name) for row in frame.itertuples() for name in row.cells.split(", ")]
+    assert len(found) == len(expected) and set(found) == expected
+    kinds = {warning.split(",")[0] for warning, _ in expected}
+    assert len(kinds) > 1, "the sweeps give both kinds of warnings"
 
 
 def test_trials_are_counted_in_whole_numbers(made, entries):
@@ -255,12 +248,6 @@ def test_published_numbers_stand_beside_ours(entries, monkeypatch):
     table = tables.headline_tables(results.score_frame(kept))["tiny_bert"]
     assert table["CoLA (MCC)"]["BitFit"].endswith("(99.9 ± 0.1)!")
     assert table["CoLA (MCC)"]["Full-FT"].endswith("(0.0 ± 200.0)")
-
-
-def test_the_papers_models_whoever_publishes_them():
-    for name in ("roberta-base", "FacebookAI/roberta-base", "/models/roberta-base"):
-        assert protocol.paper_learning_rates(name, "bitfit") == (1e-4,)
-        assert (protocol.paper_model_name(name), "bitfit", "RTE") in published.PUBLISHED
 
 
 def edit(path, **changes):

@@ -33,6 +33,9 @@ STATISTICS = (
     "paired sign-flip permutation test over seeds, so p cannot be below `least p`; p (Holm) is "
     "corrected for all columns of a model's pairs, or for its pooled rows."
 )
+SEARCH_TITLE = "Search that may be too small"
+SEARCH = "By mean scores at the last epoch. Other rates or more epochs may raise these scores."
+PRINTED = power.TITLE, halving.TITLE  # the sections that are also printed
 Sections = dict[str, tuple[str, pd.DataFrame]]  # {title: (how to read the table, table)}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
@@ -62,9 +65,8 @@ def write_report(
     entries = results.read_entries(study)
     if not entries:
         raise UserError(f"{study.output} has no scores yet: `paper.py run` makes them")
-    scores, files = results.score_frame(entries), {}
-    if halvings:
-        files["halving"] = halving.halving_frame(entries, halvings, resamples)
+    scores = results.score_frame(entries)
+    files = {"halving": halving.halving_frame(entries, halvings, resamples)} if halvings else {}
     differences = results.comparisons(entries, np.random.default_rng(0), resamples)
     chances = power.power_frame(entries, np.random.default_rng(0), resamples)
     headline = tables.headline_tables(scores)
@@ -74,6 +76,7 @@ def write_report(
     for name, frame in files.items():
         write_text(out / f"{name}.csv", frame.round(4).to_csv(index=False))
     sections = {
+        SEARCH_TITLE: (SEARCH, results.search_warnings(entries)),
         "Differences between methods": (STATISTICS, tables.difference_table(differences, metrics)),
         power.TITLE: (power.NOTE, power.power_table(chances, metrics)),
         halving.TITLE: (halving.NOTE, tables.format_numbers(files.get("halving", pd.DataFrame()))),
@@ -84,8 +87,8 @@ def write_report(
     page = html_page(study, headline, scores, sections=sections, captions=captions)
     write_text(out / "report.html", page)
     shown = [f"{name}\n{table.to_string()}" for name, table in headline.items()]
-    printed = [title for title in (power.TITLE, halving.TITLE) if title in sections]
-    shown += [section_text(title, *sections[title]) for title in printed]
+    shown += [section_text(title, *sections[title]) for title in PRINTED if title in sections]
+    shown += [f"warning: {SEARCH_TITLE.lower()}, see the report"] * (SEARCH_TITLE in sections)
     return "\n\n".join(shown) + f"\n{out / 'report.html'}"
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from bitfit.artifacts.metrics_files import LOGITS
 from bitfit.data.tasks import TASKS, Task
 from bitfit.results.scores import explain_unreadable, mean_std, read_metrics, select_scores
+from bitfit.results.sweeps import sweep_warnings
 from bitfit.study import cell_states, statistics
 from bitfit.study.cell_tasks import task_of
 from bitfit.study.cells import Cell, Study
@@ -248,6 +249,23 @@ def train_gaps(entries: Entries) -> pd.DataFrame:
                      "train": wide["train"].mean(), "validation": wide[entry.split].mean(),
                      "gap": gap, "std": std, "seeds": n})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def search_warnings(entries: Entries) -> pd.DataFrame:
+    """Return the warnings of `sweep_warnings` about finished cells, a row for each warning."""
+    cells = defaultdict(list)
+    for entry in entries.values():
+        found = entry.results
+        if found.state == "done" and entry.split == found.task.validation_splits[0]:
+            logits, labels = found.logits[entry.split], found.labels[entry.split]
+            scores = statistics.main_scores(found.task, logits, labels).swapaxes(1, 2)
+            epochs = np.unique(found.scores["epoch"])
+            groups = {rate: pd.DataFrame(of_rate, epochs).dropna(axis=1)
+                      for rate, of_rate in zip(found.cell.rates, scores, strict=True)}  # fmt: skip
+            for warning in sweep_warnings(dict(sorted(groups.items()))):
+                cells[warning].append(found.cell.name)
+    rows = [(warning, ", ".join(names)) for warning, names in cells.items()]
+    return pd.DataFrame(rows, columns=["warning", "cells"])
 
 
 def curve_over_seeds(entry: Entry) -> pd.DataFrame:
