@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from common import DTYPES, Ours, synchronize
 from gpu_steps import make_parser, make_runs, random_tokens, start, steps, trained, training
+from plain_attention import plain_varlen_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from bitfit.data.tasks import TASKS
@@ -62,8 +63,8 @@ def kernel_difference(
     longest = 1 if first else sequences.max_seqlen, sequences.max_seqlen
     rows = torch.from_numpy(sequences.sequence_starts).to(device)
     results = []
-    fast = attention.varlen_kernel if device.type == "cuda" else attention.plain_varlen_kernel
-    for kernel, kind in ((fast, dtype), (attention.plain_varlen_kernel, torch.float64)):
+    fast = attention.varlen_kernel if device.type == "cuda" else plain_varlen_kernel
+    for kernel, kind in ((fast, dtype), (plain_varlen_kernel, torch.float64)):
         inputs = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
         query = inputs[0].index_select(0, rows) if first else inputs[0]
         out = kernel(query, inputs[1], inputs[2], bounds, longest, 0.0, size**-0.5)

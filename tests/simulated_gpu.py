@@ -19,12 +19,11 @@ import types
 from unittest import mock
 
 import torch
+from plain_attention import plain_varlen_kernel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from bitfit.model import attention
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 Tensor, aten = torch.Tensor, torch.ops.aten
@@ -204,21 +203,21 @@ class Operations(TorchDispatchMode):
 
 
 class Kernel(torch.autograd.Function):
-    """`attention.plain_varlen_kernel` as one operation of the GPU, which waits for nothing."""
+    """`plain_varlen_kernel` as one operation of the GPU, which waits for nothing."""
 
     @staticmethod
     def forward(ctx, query, key, value, gpu, *rest):
         ctx.gpu, ctx.rest = gpu, rest
         ctx.inputs = query, key, value
         with plainly():
-            return gpu.put(attention.plain_varlen_kernel(query, key, value, *rest))
+            return gpu.put(plain_varlen_kernel(query, key, value, *rest))
 
     @staticmethod
     def backward(ctx, grad):
         with plainly(), torch.enable_grad():
             detached = [x.detach().requires_grad_() for x in ctx.inputs]
             torch.manual_seed(0)  # another dropout mask than forward: nothing compares these
-            out = attention.plain_varlen_kernel(*detached, *ctx.rest)
+            out = plain_varlen_kernel(*detached, *ctx.rest)
             grads = torch.autograd.grad(out, detached, grad)
         return *map(ctx.gpu.put, grads), None, None, None, None, None
 

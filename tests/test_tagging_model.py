@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import set_dropout
+from plain_attention import plain_varlen_kernel
 from torch.nn import functional as F
 
 from bitfit.data.splits import word_positions
@@ -72,8 +73,7 @@ def tagged(lengths=LENGTHS, seed=0):
 def plain_inputs(split, rows):
     """The batch of a plain loop: padded, with the label -100 where no word begins."""
     width = split.lengths[rows].max()
-    ids, labels = torch.full((len(rows), width), 1), torch.full((len(rows), width), -100)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    ids, labels, mask = (torch.full((len(rows), width), fill) for fill in (1, -100, 0))
     of_token = torch.full((len(split.ids),), -100)
     of_token[torch.from_numpy(split.word_index)] = split.labels
     for i, row in enumerate(rows):
@@ -89,7 +89,7 @@ def forward_of(kind, model, split, monkeypatch):
         return Forward(model)
     monkeypatch.setitem(MAX_BUCKET_PADDING, "cpu", 500)
     if kind == "varlen":
-        monkeypatch.setattr(attention, "varlen_kernel", attention.plain_varlen_kernel)
+        monkeypatch.setattr(attention, "varlen_kernel", plain_varlen_kernel)
         monkeypatch.setattr(attention, "supports_flash_attention", lambda *_: True)
     forward = select_forward(model, "it", split)
     assert forward.batching_kind == "packed" and forward.uses_varlen == (kind == "varlen")

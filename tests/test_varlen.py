@@ -6,6 +6,7 @@
 import numpy as np
 import pytest
 import torch
+from plain_attention import plain_varlen_kernel
 from test_models import random_model, tokens
 from test_packing import plain_logits
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ ROWS = np.arange(len(LENGTHS))
 
 @pytest.fixture(autouse=True)
 def plain_kernel(monkeypatch):
-    monkeypatch.setattr(attention, "varlen_kernel", attention.plain_varlen_kernel)
+    monkeypatch.setattr(attention, "varlen_kernel", plain_varlen_kernel)
     monkeypatch.setattr(attention, "supports_flash_attention", lambda *_: True)
 
 

@@ -11,12 +11,10 @@ let each run's tokens fill whole chunks and give batches of similar size the sam
 is empty, because the kernels do not allow a sequence with keys and without queries.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 CHUNK = 16  # the tokens of a run fill chunks of this size, so that its bias is added per chunk
 QUERY_BLOCK = 128  # `max_seqlen` is a multiple of this, so that few values need a CUDA graph
@@ -174,23 +172,3 @@ def varlen_kernel(
     return torch.ops.aten._flash_attention_forward(
         query, key, value, *cu_seqlens, *max_seqlen, dropout, False, False, scale=scale
     )[0]
-
-
-def plain_varlen_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
-    max_seqlen: tuple[int, int],
-    dropout: float,
-    scale: float | None,
-) -> torch.Tensor:
-    """Compute `varlen_kernel` sequence by sequence, as a reference implementation."""
-    out, bounds = torch.empty_like(query), [tensor.tolist() for tensor in cu_seqlens]
-    for (a, b), (c, d) in zip(*map(pairwise, bounds), strict=True):
-        if not (1 <= b - a <= max_seqlen[0] and 1 <= d - c <= max_seqlen[1]):
-            raise ValueError("a sequence is empty, or longer than max_seqlen")
-        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-        out[a:b] = attended.transpose(0, 1)
-    return out
