@@ -76,10 +76,10 @@ def write_report(
     for name, frame in files.items():
         write_text(out / f"{name}.csv", frame.round(4).to_csv(index=False))
     sections = {
-        SEARCH_TITLE: (SEARCH, results.search_warnings(entries)),
         "Differences between methods": (STATISTICS, tables.difference_table(differences, metrics)),
         power.TITLE: (power.NOTE, power.power_table(chances, metrics)),
         halving.TITLE: (halving.NOTE, tables.format_numbers(files.get("halving", pd.DataFrame()))),
+        SEARCH_TITLE: (SEARCH, results.search_warnings(entries)),
     }
     sections = {title: section for title, section in sections.items() if len(section[1])}
     write_text(out / "tables.md", markdown(study, headline, sections))

@@ -253,7 +253,7 @@ def train_gaps(entries: Entries) -> pd.DataFrame:
 
 def search_warnings(entries: Entries) -> pd.DataFrame:
     """Return the warnings of `sweep_warnings` about finished cells, a row for each warning."""
-    cells = defaultdict(list)
+    rows = []
     for entry in entries.values():
         found = entry.results
         if found.state == "done" and entry.split == found.task.validation_splits[0]:
@@ -263,9 +263,8 @@ def search_warnings(entries: Entries) -> pd.DataFrame:
             groups = {rate: pd.DataFrame(of_rate, epochs).dropna(axis=1)
                       for rate, of_rate in zip(found.cell.rates, scores, strict=True)}  # fmt: skip
             for warning in sweep_warnings(dict(sorted(groups.items()))):
-                cells[warning].append(found.cell.name)
-    rows = [(warning, ", ".join(names)) for warning, names in cells.items()]
-    return pd.DataFrame(rows, columns=["warning", "cells"])
+                rows.append((found.cell.name, warning))
+    return pd.DataFrame(rows, columns=["cell", "warning"])
 
 
 def curve_over_seeds(entry: Entry) -> pd.DataFrame:
