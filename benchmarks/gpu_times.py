@@ -168,7 +168,7 @@ def measure_processes(args: argparse.Namespace) -> None:
 
 
 class SingleRun:
-    """One run in a process of its own, trained with CUDA graphs of all shapes."""
+    """One run in a separate process, trained with CUDA graphs of all shapes."""
 
     def __init__(self, args: argparse.Namespace, kind: str) -> None:
         tokens = random_tokens(kind, args.steps * args.batch_size, pick_device())

@@ -112,7 +112,7 @@ def make_trainer(
 
 
 def single_run(args: argparse.Namespace) -> Ours:
-    """Return one run of ours, in a process of its own."""
+    """Return one run of ours, in a separate process."""
     with contextlib.redirect_stdout(None):
         task, _, make_model, tokens, _ = setup(args)
     model = make_model().to(tokens.ids.device)

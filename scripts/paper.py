@@ -64,7 +64,7 @@ def add_plan(add: Callable) -> None:
     add("--train-score-rows", type=number(int, 0), metavar="N", help="as for run_glue.py [all]")
     add("--start-from", choices=TASKS, metavar="TASK",
         help="start all other tasks from the best run of this task's cell in the same row, chosen "
-             "by its own validation scores [from the base model]")
+             "by its validation scores [from the base model]")
     add("--sizes", type=POSITIVE, nargs="+", metavar="N", default=protocol.SIZES,
         help="numbers of training examples for Figure 2 [500 1000 2000 4000 8000 16000]")
     add("--max-seq-length", type=POSITIVE, metavar="N", help="cut examples to N tokens [128]")

@@ -40,7 +40,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_each_run_leaves_the_files_of_its_own_command(mixed, no_dropout, tmp_path, name):
+def test_each_run_leaves_the_files_of_a_command_with_one_set(mixed, no_dropout, tmp_path, name):
     """Bit by bit: evaluator, model, card, figures, scores, logits, predictions and args.json."""
     more = [*RATES, *FILES]
     assert run_glue.main(flags(tmp_path / "out", no_dropout, SETS[name], more=more)) == 0
@@ -62,7 +62,7 @@ def test_a_single_run_differs_by_rounding(mixed, no_dropout, tmp_path):
     assert found == pytest.approx(alone, rel=1e-5)
 
 
-def test_sets_one_after_the_other_equal_their_own_commands(
+def test_sets_one_after_the_other_equal_separate_commands(
     no_dropout, tmp_path, monkeypatch, capsys
 ):
     """Of a model whose runs cannot share a pass: a set does not change the method of the next."""

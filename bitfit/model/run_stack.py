@@ -29,8 +29,8 @@ ZeroGradient = dict[str, list[list[int]]]  # {parameter name: [[start, stop], ..
 class RunGroup(NamedTuple):
     """The runs of a stack that train the same parameters.
 
-    A group has micro-batches, clipping, optimizer state and scoring of its own. So its numbers are
-    those of a command without the other groups, on a CPU bit by bit.
+    Each group has separate micro-batches, clipping, optimizer state and scoring. So its numbers
+    are those of a command without the other groups, on a CPU bit by bit.
     """
 
     runs: list[int]
