@@ -11,11 +11,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 log=${OUT:-out/gpu}/log.txt
 mkdir -p "$(dirname "$log")"
-size=() steps=() commands=()
+size=() steps=() jobs=() sweep=()
 if [ "${1:-}" = small ]; then
     size=(--size tiny)
     steps=(--runs 1 2 --steps 3 --processes 2)
-    commands=(--size tiny --rows 64 --seeds 2 --jobs 2)
+    jobs=(--jobs 2)
+    sweep=(--size tiny --rows 64 --seeds 2)
 fi
 
 part() { # the seconds it may take, then the command
@@ -29,10 +30,10 @@ part() { # the seconds it may take, then the command
 print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda,
       "transformers", transformers.__version__)'
     part 150 python3 benchmarks/gpu_checks.py ${size[@]+"${size[@]}"} &
-    part 200 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"} --only-checks
+    part 200 python3 benchmarks/gpu_commands.py ${jobs[@]+"${jobs[@]}"}
     wait
-    part 240 python3 benchmarks/gpu_times.py ${size[@]+"${size[@]}"} ${steps[@]+"${steps[@]}"}
-    part 200 python3 benchmarks/gpu_commands.py ${commands[@]+"${commands[@]}"} --only-times
+    part 360 python3 benchmarks/gpu_times.py ${size[@]+"${size[@]}"} ${steps[@]+"${steps[@]}"}
+    part 200 python3 benchmarks/gpu_sweep.py ${sweep[@]+"${sweep[@]}"}
     echo "== $(date +%T) end"
 } 2>&1 | tee "$log"
 echo

@@ -45,8 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 5, 20, 50])
     parser.add_argument("--steps", type=int, default=20, help="timed, of each kind")
-    parser.add_argument("--processes", type=int, nargs="+", default=[5, 20],
+    parser.add_argument("--processes", type=int, nargs="+", default=[5, 20, 50],
                         help="that share the GPU, one run each")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     return parser.parse_args()
 
 
@@ -157,14 +158,18 @@ def measure_kernels(args: argparse.Namespace, device: torch.device) -> None:
         print(f"  {milliseconds:7.3f} ms {event.count / 4:6.1f} x {event.key[:100]}")
 
 
-def measure_processes(args: argparse.Namespace) -> None:
+def measure_processes(args: argparse.Namespace, device: torch.device) -> None:
     """Time steps of several processes that share this device, one run each."""
     for kind in LENGTHS:
         for count in args.processes:
             processes = Processes(partial(SingleRun, args, kind), count)
-            taken = processes.epoch(args.precision) / (5 * args.steps) * 1e3
+            try:
+                taken = processes.epoch(args.precision) / (5 * args.steps) * 1e3
+                message = f"{taken:.2f} ms a step"
+            except RuntimeError as error:
+                message = str(error)
             processes.close()
-            print(f"{kind}, {count} processes with a run each: {taken:.2f} ms a step", flush=True)
+            print(f"{kind}, {count} processes with a run each: {message}", flush=True)
 
 
 class SingleRun:
@@ -184,13 +189,19 @@ class SingleRun:
             return seconds(partial(steps, state, count), self.ours.device)
 
 
+PARTS = {
+    "processes": measure_processes,  # first, because torch then keeps the memory of other parts
+    "runs": measure,
+    "types": measure_types,
+    "kernels": measure_kernels,
+}
+
+
 def main() -> None:
     args = parse_args()
     device = start(args)
-    measure(args, device)
-    measure_types(args, device)
-    measure_processes(args)
-    measure_kernels(args, device)
+    for part in args.parts:
+        PARTS[part](args, device)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@
 classifiers of K runs. `Processes` trains single runs of ours in K processes that share the device.
 """
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
+from threading import BrokenBarrierError
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from bitfit.data.tokens import TokenizedSplit
+from utils import is_out_of_memory
 
 Epoch = Callable[[str], float]  # precision -> seconds of one epoch
 START_SECONDS = 300  # for all processes to load the model
@@ -39,11 +42,21 @@ def make_vmap(
 
     def epoch(precision: str) -> float:
         if precision not in fastest:
-            times = {trainer: trainer.epoch(precision) for trainer in trainers}
+            times = {trainer: time_or_inf(trainer, precision) for trainer in trainers}
             fastest[precision] = min(times, key=times.__getitem__)
         return fastest[precision].epoch(precision)
 
     return epoch
+
+
+def time_or_inf(trainer: "Vmap", precision: str) -> float:
+    """Return the seconds of an epoch, or infinity if this attention fails, as on some devices."""
+    try:
+        return trainer.epoch(precision)
+    except RuntimeError as error:  # also without enough memory
+        kind = "eager" if trainer.is_eager else "sdpa"
+        print(f"vmap with {kind} attention fails: {str(error).splitlines()[0]}", flush=True)
+        return math.inf
 
 
 class Vmap:
@@ -165,29 +178,46 @@ class Processes:
         context.set_forkserver_preload(["common"])
         self.barrier = context.Barrier(count)  # it exists as long as a process holds it
         self.pipes: list[Connection] = []
+        self.processes = []
         for _ in range(count):
             pipe, other = context.Pipe()
-            context.Process(target=serve, args=(make, other, self.barrier), daemon=True).start()
+            arguments = make, other, self.barrier
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            other.close()  # so that the pipe ends with the process
             self.pipes.append(pipe)
+            self.processes.append(process)
 
     def epoch(self, precision: str) -> float:
-        """Return the seconds until the slowest process has trained its epoch."""
+        """Return the seconds until the slowest process has trained its epoch.
+
+        Raises:
+            RuntimeError: a process ended, such as by a lack of memory.
+        """
         for pipe in self.pipes:
             pipe.send(precision)
-        return max(pipe.recv() for pipe in self.pipes)
+        try:
+            return max(pipe.recv() for pipe in self.pipes)
+        except (EOFError, ConnectionError):
+            raise RuntimeError("a process has ended") from None
 
     def close(self) -> None:
-        for pipe in self.pipes:
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
             pipe.close()
+            process.terminate()
+            process.join()
 
 
 def serve(make: Callable[[], OneRun], pipe: Connection, barrier: Barrier) -> None:
     """Train an epoch for each precision that arrives, and send its seconds."""
     torch.set_num_threads(max(1, torch.get_num_threads() // barrier.parties))
-    ours, wait = make(), partial(barrier.wait, START_SECONDS)
-    while True:
-        try:
-            precision = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(ours.epoch(precision, wait))
+    try:
+        ours, wait = make(), partial(barrier.wait, START_SECONDS)
+        while True:
+            pipe.send(ours.epoch(pipe.recv(), wait))
+    except EOFError:
+        return
+    except (RuntimeError, BrokenBarrierError) as error:
+        barrier.abort()  # so that the other processes do not wait for this one
+        if not (isinstance(error, BrokenBarrierError) or is_out_of_memory(error)):
+            raise

@@ -3,9 +3,9 @@
     python benchmarks/scoring.py --task-name rte --data-dir <GLUE folder> --model-name <folder>
 
 For each K both compute the logits of the validation examples of all runs, in turn (A B A B ...),
-after a warm-up of each. On a GPU runs with few examples share micro-batches; on a CPU only frozen
-runs do, so the ratio of others is 1. Then the scores of all runs are computed. Without --model-name
-a random encoder of MiniLM-L6's size (22M) is used.
+after a warm-up of each. Only frozen runs share an encoder pass, so the ratio of others is 1. Then
+the scores of all runs are computed. Without --model-name a random encoder of MiniLM-L6's size (22M)
+is used.
 """
 
 import argparse

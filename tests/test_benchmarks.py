@@ -60,7 +60,9 @@ def test_the_benchmarks(command, checkout, quick_python):
     )
 
 
-@pytest.mark.parametrize("failing", [None, "gpu_checks.py", "gpu_times.py", "gpu_commands.py"])
+@pytest.mark.parametrize(
+    "failing", [None, "gpu_checks.py", "gpu_times.py", "gpu_commands.py", "gpu_sweep.py"]
+)
 def test_the_gpu_script_ends_with_a_table_of_all_checks(failing, tmp_path):
     """With a stand-in for Python: the checks themselves have tests of their own."""
     (tmp_path / "python3").write_text(f"""#!/bin/bash

@@ -19,7 +19,7 @@ from bitfit.model.batching import to_device
 from bitfit.model.forward import Forward
 from bitfit.model.forward_trials import select_forward
 from bitfit.model.packed_encoder import packed_encoders
-from bitfit.model.predict import predict, predict_runs
+from bitfit.model.predict import predict, predict_together
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
 from bitfit.model.token_budget import TokenBudget
@@ -111,8 +111,8 @@ def test_fillers_let_runs_fill_chunks_and_batches_have_few_sizes(stacked):
     assert len({round_up_size(n) for n in range(1, 8192)}) < 100
 
 
-@pytest.mark.parametrize(("max_tokens", "passes"), [(400, 1), (184, 2), (183, 6)])
-def test_runs_with_few_rows_share_micro_batches_when_scored(max_tokens, passes):
+@pytest.mark.parametrize(("max_tokens", "passes"), [(400, 1), (184, 2)])
+def test_runs_predict_together_what_each_predicts_alone(max_tokens, passes):
     """Three of four runs, 92 tokens each, in another order: the same logits as run by run."""
     model, split = random_model("bert"), tokens(*LENGTHS)
     forward, budget = Forward(model, packed_encoders(model)[0]), TokenBudget(max_tokens)
@@ -124,13 +124,13 @@ def test_runs_with_few_rows_share_micro_batches_when_scored(max_tokens, passes):
     counted = []
     with stack.patched():
         hook = model.base_model.register_forward_pre_hook(lambda *_: counted.append(1))
-        together = dict(predict_runs(forward, stack, split, budget, rows))
+        together = predict_together(forward, stack, split, budget, rows)
         hook.remove()
-        for run, of_run in rows.items():
+        for logits, (run, of_run) in zip(together, rows.items(), strict=True):
             stack.load_run(run)
-            assert np.allclose(together[run], predict(forward, split, budget, of_run), atol=1e-6)
+            assert np.allclose(logits, predict(forward, split, budget, of_run), atol=1e-6)
     assert len(counted) == passes
-    assert np.abs(together[0] - together[2][::-1]).max() > 1e-3
+    assert np.abs(together[0] - together[1][::-1]).max() > 1e-3
 
 
 def new_state(graphs):

@@ -107,10 +107,9 @@ def predict_runs(
 
     If only the classifier of a group of runs trains, all its runs have the same rows and rows are
     packed, the encoder runs once for the group. With padded rows, some classifiers compute all
-    tokens before they pool (EuroBERT), so each run predicts alone. On a GPU that packs rows, runs
-    whose rows fill at most half a micro-batch share micro-batches, because launching kernels takes
-    longer than computing them. A CPU launches at once. There, and otherwise, one run after the
-    other is loaded into the model.
+    tokens before they pool (EuroBERT), so each run predicts alone. Otherwise one run after the
+    other is loaded into the model: sharing micro-batches gains nothing, neither on a CPU nor on a
+    GPU (docs/speed.md).
     """
     for number, of_stack in enumerate(stack.groups):
         of_group = {run: rows[run] for run in of_stack.runs if run in rows}
@@ -123,11 +122,6 @@ def predict_runs(
             with stack.routing():
                 logits = predict(forward, tokens, budget, rows=first, group=group)
             yield from ((run, logits[run]) for run in of_group)
-            continue
-        longest = max(tokens.lengths[of_run].sum() for of_run in of_group.values())
-        if forward.uses_varlen and group.size == 1 and others and 2 * longest <= budget.max_tokens:
-            logits = predict_together(forward, stack, tokens, budget=budget, rows=of_group)
-            yield from zip(of_group, logits, strict=True)
             continue
         for run, of_run in of_group.items():
             stack.load_run(run)
