@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
              "bitfit", "--learning-rate", "1e-4", "--epochs", args.epochs, "--batch-size", "16",
              "--quiet"]  # fmt: skip
     seconds = {}
-    for runs in (args.seeds, 1):
+    for runs in dict.fromkeys((args.seeds, 1)):
         begin = time.perf_counter()
         run_glue(folder / f"sweep{runs}", *flags, "--seed", *map(str, range(runs)), threads=None)
         seconds[runs] = time.perf_counter() - begin
