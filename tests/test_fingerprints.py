@@ -162,3 +162,11 @@ def test_a_folder_that_transformers_wrote_again_is_the_same(trained, tmp_path):
     for kind in (transformers.AutoTokenizer, transformers.AutoModel):
         kind.from_pretrained(TINY_BERT).save_pretrained(tmp_path / "again")
     GLUEvaluator.load(trained, None, str(tmp_path / "again"))
+
+
+def test_a_message_names_three_of_many_changes():
+    """A model of another size differs in many values, and the error is one line."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    old, new = ({"model_config": dict.fromkeys(names, value)} for value in (1, 7))
+    shown = ", ".join(f"{name} was 1 and is now 7" for name in names[:3])
+    assert describe_change(old, new) == f"config changed ({shown}, 1 more)"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from functools import partial
 from types import SimpleNamespace
@@ -78,12 +79,18 @@ def test_runs_that_go_on_equal_those_of_the_full_grid(halved, command, tmp_path)
     assert sorted(last_epochs) == [1, 1, 1, 1, 2, 2, 3, 3]
 
 
+def shown_table(folder, output):
+    """The table of a sweep's folder, written to another one."""
+    table = pd.read_csv(folder / "results.csv")
+    runs = [Run(*row) for row in table[["learning_rate", "seed"]].assign(
+        data_seed=None, bias_terms=table["bias_terms"]).itertuples(index=False)]  # fmt: skip
+    return sweeps.write_report(output, COLA, run_folders(folder, runs), "a caption")
+
+
 def test_the_report_lists_stopped_settings(halved, tmp_path):
     """With the mean scores, which are those of results.csv."""
     table = pd.read_csv(halved / "results.csv")
-    runs = [Run(*row) for row in table[["learning_rate", "seed"]].assign(
-        data_seed=None, bias_terms=table["bias_terms"]).itertuples(index=False)]  # fmt: skip
-    shown = sweeps.write_report(tmp_path, COLA, run_folders(halved, runs), "a caption")
+    shown = shown_table(halved, tmp_path)
     for (terms, rate), of_setting in table.groupby(["bias_terms", "learning_rate"]):
         (reason,) = of_setting["stopped"].fillna("").unique()
         line = f"stopped: bias terms {terms}, learning rate {rate:g} {reason}"
@@ -93,6 +100,18 @@ def test_the_report_lists_stopped_settings(halved, tmp_path):
             assert mean == pytest.approx(of_setting["last"].mean(), abs=0.06)
     assert shown.count("0 (2 stopped)") == shown.count("stopped: ") == 3
     assert "--halving chose among the settings by validation scores" in shown
+
+
+def test_the_table_counts_diverged_runs_apart_from_stopped_ones(halved, tmp_path):
+    shutil.copytree(halved, tmp_path / "out")
+    table = pd.read_csv(halved / "results.csv")
+    stopped = table[table["stopped"].notna()]
+    of_setting = stopped[stopped["learning_rate"] == stopped["learning_rate"].iloc[0]]
+    path = tmp_path / "out" / of_setting["run"].iloc[0] / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"diverged": "in epoch 1"}))
+    shown = shown_table(tmp_path / "out", tmp_path)
+    assert shown.count("0 (1 diverged, 1 stopped)") == 1
+    assert shown.count("0 (2 stopped)") == 2
 
 
 @pytest.mark.parametrize(

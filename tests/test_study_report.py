@@ -229,6 +229,9 @@ def test_the_report_is_whole(study, capsys):
     frame = pd.read_csv(study.output / "tables.csv")
     assert set(frame["selection"]) == {"last", "best", "split"}
     assert len(pd.read_csv(study.output / "power.csv").groupby(["a", "b"])) == 3
+    # A report without halving does not leave the numbers of this one.
+    assert "resampled is how" not in report.write_report(study, resamples=20)
+    assert not (study.output / "halving.csv").exists()
 
 
 def test_published_numbers_stand_beside_ours(entries, monkeypatch):

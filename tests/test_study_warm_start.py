@@ -33,6 +33,11 @@ def test_sources_are_planned_first_and_save_evaluators(warm):
     assert names == ["bitfit/wnli", "full_ft/wnli", "bitfit/rte-from-wnli", "full_ft/rte-from-wnli"]
     assert [cell.args["save_evaluator"] for cell in warm.cells] == [True, True, False, False]
     assert states(warm) == ["missing", "missing", "waiting", "waiting"]
+    # Its command starts from the folder of wnli's cell.
+    words = warm.cells[2].command(warm.output)
+    assert words.count("--start-from") == 1
+    start = words[words.index("--start-from") + 1]
+    assert start == str(warm.output / "tiny_bert/bitfit/wnli")
     # The same tasks from the base model are other cells of the study.
     cold = ["--rows", "bitfit", "--no-predict-test", "--epochs", "1"]
     assert plan(warm.output, *cold) == 0

@@ -80,7 +80,8 @@ def describe_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         before, after = (values.get(name) or {} for values in (old, new))
         keys = changed_keys(before, after) if before and after else []
         if keys and name == "model_config":
-            keys = [f"{key} was {before.get(key)} and is now {after.get(key)}" for key in keys]
+            texts = [f"{key} was {before.get(key)} and is now {after.get(key)}" for key in keys]
+            keys = texts[:3] + [f"{len(texts) - 3} more"] * (len(texts) > 3)
         messages += [f"{kind} changed ({', '.join(keys)})"] * bool(keys)
     return " and its ".join(messages) or None
 

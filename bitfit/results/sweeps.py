@@ -123,13 +123,14 @@ def learning_rate_table(
     rows, seeds = [], metadata.set_index("run")["seeds"]
     unit = " pairs" if has_seed_pairs(metadata) else ""
     for rate, scores in groups.items():
-        tried, ended = (metadata["learning_rate"] == rate).sum(), scores.shape[1]
+        of_rate, ended = metadata[metadata["learning_rate"] == rate], scores.shape[1]
         terms = metadata["bias_terms"].iloc[0]
         row = {"bias terms": terms} if terms else {}
         row |= {"learning rate": f"{rate:g}", "seeds": f"{ended}{unit}"}
-        if ended < tried:
-            is_stopped = (metadata.loc[metadata["learning_rate"] == rate, "stopped"] != "").any()
-            row["seeds"] += f" ({tried - ended} {'stopped' if is_stopped else 'diverged'})"
+        diverged = (of_rate["diverged"] != "").sum()
+        missing = {"diverged": diverged, "stopped": len(of_rate) - ended - diverged}
+        if ended < len(of_rate):
+            row["seeds"] += f" ({', '.join(f'{n} {why}' for why, n in missing.items() if n)})"
         if ended:
             top = scores.max().fillna(-np.inf).idxmax()
             for name, values in (("last epoch", scores.iloc[-1]),

@@ -78,10 +78,12 @@ class Cell(NamedTuple):
 
     def command(self, output: Path, *more: str) -> list[str]:
         """Return the words of the command that starts or resumes this cell."""
+        words = list(self.flags)
+        if self.start:  # the flags name the task, the command needs the folder of its cell
+            folder = Path(output) / slug(self.model) / self.row / self.start
+            words[words.index("--start-from") + 1] = str(folder)
         target = ["--output-path", str(Path(output) / self.name), "--resume"]
-        if self.start:
-            target += ["--start-from", str(Path(output) / slug(self.model) / self.row / self.start)]
-        return ["python", "run_glue.py", *self.flags, *target, *more]
+        return ["python", "run_glue.py", *words, *target, *more]
 
     def shell(self, output: Path) -> str:
         return shlex.join(self.command(output))

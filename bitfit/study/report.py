@@ -69,10 +69,10 @@ def write_report(
     files = {"halving": halving.halving_frame(entries, halvings, resamples)} if halvings else {}
     differences = results.comparisons(entries, np.random.default_rng(0), resamples)
     chances = power.power_frame(entries, np.random.default_rng(0), resamples)
-    headline = tables.headline_tables(scores)
-    captions = write_figures(study, entries, formats)
+    headline, captions = tables.headline_tables(scores), write_figures(study, entries, formats)
     out, metrics = study.output, tables.column_labels(scores)
     files |= {"tables": scores, "differences": differences, "power": chances}
+    (out / "halving.csv").unlink(missing_ok=True)  # of an earlier report
     for name, frame in files.items():
         write_text(out / f"{name}.csv", frame.round(4).to_csv(index=False))
     sections = {
