@@ -26,6 +26,7 @@ from bitfit.distributed import SINGLE_PROCESS, Group
 from bitfit.model import loading, trainable
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack
+from bitfit.parsing import POSITIVE, check_values
 from bitfit.results import plots
 from bitfit.results import scores as reports
 from bitfit.tracking.tracker import OFF, Tracker
@@ -179,7 +180,7 @@ class GLUEvaluator:
         prepared, data = self.need_prepared(), self.need_loaded()
         options = TrainOptions(data.batch_size, num_epochs, lr_schedule, warmup_ratio=warmup_ratio,
                                evaluation_frequency=evaluation_frequency, keep=keep,
-                               halving=halving)  # fmt: skip
+                               halving=check_values("halving", halving, POSITIVE))  # fmt: skip
         if self.result:
             raise UserError("this evaluator has been trained: prepare it again to train again")
         state = start_training(prepared, data, options, group=self.group)

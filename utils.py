@@ -155,8 +155,7 @@ def choose_device(gpu: int | None) -> "torch.device":
         return torch.device("cpu")
     if not 0 <= gpu < torch.cuda.device_count():
         seen = f"torch sees {torch.cuda.device_count()} (numbered from 0)"
-        advice = "leave --gpu-device out, or give `--gpu-device cpu`"
-        raise UserError(f"there is no GPU {gpu}: {seen}; {advice}")
+        raise UserError(f"there is no GPU {gpu}: {seen}; give the number of one, or `cpu`")
     return torch.device("cuda", gpu)
 
 
@@ -184,7 +183,9 @@ def has_bf16_instructions() -> bool:
 
 
 def as_list(value: object) -> list:
-    return [*value] if isinstance(value, (list, tuple)) else [value]
+    """Return the items of a sequence of Python or NumPy, or another value as the only item."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [*value] if isinstance(value, (list, tuple, range)) else [value]
 
 
 # torch's CPU allocator, oneDNN and CUDA's libraries have no exception class for this.

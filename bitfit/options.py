@@ -158,7 +158,7 @@ def add_data(add: AddFlag) -> None:
 
 def add_training(add: AddFlag) -> None:
     add("--learning-rate", "-l", metavar="LR", nargs="+", default=DEFAULT_LEARNING_RATES,
-        type=number(float, 0, above=True),
+        type=parsing.LEARNING_RATE,
         help="usual are 1e-4 to 1e-3 for bias terms; full_ft needs less: 1e-5 to 5e-5; several: "
              "a run for each [0.001]")
     add("--epochs", "-e", metavar="N", type=POSITIVE, default=16,
@@ -171,16 +171,15 @@ def add_training(add: AddFlag) -> None:
         help="adamw has weight decay 0 and eps 1e-6, as in the released code [%(default)s]")
     add("--lr-schedule", choices=("constant", "linear"), default="constant",
         help="linear: the learning rate falls to 0 at the last step [%(default)s]")
-    add("--warmup-ratio", metavar="R", type=number(float, 0, 1), default=0.0,
+    add("--warmup-ratio", metavar="R", type=parsing.RATIO, default=0.0,
         help="fraction of all steps in which the learning rate rises from 0 [%(default)s]")
-    seed = number(int, 0, 2**63)
-    add("--seed", "-s", metavar="N", nargs="+", type=seed, default=DEFAULT_SEEDS,
+    add("--seed", "-s", metavar="N", nargs="+", type=parsing.SEED, default=DEFAULT_SEEDS,
         help="draws the classifier, data order, dropout and masks; several: a run for each, with "
              "every learning rate [0]")
-    add("--init-seed", metavar="N", nargs="+", type=seed,
+    add("--init-seed", metavar="N", nargs="+", type=parsing.SEED,
         help="instead of --seed: draws the classifier and the parameters of random masks; several: "
              "a run for each, with every data seed and learning rate [0 with --data-seed]")
-    add("--data-seed", metavar="N", nargs="+", type=seed,
+    add("--data-seed", metavar="N", nargs="+", type=parsing.SEED,
         help="instead of --seed: draws the examples, their order and dropout [0 with --init-seed]")
 
 
@@ -205,7 +204,7 @@ def add_results(add: AddFlag) -> None:
         help="write a checkpoint M minutes after the last, also within an epoch [%(default)s]")
     add("--evaluation-frequency", metavar="N", type=POSITIVE, default=1,
         help="score every N epochs, and after the last [%(default)s]")
-    add("--train-score-rows", metavar="N", type=number(int, 0),
+    add("--train-score-rows", metavar="N", type=parsing.COUNT,
         help="score N of a run's training examples, drawn by its data seed; 0: score the "
              "validation examples alone [all, at most 50000]")
     add("--keep", choices=("last", "best"), default="last",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitfit.output_paths import file_error
-from utils import print_once, print_result, write_line
+from utils import UserError, as_list, print_once, print_result, write_line
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -150,4 +150,13 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
     return parse
 
 
-POSITIVE = number(int, 1, 2**31)
+POSITIVE, COUNT, SEED = number(int, 1, 2**31), number(int, 0), number(int, 0, 2**63)
+LEARNING_RATE, RATIO = number(float, 0, above=True), number(float, 0, 1)
+
+
+def check_values(name: str, value: object, kind: Callable[[str], Any]) -> list[Any]:
+    """Return the values of a Python argument, [] of None; UserError if its flag refuses one."""
+    try:
+        return [] if value is None else [kind(str(item)) for item in as_list(value)]
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}") from None

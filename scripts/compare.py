@@ -46,11 +46,11 @@ class Run(NamedTuple):
 def run_folders(folder: str) -> list[Path]:
     """Return the folders of a sweep's scored runs, or the folder itself if it is a single run."""
     path = Path(folder)
-    if not (path / "results.csv").exists():
+    if (path / "metrics.json").exists():
         return [path]
     runs = [file.parent for file in path.glob("lr*/metrics.json")]
     if not runs:
-        raise UserError(f"{folder} is a sweep without scored runs: give other folders")
+        raise UserError(f"{folder} has no scores: give the folder of a scored run or sweep")
     return sorted(runs)
 
 

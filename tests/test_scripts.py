@@ -152,10 +152,10 @@ def test_the_deltas_commands(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere cannot be read: No such file or directory: 'nowhere/metrics"),
-        (["sweep"], "sweep is a sweep without scored runs: give"),
+        (["nowhere"], "nowhere has no scores: give the folder of a scored run or sweep"),
+        (["sweep"], "sweep has no scores: give the folder of a scored run or sweep"),
         (["empty"], "empty cannot be read: 'main_metric'"),
-        (["nowhere", "--plot", "x.pdf"], "nowhere cannot be read"),
+        (["nowhere", "--plot", "x.pdf"], "nowhere has no scores"),
     ],
 )
 def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
@@ -169,6 +169,16 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, messag
     assert captured.out == ""
     assert captured.err.startswith(f"compare.py: error: {message}")
     assert captured.err.count("\n") == 1
+
+
+def test_compare_reads_the_runs_of_a_sweep_that_was_interrupted(tmp_path):
+    """It has no results.csv yet."""
+    for name in ("lr0.001_seed0", "lr0.001_seed1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+    (tmp_path / "lr0.001_seed2").mkdir()
+    names = [folder.name for folder in compare.run_folders(str(tmp_path))]
+    assert names == ["lr0.001_seed0", "lr0.001_seed1"]
 
 
 def test_compare_shows_runs_without_scores(tmp_path):

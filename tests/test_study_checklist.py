@@ -5,9 +5,11 @@ import json
 import pandas as pd
 import paper
 import pytest
+from toy_study import plan
 
 import run_glue
 from bitfit.results.scores import read_metrics
+from bitfit.study.cells import read_study
 
 
 @pytest.fixture
@@ -69,6 +71,21 @@ def test_best_settings_are_those_of_the_report(half):
     assert scores.loc["best", "epoch"].split()[0] == str(
         validation.loc[validation["value"].idxmax(), "epoch"]
     )
+
+
+def test_results_name_the_size_and_whether_a_cell_is_finished(half):
+    """Cells of Figure 2 have results too. An interrupted cell's scores end with `...`."""
+    sizes = ["--figures", "2", "--sizes", "16", "--learning-rates", "1e-3", "full_ft=1e-4"]
+    assert plan(half.output, *sizes, "--seeds", "0", tables=()) == 0
+    cells = [cell for cell in read_study(half.output).cells if cell.size]
+    assert run_glue.main(cells[0].command(half.output)[2:]) == 0
+    path = half.output / half.cells[0].name / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+    assert report(half, "--checklist") == 0
+    text = (half.output / "checklist.md").read_text(encoding="utf-8")
+    rows = table_below(text, "Trials, best settings and results")
+    unfinished = {row["column"]: row["split"].endswith(" ...") for row in rows}
+    assert unfinished == {"RTE": True, "RTE (16 examples)": False}
 
 
 def test_answers_are_not_overwritten(half, capsys):

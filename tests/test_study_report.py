@@ -383,6 +383,12 @@ def test_what_the_server_would_refuse(study, server, tmp_path, damage):
     assert not (tmp_path / "all.zip").exists()
 
 
+def test_a_submission_without_a_prediction_is_refused(study, server, tmp_path):
+    with pytest.raises(UserError, match=r"b_m2\+b_q has no predictions at all: `plan` gives"):
+        submit.write_submission(study, MODEL, "b_m2+b_q", tmp_path / "all.zip", placeholder=True)
+    assert not (tmp_path / "all.zip").exists()
+
+
 def test_nothing_planned_is_named(study, tmp_path):
     with pytest.raises(UserError, match="b_m2"):
         submit.write_submission(study, MODEL, "frozen", tmp_path / "all.zip")

@@ -63,7 +63,10 @@ def test_cells_start_from_the_best_run_of_the_source(warm, capsys):
         best = of_rate.loc[of_rate["last"].idxmax(), "run"]
         folder = warm.output / f"tiny_bert/{row}"
         args = json.loads((folder / "rte-from-wnli/args.json").read_text())
-        assert args["start_from"] == str(folder / "wnli" / best / "evaluator")
+        start = str(folder / "wnli" / best / "evaluator")
+        assert args["start_from"] == start
+        command = (folder / "rte-from-wnli.log").read_text().splitlines()[0].split()
+        assert command[command.index("--start-from") + 1] == start
     assert paper.main(["report", "-o", str(warm.output), "--resamples", "10"]) == 0
     assert "RTE-from-wnli (Accuracy)" in capsys.readouterr().out
     assert "rte starts from wnli" in (warm.output / "report.html").read_text()

@@ -80,6 +80,7 @@ def test_a_run_that_diverged_before_any_score_is_a_row_too(tmp_path):
     assert "0 (1 diverged)" in text
     table = pd.read_csv(tmp_path / "results.csv").set_index("run")
     assert np.isnan(table.loc["lr0.1_seed0", "last"])
+    assert ",Accuracy,4,60.0,4,60.0," in (tmp_path / "results.csv").read_text()
     lonely = tmp_path / "lonely"
     with pytest.raises(Diverged, match="all 1 runs diverged"):
         sweeps.write_report(lonely, RTE, write(lonely, results[1:]), "a caption")

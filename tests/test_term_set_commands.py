@@ -123,6 +123,11 @@ def test_none_alone_is_frozen(no_dropout, tmp_path):
         ([["query"], ["key"], ["query"]], "--bias-terms query: trains the same as --bias-terms"),
         ([["query", "key"], ["key", "query"]], "--bias-terms key query: trains the same as"),
         ([["all"], ["all", "query"]], "--bias-terms all query: trains the same as"),
+        (
+            [["query"], ["query", "key"]],
+            "--bias-terms query key: trains the same as --bias-terms "
+            "query, apart from biases without a gradient: give one of them",
+        ),
         ([["none"], ["none"]], "--bias-terms none: trains the same as --bias-terms none: give one"),
         ([["all"], ["gate"]], "--bias-terms gate: this bert model has no such bias"),
         ([["all"], ["none", "query"]], "--bias-terms none trains the classifier alone"),

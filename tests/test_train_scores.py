@@ -42,7 +42,7 @@ def test_the_sample_belongs_to_the_seed(make_evaluator):
 
 
 def test_a_negative_number_is_refused(make_evaluator):
-    with pytest.raises(UserError, match="train_score_rows -1: give 0 for none"):
+    with pytest.raises(UserError, match="train_score_rows: '-1' is not a whole number at least 0"):
         make_evaluator(-1)
 
 
@@ -92,7 +92,7 @@ def test_a_command_without_training_scores(tmp_path, monkeypatch, capsys, seeds)
 def test_a_command_that_resumes_gives_the_same_number(tmp_path, capsys):
     assert run_glue.main(flags(tmp_path / "out", "--train-score-rows", "5")) == 0
     assert run_glue.main([*flags(tmp_path / "out"), "--resume"]) == 2
-    message = "--train-score-rows was 5 and is now None"
+    message = "--train-score-rows was 5 and is now left out: give that again"
     assert message in capsys.readouterr().err
     args = json.loads((tmp_path / "out/args.json").read_text())
     del args["train_score_rows"]  # as earlier versions wrote it

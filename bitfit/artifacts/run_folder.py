@@ -173,6 +173,7 @@ def describe_difference(name: str, old: Any, new: Any) -> str:  # noqa: ANN401 (
         keys = [key for key in old | new if old.get(key) != new.get(key)]
         return f"the task of --task-file has another {' and '.join(keys)}"
     old, new = (" ".join(flag_words({name: value})[1:]) or value for value in (old, new))
+    old, new = ("left out" if value is None else value for value in (old, new))
     return f"--{name.replace('_', '-')} was {old} and is now {new}"
 
 

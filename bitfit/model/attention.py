@@ -2,9 +2,8 @@
 
 PyTorch's fused kernels read queries, keys and values (N, heads, d) and the bounds of the sequences
 (`cu_seqlens`), so nothing is padded and no attention weights are stored. FlashAttention computes
-in bf16. The memory-efficient kernel for float32 is used only in comparisons, because its dropout
-masks repeat (`benchmarks/gpu_checks.py` found two equal masks on an H100 with torch 2.11).
-`packing` has the plain implementation, for float32 and for other devices.
+in bf16. PyTorch's kernel for float32 is not used: its dropout masks repeat (on an H100 with torch
+2.11). `packing` has the plain implementation, for float32 and for other devices.
 
 Some sequences of a batch are fillers: their outputs are not used, and their gradient is 0. Fillers
 let each run's tokens fill whole chunks and give batches of similar size the same shape. No filler
@@ -159,16 +158,8 @@ def varlen_kernel(
 
     Args:
         cu_seqlens, max_seqlen: of the queries, and of the keys.
-        dropout: the rate; in float32 a rate above 0.0 raises a ValueError.
+        dropout: the rate.
     """
-    if query.dtype == torch.float32:
-        if dropout:
-            raise ValueError("the float32 kernel repeats its dropout masks")
-        out = torch.ops.aten._efficient_attention_forward(
-            query[None], key[None], value[None], None, *cu_seqlens, *max_seqlen, dropout, 0, True,
-            scale=scale,
-        )  # fmt: skip
-        return out[0][0]
     return torch.ops.aten._flash_attention_forward(
         query, key, value, *cu_seqlens, *max_seqlen, dropout, False, False, scale=scale
     )[0]

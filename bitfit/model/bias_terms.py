@@ -9,7 +9,7 @@ comparing the names of their parameters.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,20 @@ def check_term_sets(model: "PreTrainedModel", sets: Iterable[Sequence[str]]) -> 
             raise UserError(f"--bias-terms {words}: trains the same as --bias-terms {other}: give "
                             "one of them")  # fmt: skip
         checked[names] = words
+
+
+def check_different(
+    model: "PreTrainedModel", sets: Mapping[str | None, tuple[Iterable[str], Mapping]]
+) -> None:
+    """Raise UserError if two of {terms: (names, zero gradients)} differ only in zero gradients."""
+    checked: dict[frozenset[str], str | None] = {}
+    for terms, (trained, fixed) in sets.items():
+        whole = {name: [[0, model.get_parameter(name).numel()]] for name in trained}
+        names = frozenset(name for name in trained if fixed.get(name) != whole[name])
+        if names in checked:
+            others = f"--bias-terms {checked[names]}, apart from biases without a gradient"
+            raise UserError(f"--bias-terms {terms}: trains the same as {others}: give one of them")
+        checked[names] = terms
 
 
 def need_biases(model: "PreTrainedModel") -> dict[str, str]:

@@ -16,12 +16,9 @@ from bitfit.model.token_budget import TokenBudget
 
 @torch.inference_mode()
 def predict(
-    forward: Forward,
-    tokens: TokenizedSplit,
-    budget: TokenBudget,
-    rows: np.ndarray | None = None,
+    forward: Forward, tokens: TokenizedSplit, budget: TokenBudget, rows: np.ndarray | None = None,
     group: Group = SINGLE_PROCESS,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Return the logits of all rows, or of `rows`, in the given order.
 
     The ranks of a group compute some rows each, and all of them get the logits of all rows.
@@ -57,12 +54,9 @@ def predict(
 
 @torch.inference_mode()
 def predict_together(
-    forward: Forward,
-    stack: RunStack,
-    tokens: TokenizedSplit,
-    budget: TokenBudget,
+    forward: Forward, stack: RunStack, tokens: TokenizedSplit, budget: TokenBudget,
     rows: dict[int, np.ndarray],
-) -> list[np.ndarray]:
+) -> list[np.ndarray]:  # fmt: skip
     """Return the logits (B, C) or (words, C) of each run of `rows`; runs share micro-batches.
 
     Args:
@@ -96,13 +90,9 @@ def predict_together(
 
 
 def predict_runs(
-    forward: Forward,
-    stack: RunStack,
-    tokens: TokenizedSplit,
-    budget: TokenBudget,
-    rows: dict[int, np.ndarray],
-    group: Group = SINGLE_PROCESS,
-) -> Iterator[tuple[int, np.ndarray]]:
+    forward: Forward, stack: RunStack, tokens: TokenizedSplit, budget: TokenBudget,
+    rows: dict[int, np.ndarray], group: Group = SINGLE_PROCESS,
+) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
     """Yield each run and the logits (B, C), or (words, C), of its rows.
 
     If only the classifier of a group of runs trains, all its runs have the same rows and rows are

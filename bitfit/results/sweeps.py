@@ -249,7 +249,8 @@ def write_report(output: Path, task: Task, folders: dict[Run, Path], caption: st
     """
     metadata, scores = read_sweep(folders)
     rows = results_rows(metadata, scores, task)
-    write_text(output / "results.csv", pd.DataFrame(rows).to_csv(index=False))
+    table = pd.DataFrame(rows).astype({"last_epoch": "Int64", "best_epoch": "Int64"})
+    write_text(output / "results.csv", table.to_csv(index=False))
     best = best_run(metadata, scores, task)
     if best is None:
         left = (metadata["stopped"] == "").sum()

@@ -76,11 +76,16 @@ class Cell(NamedTuple):
         runs = [Run(rate, seed) for rate in self.rates for seed in self.seeds]
         return run_folders(Path(output) / self.name, runs)
 
-    def command(self, output: Path, *more: str) -> list[str]:
-        """Return the words of the command that starts or resumes this cell."""
+    def command(self, output: Path, *more: str, start: Path | None = None) -> list[str]:
+        """Return the words of the command that starts or resumes this cell.
+
+        Args:
+            start: the evaluator that a cell with a warm start starts from; None: the folder of its
+                cell, which may have several.
+        """
         words = list(self.flags)
-        if self.start:  # the flags name the task, the command needs the folder of its cell
-            folder = Path(output) / slug(self.model) / self.row / self.start
+        if self.start:  # the flags name the task
+            folder = start or Path(output) / slug(self.model) / self.row / self.start
             words[words.index("--start-from") + 1] = str(folder)
         target = ["--output-path", str(Path(output) / self.name), "--resume"]
         return ["python", "run_glue.py", *words, *target, *more]

@@ -57,8 +57,11 @@ def write_submission(
     if missing and not placeholder:
         advice = "run their cells with test predictions, or give --placeholder-missing"
         raise UserError(f"no predictions for {', '.join(missing)}: {advice}")
+    if len(missing) == len(SERVER):
+        raise UserError(f"{row} has no predictions at all: `plan` gives them to full_ft and bitfit")
     if problems:
-        raise UserError(f"the server would reject this: {'; '.join(problems)}")
+        advice = "the server has the test examples of GLUE's own files"
+        raise UserError(f"the server would reject this: {'; '.join(problems)}: {advice}")
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, text in texts.items():
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)

@@ -80,12 +80,15 @@ def difference_table(differences: pd.DataFrame, labels: dict[str, str]) -> pd.Da
 
 
 def selection_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the three selections side by side, with trials and the settings of `split`."""
-    selected = scores[scores["train_size"].isna()]
-    if selected.empty:
-        return pd.DataFrame()
-    texts = [spread(*pair) for pair in zip(selected["mean"], selected["std"], strict=True)]
-    parts = dict(list(selected.assign(split=texts).groupby("selection")))
+    """Return the three selections side by side, with trials and the settings of `split`.
+
+    Scores of cells that are not finished end with `...`.
+    """
+    ends = scores["state"].map(lambda state: "" if state == "done" else " ...")
+    texts = [spread(*pair) for pair in zip(scores["mean"], scores["std"], strict=True)]
+    sizes = scores["train_size"].map(lambda n: "" if pd.isna(n) else f" ({n:.0f} examples)")
+    selected = scores.assign(split=texts + ends, column=scores["column"] + sizes)
+    parts = dict(list(selected.groupby("selection")))
     titles = {"last epoch": "last", "best epoch (optimistic)": "best"}
     others = {title: parts[name]["split"].to_numpy() for title, name in titles.items()}
     table = parts["split"].assign(**others, model=parts["split"]["model"].map(slug))

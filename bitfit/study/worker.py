@@ -4,6 +4,7 @@ Any number of workers may share a folder. A cell of a killed worker is resumed b
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -128,15 +129,15 @@ def run_command(
     """
     more = [] if gpu is None else ["--gpu-device", str(gpu)]
     source = cell_states.source_cell(study, cell)
-    if folder := source and submit.best_run_folder(study, source):
-        more += ["--start-from", str(folder / "evaluator")]
+    folder = source and submit.best_run_folder(study, source)
+    words = cell.command(study.output, *more, start=folder and folder / "evaluator")
     torchrun = ["-m", "torch.distributed.run", "--standalone", HANDLED, "--nproc-per-node"]
     launcher = [sys.executable, *([*torchrun, str(ranks)] if ranks > 1 else [])]
-    command = [*launcher, str(PROGRAM), *cell.command(study.output, *more)[2:]]
+    command = [*launcher, str(PROGRAM), *words[2:]]
     # The command is no rank of a torchrun that started this process.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     with open(log, "ab") as output:
-        output.write(f"$ {cell.shell(study.output)}\n".encode(errors="backslashreplace"))
+        output.write(f"$ {shlex.join(words)}\n".encode(errors="backslashreplace"))
         output.flush()
         # In a new session, Ctrl-C reaches the command only through this process.
         process = subprocess.Popen(

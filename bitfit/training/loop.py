@@ -252,23 +252,14 @@ def evaluate(state: TrainState, checkpoints: "CheckpointManager") -> list[tuple]
         with checkpoints.signals.deferred(plan.group.size > 1):  # ranks evaluate together
             for name, split in plan.scored.items() if len(active) else ():
                 rows = {k: split.rows_of_seed[stack.runs[k].effective_data_seed] for k in active}
-                for k, logits in predict_runs(
-                    plan.forward,
-                    stack,
-                    split.tokens,
-                    budget=plan.token_budget,
-                    rows=rows,
-                    group=plan.group,
-                ):
+                scored = plan.forward, stack, split.tokens, plan.token_budget
+                for k, logits in predict_runs(*scored, rows=rows, group=plan.group):
                     if name in state.logits:
                         kept = state.logits[name][state.epoch // plan.evaluation_frequency]
                         kept[k] = compact(plan.task, logits)
-                    of_run = score(
-                        plan.task,
-                        logits,
-                        split.tokens.labels_of(rows[k]),
-                        sentences=split.tokens.sentences_of(rows[k]),
-                    )
+                    labels = split.tokens.labels_of(rows[k])
+                    sentences = split.tokens.sentences_of(rows[k])
+                    of_run = score(plan.task, logits, labels, sentences=sentences)
                     for metric, value in of_run.items():
                         scores.append((stack.runs[k].name, state.epoch + 1, name, metric, value))
     except Stopped:

@@ -15,6 +15,7 @@ from bitfit.model.batching import count_labels
 from bitfit.model.forward import Forward
 from bitfit.model.run import Run
 from bitfit.model.token_budget import TokenBudget
+from bitfit.parsing import POSITIVE, RATIO, check_values
 from utils import UserError, make_generator
 
 
@@ -34,9 +35,9 @@ class TrainOptions:
         """Raise UserError if a value is not allowed for so many candidates."""
         if self.lr_schedule not in ("constant", "linear") or self.keep not in ("last", "best"):
             raise UserError("lr_schedule is 'constant' or 'linear', keep is 'last' or 'best'")
-        if min(self.epochs, self.evaluation_frequency) < 1:
-            raise UserError("num_epochs and evaluation_frequency are at least 1")
         limits = self.epochs, self.evaluation_frequency
+        check_values("num_epochs, evaluation_frequency", limits, POSITIVE)
+        check_values("warmup_ratio", self.warmup_ratio, RATIO)
         if problem := halving_problem(self.halving, *limits, candidates=candidates):
             raise UserError(f"halving {problem}")
 

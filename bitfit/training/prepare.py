@@ -16,13 +16,14 @@ from bitfit.data.tokens import TokenizedSplit
 from bitfit.distributed import Group
 from bitfit.model import fingerprints, forward_trials, predict, trainable, zero_gradients
 from bitfit.model.batching import MAX_TOKENS
+from bitfit.model.bias_terms import check_different
 from bitfit.model.forward import Forward, check_ids
 from bitfit.model.precision import cast_parameters
 from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack, ZeroGradient
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import Trainable, components_to_terms
-from bitfit.parsing import split_repeated
+from bitfit.parsing import LEARNING_RATE, check_values, split_repeated
 from bitfit.results import plots
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, load_base, method_for_terms, need
@@ -184,15 +185,9 @@ class PreparedModel:
 
 
 def assemble(
-    model: "PreTrainedModel",
-    model_name: str,
-    trainable: Trainable,
-    runs: list[Run],
-    *,
-    dtype: torch.dtype,
-    max_tokens: int | None = None,
-    tokens: TokenizedSplit | None = None,
-) -> PreparedModel:
+    model: "PreTrainedModel", model_name: str, trainable: Trainable, runs: list[Run], *,
+    dtype: torch.dtype, max_tokens: int | None = None, tokens: TokenizedSplit | None = None,
+) -> PreparedModel:  # fmt: skip
     """Return a `PreparedModel` of a model on a device; the other fields have defaults.
 
     Args:
@@ -211,13 +206,9 @@ def assemble(
 
 
 def prepare_model(
-    setup: Setup,
-    data: LoadedData,
-    runs: list[Run],
-    method: Method,
-    before: PreparedModel | None = None,
-    verbose: bool = False,
-) -> PreparedModel:
+    setup: Setup, data: LoadedData, runs: list[Run], method: Method,
+    before: PreparedModel | None = None, verbose: bool = False,
+) -> PreparedModel:  # fmt: skip
     """Load the base model, and select the trainable parameters and the forward pass.
 
     Args:
@@ -259,6 +250,8 @@ def find_zero_gradients(prepared: PreparedModel, tokens: TokenizedSplit) -> None
             found = zero_gradients.find_zero_gradients(prepared.model, selection.trainable, tokens)
             prepared.selections[terms] = selection._replace(zero_gradient=found)
             prepared.zero_gradient = prepared.zero_gradient | found
+    sets = {terms: (s.trainable, s.zero_gradient) for terms, s in prepared.selections.items()}
+    check_different(prepared.model, sets)
 
 
 def select_trainable(
@@ -281,11 +274,13 @@ def make_runs(
     if only_seed is not None and only_seed not in setup.seeds:
         raise UserError(f"seed {only_seed} is not one of this evaluator's seeds: {setup.seeds}")
     runs = [
-        Run(float(rate), seed, None if data_seed == seed else data_seed)
-        for rate in as_list(learning_rate)
+        Run(rate, seed, None if data_seed == seed else data_seed)
+        for rate in check_values("learning_rate", learning_rate, LEARNING_RATE)
         for seed in (setup.seeds if only_seed is None else [only_seed])
         for data_seed in setup.data_seeds or [seed]
     ]
+    if not runs:
+        raise UserError("learning_rate: give at least one")
     if len(set(runs)) < len(runs):
         raise UserError("a learning rate or seed is given twice: give each once")
     return runs
@@ -295,7 +290,10 @@ def assign_terms(
     components: Sequence[str] | Sequence[Sequence[str]] | None, runs: Sequence[Run]
 ) -> tuple[tuple[str, ...], list[Run]]:
     """Return (terms, runs): of a single set, or () and the runs with the terms of each set."""
-    first, *others = sets = split_repeated(list(components or ()))
+    sets = split_repeated(as_list(components or ()))
+    if not all(isinstance(word, str) for terms in sets for word in terms):
+        raise UserError("components: give one list of bias terms, or a list of such lists")
+    first, *others = sets
     if not others:
         return tuple(first), list(runs)
     names = [" ".join(components_to_terms(terms)) for terms in sets]

@@ -18,8 +18,9 @@ from bitfit.model.precision import DTYPES
 from bitfit.model.trainable import components_to_terms
 from bitfit.model.warm_start import WarmStart
 from bitfit.options import NO_TERMS
+from bitfit.parsing import COUNT, POSITIVE, SEED, check_values
 from bitfit.results.scores import training_caption
-from utils import UserError, as_list, choose_device, choose_precision
+from utils import UserError, choose_device, choose_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +80,7 @@ def make_setup(
         model_revision: tag, branch or commit of a model on the Hub; None: its main branch.
         add_biases: add zero biases to the encoder, see `bitfit.model.bias_terms`.
     """
+    check_values("max_tokens", max_tokens, POSITIVE)
     if precision not in (None, *DTYPES):
         raise UserError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
     task, data_dir = task_files.resolve_task(task_name, data_dir)
@@ -88,8 +90,8 @@ def make_setup(
         task=task, model_name=model_name, revision=revision, model_commit=commit,
         base_name=Path(model_name).name, data_dir=data_dir, random_encoder=random_encoder,
         add_biases=add_biases, device=torch_device,
-        seeds=as_list(torch.initial_seed() if seed is None else seed),
-        data_seeds=None if data_seed is None else as_list(data_seed), max_tokens=max_tokens,
+        seeds=check_values("seed", seed, SEED) or [torch.initial_seed()], max_tokens=max_tokens,
+        data_seeds=check_values("data_seed", data_seed, SEED) or None,
         precision=choose_precision(precision, torch_device),
     )  # fmt: skip
 
@@ -177,39 +179,29 @@ def hash_splits(splits: Iterable[Split]) -> str:
 
 
 def load_data(
-    setup: Setup,
-    max_sequence_len: int,
-    batch_size: int,
-    train_size: int | None,
+    setup: Setup, max_sequence_len: int, batch_size: int, train_size: int | None,
     train_score_rows: int | None = None,
-) -> LoadedData:
+) -> LoadedData:  # fmt: skip
     """Load the tokenizer; no split is read yet.
 
     Args:
         train_size, train_score_rows: as in `Dataset`.
     """
-    if (train_score_rows or 0) < 0:
-        raise UserError(f"train_score_rows {train_score_rows}: give 0 for none, or a number above")
+    check_values("max_sequence_len, batch_size", [max_sequence_len, batch_size], POSITIVE)
+    check_values("train_size", train_size, POSITIVE)
+    check_values("train_score_rows", train_score_rows, COUNT)
     tokenizer = loading.load_tokenizer(setup.model_name, setup.revision, setup.task.is_tagging)
     config = loading.load_config(setup.model_name, setup.task, setup.revision)
     dataset = Dataset(
-        task=setup.task,
-        data_dir=setup.data_dir,
-        tokenizer=tokenizer,
-        max_length=max_sequence_len,
-        seeds=setup.data_seeds or setup.seeds,
-        train_size=train_size,
-        device=setup.device,
+        task=setup.task, data_dir=setup.data_dir, tokenizer=tokenizer, max_length=max_sequence_len,
+        seeds=setup.data_seeds or setup.seeds, train_size=train_size, device=setup.device,
         train_score_rows=train_score_rows,
-    )
+    )  # fmt: skip
     return LoadedData(
-        dataset=dataset,
-        tokenizer=tokenizer,
-        base_fingerprints=fingerprints.fingerprints_of(config, tokenizer),
-        max_sequence_len=max_sequence_len,
-        batch_size=batch_size,
+        dataset=dataset, tokenizer=tokenizer, max_sequence_len=max_sequence_len,
+        base_fingerprints=fingerprints.fingerprints_of(config, tokenizer), batch_size=batch_size,
         train_size=train_size,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
