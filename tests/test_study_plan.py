@@ -228,3 +228,14 @@ def test_an_edited_study_is_refused(study, capsys):
         error = capsys.readouterr().err
         assert "is not a study" in error
         assert error.count("\n") == 1
+
+
+def test_values_of_what_is_not_planned_are_named(tmp_path, caplog):
+    """They may be a mistake, or belong to another command with the same flags."""
+    values = ["--seeds", "0", "frozen=1", "--epochs", "1", "cola=2", "mrpc=3"]
+    assert plan(tmp_path / "study", "--rows", "bitfit", *values) == 0
+    assert [message for message in caplog.messages if "no effect" in message] == [
+        "--learning-rates has no effect on full_ft: not planned",
+        "--seeds has no effect on frozen: not planned",
+        "--epochs has no effect on cola, mrpc: not planned",
+    ]

@@ -23,7 +23,7 @@ from bitfit.files import write_text
 from bitfit.parsing import number
 from bitfit.study import protocol
 from bitfit.study.cell_tasks import check_metric, task_of
-from utils import UserError, as_list, first_line
+from utils import LOGGER, UserError, as_list, first_line
 
 if TYPE_CHECKING:
     from bitfit.model.run import Run
@@ -204,6 +204,10 @@ def plan_study(output: Path, args: argparse.Namespace) -> Study:
         keys = list(dict.fromkeys([(m, r, args.start_from, None) for m, r, *_ in keys] + keys))
     if not keys and (tables or figures):
         raise UserError("these --tables have none of these --rows: give other rows, or none")
+    for name, place in (("learning_rates", 1), ("seeds", 1), ("epochs", 2)):
+        if unused := getattr(args, name).keys() - {None, *(key[place] for key in keys)}:
+            names, flag = ", ".join(sorted(unused)), name.replace("_", "-")
+            LOGGER.warning("--%s has no effect on %s: not planned", flag, names)
     new = {cell.name: cell for cell in (make_cell(*key, args) for key in keys)}
     if len(new) < len(keys):
         raise UserError("two of --models have the same folder name: rename one")
