@@ -158,7 +158,7 @@ def add_data(add: AddFlag) -> None:
 
 def add_training(add: AddFlag) -> None:
     add("--learning-rate", "-l", metavar="LR", nargs="+", default=DEFAULT_LEARNING_RATES,
-        type=parsing.LEARNING_RATE,
+        type=number(float, 0, above=True),
         help="usual are 1e-4 to 1e-3 for bias terms; full_ft needs less: 1e-5 to 5e-5; several: "
              "a run for each [0.001]")
     add("--epochs", "-e", metavar="N", type=POSITIVE, default=16,

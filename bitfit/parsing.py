@@ -151,7 +151,7 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
 
 
 POSITIVE, COUNT, SEED = number(int, 1, 2**31), number(int, 0), number(int, 0, 2**63)
-LEARNING_RATE, RATIO = number(float, 0, above=True), number(float, 0, 1)
+NOT_NEGATIVE, RATIO = number(float, 0), number(float, 0, 1)
 
 
 def check_values(name: str, value: object, kind: Callable[[str], Any]) -> list[Any]:

@@ -137,7 +137,7 @@ def test_resume_compares_the_models_not_their_names(hub, tmp_path, capsys, monke
     assert run_glue.main(flags(output, "--resume", *more)) == 0
     assert "is finished" in capsys.readouterr().out
     assert run_glue.main(flags(output, "--resume")) == 2
-    assert "--model-revision was v1 and is now None" in last_line(capsys)
+    assert "--model-revision was v1 and is now left out" in last_line(capsys)
     args = read(output / "args.json") | {"finished": False}
     (output / "args.json").write_text(json.dumps(args))
     assert run_glue.main(flags(output, "--resume")) == 2

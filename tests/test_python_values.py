@@ -50,9 +50,9 @@ def test_sizes_of_the_data(tiny_bert, monkeypatch, values):
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        (-1, "learning_rate: '-1' is not a number above 0"),
-        (float("nan"), "learning_rate: 'nan' is not a number above 0"),
-        ([1e-3, float("inf")], "learning_rate: 'inf' is not a number above 0"),
+        (-1, "learning_rate: '-1' is not a number at least 0"),
+        (float("nan"), "learning_rate: 'nan' is not a number at least 0"),
+        ([1e-3, float("inf")], "learning_rate: 'inf' is not a number at least 0"),
         ([], "learning_rate: give at least one"),
     ],
 )

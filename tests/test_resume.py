@@ -45,10 +45,10 @@ def test_two_processes_on_one_folder(tmp_path, monkeypatch, capsys):
         (["-b", "8", "--optimizer", "adam"], "--batch-size was 16 and is now 8; --optimizer was"),
         (["-t", "sst2"], "--task-name was cola and is now sst2"),
         (["-f", "frozen"], "--fine-tune-type was bitfit and is now frozen"),
-        (["--bias-terms", "query"], "--bias-terms was None and is now query"),
+        (["--bias-terms", "query"], "--bias-terms was left out and is now query"),
         (
             ["--bias-terms", "query", "key", "--bias-terms", "none"],
-            "--bias-terms was None and is now query key --bias-terms none",
+            "--bias-terms was left out and is now query key --bias-terms none",
         ),
         (["--export-model"], "--export-model was False and is now True"),
         (["--precision", "bf16"], "--precision was fp32 and is now bf16"),

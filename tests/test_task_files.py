@@ -253,7 +253,7 @@ def test_resume_wants_the_same_record(superglue, tmp_path, monkeypatch, capsys):
     assert run_glue.main([*again, "--resume"]) == 0
     glues = ["-o", str(tmp_path / "out"), "-t", "rte", "-f", "bitfit", *SMALL, *more, "--resume"]
     assert run_glue.main(glues) == 2
-    assert "--task-name was None and is now rte" in capsys.readouterr().err
+    assert "--task-name was left out and is now rte" in capsys.readouterr().err
 
 
 def run_as_rank(folder, files):

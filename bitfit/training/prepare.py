@@ -23,7 +23,7 @@ from bitfit.model.run import Run
 from bitfit.model.run_stack import RunStack, ZeroGradient
 from bitfit.model.token_budget import TokenBudget
 from bitfit.model.trainable import Trainable, components_to_terms
-from bitfit.parsing import LEARNING_RATE, check_values, split_repeated
+from bitfit.parsing import NOT_NEGATIVE, check_values, split_repeated
 from bitfit.results import plots
 from bitfit.training.result import TrainingResult
 from bitfit.training.setup import LoadedData, Method, Setup, load_base, method_for_terms, need
@@ -275,7 +275,7 @@ def make_runs(
         raise UserError(f"seed {only_seed} is not one of this evaluator's seeds: {setup.seeds}")
     runs = [
         Run(rate, seed, None if data_seed == seed else data_seed)
-        for rate in check_values("learning_rate", learning_rate, LEARNING_RATE)
+        for rate in check_values("learning_rate", learning_rate, NOT_NEGATIVE)
         for seed in (setup.seeds if only_seed is None else [only_seed])
         for data_seed in setup.data_seeds or [seed]
     ]
