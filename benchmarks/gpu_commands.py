@@ -3,8 +3,8 @@
     python benchmarks/gpu_commands.py
     python benchmarks/gpu_commands.py --jobs 2   # on a CPU, as a trial
 
-The commands train the tiny BERT on the toy data, several at once. Their losses are compared with a
-CPU's or with each other's. Ends with status 1 if a check fails.
+The commands train the tiny BERT on the toy data, several at once. Their losses are compared with
+those of the same command on the CPU, or of another command. Ends with status 1 if a check fails.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Values that Python code gives are checked as those of the flags are, before any work."""
+"""Arguments of GLUEvaluator are checked like the values of flags, before any work begins."""
 
 import numpy as np
 import pytest

@@ -146,19 +146,15 @@ def varlen_attention(
 
 
 def varlen_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
-    max_seqlen: tuple[int, int],
-    dropout: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor], max_seqlen: tuple[int, int], dropout: float,
     scale: float | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Attend within each sequence: (Q, heads, d), (N, heads, d), (N, heads, d) -> (Q, heads, d).
 
     Args:
         cu_seqlens, max_seqlen: of the queries, and of the keys.
-        dropout: the rate.
+        dropout: the probability that an attention weight is dropped.
     """
     return torch.ops.aten._flash_attention_forward(
         query, key, value, *cu_seqlens, *max_seqlen, dropout, False, False, scale=scale

@@ -107,7 +107,11 @@ def check_term_sets(model: "PreTrainedModel", sets: Iterable[Sequence[str]]) -> 
 def check_different(
     model: "PreTrainedModel", sets: Mapping[str | None, tuple[Iterable[str], Mapping]]
 ) -> None:
-    """Raise UserError if two of {terms: (names, zero gradients)} differ only in zero gradients."""
+    """Raise UserError if two sets of bias terms differ only in biases whose gradient is zero.
+
+    Args:
+        sets: {terms: (names of the parameters that train, {name: its ranges of zero gradient})}.
+    """
     checked: dict[frozenset[str], str | None] = {}
     for terms, (trained, fixed) in sets.items():
         whole = {name: [[0, model.get_parameter(name).numel()]] for name in trained}
